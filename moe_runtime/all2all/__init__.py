@@ -1,0 +1,1 @@
+"""Dispatchers: token rows to the ranks of their slots and back."""

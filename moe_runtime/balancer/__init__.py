@@ -1,0 +1,1 @@
+"""Expert load, placement and planning; numpy and torch only, no engine."""

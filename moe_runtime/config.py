@@ -1,0 +1,178 @@
+"""Frozen configuration: what the user asked for (`EngineConfig`) and what a checkpoint is (`ModelConfig`). No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DISPATCHERS = ("auto", "local", "all_to_all", "all_gather")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user may set; the same names are Python arguments, command-line flags and keys of the YAML file.
+
+    Attributes:
+        model: a local Hugging Face directory, a hub id, or "demo".
+        tokenizer: where the tokenizer lies, if not with the model.
+        ep_size: number of ranks that share the experts.
+        dtype: of weights and activations; "auto" takes the checkpoint's.
+        device: "auto" takes CUDA if there is one.
+        max_model_len: longest prompt plus output; None derives it from the model's configuration.
+        max_num_seqs: most sequences that a rank runs in one step.
+        max_num_batched_tokens: most tokens that a rank runs in one step; longer prompts are prefilled in chunks.
+        block_size: tokens per page of the KV cache.
+        kv_cache_memory_bytes: KV cache per rank; None takes what the sequences can use, within the free memory.
+        load_format: "dummy" makes random weights and reads none.
+        skip_tokenizer_init: token ids in, token ids out.
+        seed: of dummy weights and of the seeds drawn for requests that have none.
+        dispatcher: "auto" lets each step's plan choose by its tokens.
+        served_model_name: the name that the HTTP interface shows; None takes `model`.
+        step_timeout: seconds after which a step that does not end is an error.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    ep_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    load_format: str = "auto"
+    skip_tokenizer_init: bool = False
+    seed: int = 0
+    dispatcher: str = "auto"
+    served_model_name: str | None = None
+    step_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f'model: {self.model!r} is not allowed; it must be a directory, a hub id or "demo"')
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+            ("load_format", LOAD_FORMATS),
+            ("dispatcher", DISPATCHERS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
+        for name in ("tokenizer", "served_model_name"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
+        if not isinstance(self.skip_tokenizer_init, bool):
+            raise ValueError(
+                f"skip_tokenizer_init: {self.skip_tokenizer_init!r} is not allowed; it must be true or false"
+            )
+        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("max_model_len", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"block_size: {self.block_size!r} is not allowed; it must be one of [8, 16, 32, 64, 128]")
+        if not isinstance(self.step_timeout, (int, float)) or not self.step_timeout > 0:
+            raise ValueError(f"step_timeout: {self.step_timeout!r} is not allowed; it must be a number above 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is not allowed; "
+                f"it must be at least max_num_seqs ({self.max_num_seqs})"
+            )
+        if self.dispatcher == "local" and self.ep_size > 1:
+            raise ValueError('dispatcher: "local" is not allowed with ep_size above 1; use "auto"')
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Build from keyword arguments or a parsed YAML file; unknown names are refused."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name}: no such option; known options are {known}")
+        return cls(**values)
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer of at least {least}")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `rotary_dim` of each head's dims are rotated; `kind` and its figures as in HF's configs."""
+
+    theta: float
+    rotary_dim: int
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The sparse block of a layer: experts, gate and shared experts."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_topk: bool = True
+    routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    correction_bias: bool = False
+    router_float32: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One checkpoint, Hugging Face's many spellings normalised once. `moe_layers` are the sparse layers' indices."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    moe: MoEConfig
+    moe_layers: tuple[int, ...]
+    sliding_window: int | None
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest context: the trained one times the rope factor where the scaling is meant to reach beyond it."""
+        if self.rope.kind in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.kind == "yarn":
+            return int(self.rope.original_max_position * self.rope.factor)
+        return self.max_position_embeddings

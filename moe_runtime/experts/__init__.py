@@ -1,0 +1,1 @@
+"""Expert weights in slots and their grouped forward."""

@@ -1,0 +1,1 @@
+"""Triton kernels: device functions with one thin wrapper each."""

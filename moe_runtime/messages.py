@@ -1,0 +1,111 @@
+"""What the front and the ranks say to each other. Plain data, no torch; msgspec carries it between processes.
+
+A `StepPlan` owns every choice that shapes a collective, so that ranks cannot diverge. A chunk names positions of a
+sequence, not token ids: the rank keeps each sequence's tokens and appends what it samples, so that the front can plan
+step n+1 while step n runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_runtime.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """A sequence that a rank has not seen, or has dropped when it was preempted.
+
+    `token_ids` holds the prompt and whatever was generated before; the first `num_prompt_tokens` are the prompt.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions `start .. start + num_tokens` of a sequence go through the model in this step.
+
+    `new_blocks` are appended to the sequence's block table before the step. If `sample` is set, the last position's
+    logits give the sequence's next token.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    new_blocks: list[int]
+    sample: bool
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each."""
+
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    num_decode: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
+
+    A rank first forgets the sequences in `dropped`, then takes in `new_sequences`, then runs `chunks`.
+    """
+
+    step: int
+    dispatcher: str
+    tokens_per_rank: list[int]
+    ranks: list[RankPlan]
+    placement_version: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen (or the prompt's) token first, then the best tokens in order.
+
+    `ranks[i]` is the place of `token_ids[i]` among all tokens, 1 is the best.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The token that a rank sampled for a sequence."""
+
+    seq_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens `start + 1 .. start + len(entries)`, found while prefilling from `start`."""
+
+    seq_id: int
+    start: int
+    entries: list[TokenLogprobs]
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank has to say of one step."""
+
+    step: int
+    rank: int
+    samples: list[Sample] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    seconds: float = 0.0

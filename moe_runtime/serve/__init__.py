@@ -1,0 +1,1 @@
+"""HTTP: FastAPI application, protocol, streaming, metrics."""

@@ -1,0 +1,225 @@
+"""One rank: its share of the model, its pages, its sequences. Runs the steps that it is given.
+
+Started as a process of its own with `python -m moe_runtime.worker`, or used in process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_runtime.all2all.dispatch import make_dispatchers
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.executor import RankInfo
+from moe_runtime.kernels import ops
+from moe_runtime.kv_cache import KVCache, choose_num_blocks
+from moe_runtime.messages import Chunk, PromptLogprobs, RankPlan, RankResult, Sample, StepPlan, TokenLogprobs
+from moe_runtime.models.decoder import Batch, build_decoder
+from moe_runtime.moe import ExpertCounter
+from moe_runtime.sampler import SamplingRow, sample, token_logprobs
+from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.weights import Checkpoint, RandomWeights, WeightSource
+
+PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
+
+
+@dataclass
+class Sequence:
+    """A sequence that lives on this rank: all its tokens so far and the pages that hold its keys and values."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    blocks: list[int]
+
+
+class Worker:
+    """Loads one rank's weights, reserves its pages and runs step plans.
+
+    Args:
+        config, model_config: what the user asked for and what the checkpoint is.
+        path: directory of the checkpoint.
+        rank, num_ranks: this rank among all.
+        group: the process group of all ranks; None for a single rank.
+        local_ranks: ranks on this host, which share its memory.
+
+    Raises:
+        ValueError: the checkpoint or the options are wrong; one line says how.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        path: Path,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        group: dist.ProcessGroup | None = None,
+        local_ranks: int = 1,
+    ) -> None:
+        start = time.perf_counter()
+        self.config = config
+        self.rank = rank
+        self.device = _choose_device(config.device, rank % local_ranks)
+        self.dtype = choose_dtype(config.dtype, model_config.dtype)
+        placement = Placement.even(model_config.moe_layers, model_config.moe.num_experts, num_ranks)
+        self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
+        self.source: WeightSource = RandomWeights(config.seed) if config.load_format == "dummy" else Checkpoint(path)
+        with tqdm(total=model_config.num_layers, desc="loading layers", disable=rank != 0, leave=False) as bar:
+            self.model = build_decoder(
+                model_config,
+                self.source,
+                placement,
+                rank,
+                make_dispatchers(group, placement.max_slots),
+                self.counter,
+                self.dtype,
+                self.device,
+                progress=bar.update,
+            )
+        num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
+        self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
+        self.sequences: dict[int, Sequence] = {}
+        self.info = RankInfo(
+            rank=rank,
+            pid=os.getpid(),
+            device=str(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            num_threads=torch.get_num_threads(),
+            num_blocks=num_blocks,
+            kv_cache_bytes=self.cache.nbytes,
+            weight_bytes=self.model.nbytes,
+            load_seconds=time.perf_counter() - start,
+            kernels=ops.describe(self.device),
+        )
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> RankResult:
+        """Run this rank's share of a plan. Every rank runs every plan, also without tokens of its own."""
+        start = time.perf_counter()
+        work = plan.ranks[self.rank]
+        self._admit(work)
+        hidden_TD = self.model.forward(self._batch(work, plan), self.cache)
+        samples = self._sample(work.chunks, hidden_TD)
+        prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
+        return RankResult(plan.step, self.rank, samples, prompt_logprobs, time.perf_counter() - start)
+
+    def expert_counts(self) -> np.ndarray:
+        """Tokens of this rank per (phase, sparse layer, logical expert): int64 [2, L, E], prefill then decode."""
+        counts: np.ndarray = self.counter.counts_2LE.cpu().numpy()
+        return counts
+
+    def _admit(self, work: RankPlan) -> None:
+        for seq_id in work.dropped:
+            del self.sequences[seq_id]
+        for new in work.new_sequences:
+            self.sequences[new.seq_id] = Sequence(
+                list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, blocks=[]
+            )
+
+    def _batch(self, work: RankPlan, plan: StepPlan) -> Batch:
+        tokens: list[int] = []
+        positions: list[int] = []
+        num_prompt: list[int] = []
+        slots: list[int] = []
+        size = self.config.block_size
+        for chunk in work.chunks:
+            sequence = self.sequences[chunk.seq_id]
+            sequence.blocks.extend(chunk.new_blocks)
+            where = range(chunk.start, chunk.start + chunk.num_tokens)
+            tokens += sequence.token_ids[chunk.start : where.stop]
+            positions += where
+            num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
+            slots += [sequence.blocks[position // size] * size + position % size for position in where]
+        assert len(tokens) == len(positions), "a plan names positions whose tokens this rank does not have"
+        attention = ops.AttentionMetadata.build(
+            [chunk.num_tokens for chunk in work.chunks],
+            [chunk.start + chunk.num_tokens for chunk in work.chunks],
+            [self.sequences[chunk.seq_id].blocks for chunk in work.chunks],
+            self.device,
+        )
+        return Batch(
+            token_T=self._tensor(tokens),
+            position_T=self._tensor(positions),
+            num_prompt_T=self._tensor(num_prompt),
+            slot_T=self._tensor(slots),
+            attention=attention,
+            num_decode=work.num_decode,
+            dispatcher=plan.dispatcher,
+            tokens_per_rank=plan.tokens_per_rank,
+        )
+
+    def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:
+        """Sample behind every chunk that asks for it, and append each token to its sequence."""
+        ends = np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()
+        last = [(chunk.seq_id, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
+        if not last:
+            return []
+        sequences = [self.sequences[seq_id] for seq_id, _ in last]
+        logits_BV = self.model.logits(hidden_TD[self._tensor([row for _, row in last])])
+        rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
+        tokens = sample(logits_BV, rows)
+        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
+        for num_best in {row.params.logprobs for row in rows} - {None}:
+            which = [index for index, row in enumerate(rows) if row.params.logprobs == num_best]
+            found = token_logprobs(logits_BV[which], [tokens[index] for index in which], num_best or 0)
+            for index, entry in zip(which, found, strict=True):
+                logprobs[index] = entry
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.token_ids.append(token)
+        return [Sample(seq_id, token, entry) for (seq_id, _), token, entry in zip(last, tokens, logprobs, strict=True)]
+
+    def _prompt_logprobs(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[PromptLogprobs]:
+        found, row = [], 0
+        for chunk in chunks:
+            sequence = self.sequences[chunk.seq_id]
+            num_best = sequence.params.prompt_logprobs
+            known = sequence.token_ids[chunk.start + 1 : sequence.num_prompt_tokens][: chunk.num_tokens]
+            if num_best is not None and known:
+                entries: list[TokenLogprobs] = []
+                for first in range(0, len(known), PROMPT_LOGPROB_ROWS):
+                    part = known[first : first + PROMPT_LOGPROB_ROWS]
+                    logits = self.model.logits(hidden_TD[row + first : row + first + len(part)])
+                    entries += token_logprobs(logits, part, num_best)
+                found.append(PromptLogprobs(chunk.seq_id, chunk.start, entries))
+            row += chunk.num_tokens
+        return found
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def choose_dtype(asked: str, stored: str) -> torch.dtype:
+    """The dtype of weights and activations; "auto" is the checkpoint's own."""
+    name = stored if asked == "auto" else asked
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f'dtype: the checkpoint is {name}, which is not supported; choose "bfloat16" or "float32"')
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _choose_device(asked: str, local_rank: int) -> torch.device:
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError('device: "cuda" is not allowed; this machine has no CUDA device')
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"ep_size: too many ranks for the {torch.cuda.device_count()} CUDA devices of this host")
+    return torch.device("cuda", local_rank)
+
+
+if __name__ == "__main__":
+    from moe_runtime.rank_main import main
+
+    main()
