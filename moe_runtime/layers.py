@@ -157,7 +157,7 @@ class Attention:
         metadata: ops.AttentionMetadata,
     ) -> Tensor:
         """Attend from each token to its sequence so far; the tokens' own keys and values go into the cache first."""
-        heads = self.qkv(x_TD).view(x_TD.shape[0], -1, self.head_dim)
+        heads = self.qkv(x_TD).view(x_TD.shape[0], sum(self.heads), self.head_dim)
         q_THd, k_TGd, v_TGd = heads.split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd = ops.rms_norm(q_THd, self.q_norm, self.eps)

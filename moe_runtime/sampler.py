@@ -36,10 +36,13 @@ def sample(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     logits_BV = _penalize(logits_BV, rows)
     tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
     drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
-    if drawn:
-        chosen = _draw(logits_BV[drawn], [rows[index] for index in drawn])
-        for index, token in zip(drawn, chosen, strict=True):
-            tokens[index] = token
+    # Two ways to lay out the candidates; a row must take its own, whatever its neighbours need.
+    for truncated in (False, True):
+        which = [index for index in drawn if _truncates(rows[index].params) == truncated]
+        if which:
+            chosen = _draw(logits_BV[which], [rows[index] for index in which], truncated)
+            for index, token in zip(which, chosen, strict=True):
+                tokens[index] = token
     return tokens
 
 
@@ -95,8 +98,12 @@ def _penalize(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return penalized
 
 
-def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Invert each row's cumulated probabilities at its own random number."""
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> list[int]:
+    """Invert each row's cumulated probabilities at its own random number; sorted where they must be truncated."""
     device, params = logits_BV.device, [row.params for row in rows]
 
     def column(values: Sequence[float]) -> Tensor:
@@ -104,7 +111,7 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
     scaled_BV = logits_BV / column([p.temperature for p in params])
     token_BC = None
-    if any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in params):
+    if truncated:
         scaled_BV, token_BC = scaled_BV.sort(dim=-1, descending=True, stable=True)
         vocab = scaled_BV.shape[1]
         floor_B1 = scaled_BV[:, :1] + column([p.min_p for p in params]).log()

@@ -69,7 +69,7 @@ class Checkpoint:
         self._file_of: dict[str, str] = {}
         index = path / "model.safetensors.index.json"
         if index.exists():
-            self._file_of = dict(json.loads(index.read_text())["weight_map"])
+            self._file_of = _weight_map(index)
             files = sorted(set(self._file_of.values()))
         else:
             files = sorted(file.name for file in path.glob("*.safetensors"))
@@ -109,6 +109,13 @@ class Checkpoint:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"model: {file} is damaged or truncated: {error}") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"model: {index} is no index of weights; it must hold a JSON object 'weight_map'") from None
 
 
 class RandomWeights:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from moe_runtime.kernels import ops
 
+# Renamed in torch 2.13; the old name warns there.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Dispatched:
@@ -126,7 +129,7 @@ class AllGatherDispatcher:
         packed[:, x_bytes:] = 0xFF  # int32 -1: rows of padding go nowhere
         packed[:T, x_bytes:] = slot_TK.to(torch.int32).contiguous().view(torch.uint8)
         gathered = packed.new_empty(W * P, packed.shape[1])
-        dist.all_gather_into_tensor(gathered, packed, group=self.group)
+        all_gather(gathered, packed, group=self.group)
         x_ND = gathered[:, :x_bytes].contiguous().view(x_TD.dtype)
         slot_NK = gathered[:, x_bytes:].contiguous().view(torch.int32).long()
 
@@ -163,7 +166,7 @@ def _bring_back(y_RD: Tensor, route: _Route, weights_TK: Tensor, group: dist.Pro
 def _combine(y_RD: Tensor, position_R: Tensor, weights_TK: Tensor) -> Tensor:
     """Rows to their (token, k), then the weighted sum; a (token, k) that was not sent counts as zero."""
     num_pairs = weights_TK.numel()
-    y = y_RD.new_zeros if y_RD.shape[0] < num_pairs else y_RD.new_empty
-    y_PD = y(num_pairs, y_RD.shape[1])
-    y_PD[position_R] = y_RD
-    return ops.combine_topk(y_PD.view(*weights_TK.shape, -1), weights_TK)
+    make = y_RD.new_empty if y_RD.shape[0] == num_pairs else y_RD.new_zeros
+    y_TKD = make(*weights_TK.shape, y_RD.shape[1])
+    y_TKD.flatten(0, 1)[position_R] = y_RD
+    return ops.combine_topk(y_TKD, weights_TK)

@@ -1,0 +1,93 @@
+"""An expert load as JSON, as NPZ, and as the interactive HTML page.
+
+Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zipfile
+import zlib
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe_runtime.balancer.files import field, parse_json, require_format
+from moe_runtime.balancer.placement import Placement
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+
+FORMAT = "moe_runtime.expert_load"
+FORMAT_VERSION = 1
+PHASES = ("prefill", "decode")
+# what zipfile and numpy raise where an archive is damaged
+UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, OSError, RuntimeError)
+HTML_DATA_MARK = "__EXPERT_LOAD_JSON__"
+
+
+def to_json(load: ExpertLoad) -> bytes:
+    return (json.dumps(load.to_dict()) + "\n").encode()
+
+
+def to_html(load: ExpertLoad) -> bytes:
+    """The page of `heatmap.html` with the load's JSON inside; it needs no other file and makes no request."""
+    page = resources.files("moe_runtime.balancer").joinpath("heatmap.html").read_text(encoding="utf-8")
+    before, after = page.split(HTML_DATA_MARK)
+    # json.dumps leaves only ASCII; without < and > nothing in it can end the script element
+    data = json.dumps(load.to_dict()).replace("<", "\\u003c").replace(">", "\\u003e")
+    return (before + data + after).encode()
+
+
+def to_npz(load: ExpertLoad) -> bytes:
+    """Arrays `prefill`, `decode` [L, E], `layer_ids` [L], `slots` [L, W, S] if placed, and `metadata` (JSON text)."""
+    arrays: dict[str, Any] = {**load.tokens, "layer_ids": np.asarray(load.layer_ids, np.int64)}
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": load.model,
+        "top_k": load.top_k,
+        "num_experts": load.num_experts,
+    }
+    if load.placement is not None:
+        arrays["slots"] = load.placement.slots
+        metadata["placement_version"] = load.placement.version
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays, metadata=np.array(json.dumps(metadata)))
+    return file.getvalue()
+
+
+def from_npz(path: Path) -> dict[str, Any]:
+    """The arguments of the `ExpertLoad` in the file; ValueError where it is foreign or damaged."""
+    content = path.read_bytes()
+    try:
+        # numpy parses before it has seen the checksum: check that first
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {} if damaged else dict(file)
+    except UNREADABLE as error:
+        raise ValueError("not a readable NPZ archive") from error
+    if damaged:
+        raise ValueError(f"not a readable NPZ archive, {damaged} is damaged")
+    missing = [name for name in ("metadata", "layer_ids", *PHASES) if name not in arrays]
+    if missing:
+        raise ValueError(f"the NPZ archive lacks {', '.join(missing)}")
+    metadata = require_format(parse_json(str(arrays["metadata"])), FORMAT, FORMAT_VERSION)
+    tokens = {phase: arrays[phase] for phase in PHASES}
+    layer_ids = tuple(arrays["layer_ids"].ravel().tolist())
+    placement = None
+    if "slots" in arrays:
+        version = field(metadata, "placement_version", int)
+        placement = Placement(arrays["slots"], field(metadata, "num_experts", int), layer_ids, version)
+    return {
+        "tokens": tokens,
+        "layer_ids": layer_ids,
+        "placement": placement,
+        "model": field(metadata, "model", str),
+        "top_k": field(metadata, "top_k", int, optional=True),
+    }

@@ -1,0 +1,117 @@
+"""Imports go one way: cli, launch, serve, the engine and the rest, experts and all2all, kernels; balancer is alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_runtime
+
+PACKAGE = Path(moe_runtime.__file__).parent
+LEAVES = {
+    "kernels": {"kernels"},
+    "experts": {"experts", "kernels"},
+    "all2all": {"all2all", "kernels"},
+    "balancer": {"balancer"},
+}
+TOP = {"cli", "cli_generate", "launch", "__main__"}
+TORCH_FREE = """
+block_pool build cli config detokenizer engine executor host launch llm messages models models.hf_config options
+outputs rank_group request sampling_params scheduler transport
+""".split()  # noqa: SIM905
+OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the package, by its name below `moe_runtime`."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = ast.parse(file.read_text())
+    return found
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """What a module imports, wherever in it; names below `moe_runtime` without the prefix."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+OURS = modules()
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_imports_go_one_way(module: str) -> None:
+    ours = {name.removeprefix("moe_runtime.") for name in imports(OURS[module]) if name.startswith("moe_runtime.")}
+    parts = {part_of(name) for name in ours} - {"__version__"}
+    here = part_of(module)
+    if here in LEAVES:
+        assert parts <= LEAVES[here], f"{module} may import only {LEAVES[here]}"
+    if here not in TOP | {"serve"}:
+        assert "serve" not in parts, f"{module} is below serve"
+    if here not in TOP:
+        assert not parts & TOP, f"{module} is below the command line and the launcher"
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_top_level_links_are_never_import_names(module: str) -> None:
+    links = {"experts", "all2all", "balancer", "kernels", "serve"}
+    assert not {part_of(name) for name in imports(OURS[module])} & links
+
+
+def run(code: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_planning_and_hosts_import_no_torch() -> None:
+    run(
+        f"import importlib, sys\nfor name in {TORCH_FREE}: importlib.import_module('moe_runtime.' + name)\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+
+
+def test_importing_the_package_is_light() -> None:
+    run("import moe_runtime, sys; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)")
+
+
+def test_one_rank_in_process_needs_no_server_packages(tmp_path: Path) -> None:
+    from tiny_models import make_model, save
+
+    save(make_model("qwen3"), tmp_path)
+    run(
+        f"import sys\nfor name in {OPTIONAL_IN_PROCESS}: sys.modules[name] = None\n"
+        "from moe_runtime import LLM, SamplingParams\n"
+        f"with LLM({str(tmp_path)!r}, skip_tokenizer_init=True) as llm:\n"
+        "    params = SamplingParams(max_tokens=4, ignore_eos=True)\n"
+        "    out = llm.generate({'prompt_token_ids': [3, 4, 5]}, params, use_tqdm=False)\n"
+        "    assert len(out[0].outputs[0].token_ids) == 4\n"
+        "    assert llm.expert_load().tokens['prefill'].sum() == 3 * 3 * 3"
+    )
+
+
+def test_transformers_from_the_root_does_not_find_our_kernels() -> None:
+    """`kernels` is another package's name, and transformers imports it if it finds one; our link must not be it."""
+    root = PACKAGE.parent
+    assert (root / "kernels").is_symlink()
+    run(
+        "import sys; sys.path.insert(0, '')\n"
+        "from transformers.models.glm4_moe import modeling_glm4_moe\n"
+        "assert not [name for name in sys.modules if name.startswith('kernels.')], 'our link was imported'",
+        cwd=root,
+    )

@@ -1,0 +1,178 @@
+"""Checkpoints as they lie on disk: sharded, fused, tied, damaged; and each rank reads only its own experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rank_pool import PoolExecutor, RankPool
+from safetensors.torch import load_file, save_file
+from tiny_models import CASES, FAMILY, make_model, save
+
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.models import load_model_config
+from moe_runtime.models.decoder import Decoder, build_decoder
+from moe_runtime.moe import ExpertCounter, MoELayer
+from moe_runtime.weights import Checkpoint, RandomWeights, WeightSource, resolve_model
+
+CPU = torch.device("cpu")
+
+
+def build(path: Path, source: WeightSource, placement: Placement | None = None, rank: int = 0) -> Decoder:
+    config = load_model_config(path)
+    placement = placement or Placement.even(config.moe_layers, config.moe.num_experts, 1)
+    counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
+    return build_decoder(config, source, placement, rank, {}, counter, torch.float32, CPU, lambda: None)
+
+
+def tensors(model: Decoder) -> list[torch.Tensor]:
+    found = [model.embed_VD, model.norm_D, model.head_VD]
+    for layer in model.layers:
+        found += [layer.input_norm_D, layer.post_norm_D, layer.attention.qkv.weight, layer.attention.output.weight]
+        if isinstance(layer.mlp, MoELayer):
+            found += [layer.mlp.gate.weight_ED, layer.mlp.experts.w13_SGD, layer.mlp.experts.w2_SDF]
+    return found
+
+
+def fuse_experts(path: Path, config: ModelConfig) -> None:
+    """Rewrite a checkpoint with all experts of a layer in one tensor, as newer ones have it."""
+    file = path / "model.safetensors"
+    state = load_file(file)
+    for layer in config.moe_layers:
+        for block, names in (("mlp", ("gate_proj", "up_proj", "down_proj")), ("block_sparse_moe", ("w1", "w3", "w2"))):
+            prefix = f"model.layers.{layer}.{block}"
+            if f"{prefix}.experts.0.{names[0]}.weight" not in state:
+                continue
+            experts = [
+                [state.pop(f"{prefix}.experts.{e}.{name}.weight") for name in names]
+                for e in range(config.moe.num_experts)
+            ]
+            fused = f"model.layers.{layer}.mlp.experts"
+            state[f"{fused}.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
+            state[f"{fused}.down_proj"] = torch.stack([down for _, _, down in experts])
+            if block != "mlp":
+                state[f"model.layers.{layer}.mlp.gate.weight"] = state.pop(f"{prefix}.gate.weight")
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("case", ["qwen3 bias, tied", "mixtral", "glm4"])
+def test_sharded_and_fused_hold_the_same_as_one_file(tmp_path: Path, case: str) -> None:
+    model = make_model(case)
+    whole = save(model, tmp_path / "whole")
+    sharded = save(model, tmp_path / "sharded", max_shard_size="100KB")
+    fused = save(model, tmp_path / "fused")
+    fuse_experts(fused, load_model_config(fused))
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected = tensors(build(whole, Checkpoint(whole)))
+    for path in (sharded, fused):
+        for ours, theirs in zip(tensors(build(path, Checkpoint(path))), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_rank_reads_only_its_own_experts(tmp_path: Path, family: str, fused: bool) -> None:
+    case = next(name for name, (of, _) in CASES.items() if of == family)
+    path = save(make_model(case), tmp_path)
+    config = load_model_config(path)
+    if fused:
+        fuse_experts(path, config)
+    placement = Placement.even(config.moe_layers, config.moe.num_experts, 3)
+    expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4
+    one = Checkpoint(path)
+    build(path, one)
+    rest = one.bytes_read - expert_bytes * config.moe.num_experts * len(config.moe_layers)
+    for rank in range(3):
+        source = Checkpoint(path)
+        build(path, source, placement, rank)
+        own = int((placement.slots[:, rank] >= 0).sum())
+        assert source.bytes_read == rest + own * expert_bytes
+
+
+def test_ranks_of_an_engine_read_only_their_own_experts(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    config = load_model_config(path)
+    whole = Checkpoint(path)
+    build(path, whole)
+    expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4 * len(config.moe_layers)
+    executor = PoolExecutor(rank_pool(4), EngineConfig(str(path), ep_size=4), config, path)
+    dense = whole.bytes_read - 7 * expert_bytes
+    assert executor.bytes_read() == [dense + own * expert_bytes for own in (2, 2, 2, 1)]
+    executor.close()
+
+
+def test_dummy_weights_do_not_depend_on_the_placement(tmp_path: Path) -> None:
+    path = save(make_model("mixtral"), tmp_path)
+    config = load_model_config(path)
+    whole = build(path, RandomWeights(3))
+    placement = Placement.even(config.moe_layers, config.moe.num_experts, 2)
+    first = placement.slots[0, 0]
+    for rank in range(2):
+        part = build(path, RandomWeights(3), placement, rank)
+        assert torch.equal(part.head_VD, whole.head_VD)
+        ours, all_of_them = part.layers[0].mlp, whole.layers[0].mlp
+        assert isinstance(ours, MoELayer) and isinstance(all_of_them, MoELayer)
+        for slot, expert in enumerate(placement.slots[0, rank].tolist()):
+            if expert >= 0:
+                assert torch.equal(ours.experts.w13_SGD[slot], all_of_them.experts.w13_SGD[expert])
+    assert len(first) == 3
+    assert not torch.equal(whole.embed_VD, build(path, RandomWeights(4)).embed_VD)
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path / "a", max_shard_size="100KB")
+    shards = sorted(path.glob("*.safetensors"))
+    content = shards[1].read_bytes()
+
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is missing"):
+        Checkpoint(path)
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is damaged or truncated"):
+        Checkpoint(path)
+    shards[1].write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is damaged or truncated"):
+        Checkpoint(path)
+    shards[1].write_bytes(content)
+    index = path / "model.safetensors.index.json"
+    listing = json.loads(index.read_text())
+    del listing["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match=r"no tensor 'model\.norm\.weight'"):
+        build(path, Checkpoint(path))
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json.*weight_map"):
+        Checkpoint(path)
+
+
+def test_what_a_file_holds_must_fit_the_configuration(tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    state = load_file(path / "model.safetensors")
+    norm = state["model.norm.weight"]
+    save_file(state | {"model.norm.weight": norm[:-1]}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has shape \[47\].*\[48\]"):
+        build(path, Checkpoint(path))
+    save_file(state | {"model.norm.weight": norm.to(torch.float8_e4m3fn)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has dtype F8_E4M3, which is not supported"):
+        build(path, Checkpoint(path))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        Checkpoint(path)
+
+
+def test_where_a_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    for name in (str(tmp_path / "nothing"), "./nothing", "nothing"):
+        with pytest.raises(ValueError, match="is no directory"):
+            resolve_model(name)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is no directory"):
+        resolve_model(str(file))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="the hub does not give it"):
+        resolve_model("somebody/no-such-model")
