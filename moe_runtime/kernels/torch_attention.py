@@ -1,0 +1,72 @@
+"""Attention over the paged KV cache in torch, and the write into it.
+
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N cache blocks, B block size,
+S sequences read together, Q query rows of each, C gathered keys, R query heads per key/value head.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_runtime.kernels.attention import AttentionMetadata
+
+
+def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
+    """Write each token's key and value into its slot of the cache, in place.
+
+    Args:
+        slot_T: int64, `block * block_size + offset`, all different.
+    """
+    k_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, k_TGd)
+    v_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, v_TGd)
+
+
+def paged_attention(
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention of a step's queries over the cached keys of their own sequence.
+
+    Softmax is in float32. The step's own keys must be in the cache already. All of the cache must be finite (allocate
+    it with zeros): keys that a query may not see get the weight 0, and 0 times NaN is NaN.
+
+    Returns:
+        `[T, H, d]` in the dtype of `q_THd`.
+    """
+    assert q_THd.shape[0] == meta.num_tokens, (q_THd.shape, meta.num_tokens)
+    out_THd = q_THd.new_empty(q_THd.shape)
+    for read in meta.reads(k_cache_NBGd.shape[1], sliding_window):
+        k_SGCd = k_cache_NBGd[read.blocks].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
+        v_SGCd = v_cache_NBGd[read.blocks].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
+        q_SQHd = q_THd[read.rows].reshape(len(read.blocks), -1, *q_THd.shape[1:])
+        attend = _attend_one if q_SQHd.shape[1] == 1 else _attend_many
+        out_THd[read.rows] = attend(q_SQHd, k_SGCd, v_SGCd, read.visible, scale).flatten(0, 1)
+    return out_THd
+
+
+def _attend_one(q_S1Hd: Tensor, k_SGCd: Tensor, v_SGCd: Tensor, visible_S1C: Tensor | None, scale: float) -> Tensor:
+    """One query row per sequence: the heads of a group become query rows, so that no key is repeated."""
+    (num_seqs, _, _, head_size), num_groups = q_S1Hd.shape, k_SGCd.shape[1]
+    q_SGRd = q_S1Hd.view(num_seqs, num_groups, -1, head_size)
+    visible_S11C = None if visible_S1C is None else visible_S1C[:, None]
+    out_SGRd = F.scaled_dot_product_attention(q_SGRd, k_SGCd, v_SGCd, attn_mask=visible_S11C, scale=scale)
+    return out_SGRd.flatten(1, 2).unsqueeze(1)
+
+
+def _attend_many(q_SQHd: Tensor, k_SGCd: Tensor, v_SGCd: Tensor, visible_SQC: Tensor | None, scale: float) -> Tensor:
+    out_SHQd = F.scaled_dot_product_attention(
+        q_SQHd.transpose(1, 2),
+        k_SGCd,
+        v_SGCd,
+        attn_mask=None if visible_SQC is None else visible_SQC[:, None],
+        is_causal=visible_SQC is None,
+        scale=scale,
+        enable_gqa=q_SQHd.shape[2] != k_SGCd.shape[1],
+    )
+    return out_SHQd.transpose(1, 2)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+from moe_runtime.kernels import ops, reference
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, 24), (7, 24), (7, 3, 24)])
+@torch.no_grad()
+def test_rms_norm_equals_transformers(dtype, shape):
+    norm = Qwen3MoeRMSNorm(24, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight)
+    x = (torch.randn(shape) * 3).to(dtype)
+    assert torch.equal(ops.rms_norm(x, norm.weight, 1e-5), norm(x))
+
+
+@DTYPES
+def test_add_rms_norm_rounds_the_sum_first(dtype):
+    x, residual, weight = torch.randn(9, 16).to(dtype), (torch.randn(9, 16) * 50).to(dtype), torch.rand(16).to(dtype)
+    kept = residual.clone()
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, kept + x) and torch.equal(residual, kept)
+    assert torch.equal(normed, ops.rms_norm(kept + x, weight, 1e-6))
+
+
+@DTYPES
+@pytest.mark.parametrize("rotated", [16, 8, 6])
+def test_rotary_equals_transformers(dtype, rotated):
+    q, k = torch.randn(5, 4, 16).to(dtype), torch.randn(5, 2, 16).to(dtype)
+    angles = torch.rand(5, rotated // 2) * 6
+    cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+    expected = apply_rotary_pos_emb(q, k, cos.to(dtype), sin.to(dtype), unsqueeze_dim=1)
+    for actual, theirs in zip(ops.apply_rotary(q, k, cos, sin), expected, strict=True):
+        assert actual.dtype == dtype and torch.equal(actual, theirs)
+
+
+@DTYPES
+def test_silu_mul(dtype):
+    gate_up = torch.randn(6, 14).to(dtype)
+    gate, up = gate_up[:, :7], gate_up[:, 7:]
+    assert torch.equal(ops.silu_mul(gate_up), torch.nn.functional.silu(gate) * up)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 9), st.data())
+def test_group_by_slot(num_slots, data):
+    slots = data.draw(st.lists(st.integers(-1, num_slots - 1), max_size=40))
+    order, counts = ops.group_by_slot(torch.tensor(slots, dtype=torch.int64), num_slots)
+    expected = sorted((row for row, slot in enumerate(slots) if slot >= 0), key=lambda row: slots[row])
+    assert order.tolist() == expected
+    assert counts.tolist() == [slots.count(slot) for slot in range(num_slots)]
+    assert order.dtype == counts.dtype == torch.int64
+
+
+@DTYPES
+@pytest.mark.parametrize("counts", [[1], [0, 5, 0, 12, 1], [0, 0], [40, 0]])
+@pytest.mark.parametrize("gathered", [True, False])
+def test_grouped_mlp_equals_the_reference(dtype, counts, gathered):
+    num_rows, num_slots = sum(counts), len(counts)
+    x = torch.randn(11 if gathered else num_rows, 20).to(dtype)
+    row = torch.randint(11, (num_rows,)) if gathered else None
+    w13, w2 = (torch.randn(num_slots, 26, 20) / 4).to(dtype), (torch.randn(num_slots, 20, 13) / 4).to(dtype)
+    actual = ops.grouped_mlp(x, row, torch.tensor(counts), w13, w2)
+    expected = reference.grouped_mlp(x, row, torch.tensor(counts), w13, w2)
+    assert actual.shape == (num_rows, 20) and actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x_ND": torch.randn(4, 5)}, r"x_ND: shape \(4, 5\) is not allowed; it must be \[rows, 6\]"),
+        ({"w13_SGD": torch.randn(2, 7, 6)}, r"w13_SGD: shape \(2, 7, 6\) does not fit .*; it must be \(2, 8, 6\)"),
+        (
+            {"w2_SDF": torch.randn(2, 6, 4).half()},
+            "dtypes torch.float32, torch.float32, torch.float16 .* must be equal",
+        ),
+        ({"counts_S": torch.tensor([4])}, "counts_S: .* must be int64 of 2 slots"),
+        ({"row_R": torch.tensor([0.0, 1.0])}, "row_R: torch.float32 .* must be a vector of int64"),
+    ],
+)
+def test_grouped_mlp_refuses_operands_that_do_not_fit(changed, message):
+    operands = {
+        "x_ND": torch.randn(4, 6),
+        "row_R": None,
+        "counts_S": torch.tensor([1, 3]),
+        "w13_SGD": torch.randn(2, 8, 6),
+        "w2_SDF": torch.randn(2, 6, 4),
+    }
+    assert ops.grouped_mlp(**operands).shape == (4, 6)
+    with pytest.raises(ValueError, match=message):
+        ops.grouped_mlp(**(operands | changed))
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "top_k"), [(0, 2), (5, 1), (9, 8)])
+def test_combine_topk_is_the_reference_bit_for_bit(dtype, tokens, top_k):
+    y, weights = torch.randn(tokens, top_k, 33).to(dtype), torch.rand(tokens, top_k)
+    assert torch.equal(ops.combine_topk(y, weights), reference.combine_topk(y, weights))
+
+
+def test_combine_topk_sums_in_order_of_k():
+    y = torch.tensor([1e8, 1.0, -1e8])[None, :, None]
+    assert ops.combine_topk(y, torch.ones(1, 3)).item() == 0.0
+    assert ops.combine_topk(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0

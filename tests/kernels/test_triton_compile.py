@@ -1,0 +1,53 @@
+"""The Triton kernels compile for every supported generation of chip, without a GPU, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+
+
+def check_kernels(**extra_env):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | extra_env
+    script = ROOT / "scripts" / "check_kernels.py"
+    return subprocess.run(
+        [sys.executable, script, "--one-tile", "--json"], env=env, cwd=ROOT / "scripts", capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def reports():
+    child = check_kernels()
+    assert child.returncode == 0, child.stdout + child.stderr
+    return json.loads(child.stdout)
+
+
+def test_every_kernel_is_compiled_for_every_chip(reports):
+    kernels = {(report["form"].split()[0], report["chip"]) for report in reports}
+    assert kernels == {(name, chip) for name in ("grouped_gemm", "tile_map", "topk_gate") for chip in SHARED_KB}
+
+
+@pytest.mark.parametrize("chip", SHARED_KB)
+def test_fits_the_chip(reports, chip):
+    for report in (report for report in reports if report["chip"] == chip):
+        assert report["problems"] == []
+        assert 0 < report["num_registers"] <= 255, report
+        assert report["num_spill_bytes"] == 0, report
+        assert report["num_shared_bytes"] <= SHARED_KB[chip] * 1024, report
+
+
+@pytest.mark.parametrize("chip", SHARED_KB)
+def test_multiplies_on_the_tensor_cores_of_its_generation(reports, chip):
+    used = {r["tensor_core"] for r in reports if r["chip"] == chip and r["form"].startswith("grouped_gemm")}
+    assert used == {TENSOR_CORE[chip]}
+
+
+def test_refuses_to_run_in_the_interpreter():
+    child = check_kernels(TRITON_INTERPRET="1")
+    assert child.returncode == 2 and "exclude each other" in child.stderr, child.stderr
