@@ -1,0 +1,114 @@
+"""A rank without torch or a model, for tests of the processes around it; `python fake_rank.py` instead of the worker.
+
+It does what the test writes into the plan's `dispatcher`, or, while it loads, into the configuration's `model`: a list
+of `rank:command` with the commands of `_obey`. Its samples prove which plan it got.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from moe_runtime.config import ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.executor import RankInfo
+from moe_runtime.messages import NewSequence, RankPlan, RankResult, Sample, StepPlan
+from moe_runtime.rank_main import RankArguments, run_rank
+from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.transport import Init
+
+COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
+REFUSAL = "model-00001-of-00002.safetensors: the file is truncated"
+
+
+class FakeWorker:
+    def __init__(self, seat: RankArguments, init: Init) -> None:
+        assert "torch" not in sys.modules
+        self.rank = seat.rank
+        self.num_ranks = init.num_ranks
+        self.steps: list[int] = []
+        _obey(init.config.model, self.rank)
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        self.info = RankInfo(self.rank, os.getpid(), "cpu", "float32", threads, 8, 0, 0, 0.0, {"cores": cores})
+
+    def step(self, plan: StepPlan) -> RankResult:
+        assert len(plan.ranks) == self.num_ranks
+        assert all(share == RankPlan() for rank, share in enumerate(plan.ranks) if rank != self.rank)
+        self.steps.append(plan.step)
+        _obey(plan.dispatcher, self.rank)
+        samples = [Sample(new.seq_id, fingerprint(new)) for new in plan.ranks[self.rank].new_sequences]
+        return RankResult(plan.step, self.rank, samples)
+
+    def expert_counts(self) -> np.ndarray:
+        return np.full((2, 3, 4), 10**self.rank, dtype=np.int64) * len(self.steps)
+
+
+def fingerprint(new: NewSequence) -> int:
+    """A number that depends on what the sequence carries."""
+    return sum(new.token_ids) + new.seed + len(new.params.stop)
+
+
+def _obey(commands: str, rank: int) -> None:
+    for part in commands.split(","):
+        target, _, command = part.partition(":")
+        if target != str(rank):
+            continue
+        match command:
+            case "late":
+                time.sleep(0.3)
+            case "hang":
+                time.sleep(3600)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "refuse":
+                raise ValueError(REFUSAL)
+            case "raise":
+                raise RuntimeError("connection closed by peer")
+            case _:
+                raise AssertionError(command)
+
+
+def model_config() -> ModelConfig:
+    """A configuration that says nothing in particular."""
+    return ModelConfig(
+        family="fake",
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=4,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=4,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=64,
+        rope=RopeConfig(theta=10000.0, rotary_dim=4),
+        moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=4),
+        moe_layers=(0,),
+        sliding_window=None,
+        qkv_bias=False,
+        output_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=True,
+        dtype="float32",
+        eos_token_ids=(0,),
+    )
+
+
+def step_plan(step: int, num_ranks: int, commands: str = "") -> StepPlan:
+    """A step with one new sequence per rank, whose id is the rank."""
+    ranks = [
+        RankPlan(new_sequences=[NewSequence(rank, [step, rank], 2, SamplingParams(stop=["a", "b"]), seed=100 * rank)])
+        for rank in range(num_ranks)
+    ]
+    return StepPlan(step, commands, [2] * num_ranks, ranks)
+
+
+if __name__ == "__main__":
+    run_rank(FakeWorker)

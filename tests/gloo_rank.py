@@ -1,0 +1,43 @@
+"""A rank that joins the real process group, for tests of the rendezvous: `python gloo_rank.py` for the worker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from moe_runtime.executor import RankInfo
+from moe_runtime.messages import RankResult, Sample, StepPlan
+from moe_runtime.rank_main import RankArguments, join_group, run_rank
+from moe_runtime.transport import Init
+
+COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
+
+
+class GlooWorker:
+    def __init__(self, seat: RankArguments, init: Init) -> None:
+        import torch
+
+        self.rank = seat.rank
+        self.group = join_group(seat, init)
+        self.info = RankInfo(self.rank, os.getpid(), "cpu", "float32", torch.get_num_threads(), 8, 0, 0, 0.0, {})
+
+    def step(self, plan: StepPlan) -> RankResult:
+        """Sums `step * (rank + 1)` over the ranks; the rank that `dispatcher` names leaves without a word."""
+        import torch
+        import torch.distributed as dist
+
+        if plan.dispatcher == str(self.rank):
+            os._exit(7)
+        total = torch.tensor([plan.step * (self.rank + 1)])
+        dist.all_reduce(total, group=self.group)
+        return RankResult(plan.step, self.rank, [Sample(0, int(total))])
+
+    def expert_counts(self) -> np.ndarray:
+        return np.zeros((2, 1, 1), dtype=np.int64)
+
+
+if __name__ == "__main__":
+    run_rank(GlooWorker)
