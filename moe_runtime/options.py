@@ -1,0 +1,170 @@
+"""Options of the command line and of YAML files, made from frozen dataclasses: fields, defaults and docstrings.
+
+Flags, keys and Python arguments so have the same names, and a wrong value is refused in the same words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL = 'a local Hugging Face directory, a hub id, or "demo"'
+EXPECTED = {int: "an integer", float: "a number", str: "a string"}
+
+
+class UserMistake(Exception):  # noqa: N818 - not an error of the program
+    """Something that the user named cannot be; the message is one clear line."""
+
+
+@contextlib.contextmanager
+def user_mistakes() -> Iterator[None]:
+    """Turn a ValueError or OSError about what the user named into a UserMistake."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserMistake(str(error)) from error
+    except OSError as error:
+        raise UserMistake(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of a dataclass: `--ep-size` on the command line, `ep_size` or `ep-size` in a file.
+
+    Attributes:
+        kind: type of the value, or of each of several.
+        many: whether it holds several values.
+    """
+
+    name: str
+    kind: type
+    many: bool
+    default: Any
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def options_of(cls: type, exclude: Iterable[str] = ()) -> list[Option]:
+    """The options that a dataclass defines, in its order."""
+    assert dataclasses.is_dataclass(cls)
+    hints = typing.get_type_hints(cls)
+    helps = attribute_docs(cls)
+    options = []
+    for field in dataclasses.fields(cls):
+        if field.name in exclude:
+            continue
+        kinds = _alternatives(hints[field.name])
+        many = [kind for kind in kinds if typing.get_origin(kind) is not None]
+        kind = typing.get_args(many[0])[0] if many else next(kind for kind in kinds if kind is not type(None))
+        options.append(Option(field.name, kind, bool(many), field.default, helps.get(field.name, "")))
+    return options
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def attribute_docs(cls: type) -> dict[str, str]:
+    """What a docstring's `Attributes:` section says of each name; `a, b: text` tells of both."""
+    section = textwrap.dedent((cls.__doc__ or "").partition("    Attributes:\n")[2].partition("\n\n")[0])
+    entries = re.findall(r"^([\w, ]+): (.*(?:\n +.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> None:
+    """Add a flag for each option. What is not given stays absent, so that a file's value can take its place."""
+    for option in options:
+        arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
+        if option.kind is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        elif option.many and option.kind is str:
+            arguments |= {"action": "append", "metavar": "TEXT"}
+        elif option.many:
+            assert option.kind is int
+            arguments |= {"type": integers, "metavar": "N,N,..."}
+        else:
+            metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
+            arguments |= {"type": _converter(option.kind), "metavar": metavar}
+        parser.add_argument(option.flag, **arguments)
+
+
+def _help(option: Option) -> str:
+    default = "" if option.default in (None, (), dataclasses.MISSING) else f" (default: {option.default})"
+    return (option.help.rstrip(".") + default).replace("%", "%%")
+
+
+def _converter(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError as error:
+            message = f"{text!r} is not allowed; it must be {EXPECTED[kind]}"
+            raise argparse.ArgumentTypeError(message) from error
+
+    return convert
+
+
+def integers(text: str) -> list[int]:
+    """The integers of a flag's value, separated by commas."""
+    convert = _converter(int)
+    return [convert(word) for word in text.split(",")]
+
+
+def read_options_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
+    """The options that a YAML file sets, by name.
+
+    Raises:
+        ValueError: no such file, not a mapping, or an unknown option. Values are left to the dataclasses.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"config: {str(path)!r} cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {str(path)!r} is not YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"config: {str(path)!r} must be a mapping of option names to values")
+    known = [option.name for option in options]
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"{key}: no such option in {str(path)!r}; known options are {', '.join(known)}")
+        values[name] = value
+    return values
+
+
+def option_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
+    """The options that were set, on the command line or in the file of `--config`; the command line wins.
+
+    Raises:
+        ValueError: as `read_options_file`, or there is no model.
+    """
+    values = read_options_file(namespace.config, options) if namespace.config else {}
+    given = vars(namespace)
+    values |= {option.name: given[option.name] for option in options if given.get(option.name) is not None}
+    if values.get("model") is None:
+        raise ValueError(f"model: missing; it must be {MODEL}")
+    return values
+
+
+def only_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of a dataclass."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: value for name, value in values.items() if name in names}

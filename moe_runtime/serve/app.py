@@ -1,0 +1,141 @@
+"""The FastAPI application: routes of health, metrics and experts, and what holds for all routes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moe_runtime import __version__
+from moe_runtime.serve import native, openai_api
+from moe_runtime.serve.async_engine import AsyncEngine, State
+from moe_runtime.serve.errors import ApiError, add_error_handlers, error_response, json_response
+from moe_runtime.serve.index import index_page
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+    from moe_runtime.balancer.placement import Placement
+
+MAX_BODY_BYTES = 32 * 2**20
+MEDIA_TYPES = {
+    "png": "image/png",
+    "svg": "image/svg+xml",
+    "html": "text/html; charset=utf-8",
+    "csv": "text/csv; charset=utf-8",
+    "json": "application/json",
+    "npz": "application/octet-stream",
+}
+
+
+def create_app(engine: AsyncEngine) -> FastAPI:
+    """The application over an engine, which the caller starts and closes."""
+    app = FastAPI(title="moe_runtime", version=__version__)
+    app.state.engine = engine
+    app.state.started = time.time()
+    app.add_middleware(BodyLimit)
+    add_error_handlers(app)
+    app.include_router(native.router)
+    app.include_router(openai_api.router)
+    _add_health_routes(app, engine)
+    _add_expert_routes(app, engine)
+    return app
+
+
+def _add_health_routes(app: FastAPI, engine: AsyncEngine) -> None:
+    started = time.monotonic()
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        """Links, and the heatmap as it is now."""
+        return HTMLResponse(index_page(engine))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while this process can still become or stay useful, 503 once the engine is dead."""
+        body: dict[str, object] = {
+            "status": str(engine.state),
+            "pid": os.getpid(),
+            "uptime_seconds": round(time.monotonic() - started, 3),
+        }
+        if engine.reason:
+            body["reason"] = engine.reason
+        if engine.info is not None:
+            body |= engine.info.health
+        return json_response(body, 503 if engine.state is State.DEAD else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken, 503 with the reason otherwise."""
+        if engine.state is State.READY:
+            return json_response({"status": "ready"})
+        return json_response({"status": str(engine.state), "reason": engine.reason}, 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        if engine.state in (State.READY, State.DRAINING):
+            engine.metrics.set_expert_load(await engine.query("expert_load"))
+        return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
+    rendering = asyncio.Lock()  # pictures take their time from the ranks' cores: one at once
+
+    @app.get("/experts/load")
+    async def load() -> Response:
+        """Tokens per phase, layer and expert since the start."""
+        load: ExpertLoad = await engine.query("expert_load")
+        return json_response(load.to_dict())
+
+    @app.get("/experts/heatmap.{suffix}")
+    async def heatmap(suffix: str) -> Response:
+        """The load as a picture, page or table."""
+        if suffix not in MEDIA_TYPES:
+            raise ApiError(
+                404, f"suffix: {suffix!r} is not allowed; it must be one of {', '.join(MEDIA_TYPES)}", "suffix"
+            )
+        load: ExpertLoad = await engine.query("expert_load")
+        async with rendering:
+            content = await asyncio.to_thread(load.render, suffix)
+        return Response(content, media_type=MEDIA_TYPES[suffix])
+
+    @app.get("/experts/placement")
+    async def placement() -> Response:
+        """Which expert sits in which slot of which rank."""
+        placement: Placement = await engine.query("placement")
+        return json_response(placement.to_dict())
+
+
+class BodyLimit:
+    """Refuses bodies of more than `MAX_BODY_BYTES`, before they are held in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        too_large = f"body: is too large; it must be at most {MAX_BODY_BYTES} bytes"
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await error_response(413, too_large)(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counting_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, too_large)
+            return message
+
+        await self._app(scope, counting_receive, send)

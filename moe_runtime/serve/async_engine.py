@@ -1,0 +1,255 @@
+"""The engine as asyncio sees it: requests in, streams of deltas out, through messages to the engine's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_runtime.serve.engine_thread import EngineThread
+from moe_runtime.serve.messages import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Answer,
+    Close,
+    Died,
+    Event,
+    Loaded,
+    LoadFailed,
+    Query,
+    Refused,
+    Stepped,
+)
+from moe_runtime.serve.metrics import Metrics, RequestTimer
+
+if TYPE_CHECKING:
+    from moe_runtime.engine import Engine
+    from moe_runtime.outputs import OutputDelta
+
+
+DRAIN_POLL_SECONDS = 0.02
+
+
+class State(StrEnum):
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class UnavailableError(RuntimeError):
+    """The engine cannot take or finish a request: it is loading, shutting down or dead. The message says which."""
+
+
+class RequestStream:
+    """Deltas of one or more requests as their steps end; iterate until all have finished, then `close`.
+
+    Deltas that the reader has not taken yet wait in memory; a request's are bounded by its length.
+    """
+
+    def __init__(self, request_ids: Iterable[str], abort: Callable[[str], None]) -> None:
+        self._unfinished = set(request_ids)
+        self._abort = abort
+        self._items: asyncio.Queue[OutputDelta | UnavailableError] = asyncio.Queue()
+
+    def put(self, item: OutputDelta | UnavailableError) -> None:
+        self._items.put_nowait(item)
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> OutputDelta:
+        """The next delta. Raises UnavailableError when the engine cannot finish a request."""
+        if not self._unfinished:
+            raise StopAsyncIteration
+        item = await self._items.get()
+        if isinstance(item, UnavailableError):
+            raise item
+        if item.finish_reason is not None:
+            self._unfinished.discard(item.request_id)
+        return item
+
+    def close(self) -> None:
+        """Abort what has not finished. May be called twice."""
+        while self._unfinished:
+            self._abort(self._unfinished.pop())
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request that the engine has, or is about to take."""
+
+    stream: RequestStream
+    accepted: asyncio.Future[None]
+    timer: RequestTimer
+
+
+class AsyncEngine:
+    """Runs an engine in its own thread. All methods belong to the event loop in which `start` was called.
+
+    Attributes:
+        state, reason: whether the engine takes requests, and why not if it does not.
+        loaded: done once the engine takes requests; fails with ValueError for the user's mistakes, otherwise with
+            UnavailableError.
+        died: done once the engine has failed, with a message that names the rank if one is to blame.
+        info: what the engine reported once it was loaded; None before.
+        metrics: Prometheus metrics of the requests and the engine.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._make_engine = make_engine
+        self.state = State.LOADING
+        self.reason = "the model is loading"
+        self.info: Loaded | None = None
+        self.metrics = Metrics()
+        self._requests: dict[str, _Request] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._query_ids = itertools.count()
+
+    def start(self) -> None:
+        """Start the thread that makes the engine; `loaded` tells how it went."""
+        self._loop = asyncio.get_running_loop()
+        self.loaded: asyncio.Future[Loaded] = self._loop.create_future()
+        self.died: asyncio.Future[str] = self._loop.create_future()
+        self._thread = EngineThread(self._make_engine, self._post)
+        self._thread.start()
+
+    def require_ready(self) -> Loaded:
+        """What the engine reported once it was loaded. Raises UnavailableError unless it takes requests."""
+        if self.state is not State.READY:
+            raise UnavailableError(self.reason)
+        assert self.info is not None
+        return self.info
+
+    async def submit(self, requests: Sequence[AddRequest]) -> RequestStream:
+        """Hand requests to the engine. Their deltas come in one stream, which the caller must close.
+
+        Raises:
+            ValueError: the engine refuses one of them; none runs then.
+            UnavailableError: the engine takes no requests.
+        """
+        self.require_ready()
+        stream = RequestStream([request.request_id for request in requests], self._abort)
+        accepted = []
+        for request in requests:
+            record = _Request(stream, self._loop.create_future(), self.metrics.start_timer())
+            self._requests[request.request_id] = record
+            accepted.append(record.accepted)
+            self._thread.send(request)
+        try:
+            await asyncio.gather(*accepted)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def query(self, what: Literal["expert_load", "placement"]) -> Any:
+        """Ask the engine for a view; it answers between two steps.
+
+        Raises:
+            UnavailableError: the engine is loading or dead.
+        """
+        if self.state in (State.LOADING, State.DEAD):
+            raise UnavailableError(self.reason)
+        query_id = next(self._query_ids)
+        answer = self._answers[query_id] = self._loop.create_future()
+        self._thread.send(Query(query_id, what))
+        try:
+            return await answer
+        finally:
+            self._answers.pop(query_id, None)
+
+    async def drain(self, seconds: float) -> int:
+        """Take no more requests and give the running ones so long to finish; returns how many were aborted."""
+        if self.state is not State.DEAD:
+            self.state, self.reason = State.DRAINING, "the server is shutting down"
+        deadline = self._loop.time() + seconds
+        while self._requests and self._loop.time() < deadline:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        return self._fail_all("abort")
+
+    async def close(self, seconds: float) -> bool:
+        """End the engine and its ranks; False if its thread has not ended after so long."""
+        if self.state is not State.DEAD:
+            self.state, self.reason = State.DEAD, "the server is shutting down"
+        self._fail_all("abort")
+        self._thread.send(Close())
+        await asyncio.to_thread(self._thread.join, seconds)
+        return not self._thread.is_alive()
+
+    def _post(self, event: Event) -> None:
+        """Called in the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._take, event)
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Stepped(deltas, stats):
+                self.metrics.stats = stats
+                for delta in deltas:
+                    self._deliver(delta)
+            case Accepted(request_id):
+                if request := self._requests.get(request_id):
+                    _settle(request.accepted, None)
+            case Refused(request_id, message):
+                if request := self._requests.pop(request_id, None):
+                    _settle(request.accepted, ValueError(message))
+            case Answer(query_id, value):
+                if answer := self._answers.get(query_id):
+                    _settle(answer, value)
+            case Loaded():
+                self.info, self.metrics.stats = event, event.stats
+                if self.state is State.LOADING:
+                    self.state, self.reason = State.READY, ""
+                _settle(self.loaded, event)
+            case LoadFailed(message, user_mistake):
+                self.state, self.reason = State.DEAD, f"the model could not be loaded: {message}"
+                _settle(self.loaded, ValueError(message) if user_mistake else UnavailableError(message))
+            case Died(message):
+                self.state, self.reason = State.DEAD, f"the engine has failed: {message}"
+                self._fail_all("error")
+                _settle(self.died, message)
+
+    def _deliver(self, delta: OutputDelta) -> None:
+        request = self._requests.get(delta.request_id)
+        if request is None:  # aborted while the step ran
+            return
+        request.timer.tokens(len(delta.token_ids))
+        request.stream.put(delta)
+        if delta.finish_reason is not None:
+            del self._requests[delta.request_id]
+            request.timer.finished(delta.finish_reason)
+
+    def _abort(self, request_id: str) -> None:
+        if request := self._requests.pop(request_id, None):
+            request.timer.finished("abort")
+            request.accepted.cancel()
+            self._thread.send(AbortRequest(request_id))
+
+    def _fail_all(self, finish_reason: str) -> int:
+        """End all requests and queries with `reason`; returns how many requests there were."""
+        error = UnavailableError(self.reason)
+        requests, self._requests = self._requests, {}
+        for request_id, request in requests.items():
+            request.timer.finished(finish_reason)
+            request.stream.put(error)
+            _settle(request.accepted, error)
+            self._thread.send(AbortRequest(request_id))
+        for answer in self._answers.values():
+            _settle(answer, error)
+        return len(requests)
+
+
+def _settle(future: asyncio.Future[Any], result: Any) -> None:
+    """Set a future's result or exception, unless its waiter has gone."""
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

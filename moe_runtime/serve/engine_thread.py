@@ -1,0 +1,117 @@
+"""The thread that makes the engine, runs its steps and ends it. It takes commands from a queue and posts events."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from moe_runtime.executor import RankError
+from moe_runtime.serve.messages import (
+    AbortRequest,
+    Accepted,
+    AddRequest,
+    Answer,
+    Close,
+    Command,
+    Died,
+    Event,
+    Loaded,
+    LoadFailed,
+    Query,
+    Refused,
+    Stepped,
+)
+
+if TYPE_CHECKING:
+    from moe_runtime.engine import Engine
+
+IDLE_CHECK_SECONDS = 0.5  # how often an idle engine looks whether its ranks still live
+
+logger = logging.getLogger(__name__)
+
+
+class EngineThread(threading.Thread):
+    """Owns the engine: made, stepped and closed in this thread alone.
+
+    A daemon, because a thread inside a step or a load cannot be ended from outside and must not keep the process.
+
+    Args:
+        make_engine: may raise ValueError for the user's mistakes and RankError.
+        post: takes every event, in order; called in this thread.
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine], post: Callable[[Event], None]) -> None:
+        super().__init__(name="engine", daemon=True)
+        self._make_engine = make_engine
+        self._post = post
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+
+    def send(self, command: Command) -> None:
+        """Leave a command for the thread to take before its next step."""
+        self._commands.put(command)
+
+    def run(self) -> None:
+        engine = self._load()
+        if engine is None:
+            return
+        try:
+            self._work(engine)
+        except RankError as error:
+            self._post(Died(str(error)))
+        except Exception as error:  # whatever it was, the requests must hear of it and the server must end
+            logger.exception("the engine failed")
+            self._post(Died(f"{type(error).__name__}: {error}"))
+        finally:
+            engine.close()
+
+    def _load(self) -> Engine | None:
+        try:
+            engine = self._make_engine()
+        except (ValueError, RankError) as error:
+            self._post(LoadFailed(str(error), isinstance(error, ValueError)))
+        except Exception as error:  # as above: the server must end, and say why
+            logger.exception("the engine could not be made")
+            self._post(LoadFailed(f"{type(error).__name__}: {error}", False))
+        else:
+            self._post(Loaded(engine.config, engine.max_model_len, engine.tokenizer, engine.health(), engine.stats()))
+            return engine
+        return None
+
+    def _work(self, engine: Engine) -> None:
+        while self._take_commands(engine):
+            if engine.has_work:
+                deltas = engine.step()
+            else:
+                engine.executor.check()
+                deltas = []
+            self._post(Stepped(deltas, engine.stats()))
+
+    def _take_commands(self, engine: Engine) -> bool:
+        """Do all commands that wait; without work, wait for one. False once the engine shall close."""
+        try:
+            command = self._commands.get(block=not engine.has_work, timeout=IDLE_CHECK_SECONDS)
+            while not isinstance(command, Close):
+                self._do(engine, command)
+                command = self._commands.get_nowait()
+        except queue.Empty:
+            return True
+        return False
+
+    def _do(self, engine: Engine, command: AddRequest | AbortRequest | Query) -> None:
+        match command:
+            case AddRequest(request_id, prompt, params):
+                try:
+                    engine.add_request(request_id, prompt, params)
+                except ValueError as error:
+                    self._post(Refused(request_id, str(error)))
+                else:
+                    self._post(Accepted(request_id))
+            case AbortRequest(request_id):
+                engine.abort(request_id)
+            case Query(query_id, "expert_load"):
+                self._post(Answer(query_id, engine.expert_load()))
+            case Query(query_id, "placement"):
+                self._post(Answer(query_id, engine.placement()))

@@ -1,0 +1,110 @@
+"""Errors as clients see them: always `{"error": {"message", "type", "param", "code"}}`, the message in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from moe_runtime.serve.async_engine import UnavailableError
+
+MAX_SHOWN_INPUT = 80
+
+
+class ApiError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: of the HTTP answer.
+        param: the field that is wrong, if it is one.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+def user_error(error: ValueError, renamed: Mapping[str, str]) -> ApiError:
+    """A mistake in a value, from a message of the form `field: what is wrong`.
+
+    `renamed` gives the names under which the client sent fields, where they differ.
+    """
+    named = re.fullmatch(r"(\w+)(.*?: .*)", str(error), re.DOTALL)
+    if named is None:
+        return ApiError(400, str(error))
+    field = renamed.get(named[1], named[1])
+    return ApiError(400, field + named[2], field)
+
+
+def json_response(body: object, status: int = 200) -> Response:
+    """JSON in ASCII, so that whatever a client sent can be shown to it (half a surrogate pair has no UTF-8)."""
+    return Response(json.dumps(body), status, media_type="application/json")
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """The body of an error: OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": status}}
+
+
+def error_response(status: int, message: str, param: str | None = None) -> Response:
+    return json_response(error_body(status, message, param), status)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Make every error of the application an answer in the one shape."""
+
+    @app.exception_handler(ApiError)
+    async def _api(request: Request, error: ApiError) -> Response:
+        return error_response(error.status, str(error), error.param)
+
+    @app.exception_handler(UnavailableError)
+    async def _unavailable(request: Request, error: UnavailableError) -> Response:
+        return error_response(503, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> Response:
+        return _describe_validation(error.errors())
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        response = error_response(error.status_code, str(error.detail))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(ClientDisconnect)
+    async def _gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> Response:
+        return error_response(500, f"internal error: {type(error).__name__}")  # the log has the traceback
+
+
+def _describe_validation(errors: Any) -> Response:
+    """One line about the first wrong field; alternatives of a union are joined."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return error_response(400, f"body: not valid JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
+    path = first["loc"][1:]
+    if first["type"] == "string_unicode" and not path:
+        return error_response(400, "body: has a field whose name is not valid Unicode")
+    if not path:
+        return error_response(400, "body: must be a JSON object, sent with Content-Type: application/json")
+    field, where = str(path[0]), ".".join(str(part) for part in path)
+    if first["type"] == "extra_forbidden":
+        return error_response(422, f"{where}: no such field", field)
+    if first["type"] == "missing":
+        return error_response(422, f"{where}: missing; it must be given", field)
+    wanted = dict.fromkeys(error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2])
+    shown = repr(first["input"])
+    if len(shown) > MAX_SHOWN_INPUT:
+        shown = shown[:MAX_SHOWN_INPUT] + "..."
+    return error_response(422, f"{field}: {shown} is not allowed; {'; '.join(wanted)}", field)

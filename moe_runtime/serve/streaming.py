@@ -1,0 +1,162 @@
+"""From deltas to answers: whole ones, or server-sent events. A client that goes away aborts its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from moe_runtime.serve.async_engine import AsyncEngine, RequestStream, UnavailableError
+from moe_runtime.serve.errors import error_body, json_response, user_error
+from moe_runtime.serve.messages import AddRequest
+
+if TYPE_CHECKING:
+    from moe_runtime.outputs import OutputDelta, PositionLogprobs
+
+T = TypeVar("T")
+DONE = "[DONE]"
+
+
+@dataclass
+class Completion:
+    """A request's deltas put together."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+
+    def add(self, delta: OutputDelta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+        self.num_prompt_tokens = delta.num_prompt_tokens
+
+
+class Reply(Protocol):
+    """The shape of one route's answers."""
+
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The body of an answer that is not streamed; completions in the order of the requests."""
+
+    def first_events(self) -> Iterable[dict[str, Any]]:
+        """Events before any token."""
+
+    def events(self, delta: OutputDelta) -> Iterable[dict[str, Any]]:
+        """Events of a delta."""
+
+    def last_events(self) -> Iterable[dict[str, Any]]:
+        """Events after the last token, before `[DONE]`."""
+
+
+async def respond(
+    request: Request, engine: AsyncEngine, commands: Sequence[AddRequest], reply: Reply, *, stream: bool, prompt: str
+) -> Response:
+    """Run requests and answer in the shape of `reply`.
+
+    Args:
+        prompt: the name under which the client sent the prompt, for error messages.
+
+    Raises:
+        ApiError: the engine refuses a request.
+        UnavailableError: it cannot run or finish them.
+        ClientDisconnect: the client went away; the requests are aborted.
+    """
+    try:
+        deltas = await until_disconnect(request.receive, engine.submit(commands))
+    except ValueError as error:
+        raise user_error(error, {"prompt": prompt, "prompt_token_ids": prompt}) from error
+    if stream:
+        return EventStream(deltas, reply)
+    try:
+        completions = await until_disconnect(request.receive, _collect(deltas, commands))
+    finally:
+        deltas.close()
+    return json_response(reply.whole(completions))
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled if the client goes away first, whose body has been read.
+
+    Raises:
+        ClientDisconnect: the client has gone.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _collect(deltas: RequestStream, commands: Sequence[AddRequest]) -> list[Completion]:
+    completions = {command.request_id: Completion() for command in commands}
+    async for delta in deltas:
+        completions[delta.request_id].add(delta)
+    return list(completions.values())
+
+
+class EventStream(Response):
+    """Server-sent events of requests that run. An engine that fails ends it with an error and without `[DONE]`."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, deltas: RequestStream, reply: Reply) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._deltas = deltas
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientDisconnect):
+                await until_disconnect(receive, self._send_all(send))
+        finally:
+            self._deltas.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+        async def send_events(events: Iterable[dict[str, Any]]) -> None:
+            for event in events:
+                await send_data(json.dumps(event))
+
+        async def send_data(data: str) -> None:
+            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+
+        try:
+            await send_events(self._reply.first_events())
+            async for delta in self._deltas:
+                await send_events(self._reply.events(delta))
+            await send_events(self._reply.last_events())
+        except UnavailableError as error:
+            await send_events([error_body(503, str(error))])
+        else:
+            await send_data(DONE)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

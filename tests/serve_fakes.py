@@ -1,0 +1,180 @@
+"""An engine without a model: each step gives every request the next number as its token."""
+
+import itertools
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_runtime.balancer.load import ExpertLoad
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.config import EngineConfig
+from moe_runtime.engine import EngineStats
+from moe_runtime.executor import RankError
+from moe_runtime.outputs import Logprob, OutputDelta
+
+VOCAB = 1000
+MAX_MODEL_LEN = 200
+DEADLINE = 20.0
+RANK_ERROR = "rank 1 (pid 4242) was killed by SIGKILL"
+
+
+def wait_until(condition, what):
+    """Poll until `condition()` holds."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.005)
+
+
+class FakeTokenizer:
+    """A token per word, the word's length."""
+
+    has_chat_template = True
+
+    def encode(self, text):
+        return [len(word) for word in text.split()]
+
+    def apply_chat_template(self, messages):
+        if not messages:
+            raise ValueError("messages: [] is not allowed; it must be a list with at least one message")
+        if messages[0]["role"] == "assistant":
+            raise ValueError("messages: the chat template refuses them: the user speaks first")
+        return [token for message in messages for token in (len(message["role"]), *self.encode(message["content"]))]
+
+
+@dataclass
+class FakeRequest:
+    num_prompt_tokens: int
+    next_token: int
+    max_tokens: int
+    params: object
+    num_output_tokens: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """`allow` steps only as often as it is released, if given; dies at step `die_at`; a step takes `step_seconds`."""
+
+    config: EngineConfig = field(
+        default_factory=lambda: EngineConfig("fake-model", ep_size=2, skip_tokenizer_init=False)
+    )
+    tokenizer: object = field(default_factory=FakeTokenizer)
+    allow: threading.Semaphore | None = None
+    die_at: float = math.inf
+    die_with: BaseException = field(default_factory=lambda: RankError(RANK_ERROR))
+    step_seconds: float = 0.0
+    max_model_len: int = MAX_MODEL_LEN
+
+    def __post_init__(self):
+        self.running = {}
+        self.added, self.aborted = [], []
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.closed = False
+        self.rank_is_dead = False
+        self.executor = self
+        self.threads = set()
+
+    def check(self):
+        self.threads.add(threading.current_thread().name)
+        if self.rank_is_dead:
+            raise self.die_with
+
+    def add_request(self, request_id, prompt, params):
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
+        if not prompt:
+            raise ValueError("prompt: it is empty; at least one token is needed")
+        if any(token >= VOCAB or token < 0 for token in prompt):
+            raise ValueError(f"prompt: token id {max(prompt)} is not allowed; it must be from 0 to {VOCAB - 1}")
+        if len(prompt) >= self.max_model_len:
+            raise ValueError(f"prompt: {len(prompt)} tokens, but max_model_len is {self.max_model_len}")
+        room = self.max_model_len - len(prompt)
+        self.added.append((request_id, prompt, params))
+        self.running[request_id] = FakeRequest(
+            len(prompt), prompt[-1] + 1, min(room, params.max_tokens or room), params
+        )
+
+    def abort(self, request_id):
+        if self.running.pop(request_id, None):
+            self.aborted.append(request_id)
+
+    @property
+    def has_work(self):
+        return bool(self.running)
+
+    def step(self):
+        if self.allow is not None:
+            assert self.allow.acquire(timeout=DEADLINE)
+        time.sleep(self.step_seconds)
+        self.num_steps += 1
+        if self.num_steps >= self.die_at:
+            raise self.die_with
+        return [self._advance(request_id, request) for request_id, request in list(self.running.items())]
+
+    def _advance(self, request_id, request):
+        token = request.next_token % VOCAB
+        request.next_token += 1
+        request.num_output_tokens += 1
+        self.num_tokens += 1
+        params = request.params
+        finish_reason = stop_reason = None
+        if token in params.stop_token_ids:
+            finish_reason, stop_reason = "stop", token
+        elif request.num_output_tokens == request.max_tokens:
+            finish_reason = "length"
+        if finish_reason:
+            del self.running[request_id]
+        is_first = request.num_output_tokens == 1
+        prompt_logprobs = None
+        if is_first and params.prompt_logprobs is not None:
+            prompt_logprobs = [None] + [fake_logprobs(7, params.prompt_logprobs)] * (request.num_prompt_tokens - 1)
+        return OutputDelta(
+            request_id=request_id,
+            text=f" {token}",
+            token_ids=[token],
+            logprobs=None if params.logprobs is None else [fake_logprobs(token, params.logprobs)],
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_output_tokens=request.num_output_tokens,
+            prompt_token_ids=[0] if is_first else None,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def stats(self):
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=0,
+            kv_cache_usage=len(self.running) / 8,
+            num_preemptions=3,
+            prompt_tokens=sum(len(prompt) for _, prompt, _ in self.added),
+            generation_tokens=self.num_tokens,
+            steps=self.num_steps,
+            dispatcher_steps={"all_to_all": self.num_steps},
+            finished={},
+            last_step_seconds=self.step_seconds,
+        )
+
+    def expert_load(self):
+        tokens = {"prefill": np.array([[4, 0, 0, 0], [1, 1, 1, 1]]), "decode": np.array([[3, 1, 2, 2], [8, 0, 0, 0]])}
+        return ExpertLoad(tokens, (1, 3), self.placement(), "fake-model", 2)
+
+    def placement(self):
+        return Placement.even((1, 3), 4, 2)
+
+    def health(self):
+        return {"model": "fake-model", "ep_size": 2, "placement_invariance": "greedy tokens, float32"}
+
+    def close(self):
+        self.closed = True
+
+
+def fake_logprobs(token, num_best):
+    """The chosen token at rank 3 and the best ones, of which the third is the chosen one again."""
+    best = itertools.islice(((token + 100 + rank, rank) for rank in itertools.count(1) if rank != 3), num_best)
+    entries = {token: Logprob(-math.inf if token == 13 else -3.0, 3, f" {token}")}
+    return entries | {other: Logprob(-float(rank), rank, f" {other}") for other, rank in best}
