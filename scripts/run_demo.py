@@ -1,4 +1,4 @@
-"""The main job, end to end: two ranks under torchrun serve the demo model; prompts go in, answers and a picture come out.
+"""The main job: two ranks under torchrun serve the demo model; prompts go in, answers and a heatmap come out.
 
 Run it with `scripts/demo`. Leaves no process behind, also on Ctrl-C or when a step fails.
 """
