@@ -1,3 +1,29 @@
-"""MoE expert-parallel inference runtime."""
+"""Serve Mixture-of-Experts language models with expert parallelism."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_runtime.llm import LLM
+    from moe_runtime.sampling_params import SamplingParams
+
+__all__ = ["LLM", "SamplingParams", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for only then, so that `import moe_runtime` stays light."""
+    if name == "LLM":
+        from moe_runtime.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from moe_runtime.sampling_params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

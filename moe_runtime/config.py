@@ -69,10 +69,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
-        if not isinstance(self.skip_tokenizer_init, bool):
-            raise ValueError(
-                f"skip_tokenizer_init: {self.skip_tokenizer_init!r} is not allowed; it must be true or false"
-            )
+        skip = self.skip_tokenizer_init
+        if not isinstance(skip, bool):
+            raise ValueError(f"skip_tokenizer_init: {skip!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens"):
             check_integer(name, getattr(self, name), 1)
         for name in ("max_model_len", "kv_cache_memory_bytes"):

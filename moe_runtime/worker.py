@@ -76,7 +76,9 @@ class Worker:
         placement = Placement.even(model_config.moe_layers, model_config.moe.num_experts, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
         self.source: WeightSource = RandomWeights(config.seed) if config.load_format == "dummy" else Checkpoint(path)
-        with tqdm(total=model_config.num_layers, desc="loading layers", disable=rank != 0, leave=False) as bar:
+        with tqdm(
+            total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
+        ) as bar:
             self.model = build_decoder(
                 model_config,
                 self.source,

@@ -1,0 +1,69 @@
+"""From the user's configuration to an engine with its ranks running."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.engine import Engine
+from moe_runtime.executor import Executor
+
+MakeExecutor = Callable[[EngineConfig, ModelConfig, Path], Executor]
+
+
+def build_engine(config: EngineConfig, make_executor: MakeExecutor | None = None) -> Engine:
+    """Find the model, load its tokenizer, start the ranks.
+
+    Args:
+        config: what the user asked for.
+        make_executor: starts the ranks; None takes this process for one rank, and a process for each of several.
+
+    Raises:
+        ValueError: no such model, or options that do not fit it.
+        RankError: a rank failed to start. Whatever was started has ended then.
+    """
+    from moe_runtime.models import load_model_config
+    from moe_runtime.weights import resolve_model
+
+    path = resolve_model(config.model)
+    model_config = load_model_config(path)
+    config = _fit(config, model_config)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        from moe_runtime.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_path(config.tokenizer or path)
+    executor = (make_executor or _executor_class(config))(config, model_config, path)
+    try:
+        return Engine(config, model_config, executor, tokenizer)
+    except BaseException:
+        executor.close()
+        raise
+
+
+def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The configuration with `max_model_len` set, after a look whether it fits the model."""
+    if config.ep_size > model.moe.num_experts:
+        raise ValueError(f"ep_size: {config.ep_size} is not allowed; the model has {model.moe.num_experts} experts")
+    if config.ep_size == 1 and config.dispatcher not in ("auto", "local"):
+        raise ValueError(
+            f'dispatcher: {config.dispatcher!r} is not allowed with one rank; it must be "auto" or "local"'
+        )
+    max_model_len = config.max_model_len or model.max_model_len
+    if max_model_len > model.max_model_len:
+        raise ValueError(
+            f"max_model_len: {max_model_len} is not allowed; the model's context is {model.max_model_len} tokens"
+        )
+    return replace(config, max_model_len=max_model_len)
+
+
+def _executor_class(config: EngineConfig) -> MakeExecutor:
+    if config.ep_size == 1:
+        from moe_runtime.in_process import InProcessExecutor
+
+        return InProcessExecutor
+    from moe_runtime.process_executor import ProcessExecutor
+
+    return ProcessExecutor

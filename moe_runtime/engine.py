@@ -1,0 +1,314 @@
+"""The engine: takes requests, and turns them into tokens step by step. No torch of its own.
+
+It is driven from one thread; HTTP reaches it through messages. It holds all state of a request that cannot be
+recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from moe_runtime import __version__
+from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.detokenizer import IncrementalDecoder, OutputText
+from moe_runtime.executor import Executor, RankInfo
+from moe_runtime.messages import PromptLogprobs, RankResult, Sample, TokenLogprobs
+from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
+from moe_runtime.request import Request
+from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+    from moe_runtime.balancer.placement import Placement
+    from moe_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start, and how full the engine is now.
+
+    `kv_cache_usage` is the share of pages held, 0 to 1. `prompt_tokens` and `generation_tokens` count tokens of
+    prompts that gave a first token, and tokens generated. `dispatcher_steps` says how many steps each dispatcher ran,
+    `finished` how many requests ended for which reason. `last_step_seconds` is that of the slowest rank.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    dispatcher_steps: dict[str, int]
+    finished: dict[str, int]
+    last_step_seconds: float
+
+
+class Engine:
+    """Serves one model on the ranks of an executor.
+
+    Args:
+        config: what the user asked for.
+        model_config: the checkpoint.
+        executor: ranks that are ready. The engine owns it once it is made, and closes it.
+        tokenizer: None takes and gives token ids only.
+
+    Raises:
+        ValueError: a rank's KV cache is too small for one sequence of `max_model_len`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, executor: Executor, tokenizer: Tokenizer | None
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.max_model_len = config.max_model_len or model_config.max_model_len
+        for rank in executor.ranks:
+            _check_cache(rank, config.block_size, self.max_model_len)
+        self._scheduler = Scheduler(
+            [rank.num_blocks for rank in executor.ranks],
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.dispatcher,
+        )
+        self._seeds = random.Random(config.seed)
+        self._num_requests = 0
+        self._requests: dict[str, Request] = {}
+        self._by_seq_id: dict[int, Request] = {}
+        self._num_inflight = 0
+        self._ready: list[OutputDelta] = []
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._dispatcher_steps: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._last_step_seconds = 0.0
+
+    def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
+        """Enqueue a request; its tokens come out of `step`.
+
+        Raises:
+            ValueError: the prompt or the parameters cannot be served; nothing is enqueued then.
+        """
+        if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
+            raise ValueError(f"request_id: {request_id!r} is in use")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop: stop strings need a tokenizer; use stop_token_ids with skip_tokenizer_init")
+        token_ids = self._prompt_token_ids(prompt)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        room = self.max_model_len - len(token_ids)
+        request = Request(
+            request_id=request_id,
+            seq_id=self._num_requests,
+            prompt=prompt if isinstance(prompt, str) else None,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            params=params,
+            seed=seed,
+            max_output_tokens=min(room, params.max_tokens or room),
+            output_text=self._output_text(token_ids, params),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+        )
+        self._num_requests += 1
+        self._requests[request_id] = request
+        self._by_seq_id[request.seq_id] = request
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its pages are free at once, and its last delta, "abort", comes with the next step.
+
+        An id that is unknown, or has ended, does nothing.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, "abort")
+            logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
+            self._ready.append(request.delta([], logprobs, "abort", None))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to hand out."""
+        return bool(self._requests or self._num_inflight or self._ready)
+
+    def step(self) -> list[OutputDelta]:
+        """Plan as many steps as may be in flight, await the oldest, and hand out what it added to each request.
+
+        Raises:
+            RankError: a rank died, reported an error or did not answer in time.
+        """
+        while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
+            self.executor.submit(plan)
+            self._num_inflight += 1
+            self._dispatcher_steps[plan.dispatcher] += 1
+        assert self._num_inflight or not self._requests, "there are requests, and none can run"
+        if self._num_inflight:
+            self._collect()
+        deltas, self._ready = self._ready, []
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Counts since the start; cheap."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=self._scheduler.usage,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._scheduler.num_steps,
+            dispatcher_steps=dict(self._dispatcher_steps),
+            finished=dict(self._finished),
+            last_step_seconds=self._last_step_seconds,
+        )
+
+    def expert_load(self) -> ExpertLoad:
+        """Tokens per layer and expert since the start. Awaits the steps in flight; `step` hands out what they gave.
+
+        Raises:
+            RankError: as `step`.
+        """
+        from moe_runtime.balancer.load import ExpertLoad
+
+        while self._num_inflight:
+            self._collect()
+        prefill_LE, decode_LE = self.executor.expert_counts()
+        return ExpertLoad(
+            tokens={"prefill": prefill_LE, "decode": decode_LE},
+            layer_ids=self.model_config.moe_layers,
+            placement=self.placement(),
+            model=self.model_name,
+            top_k=self.model_config.moe.top_k,
+        )
+
+    def placement(self) -> Placement:
+        """Which expert sits on which rank."""
+        from moe_runtime.balancer.placement import Placement
+
+        config = self.model_config
+        return Placement.even(config.moe_layers, config.moe.num_experts, len(self.executor.ranks))
+
+    @property
+    def model_name(self) -> str:
+        """The name that users see."""
+        return self.config.served_model_name or self.config.model
+
+    def health(self) -> dict[str, object]:
+        """What was chosen and what is promised, as plain values."""
+        ranks = self.executor.ranks
+        return {
+            "model": self.model_name,
+            "version": __version__,
+            "dtype": ranks[0].dtype,
+            "device": ranks[0].device,
+            "ep_size": len(ranks),
+            "ranks": [asdict(rank) for rank in ranks],
+            "kernels": ranks[0].kernels,
+            "dispatcher": self.config.dispatcher,
+            "max_model_len": self.max_model_len,
+            "block_size": self.config.block_size,
+            "num_blocks": [rank.num_blocks for rank in ranks],
+            "placement_invariance": "greedy tokens, float32" if ranks[0].dtype == "float32" else "none",
+        }
+
+    def close(self) -> None:
+        """End the ranks. Unfinished requests get nothing more. May be called twice."""
+        self.executor.close()
+
+    def _prompt_token_ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt: text needs a tokenizer; give token ids with skip_tokenizer_init")
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = list(prompt)
+        if not token_ids:
+            raise ValueError("prompt: it is empty; at least one token is needed")
+        vocab_size = self.model_config.vocab_size
+        for token in token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt: token id {token!r} is not allowed; it must be an integer from 0 to {vocab_size - 1}"
+                )
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt: {len(token_ids)} tokens, but max_model_len is {self.max_model_len} "
+                "and at least one must be left for the output"
+            )
+        return token_ids
+
+    def _output_text(self, prompt: Sequence[int], params: SamplingParams) -> OutputText | None:
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            return None
+        skip = params.skip_special_tokens
+
+        def decode(token_ids: list[int]) -> str:
+            return tokenizer.decode(token_ids, skip_special_tokens=skip)
+
+        decoder = IncrementalDecoder(decode, prompt, tokenizer.special_ids if skip else frozenset())
+        return OutputText(decoder, tuple(params.stop), params.include_stop_str_in_output)
+
+    def _collect(self) -> None:
+        """Take in the oldest step's results."""
+        results = self.executor.collect()
+        self._num_inflight -= 1
+        self._last_step_seconds = max(result.seconds for result in results)
+        for result in results:
+            self._take_in(result)
+
+    def _take_in(self, result: RankResult) -> None:
+        # Requests that are gone have ended or were aborted while this step was planned or ran.
+        for found in result.prompt_logprobs:
+            if (request := self._by_seq_id.get(found.seq_id)) is not None:
+                self._add_prompt_logprobs(request, found)
+        for sample in result.samples:
+            if (request := self._by_seq_id.get(sample.seq_id)) is not None:
+                self._ready.append(self._add_token(request, sample))
+
+    def _add_prompt_logprobs(self, request: Request, found: PromptLogprobs) -> None:
+        assert request.prompt_logprobs is not None
+        num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt goes through the model again
+        assert num_known >= 0
+        request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
+
+    def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
+        finish_reason, stop_reason = request.append(sample.token_id, self.model_config.eos_token_ids)
+        self._generation_tokens += 1
+        if request.num_output_tokens == 1:
+            self._prompt_tokens += request.num_prompt_tokens
+        logprobs = None
+        if request.params.logprobs is not None:
+            assert sample.logprobs is not None
+            logprobs = [self._position_logprobs(sample.logprobs)]
+        if finish_reason is not None:
+            self._end(request, finish_reason)
+        return request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
+
+    def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
+        decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
+        return {
+            token_id: Logprob(logprob, rank, decoded(token_id))
+            for token_id, logprob, rank in zip(found.token_ids, found.logprobs, found.ranks, strict=True)
+        }
+
+    def _end(self, request: Request, finish_reason: str) -> None:
+        self._scheduler.remove(request)
+        del self._requests[request.request_id], self._by_seq_id[request.seq_id]
+        self._finished[finish_reason] += 1
+
+
+def _check_cache(rank: RankInfo, block_size: int, max_model_len: int) -> None:
+    needed = -(-max_model_len // block_size)
+    if rank.num_blocks < needed:
+        raise ValueError(
+            f"kv_cache_memory_bytes: {rank.kv_cache_bytes} bytes on rank {rank.rank} hold "
+            f"{rank.num_blocks * block_size} tokens, but max_model_len is {max_model_len}; raise it to at least "
+            f"{-(-rank.kv_cache_bytes * needed // max(1, rank.num_blocks))} bytes, or lower max_model_len"
+        )

@@ -1,0 +1,258 @@
+"""The Python API: a model in a variable. See `LLM`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.build import build_engine
+from moe_runtime.config import EngineConfig
+from moe_runtime.outputs import CompletionOutput, OutputDelta, RequestOutput
+from moe_runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+    from moe_runtime.balancer.placement import Placement
+
+Prompt = str | Mapping[str, Any]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, its tokenizer and its ranks, for offline use. Belongs to one thread at a time.
+
+    With `ep_size=1` the model runs in this process, with more ranks each is a process of its own. They end with
+    `close()`, with the `with` block, or when the object is forgotten.
+
+    Args:
+        model: a local Hugging Face directory, a hub id, or "demo".
+        options: fields of `EngineConfig`.
+
+    Raises:
+        ValueError: an option or the model cannot be used; the message says why.
+        RankError: a rank failed to start.
+
+    Example:
+        >>> llm = LLM("demo", ep_size=2)
+        >>> llm.generate("The sea is", SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self._engine = build_engine(EngineConfig.from_dict({"model": os.fspath(model), **options}))
+        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._request_ids = map(str, itertools.count())
+        self._failure = ""
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue prompts, all in one batch.
+
+        Args:
+            prompts: one or more of: a text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`.
+            sampling_params: for all prompts, or one for each; None takes the defaults.
+            use_tqdm: show progress on stderr.
+
+        Returns:
+            An output per prompt, in their order.
+
+        Raises:
+            ValueError: a prompt or its parameters cannot be served; nothing has run then.
+            RuntimeError: the LLM is closed, or a rank has failed.
+        """
+        self._require_alive()
+        if isinstance(prompts, (str, Mapping)):
+            prompts = [prompts]
+        if not isinstance(prompts, Sequence):
+            raise ValueError(f"prompts: {prompts!r} is not allowed; it must be a prompt or a list of them")
+        return self._run([_plain_prompt(prompt) for prompt in prompts], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several: lists of messages with a "role" and a "content".
+
+        Raises:
+            ValueError: as `generate`; and no chat template, or one that refuses the messages.
+            RuntimeError: as `generate`.
+        """
+        self._require_alive()
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise ValueError("messages: a chat needs a tokenizer, and skip_tokenizer_init left it out")
+        conversations: Sequence[Any] = [messages]
+        if isinstance(messages, Sequence) and messages and all(isinstance(entry, (list, tuple)) for entry in messages):
+            conversations = messages
+        prompts: list[str | list[int]] = [tokenizer.apply_chat_template(messages) for messages in conversations]
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def expert_load(self) -> ExpertLoad:
+        """Tokens per MoE layer and expert since the start, prefill and decode apart."""
+        self._require_alive()
+        with self._guard():
+            return self._engine.expert_load()
+
+    def placement(self) -> Placement:
+        """Which expert sits on which rank."""
+        return self._engine.placement()
+
+    def close(self) -> None:
+        """End the ranks and free the model. May be called twice."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_alive(self) -> None:
+        if self._failure:
+            raise RuntimeError(f"this LLM has failed and is closed: {self._failure}")
+        if not self._finalizer.alive:
+            raise RuntimeError("this LLM is closed")
+
+    def _run(
+        self,
+        prompts: Sequence[str | list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = _params_per_prompt(sampling_params, len(prompts))
+        request_ids = list(itertools.islice(self._request_ids, len(prompts)))
+        try:
+            for index, request_id in enumerate(request_ids):
+                try:
+                    self._engine.add_request(request_id, prompts[index], params[index])
+                except ValueError as error:
+                    raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
+            return self._finish(dict(zip(request_ids, prompts, strict=True)), use_tqdm)
+        finally:
+            for request_id in request_ids:  # an error or Ctrl-C left them; those that have finished are not known
+                self._engine.abort(request_id)
+
+    def _finish(self, prompts: dict[str, str | list[int]], use_tqdm: bool) -> list[RequestOutput]:
+        """Step until all requests have ended."""
+        from tqdm import tqdm
+
+        outputs = {
+            request_id: RequestOutput(
+                request_id=request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=[],
+                outputs=[CompletionOutput(0, "", [], None, None, None)],
+                finished=False,
+                prompt_logprobs=None,
+            )
+            for request_id, prompt in prompts.items()
+        }
+        num_tokens = num_finished = 0
+        with tqdm(total=len(outputs), unit="prompt", desc="generating", disable=not use_tqdm) as bar:
+            while num_finished < len(outputs):
+                with self._guard():
+                    deltas = self._engine.step()
+                for delta in deltas:
+                    if delta.request_id not in outputs:  # aborted by an earlier call
+                        continue
+                    _extend(outputs[delta.request_id], delta)
+                    num_tokens += len(delta.token_ids)
+                    if delta.finish_reason is not None:
+                        num_finished += 1
+                        bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+                        bar.update()
+        return list(outputs.values())
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Around whatever talks to the ranks: an error within it is the end of this LLM."""
+        with _interrupt_afterwards():
+            try:
+                yield
+            except BaseException as error:  # ranks and front may be in different steps now
+                self._failure = str(error) or type(error).__name__
+                self.close()
+                raise
+
+
+@contextmanager
+def _interrupt_afterwards() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended; a second one interrupts it.
+
+    An engine that is interrupted within a step is lost; between steps it can go on.
+    """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupted = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _plain_prompt(prompt: object) -> str | list[int]:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping) and len(prompt) == 1:
+        if isinstance(text := prompt.get("prompt"), str):
+            return text
+        if isinstance(token_ids := prompt.get("prompt_token_ids"), Sequence) and not isinstance(token_ids, str):
+            return list(token_ids)
+    raise ValueError(
+        f'prompt: {prompt!r} is not allowed; it must be a text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
+    )
+
+
+def _params_per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
+    if not isinstance(params, Sequence) or not all(isinstance(entry, SamplingParams) for entry in params):
+        raise ValueError(f"sampling_params: {params!r} is not allowed; it must be SamplingParams or a list of them")
+    if len(params) != num_prompts:
+        raise ValueError(f"sampling_params: {len(params)} given for {num_prompts} prompts; give one, or one for each")
+    return params
+
+
+def _extend(output: RequestOutput, delta: OutputDelta) -> None:
+    """Add to a request's output what a step has brought."""
+    completion = output.outputs[0]
+    completion.text += delta.text
+    completion.token_ids += delta.token_ids
+    if delta.logprobs is not None:
+        if completion.logprobs is None:
+            completion.logprobs = []
+        completion.logprobs += delta.logprobs
+    if delta.prompt_token_ids is not None:
+        output.prompt_token_ids = delta.prompt_token_ids
+        output.prompt_logprobs = delta.prompt_logprobs
+    completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+    output.finished = delta.finish_reason is not None

@@ -1,0 +1,307 @@
+"""Ranks without a model, and small real tokenizers, for tests of the front.
+
+A fake rank keeps the rules of a real one and fails where a plan breaks them. It writes tokens to pages and reads its
+context back from them, so that a page in two hands gives wrong tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from moe_runtime.config import EngineConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.engine import Engine
+from moe_runtime.executor import RankInfo
+from moe_runtime.messages import (
+    Chunk,
+    NewSequence,
+    PromptLogprobs,
+    RankPlan,
+    RankResult,
+    Sample,
+    StepPlan,
+    TokenLogprobs,
+)
+from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.tokenizer import Tokenizer
+
+VOCAB_SIZE = 50
+EOS = 0
+
+NextToken = Callable[[list[int], int], int]  # (all tokens before, seed) -> token
+
+
+def random_next_token(token_ids: list[int], seed: int) -> int:
+    return zlib.crc32(repr((token_ids, seed)).encode()) % VOCAB_SIZE
+
+
+def fake_logprobs(token_ids: list[int], token_id: int, num_best: int) -> TokenLogprobs:
+    """Log-probabilities behind `token_ids`: some function of them."""
+    values = [-1 - zlib.crc32(repr((token_ids, token)).encode()) / 2**32 for token in range(VOCAB_SIZE)]
+    order = sorted(range(VOCAB_SIZE), key=lambda token: -values[token])
+    listed = [token_id, *order[:num_best]]
+    return TokenLogprobs(listed, [values[token] for token in listed], [order.index(token) + 1 for token in listed])
+
+
+def generate_alone(
+    prompt: list[int], params: SamplingParams, seed: int, max_model_len: int, next_token: NextToken = random_next_token
+) -> tuple[list[int], str]:
+    """Output tokens and finish_reason of a request that has the machine for itself; no stop strings."""
+    token_ids = list(prompt)
+    while True:
+        token_ids.append(next_token(token_ids, seed))
+        num_output = len(token_ids) - len(prompt)
+        if (token_ids[-1] == EOS and not params.ignore_eos) or token_ids[-1] in params.stop_token_ids:
+            return token_ids[len(prompt) :], "stop"
+        if num_output == params.max_tokens or len(token_ids) == max_model_len:
+            return token_ids[len(prompt) :], "length"
+
+
+@dataclass
+class FakeSequence:
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_prefill_tokens: int
+    params: SamplingParams
+    seed: int
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+
+
+class FakeRank:
+    def __init__(self, index: int, num_blocks: int, config: EngineConfig, next_token: NextToken) -> None:
+        self.index = index
+        self.num_blocks = num_blocks
+        self.config = config
+        self.next_token = next_token
+        self.sequences: dict[int, FakeSequence] = {}
+        self.pages: dict[tuple[int, int], tuple[int, int, int]] = {}  # (block, offset) -> (seq_id, position, token)
+
+    def run(self, step: int, plan: RankPlan) -> RankResult:
+        for seq_id in plan.dropped:
+            del self.sequences[seq_id]
+        for new in plan.new_sequences:
+            self.take_in(new)
+        self.check_plan(plan)
+        samples, prompt_logprobs = [], []
+        for chunk in plan.chunks:
+            sequence = self.sequences[chunk.seq_id]
+            self.write(chunk, sequence)
+            if sequence.params.prompt_logprobs is not None:
+                entries = [
+                    fake_logprobs(
+                        self.context(chunk.seq_id, end), sequence.token_ids[end], sequence.params.prompt_logprobs
+                    )
+                    for end in range(chunk.start + 1, min(sequence.num_computed + 1, sequence.num_prompt_tokens))
+                ]
+                if entries:
+                    prompt_logprobs.append(PromptLogprobs(chunk.seq_id, chunk.start, entries))
+            if chunk.sample:
+                samples.append(self.sample(chunk.seq_id, sequence))
+        return RankResult(step, self.index, samples, prompt_logprobs, seconds=0.25)
+
+    def take_in(self, new: NewSequence) -> None:
+        assert new.seq_id not in self.sequences, "a sequence is taken in twice"
+        assert 0 < new.num_prompt_tokens <= len(new.token_ids)
+        self.sequences[new.seq_id] = FakeSequence(  # not a copy: what is sampled must not reach the front this way
+            new.token_ids, new.num_prompt_tokens, len(new.token_ids), new.params, new.seed
+        )
+
+    def check_plan(self, plan: RankPlan) -> None:
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(self.sequences) <= self.config.max_num_seqs
+        assert len({chunk.seq_id for chunk in plan.chunks}) == len(plan.chunks), "a sequence has two chunks in a step"
+        assert {new.seq_id for new in plan.new_sequences} <= {chunk.seq_id for chunk in plan.chunks}
+        for index, chunk in enumerate(plan.chunks):
+            is_decode = chunk.start >= self.sequences[chunk.seq_id].num_prefill_tokens
+            assert is_decode == (index < plan.num_decode), "decode rows come first"
+            assert chunk.num_tokens == 1 if is_decode else chunk.num_tokens > 0
+
+    def write(self, chunk: Chunk, sequence: FakeSequence) -> None:
+        assert chunk.start == sequence.num_computed, "a chunk does not begin where the last one ended"
+        held = {block for other in self.sequences.values() for block in other.blocks}
+        assert held.isdisjoint(chunk.new_blocks), "a page that a sequence holds is given away"
+        assert len(set(chunk.new_blocks)) == len(chunk.new_blocks)
+        assert all(0 <= block < self.num_blocks for block in chunk.new_blocks)
+        sequence.blocks += chunk.new_blocks
+        end = sequence.num_computed = chunk.start + chunk.num_tokens
+        size = self.config.block_size
+        assert len(sequence.blocks) == -(-end // size), "there are pages for exactly the positions so far"
+        assert end <= len(sequence.token_ids), "a position is planned whose token does not exist"
+        assert chunk.sample == (end == len(sequence.token_ids))
+        for position in range(chunk.start, end):
+            where = (sequence.blocks[position // size], position % size)
+            self.pages[where] = (chunk.seq_id, position, sequence.token_ids[position])
+
+    def context(self, seq_id: int, end: int) -> list[int]:
+        size = self.config.block_size
+        blocks = self.sequences[seq_id].blocks
+        cells = [self.pages[blocks[position // size], position % size] for position in range(end)]
+        assert [cell[:2] for cell in cells] == [(seq_id, position) for position in range(end)]
+        return [token for _, _, token in cells]
+
+    def sample(self, seq_id: int, sequence: FakeSequence) -> Sample:
+        context = self.context(seq_id, sequence.num_computed)
+        token_id = self.next_token(context, sequence.seed)
+        assert self.config.max_model_len is None or len(context) < self.config.max_model_len
+        sequence.token_ids.append(token_id)
+        num_best = sequence.params.logprobs
+        return Sample(seq_id, token_id, None if num_best is None else fake_logprobs(context, token_id, num_best))
+
+
+class MockExecutor:
+    """Runs plans on fake ranks, each when it is collected and just as it was submitted."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_blocks: list[int],
+        max_inflight: int = 1,
+        next_token: NextToken = random_next_token,
+    ) -> None:
+        self.max_inflight = max_inflight
+        self.plans: list[StepPlan] = []
+        self.closed = 0
+        self._inflight: deque[tuple[StepPlan, StepPlan]] = deque()
+        self._workers = [FakeRank(index, count, config, next_token) for index, count in enumerate(num_blocks)]
+        self.ranks = [
+            RankInfo(index, os.getpid(), "cpu", "float32", 1, count, count * 1000, 10**6, 0.5, {"gate": "torch"})
+            for index, count in enumerate(num_blocks)
+        ]
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(worker.sequences) for worker in self._workers)
+
+    def submit(self, plan: StepPlan) -> None:
+        assert not self.closed and len(self._inflight) < self.max_inflight
+        assert plan.step == len(self.plans) + 1 and len(plan.ranks) == len(self._workers)
+        assert plan.tokens_per_rank == [rank.num_tokens for rank in plan.ranks] and any(plan.tokens_per_rank)
+        self.plans.append(plan)
+        self._inflight.append((plan, copy.deepcopy(plan)))
+
+    def collect(self) -> list[RankResult]:
+        plan, as_submitted = self._inflight.popleft()
+        assert plan == as_submitted, "the front has changed a plan after it was submitted"
+        return [worker.run(plan.step, share) for worker, share in zip(self._workers, plan.ranks, strict=True)]
+
+    def expert_counts(self) -> np.ndarray:
+        assert not self._inflight
+        counts_2LE = np.zeros((2, 2, 4), np.int64)
+        for plan in self.plans:
+            num_decode = sum(share.num_decode for share in plan.ranks)
+            counts_2LE[0, :, 1] += sum(plan.tokens_per_rank) - num_decode
+            counts_2LE[1, :, 2] += num_decode
+        return counts_2LE
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64) -> ModelConfig:
+    return ModelConfig(
+        family="mixtral",
+        vocab_size=vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=max_position_embeddings,
+        rope=RopeConfig(theta=1e4, rotary_dim=4),
+        moe=MoEConfig(num_experts=4, top_k=1, intermediate_size=8),
+        moe_layers=(1, 2),
+        sliding_window=None,
+        qkv_bias=False,
+        output_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=False,
+        dtype="float32",
+        eos_token_ids=(EOS,),
+    )
+
+
+def make_engine(
+    num_blocks: list[int] | None = None,
+    max_inflight: int = 1,
+    next_token: NextToken = random_next_token,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    **options,
+) -> tuple[Engine, MockExecutor]:
+    num_blocks = num_blocks or [64]
+    options = {"max_model_len": 64, "block_size": 8, "ep_size": len(num_blocks), **options}
+    config = EngineConfig("fake", **options)
+    executor = MockExecutor(config, num_blocks, max_inflight, next_token)
+    return Engine(config, model_config(vocab_size), executor, tokenizer), executor
+
+
+TEXTS = [
+    "The sea is calm tonight. The tide is full, the moon lies fair upon the straits.",
+    "naïve café, 你好世界, 🙂🚀, здравствуй мир",
+    "stop and stopping, the end of the story",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def save_byte_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
+    """Byte-level BPE as in Llama 3, Qwen, SmolLM: characters may be split over tokens."""
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(TEXTS, trainer)
+    return _save(raw, path, chat_template)
+
+
+def save_metaspace_tokenizer(path: Path) -> Tokenizer:
+    """As SentencePiece in Mixtral: a word carries its space, a text's first space is dropped, bytes are a fallback."""
+    words = sorted({word for text in TEXTS for word in text.split() if word.isascii()})
+    pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz,."]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    merges = []
+    for word in ["▁" + word for word in words]:
+        for end in range(2, len(word) + 1):
+            for piece in (word[end - 1], word[:end]):
+                vocab.setdefault(piece, len(vocab))
+            if (word[: end - 1], word[end - 1]) not in merges:
+                merges.append((word[: end - 1], word[end - 1]))
+    raw = RawTokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    raw.add_special_tokens(SPECIAL)
+    return _save(raw, path, None)
+
+
+def _save(raw: RawTokenizer, path: Path, chat_template: str | None) -> Tokenizer:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:], chat_template=chat_template
+    )
+    tokenizer.save_pretrained(path)
+    return Tokenizer.from_path(path)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fakes import MockExecutor, model_config, save_byte_tokenizer
+
+from moe_runtime import build, models, weights
+from moe_runtime.config import EngineConfig
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch) -> Path:
+    """A folder that is taken for a checkpoint with four experts and a context of 64 tokens; it has a tokenizer."""
+    save_byte_tokenizer(tmp_path)
+    monkeypatch.setattr(weights, "resolve_model", Path)
+    monkeypatch.setattr(models, "load_model_config", lambda path: model_config())
+    return tmp_path
+
+
+class Recorder:
+    """Makes mock executors and remembers what it was asked for."""
+
+    def __init__(self, num_blocks: int = 64) -> None:
+        self.num_blocks = num_blocks
+
+    def __call__(self, config, model, path) -> MockExecutor:
+        self.config, self.path = config, path
+        self.executor = MockExecutor(config, [self.num_blocks] * config.ep_size)
+        return self.executor
+
+
+def test_everything_is_put_together(checkpoint):
+    make_executor = Recorder()
+    engine = build.build_engine(EngineConfig(str(checkpoint), ep_size=2), make_executor)
+    assert engine.executor is make_executor.executor
+    assert (make_executor.path, make_executor.config.ep_size) == (checkpoint, 2)
+    assert make_executor.config.max_model_len == engine.max_model_len == 64, "ranks and front agree on the context"
+    assert engine.tokenizer.encode("The sea") == save_byte_tokenizer(checkpoint).encode("The sea")
+
+
+def test_the_tokenizer_may_be_left_out_or_lie_elsewhere(checkpoint, tmp_path_factory):
+    config = EngineConfig(str(checkpoint), skip_tokenizer_init=True)
+    assert build.build_engine(config, Recorder()).tokenizer is None
+    other = tmp_path_factory.mktemp("other")
+    save_byte_tokenizer(other, chat_template=None)
+    engine = build.build_engine(
+        dataclasses.replace(config, skip_tokenizer_init=False, tokenizer=str(other)), Recorder()
+    )
+    assert not engine.tokenizer.has_chat_template
+
+
+BAD = [
+    ({"ep_size": 5}, r"^ep_size: 5 is not allowed; the model has 4 experts$"),
+    ({"max_model_len": 65}, r"^max_model_len: 65 is not allowed; the model's context is 64 tokens$"),
+    ({"dispatcher": "all_to_all"}, r"^dispatcher: 'all_to_all' is not allowed with one rank"),
+    ({"tokenizer": "/nowhere"}, r"^tokenizer: '/nowhere' has none that can be loaded"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_what_does_not_fit_the_model_is_refused_before_ranks_start(checkpoint, options, message):
+    def never(*args):
+        raise AssertionError
+
+    with pytest.raises(ValueError, match=message):
+        build.build_engine(EngineConfig(str(checkpoint), **options), never)
+
+
+def test_ranks_end_if_the_engine_cannot_be_made(checkpoint):
+    make_executor = Recorder(num_blocks=3)
+    with pytest.raises(ValueError, match=r"^kv_cache_memory_bytes: 3000 bytes on rank 0 hold 48 tokens"):
+        build.build_engine(EngineConfig(str(checkpoint), ep_size=2), make_executor)
+    assert make_executor.executor.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("ep_size", "kind"), [(1, "in_process.InProcessExecutor"), (2, "process_executor.ProcessExecutor")]
+)
+def test_one_rank_runs_in_this_process_and_several_in_their_own(checkpoint, monkeypatch, ep_size, kind):
+    module, name = kind.split(".")
+    make_executor = Recorder()
+    monkeypatch.setitem(sys.modules, f"moe_runtime.{module}", SimpleNamespace(**{name: make_executor}))
+    assert build.build_engine(EngineConfig(str(checkpoint), ep_size=ep_size)).executor is make_executor.executor
+
+
+def test_importing_is_light():
+    """The package alone imports no third party; the API neither torch nor what only servers need."""
+    code = (
+        "import sys; import moe_runtime; assert moe_runtime.__version__; "
+        "third = {'torch', 'numpy', 'transformers', 'zmq', 'msgspec', 'fastapi', 'pydantic', 'uvicorn', 'tqdm'}; "
+        "assert not third & set(sys.modules), third & set(sys.modules); "
+        "moe_runtime.SamplingParams, moe_runtime.LLM; "
+        "assert not third & set(sys.modules), third & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_public_names():
+    import moe_runtime
+
+    assert dir(moe_runtime) == moe_runtime.__all__ == ["LLM", "SamplingParams", "__version__"]
+    from moe_runtime.llm import LLM
+    from moe_runtime.sampling_params import SamplingParams
+
+    assert moe_runtime.LLM is LLM and moe_runtime.SamplingParams is SamplingParams
+    with pytest.raises(AttributeError, match="no attribute 'Engine'"):
+        _ = moe_runtime.Engine
