@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Many small models on few cores, often several processes at once: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `python -m pytest` puts the root on the path, where our links `kernels`, `serve`, ... pass for packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent.parent]
 
 import pytest
 import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,9 @@ def test_transformers_from_the_root_does_not_find_our_kernels() -> None:
         "assert not [name for name in sys.modules if name.startswith('kernels.')], 'our link was imported'",
         cwd=root,
     )
+
+
+def test_our_folders_are_not_importable_by_their_short_names() -> None:
+    """Not in the tests' own process either, whose paths pytest sets."""
+    for name in ("experts", "all2all", "balancer", "kernels", "serve"):
+        assert importlib.util.find_spec(name) is None

@@ -29,7 +29,7 @@ from moe_runtime.messages import RankResult, StepPlan
 from moe_runtime.process_executor import ProcessExecutor
 
 NOWHERE = Path("/nowhere")
-FRONT = [sys.executable, "-P", str(Path(__file__).with_name("fake_front.py"))]
+FRONT = [sys.executable, "-P", str(Path(__file__).parent / "support" / "fake_front.py")]
 
 Start = Callable[..., ProcessExecutor]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from process_tools import Script, eventually
 
-FRONT = str(Path(__file__).with_name("fake_front.py"))
+FRONT = str(Path(__file__).parent / "support" / "fake_front.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
 
 
