@@ -328,7 +328,7 @@ def test_heatmap_of_a_file_and_a_phase(tmp_path, phase):
 
 def test_output_that_nobody_reads():
     program = (
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent / "support")!r}]\n"
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent / 'support')!r}]\n"
         "import moe_runtime.build\nfrom serve_fakes import FakeEngine\nfrom moe_runtime.cli import main\n"
         "moe_runtime.build.build_engine = FakeEngine\n"
         "sys.exit(main(['generate', 'x', '--prompt', 'a']))"
