@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.engine import Engine
 from moe_runtime.executor import Executor
+
+logger = logging.getLogger(__name__)
 
 MakeExecutor = Callable[[EngineConfig, ModelConfig, Path], Executor]
 
@@ -37,10 +40,27 @@ def build_engine(config: EngineConfig, make_executor: MakeExecutor | None = None
         tokenizer = Tokenizer.from_path(config.tokenizer or path)
     executor = (make_executor or _executor_class(config))(config, model_config, path)
     try:
-        return Engine(config, model_config, executor, tokenizer)
+        engine = Engine(config, model_config, executor, tokenizer)
     except BaseException:
         executor.close()
         raise
+    logger.info("%s", _choices(engine))
+    return engine
+
+
+def _choices(engine: Engine) -> str:
+    """One line that says what was chosen and what it takes; `/health` has the same."""
+    ranks = engine.executor.ranks
+    kernels = ", ".join(sorted(set(ranks[0].kernels.values())))
+    weights, cache = (
+        sum(sizes) / 1e9 for sizes in zip(*((r.weight_bytes, r.kv_cache_bytes) for r in ranks), strict=True)
+    )
+    return (
+        f"{engine.model_name}: {len(ranks)} x {ranks[0].device} with {ranks[0].num_threads} threads, {ranks[0].dtype}, "
+        f"kernels {kernels}, dispatcher {engine.config.dispatcher}, weights {weights:.2f} GB, "
+        f"KV cache {cache:.2f} GB ({sum(r.num_blocks for r in ranks)} pages of {engine.config.block_size} tokens), "
+        f"loaded in {max(r.load_seconds for r in ranks):.1f} s"
+    )
 
 
 def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moe_runtime import __version__
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.detokenizer import IncrementalDecoder, OutputText
-from moe_runtime.executor import Executor, RankInfo
+from moe_runtime.executor import Executor
 from moe_runtime.messages import PromptLogprobs, RankResult, Sample, TokenLogprobs
 from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
 from moe_runtime.request import Request
@@ -57,9 +57,6 @@ class Engine:
         model_config: the checkpoint.
         executor: ranks that are ready. The engine owns it once it is made, and closes it.
         tokenizer: None takes and gives token ids only.
-
-    Raises:
-        ValueError: a rank's KV cache is too small for one sequence of `max_model_len`.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = config.max_model_len or model_config.max_model_len
         for rank in executor.ranks:
-            _check_cache(rank, config.block_size, self.max_model_len)
+            assert rank.num_blocks * config.block_size >= self.max_model_len, "one sequence always fits on a rank"
         self._scheduler = Scheduler(
             [rank.num_blocks for rank in executor.ranks],
             config.block_size,
@@ -211,6 +208,7 @@ class Engine:
             "ranks": [asdict(rank) for rank in ranks],
             "kernels": ranks[0].kernels,
             "dispatcher": self.config.dispatcher,
+            "dispatcher_steps": dict(self._dispatcher_steps),
             "max_model_len": self.max_model_len,
             "block_size": self.config.block_size,
             "num_blocks": [rank.num_blocks for rank in ranks],
@@ -302,13 +300,3 @@ class Engine:
         self._scheduler.remove(request)
         del self._requests[request.request_id], self._by_seq_id[request.seq_id]
         self._finished[finish_reason] += 1
-
-
-def _check_cache(rank: RankInfo, block_size: int, max_model_len: int) -> None:
-    needed = -(-max_model_len // block_size)
-    if rank.num_blocks < needed:
-        raise ValueError(
-            f"kv_cache_memory_bytes: {rank.kv_cache_bytes} bytes on rank {rank.rank} hold "
-            f"{rank.num_blocks * block_size} tokens, but max_model_len is {max_model_len}; raise it to at least "
-            f"{-(-rank.kv_cache_bytes * needed // max(1, rank.num_blocks))} bytes, or lower max_model_len"
-        )

@@ -56,17 +56,26 @@ def choose_num_blocks(
 
     That memory is `kv_cache_memory_bytes` if given, else half of what is free, shared with the other ranks of the
     device or host, and on CPUs at most 4 GiB.
+
+    Raises:
+        ValueError: it does not hold one sequence of `max_model_len`.
     """
     page = block_bytes(model, engine.block_size, dtype)
     max_len = engine.max_model_len or model.max_model_len
-    most = engine.max_num_seqs * -(-max_len // engine.block_size)
+    per_sequence = -(-max_len // engine.block_size)
     if engine.kv_cache_memory_bytes is not None:
-        return min(most, engine.kv_cache_memory_bytes // page)
-    if device.type == "cuda":
+        budget = engine.kv_cache_memory_bytes
+    elif device.type == "cuda":
         budget = int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
     else:
         budget = min(int(available_host_memory() * FREE_MEMORY_SHARE) // local_ranks, CPU_DEFAULT_BYTES)
-    return min(most, budget // page)
+    num_blocks = min(engine.max_num_seqs * per_sequence, budget // page)
+    if num_blocks < per_sequence:
+        raise ValueError(
+            f"kv_cache_memory_bytes: {budget} bytes a rank hold {num_blocks * engine.block_size} tokens, but "
+            f"max_model_len is {max_len}; it takes {per_sequence * page} bytes, or a lower max_model_len"
+        )
+    return num_blocks
 
 
 def available_host_memory() -> int:

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.executor import Executor
+from moe_runtime.build import MakeExecutor
+from moe_runtime.config import EngineConfig
 from moe_runtime.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Host, describe_exit, divide_cores
 from moe_runtime.process_executor import ProcessExecutor
 from moe_runtime.rank_group import START_TIMEOUT, Site, socket_folder
@@ -31,8 +31,6 @@ POLL_INTERVAL = 0.1
 ALIVE_INTERVAL = 1.0
 FRONT_LOST = 3.0  # seconds without a connection after which a host takes the front for dead
 DRAIN_LIMIT = 27.0  # the front drains within 25 s of SIGTERM, and torchrun kills after 30
-
-MakeExecutor = Callable[[EngineConfig, ModelConfig, Path], Executor]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from fakes import (
     EOS,
-    MockExecutor,
     fake_logprobs,
     generate_alone,
     make_engine,
@@ -17,7 +16,6 @@ from fakes import (
 )
 
 from moe_runtime import __version__
-from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
 from moe_runtime.outputs import OutputDelta
 from moe_runtime.sampling_params import SamplingParams
@@ -291,16 +289,6 @@ def test_preempted_requests_stream_the_same_text(tokenizer):
     assert {text_of(parts) for parts in deltas.values()} == {tokenizer.decode(prompt + token_ids)[len("The sea") :]}
     assert engine.stats().num_preemptions > 0
     assert any(rank.dropped for plan in executor.plans for rank in plan.ranks)
-
-
-def test_a_cache_that_is_too_small_is_refused():
-    config = EngineConfig("fake", max_model_len=64, block_size=8, ep_size=2)
-    message = (
-        r"^kv_cache_memory_bytes: 7000 bytes on rank 1 hold 56 tokens, but max_model_len is 64; "
-        r"raise it to at least 8000 bytes, or lower max_model_len$"
-    )
-    with pytest.raises(ValueError, match=message):
-        Engine(config, model_config(), MockExecutor(config, [8, 7]), None)
 
 
 def test_max_model_len_is_the_models_unless_given():

@@ -302,9 +302,7 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
         q, k = torch_ops.rms_norm(q, q_norm, 1e-6), torch_ops.rms_norm(k, k_norm, 1e-6)
     q, k = torch_ops.apply_rotary(q, k, cos[rows], sin[rows])
     torch_attention.store_kv(k, v, k_cache, v_cache, slots)
-    attended = torch_attention.paged_attention(
-        q, k_cache, v_cache, meta, scale=head_dim**-0.5, sliding_window=None
-    )
+    attended = torch_attention.paged_attention(q, k_cache, v_cache, meta, scale=head_dim**-0.5, sliding_window=None)
     # A projection's last bit may differ, and norms and scores pass it on.
     assert_close(own_k, k_cache, scale=4)
     assert_close(own_v, v_cache)
@@ -322,9 +320,7 @@ def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72
     slot_E, counts = torch.randperm(num_experts), torch.zeros(2, 3, num_experts, dtype=torch.int64)
     router = Router(kernels, gate, weight, slot_E, counts[:, 1])
     shared_weights = (normal(1, 34, hidden, dtype=dtype) / 8, normal(1, hidden, 17, dtype=dtype) / 8)
-    block = SparseBlock(
-        router, experts_of(kernels, w13, w2), experts_of(kernels, *shared_weights) if shared else None
-    )
+    block = SparseBlock(router, experts_of(kernels, w13, w2), experts_of(kernels, *shared_weights) if shared else None)
     return block, weight, w13, w2, slot_E, counts, shared_weights if shared else None
 
 
