@@ -34,7 +34,8 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument("--heatmap", type=Path, default=Path("heatmap.png"), help="where to write it")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where the caller's shell has them ignored
+        signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
         from moe_runtime.demo.build import ensure_demo_model
@@ -79,8 +80,7 @@ def serving(num_ranks: int) -> Iterator[str]:
         yield url
         stop(server, url)
     finally:
-        if server.poll() is None:
-            end(server)
+        end(server, url)
 
 
 def wait_ready(server: subprocess.Popen[bytes], url: str) -> None:
@@ -107,13 +107,21 @@ def stop(server: subprocess.Popen[bytes], url: str) -> None:
         raise DemoError(f"the server stopped with exit code {code}")
 
 
-def end(server: subprocess.Popen[bytes]) -> None:
-    """End a server that was interrupted or did not stop: ask all its processes, then kill what is left."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
+def end(server: subprocess.Popen[bytes], url: str) -> None:
+    """End a server that still runs, after an interruption or a failure: ask the front, then torchrun, then kill."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending; nothing may be left behind for a second Ctrl-C
+    for ask_to_end in (
+        lambda: os.kill(json.loads(fetch(f"{url}/health"))["pid"], signal.SIGTERM),
+        lambda: os.killpg(server.pid, signal.SIGTERM),
+        lambda: os.killpg(server.pid, signal.SIGKILL),
+    ):
+        if server.poll() is not None:
+            return
         try:
-            os.killpg(server.pid, sign)
+            ask_to_end()
             server.wait(STOP_DEADLINE)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+        except (OSError, subprocess.TimeoutExpired):
             continue
 
 
