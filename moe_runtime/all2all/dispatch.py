@@ -74,8 +74,8 @@ class _Route:
     recv_splits: list[int]
 
 
-class AllToAllDispatcher:
-    """Counts first, then exactly the rows that are needed; best for large batches, where bytes matter.
+class _GroupDispatcher:
+    """What dispatchers over a process group share: the group, and the way back, an exact all-to-all.
 
     Args:
         group: the ranks.
@@ -86,6 +86,18 @@ class AllToAllDispatcher:
         self.group = group
         self.num_slots = num_slots
         self.num_ranks = group.size()
+
+    def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
+        route: _Route = sent.handle
+        y_send = torch.empty_like(y_RD)
+        y_send[route.order_R] = y_RD
+        y_back = y_RD.new_empty(sum(route.send_splits), y_RD.shape[1])
+        dist.all_to_all_single(y_back, y_send, route.send_splits, route.recv_splits, group=self.group)
+        return _combine(y_back, route.sent_to, weights_TK)
+
+
+class AllToAllDispatcher(_GroupDispatcher):
+    """Counts first, then exactly the rows that are needed; best for large batches, where bytes matter."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         W, S = self.num_ranks, self.num_slots
@@ -102,23 +114,10 @@ class AllToAllDispatcher:
         order_R, counts_S = ops.group_by_slot(slot_N, S)
         return Dispatched(x_ND, order_R, counts_S, _Route(order_R, sent_to, send_splits, recv_splits))
 
-    def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        return _bring_back(y_RD, sent.handle, weights_TK, self.group)
 
-
-class AllGatherDispatcher:
+class AllGatherDispatcher(_GroupDispatcher):
     """Everyone gets every token and its slots in one collective, and can work out all counts; best for small batches,
-    where each collective costs its latency. The way back is an exact all-to-all.
-
-    Args:
-        group: the ranks.
-        num_slots: slots on every rank, S.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, num_slots: int) -> None:
-        self.group = group
-        self.num_slots = num_slots
-        self.num_ranks = group.size()
+    where each collective costs its latency."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         (T, D), K, W, S = x_TD.shape, slot_TK.shape[1], self.num_ranks, self.num_slots
@@ -144,23 +143,12 @@ class AllGatherDispatcher:
         route = _Route(order_R, sent_to, counts_W.tolist(), recv_splits)
         return Dispatched(x_ND, order // K, counts_S, route)
 
-    def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        return _bring_back(y_RD, sent.handle, weights_TK, self.group)
-
 
 def make_dispatchers(group: dist.ProcessGroup | None, num_slots: int) -> dict[str, Dispatcher]:
     """The dispatchers that a plan may name: "local" alone without a group, else "all_to_all" and "all_gather"."""
     if group is None:
         return {"local": LocalDispatcher(num_slots)}
     return {"all_to_all": AllToAllDispatcher(group, num_slots), "all_gather": AllGatherDispatcher(group, num_slots)}
-
-
-def _bring_back(y_RD: Tensor, route: _Route, weights_TK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    y_send = torch.empty_like(y_RD)
-    y_send[route.order_R] = y_RD
-    y_back = y_RD.new_empty(sum(route.send_splits), y_RD.shape[1])
-    dist.all_to_all_single(y_back, y_send, route.send_splits, route.recv_splits, group=group)
-    return _combine(y_back, route.sent_to, weights_TK)
 
 
 def _combine(y_RD: Tensor, position_R: Tensor, weights_TK: Tensor) -> Tensor:
