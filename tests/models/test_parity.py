@@ -8,39 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import RankContext, RankPool
+from parity_ranks import BLOCK, run_steps
+from rank_pool import RankPool
 from tiny_models import CASES, VOCAB, make_model, save
 from torch import Tensor
 
-from moe_runtime.config import EngineConfig
 from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
-from moe_runtime.models import load_model_config
 from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.worker import Worker
 
-BLOCK = 8
 PAGES_EACH = 12
 GREEDY = SamplingParams(temperature=0.0)
-
-
-def run_steps(
-    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], model_len: int
-) -> dict[int, list[Tensor]]:
-    """Logits of every token of every sequence of this rank, in order."""
-    config = EngineConfig(
-        model=str(path), dtype=dtype, max_num_seqs=16, block_size=BLOCK, max_model_len=model_len, device="cpu"
-    )
-    group = context.group if context.num_ranks > 1 else None
-    worker = Worker(config, load_model_config(path), path, rank=context.rank, num_ranks=context.num_ranks, group=group)
-    logits: dict[int, list[Tensor]] = {}
-    with torch.inference_mode():
-        for plan in steps:
-            work = plan.ranks[context.rank]
-            worker._admit(work)
-            rows = worker.model.logits(worker.model.forward(worker._batch(work, plan), worker.cache))
-            for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
-                logits.setdefault(chunk.seq_id, []).append(part)
-    return logits
 
 
 def plan_steps(prompts: list[list[int]], ranks: list[int], num_ranks: int, cuts: list[list[int]]) -> list[StepPlan]:
