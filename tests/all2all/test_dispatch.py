@@ -6,17 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from rank_pool import RankContext, RankPool
+from dispatch_ranks import HIDDEN, SLOTS, expert, run_rank
+from rank_pool import RankPool
 from torch import Tensor
 
-from moe_runtime.all2all.dispatch import LocalDispatcher, make_dispatchers
-
-SLOTS, HIDDEN = 3, 8
-
-
-def expert(x_D: Tensor, slot: int) -> Tensor:
-    """A stand-in for an expert whose output tells the slot and depends on every input."""
-    return (x_D.float() * (slot + 1) + x_D.float().flip(0).sin()).to(x_D.dtype)
+from moe_runtime.kernels.cpu.native import load_or_none
 
 
 def reference(x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -26,19 +20,6 @@ def reference(x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
             if slot >= 0:
                 out[t] += expert(x_TD[t], slot).float() * weights_TK[t, k]
     return out.to(x_TD.dtype)
-
-
-def run_rank(context: RankContext, name: str, work: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
-    x_TD, slot_TK, weights_TK = work[context.rank]
-    if context.num_ranks == 1 and name == "local":
-        way = LocalDispatcher(SLOTS)
-    else:
-        way = make_dispatchers(context.group, SLOTS)[name]
-    sent = way.dispatch(x_TD, slot_TK, [len(x) for x, _, _ in work])
-    slots = torch.arange(SLOTS).repeat_interleave(sent.counts_S).tolist()
-    rows = [expert(sent.x_ND[row], context.rank * SLOTS + s) for row, s in zip(sent.row_R, slots, strict=True)]
-    y_RD = torch.stack(rows) if rows else x_TD.new_empty(0, HIDDEN)
-    return way.combine(y_RD, sent, weights_TK), sent.counts_S.tolist()
 
 
 def routing(kind: str, num_ranks: int, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +41,11 @@ def routing(kind: str, num_ranks: int, rank: int) -> tuple[Tensor, Tensor, Tenso
     return x_TD, slot_TK.long(), torch.rand(tokens, 2)
 
 
+def skip_without_native_kernels(name: str) -> None:
+    if name == "symmetric" and load_or_none() is None:
+        pytest.skip("no native kernels")
+
+
 KINDS = ["even", "skewed", "a rank without tokens", "all to one rank", "some dropped"]
 
 
@@ -67,11 +53,16 @@ KINDS = ["even", "skewed", "a rank without tokens", "all to one rank", "some dro
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("num_ranks", "name"),
-    [(1, "local"), (1, "all_to_all"), (2, "all_to_all"), (2, "all_gather"), (4, "all_to_all"), (4, "all_gather")],
+    [
+        (1, "local"),
+        (1, "all_to_all"),
+        *((num_ranks, name) for num_ranks in (2, 4) for name in ("all_to_all", "all_gather", "symmetric")),
+    ],
 )
 def test_equals_reference(
     rank_pool: Callable[[int], RankPool], num_ranks: int, name: str, kind: str, dtype: torch.dtype
 ) -> None:
+    skip_without_native_kernels(name)
     work = [routing(kind, num_ranks, rank) for rank in range(num_ranks)]
     if kind == "a rank without tokens" and num_ranks == 1:
         work = [routing("even", 1, 0)]
@@ -85,9 +76,10 @@ def test_equals_reference(
     assert torch.equal(computed, torch.bincount(wanted[wanted >= 0], minlength=num_ranks * SLOTS))
 
 
+@pytest.mark.parametrize("name", ["all_to_all", "all_gather", "symmetric"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_no_rank_has_a_token(rank_pool: Callable[[int], RankPool], num_ranks: int) -> None:
+def test_no_rank_has_a_token(rank_pool: Callable[[int], RankPool], num_ranks: int, name: str) -> None:
+    skip_without_native_kernels(name)
     empty = (torch.empty(0, HIDDEN), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
-    for name in ("all_to_all", "all_gather"):
-        results = rank_pool(num_ranks).run(run_rank, name, [empty] * num_ranks)
-        assert all(out.shape == (0, HIDDEN) and sum(counts) == 0 for out, counts in results)
+    results = rank_pool(num_ranks).run(run_rank, name, [empty] * num_ranks)
+    assert all(out.shape == (0, HIDDEN) and sum(counts) == 0 for out, counts in results)

@@ -14,7 +14,15 @@ import torch
 from moe_runtime.kernels import reference, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu import build, native
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, PackedExperts, PackedLinear, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import (
+    AttentionBlock,
+    DenseBlock,
+    NextNorm,
+    PackedExperts,
+    PackedLinear,
+    Router,
+    SparseBlock,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 SIZES = [(1, 1), (64, 64), (70, 33), (130, 257), (192, 1030)]
@@ -278,19 +286,18 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
     x = normal(tokens, hidden, dtype=dtype)
 
-    block = AttentionBlock(
-        kernels,
-        PackedLinear.pack(kernels, qkv, bias),
-        PackedLinear.pack(kernels, out_weight),
-        num_heads=heads,
-        num_kv_heads=groups,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-        sliding_window=None,
-        q_norm_d=q_norm,
-        k_norm_d=k_norm,
-        eps=1e-6,
-    )
+    options = {
+        "num_heads": heads,
+        "num_kv_heads": groups,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "sliding_window": None,
+        "q_norm_d": q_norm,
+        "k_norm_d": k_norm,
+        "eps": 1e-6,
+    }
+    weights = PackedLinear.pack(kernels, qkv, bias), PackedLinear.pack(kernels, out_weight)
+    block = AttentionBlock(kernels, *weights, **options)
     rows = torch.tensor(positions)
     step = native.Step(meta, slots, cos, sin, rows) if table else native.Step(meta, slots, cos[rows], sin[rows])
     own_k, own_v = k_cache.clone(), v_cache.clone()
@@ -307,6 +314,13 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     assert_close(own_k, k_cache, scale=4)
     assert_close(own_v, v_cache)
     assert_close(actual, torch.nn.functional.linear(attended.flatten(1), out_weight), scale=8)
+    next_norm, residual = NextNorm(normal(hidden, dtype=dtype), 1e-5), normal(tokens, hidden, dtype=dtype)
+    total = residual.clone()
+    normed = AttentionBlock(kernels, *weights, **options, next_norm=next_norm)(x, step, own_k, own_v, total)
+    for fused, plain in zip(
+        (normed, total), kernels.add_rms_norm(actual, residual, next_norm.weight_D, 1e-5), strict=True
+    ):
+        assert torch.equal(fused, plain)
     untouched = torch.ones(k_cache.shape[:2], dtype=torch.bool)
     untouched.view(-1)[slots] = False
     assert torch.equal(own_k[untouched], k_cache[untouched])
@@ -366,10 +380,21 @@ def test_a_token_leaves_the_sparse_block_with_the_same_bits_in_any_batch(kernels
         assert torch.equal(block(x[start : start + rows], rows), together[start : start + rows])
 
 
-def test_a_dense_mlp_is_an_expert_for_all_rows(kernels):
-    w13, w2, x = normal(1, 60, 40), normal(1, 40, 30), normal(9, 40)
-    expected = torch_ops.grouped_mlp(x, None, torch.tensor([9]), w13, w2)
-    assert_close(experts_of(kernels, w13, w2).mlp(x), expected, scale=4)
+@DTYPES
+def test_blocks_with_the_norm_behind_them(kernels, dtype):
+    block, *_ = sparse_block(kernels, dtype, torch.float32, shared=False)
+    x, residual = normal(20, 72, dtype=dtype), normal(20, 72, dtype=dtype)
+    norm = NextNorm(normal(72, dtype=dtype), 1e-6)
+    w13, w2 = normal(1, 60, 72, dtype=dtype) / 8, normal(1, 72, 30, dtype=dtype) / 8
+    mlp = experts_of(kernels, w13, w2)
+    dense = DenseBlock(mlp)(x)
+    assert torch.equal(dense, mlp(x, None, torch.tensor([20])))
+    with_norm = (SparseBlock(block.router, block.experts, None, norm), (0,)), (DenseBlock(mlp, norm), ())
+    for (fused, arguments), plain in zip(with_norm, (block(x, 0), dense), strict=True):
+        total = residual.clone()
+        normed = fused(x, *arguments, total)
+        expected, expected_total = kernels.add_rms_norm(plain, residual, norm.weight_D, norm.eps)
+        assert torch.equal(normed, expected) and torch.equal(total, expected_total)
 
 
 def test_wrong_operands_are_refused(kernels):

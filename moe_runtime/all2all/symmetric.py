@@ -1,0 +1,263 @@
+"""Dispatch and combine between CPU ranks of one host: one-sided puts into shared memory, no sockets.
+
+The data path is `kernels/cpu/exchange.h`, two native calls per layer; here are the memory and the start.
+
+Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S slots per rank, N rows that arrived
+(each token once), R rows that experts compute here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import secrets
+import weakref
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_runtime.all2all.dispatch import Dispatched
+from moe_runtime.kernels.cpu import native
+
+Value = TypeVar("Value")
+
+SHARED_MEMORY = Path("/dev/shm")
+MAX_BYTES = 48 << 20  # of all ranks: fits the 64 MB that containers have by default, and mostly the last-level cache
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("ranks", c_int64),
+        ("rank", c_int64),
+        ("slots", c_int64),
+        ("hidden", c_int64),
+        ("top_k", c_int64),
+        ("capacity", c_int64),
+        ("row_bytes", c_int64),
+        ("ranks_share_cores", c_int64),
+    )
+
+
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "moe_exchange_segment_bytes": (c_int64, (c_void_p,)),
+    "moe_exchange_open": (c_void_p, (c_void_p, c_void_p)),
+    "moe_exchange_close": (None, (c_void_p,)),
+    "moe_exchange_dispatch": (
+        c_int64,
+        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_exchange_combine": (c_int64, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+}
+
+
+class SymmetricDispatcher:
+    """Puts rows into the peers' shared memory and waits on flags in its own; see `dispatch.Dispatcher`.
+
+    A token's row travels once to each rank that has slots of it; the way back is one row per (token, k). A step in
+    which a rank has more tokens than the buffers take goes in several rounds, with the same result. A dispatch must be
+    combined before the next one. After a TimeoutError the dispatcher can't be used any more.
+
+    Args:
+        group: the ranks, all on this host; used at the start only.
+        num_slots: slots on every rank, S.
+        max_tokens: what a rank usually has at most in a step; more go in more rounds.
+        hidden_size, top_k: D, K.
+        dtype: float32 or bfloat16.
+        timeout: seconds to wait for the peers in `dispatch` or `combine` before they raise TimeoutError.
+        max_bytes: shared memory of all ranks together; less than `max_tokens` needs means rounds.
+
+    Raises:
+        ValueError: the shared memory is too small, or not the same for all ranks; on all ranks.
+        NativeUnavailableError: no native kernels.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        num_slots: int,
+        *,
+        max_tokens: int,
+        hidden_size: int,
+        top_k: int,
+        dtype: torch.dtype,
+        timeout: float,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        if dtype not in native.DTYPES:
+            raise ValueError(f"dtype: {dtype} is not allowed with symmetric; it must be one of {native.DTYPES}")
+        self.num_slots, self.hidden_size, self.top_k, self.dtype = num_slots, hidden_size, top_k, dtype
+        self.rank, self.timeout = group.rank(), timeout
+        self._timeout_ns = int(timeout * 1e9)
+        self._is_bf16 = dtype == torch.bfloat16
+        self._number = 0
+        self._library = native.load().library
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.restype, function.argtypes = result, arguments
+
+        cores = set().union(*_gather(group, os.sched_getaffinity(0)))
+        shape = _Shape(
+            ranks=group.size(),
+            rank=self.rank,
+            slots=num_slots,
+            hidden=hidden_size,
+            top_k=top_k,
+            row_bytes=hidden_size * dtype.itemsize,
+            ranks_share_cores=group.size() > len(cores),
+        )
+        self.nbytes = self._choose_capacity(shape, max_tokens, max_bytes // group.size())
+        self.capacity: int = shape.capacity
+        # The maps live as long as the exchange, whose finalizer holds them.
+        maps = _share(group, self.nbytes)
+        views = [ctypes.c_char.from_buffer(segment) for segment in maps]
+        addresses = (c_void_p * len(views))(*map(ctypes.addressof, views))
+        self._exchange = self._library.moe_exchange_open(ctypes.addressof(shape), addresses)
+        weakref.finalize(self, _close, self._library, self._exchange, views).atexit = False
+
+    def _choose_capacity(self, shape: _Shape, max_tokens: int, max_bytes: int) -> int:
+        """Set the tokens of an exchange, an even number; returns the size of a segment."""
+
+        def size(capacity: int) -> int:
+            shape.capacity = capacity
+            nbytes: int = self._library.moe_exchange_segment_bytes(ctypes.addressof(shape))
+            return nbytes
+
+        fixed = size(0)
+        per_pair = max(1, (size(2048) - fixed) // 1024)
+        fitting = (max_bytes - fixed) // per_pair
+        return size(2 * max(1, min(-(-max_tokens // 2), fitting)))
+
+    def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
+        """See `dispatch.Dispatcher`; `slot_TK` is int64."""
+        num_tokens, all_tokens = tokens_per_rank[self.rank], sum(tokens_per_rank)
+        assert x_TD.dtype == self.dtype and x_TD.shape == (num_tokens, self.hidden_size)
+        assert slot_TK.dtype == torch.int64 and slot_TK.shape == (num_tokens, self.top_k)
+        x_TD, slot_TK = x_TD.contiguous(), slot_TK.contiguous()
+        x_ND = x_TD.new_empty(all_tokens, self.hidden_size)
+        row_R = slot_TK.new_empty(all_tokens * self.top_k)
+        counts_S = slot_TK.new_empty(self.num_slots)
+        total = self._library.moe_exchange_dispatch(
+            self._exchange,
+            x_TD.data_ptr(),
+            slot_TK.data_ptr(),
+            num_tokens,
+            max(tokens_per_rank),
+            self._timeout_ns,
+            x_ND.data_ptr(),
+            row_R.data_ptr(),
+            counts_S.data_ptr(),
+        )
+        if total < 0:
+            raise self._late(-1 - total)
+        self._number += 1
+        return Dispatched(x_ND, row_R[:total], counts_S, (self._number, num_tokens))
+
+    def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
+        """See `dispatch.Dispatcher`; `weights_TK` is float32."""
+        assert sent.handle == (self._number, len(weights_TK)), "a dispatch must be combined before the next"
+        assert y_RD.dtype == self.dtype and y_RD.shape == (len(sent.row_R), self.hidden_size)
+        assert weights_TK.dtype == torch.float32 and weights_TK.shape[1] == self.top_k
+        y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
+        out_TD = y_RD.new_empty(len(weights_TK), self.hidden_size)
+        late = self._library.moe_exchange_combine(
+            self._is_bf16,
+            self._exchange,
+            y_RD.data_ptr(),
+            weights_TK.data_ptr(),
+            self._timeout_ns,
+            out_TD.data_ptr(),
+        )
+        if late >= 0:
+            raise self._late(late)
+        return out_TD
+
+    def _late(self, rank: int) -> TimeoutError:
+        return TimeoutError(f"symmetric: no rows from rank {rank} within {self.timeout:g} s")
+
+
+def free_bytes() -> int:
+    """What /dev/shm has left for this user; 0 if there is none."""
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+    except FileNotFoundError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def _close(library: ctypes.CDLL, exchange: int, views: list[ctypes.c_char]) -> None:
+    library.moe_exchange_close(exchange)
+    views.clear()
+
+
+def _share(group: dist.ProcessGroup, nbytes: int) -> list[mmap.mmap]:
+    """A segment of zeros from each rank, mapped here in order of rank. This rank's has no name any more afterwards.
+
+    Every rank learns what went wrong on any, so that all raise the same error and none waits for another.
+    """
+    free = min(_gather(group, free_bytes()))
+    needed = nbytes * group.size()
+    too_small = (
+        f"symmetric: needs {needed / 1e6:.1f} MB of shared memory, {SHARED_MEMORY} has {free / 1e6:.1f} MB free; "
+        "use dispatcher all_gather or all_to_all, or enlarge it"
+    )
+    if needed > free:
+        raise ValueError(too_small)
+    path = SHARED_MEMORY / f"moe-runtime-{secrets.token_hex(16)}"
+    try:
+        problem = _reserve(path, nbytes)
+        reserved = _gather(group, (path, problem))
+        if any(code == errno.ENOSPC for _, code in reserved):
+            raise ValueError(too_small)
+        for rank, (_, code) in enumerate(reserved):
+            if code:
+                raise ValueError(f"symmetric: rank {rank} cannot reserve shared memory: {os.strerror(code)}")
+        maps = [_map(other, nbytes) for other, _ in reserved]
+        # No rank passes before all have opened all.
+        for rank, opened in enumerate(_gather(group, [segment is not None for segment in maps])):
+            if not all(opened):
+                owner = opened.index(False)
+                raise ValueError(
+                    f"symmetric: rank {rank} cannot open the shared memory of rank {owner}; all ranks must be on one "
+                    f"host and see the same {SHARED_MEMORY}"
+                )
+    finally:
+        path.unlink(missing_ok=True)
+    return [segment for segment in maps if segment is not None]
+
+
+def _reserve(path: Path, nbytes: int) -> int:
+    """Create a file with all its pages; returns 0 or what the system says."""
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        return error.errno or errno.EIO
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        os.close(file)
+    return 0
+
+
+def _map(path: Path, nbytes: int) -> mmap.mmap | None:
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return mmap.mmap(file, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    finally:
+        os.close(file)
+
+
+def _gather(group: dist.ProcessGroup, value: Value) -> list[Value]:
+    found = [value] * group.size()
+    dist.all_gather_object(found, value, group=group)
+    return found

@@ -1,0 +1,275 @@
+// The C interface. Python holds the structs; pointers in them must outlive the calls. All sizes are in elements.
+// `is_bf16` names the element type of activations and weights: bf16, else float32.
+#include <mutex>
+
+#include "attention.h"
+#include "moe.h"
+
+namespace moe {
+namespace {
+
+// One call at a time; never destroyed, so that no thread is joined when the process ends.
+Engine& engine = *new Engine;
+std::mutex mutex;
+
+template <class Body>
+void dispatch(int is_bf16, const Body& body) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  is_bf16 ? body(bf16{}) : body(0.0f);
+}
+
+// Rows that one task takes where a row is little work.
+template <class Body>
+void for_rows(int64_t rows, const Body& body) {
+  constexpr int64_t kRows = 16;
+  engine.pool.run(ceil_div(rows, kRows), [&](int64_t task, int) {
+    for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) body(i);
+  });
+}
+
+// The norm between a block and the next: residual += out, out = norm of that. None where `weight` is null.
+struct NextNorm {
+  const void* weight;
+  float eps;
+};
+
+template <class T>
+void normalize(const NextNorm& next, int64_t rows, int64_t size, T* residual, T* out) {
+  if (next.weight == nullptr) return;
+  for_rows(rows, [&](int64_t i) {
+    T *total = residual + i * size, *row = out + i * size;
+    add_rms_norm_row(row, total, static_cast<const T*>(next.weight), size, next.eps, total, row);
+  });
+}
+
+}  // namespace
+}  // namespace moe
+
+using namespace moe;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void moe_set_threads(int threads) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (threads == engine.pool.size()) return;
+  engine.pool.resize(threads);
+  engine.scratch = std::vector<Scratch>(threads);
+}
+
+int moe_num_threads() { return engine.pool.size(); }
+
+void moe_use_huge_pages(void* data, int64_t bytes) { use_huge_pages(data, bytes); }
+
+int64_t moe_packed_elements(int is_bf16, int64_t outputs, int64_t inputs) {
+  return ceil_div(outputs, kPanel) * (is_bf16 ? panel_elements<bf16>(inputs) : panel_elements<float>(inputs));
+}
+
+void moe_pack(int is_bf16, const void* source, int64_t stride, int64_t first_row, int64_t rows, int64_t inputs,
+              void* packed) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    const int64_t first_panel = first_row / kPanel, panels = ceil_div(first_row + rows, kPanel) - first_panel;
+    engine.pool.run(rows ? panels : 0, [&](int64_t task, int) {
+      const int64_t begin = std::max(first_row, (first_panel + task) * kPanel);
+      const int64_t end = std::min(first_row + rows, (first_panel + task + 1) * kPanel);
+      pack_rows(static_cast<const T*>(source) + (begin - first_row) * stride, stride, begin, end - begin, inputs,
+                static_cast<T*>(packed));
+    });
+  });
+}
+
+void moe_unpack(int is_bf16, const void* packed, int64_t first_row, int64_t rows, int64_t inputs, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    unpack_rows(static_cast<const T*>(packed), first_row, rows, inputs, static_cast<T*>(out));
+  });
+}
+
+// `out` is float32 where `out_float32`, else of the element type.
+void moe_linear(int is_bf16, int out_float32, const Weight* weight, const void* bias, const void* x, int64_t rows,
+                void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    const T *input = static_cast<const T*>(x), *added = static_cast<const T*>(bias);
+    if (out_float32) {
+      linear(engine, *weight, added, input, rows, weight->inputs, static_cast<float*>(out));
+    } else {
+      linear(engine, *weight, added, input, rows, weight->inputs, static_cast<T*>(out));
+    }
+  });
+}
+
+void moe_rms_norm(int is_bf16, const void* x, const void* weight, int64_t rows, int64_t size, float eps, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    for_rows(rows, [&](int64_t i) {
+      rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(weight), size, eps,
+                   static_cast<T*>(out) + i * size);
+    });
+  });
+}
+
+void moe_add_rms_norm(int is_bf16, const void* x, const void* residual, const void* weight, int64_t rows, int64_t size,
+                      float eps, void* total, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    for_rows(rows, [&](int64_t i) {
+      add_rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(residual) + i * size,
+                       static_cast<const T*>(weight), size, eps, static_cast<T*>(total) + i * size,
+                       static_cast<T*>(out) + i * size);
+    });
+  });
+}
+
+void moe_silu_mul(int is_bf16, const void* gate_up, int64_t rows, int64_t size, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    for_rows(rows, [&](int64_t i) {
+      const T* gate = static_cast<const T*>(gate_up) + i * 2 * size;
+      silu_mul_row(gate, gate + size, size, static_cast<T*>(out) + i * size);
+    });
+  });
+}
+
+void moe_finish_heads(int is_bf16, const AttentionShape* shape, const HeadOps* ops, int64_t tokens, void* qkv,
+                      void* key_cache, void* value_cache) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    finish_heads(engine, *shape, *ops, tokens, static_cast<T*>(qkv), static_cast<T*>(key_cache),
+                 static_cast<T*>(value_cache));
+  });
+}
+
+void moe_paged_attention(int is_bf16, const AttentionShape* shape, const StepLayout* step, const void* queries,
+                         int64_t stride, const void* key_cache, const void* value_cache, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    paged_attention(engine, *shape, *step, static_cast<const T*>(queries), stride, static_cast<const T*>(key_cache),
+                    static_cast<const T*>(value_cache), static_cast<T*>(out));
+  });
+}
+
+// `heads` holds the step's pointers, filled before each call.
+struct AttentionBlock {
+  NextNorm next;
+  AttentionShape shape;
+  HeadOps heads;
+  Weight qkv;
+  const void* qkv_bias;
+  Weight output;
+  const void* output_bias;
+};
+
+// Projection, head ops, attention, projection back; then what `NextNorm` says.
+void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLayout* step, const void* x,
+                         void* key_cache, void* value_cache, void* residual, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    const int64_t tokens = step->tokens, inner = block->output.inputs;
+    T* qkv = engine.qkv.get<T>(tokens * block->qkv.outputs);
+    T* attended = engine.attended.get<T>(tokens * inner);
+    linear(engine, block->qkv, static_cast<const T*>(block->qkv_bias), static_cast<const T*>(x), tokens,
+           block->qkv.inputs, qkv);
+    finish_heads(engine, block->shape, block->heads, tokens, qkv, static_cast<T*>(key_cache),
+                 static_cast<T*>(value_cache));
+    paged_attention(engine, block->shape, *step, qkv, block->qkv.outputs, static_cast<const T*>(key_cache),
+                    static_cast<const T*>(value_cache), attended);
+    linear(engine, block->output, static_cast<const T*>(block->output_bias), attended, tokens, inner,
+           static_cast<T*>(out));
+    normalize(block->next, tokens, block->output.outputs, static_cast<T*>(residual), static_cast<T*>(out));
+  });
+}
+
+void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  gate(engine, *config, logits, rows, weights, experts);
+}
+
+int64_t moe_group_by_slot(const int64_t* slot, int64_t size, int64_t slots, int64_t* order, int64_t* counts) {
+  return group_by_slot(slot, size, slots, order, counts);
+}
+
+void moe_grouped_mlp(int is_bf16, const Experts* experts, const void* x, int64_t num_rows, const int64_t* row,
+                     const int64_t* counts, void* y) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    grouped_mlp(engine, *experts, static_cast<const T*>(x), num_rows, row, counts, static_cast<T*>(y));
+  });
+}
+
+// `order` as group_by_slot gives it: row i of `y` is that of (token, k) number order[i]; null: in order already.
+void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* order, const float* weights,
+                 int64_t tokens, int64_t top_k, int64_t hidden, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    int64_t* place = engine.routing.get<int64_t>(tokens * top_k);
+    std::fill_n(place, tokens * top_k, -1);
+    for (int64_t i = 0; i < num_rows; i++) place[order ? order[i] : i] = i;
+    combine(engine, static_cast<const T*>(y), place, weights, tokens, top_k, hidden, static_cast<const T*>(nullptr),
+            static_cast<T*>(out));
+  });
+}
+
+void moe_route(int is_bf16, const Router* router, const void* x, int64_t tokens, int64_t num_decode, float* weights,
+               int64_t* experts) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    route(engine, *router, static_cast<const T*>(x), tokens, num_decode, weights, experts);
+  });
+}
+
+struct SparseBlock {
+  NextNorm next;
+  const Router* router;
+  const Experts* experts;
+  const Experts* shared;  // or null
+};
+
+// The sparse block where all experts are local; then what `NextNorm` says.
+void moe_sparse_block(int is_bf16, const SparseBlock* block, const void* x, int64_t tokens, int64_t num_decode,
+                      void* residual, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    sparse_block(engine, *block->router, *block->experts, block->shared, static_cast<const T*>(x), tokens, num_decode,
+                 static_cast<T*>(out));
+    normalize(block->next, tokens, block->experts->hidden, static_cast<T*>(residual), static_cast<T*>(out));
+  });
+}
+
+struct DenseBlock {
+  NextNorm next;
+  const Experts* mlp;  // one slot
+};
+
+// All rows through one SwiGLU; then what `NextNorm` says.
+void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_t tokens, void* residual, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    grouped_mlp(engine, *block->mlp, static_cast<const T*>(x), tokens, nullptr, &tokens, static_cast<T*>(out));
+    normalize(block->next, tokens, block->mlp->hidden, static_cast<T*>(residual), static_cast<T*>(out));
+  });
+}
+
+// Reads `bytes` (whole MiB) once with all threads: the floor of everything that streams weights.
+uint64_t moe_read(const void* data, int64_t bytes) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  constexpr int64_t kBlock = 1 << 20;
+  std::atomic<uint64_t> total{0};
+  engine.pool.run(bytes / kBlock, [&](int64_t task, int) {
+    const char* block = static_cast<const char*>(data) + task * kBlock;
+    Vec sums[4] = {zero(), zero(), zero(), zero()};
+    for (int64_t i = 0; i < kBlock; i += 256) {
+      for (int j = 0; j < 256; j += 64) {
+        sums[j / 64] = max(sums[j / 64], load(reinterpret_cast<const float*>(block + i + j)));
+      }
+    }
+    total += static_cast<uint64_t>(max(max(max(sums[0], sums[1]), max(sums[2], sums[3]))));
+  });
+  return total;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
+
+#include "exchange.h"

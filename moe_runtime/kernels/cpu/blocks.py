@@ -1,0 +1,379 @@
+"""Packed weights, and the parts of a decoder layer that are one native call each.
+
+Their C structs hold what does not change, so that a call passes a few pointers. A block may take the norm behind it:
+called with the residual rows, it adds its output to them in place and returns the norm of the sum. Shape suffixes are
+those of `native`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.kernels.cpu.native import AttentionShape, GateConfig, HeadOps, Kernels, Step, Weight, is_bf16, pointer
+
+PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
+
+
+class _NextNorm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+
+class _SparseBlock(ctypes.Structure):
+    _fields_ = (("next", _NextNorm), ("router", c_void_p), ("experts", c_void_p), ("shared", c_void_p))
+
+
+class _DenseBlock(ctypes.Structure):
+    _fields_ = (("next", _NextNorm), ("mlp", c_void_p))
+
+
+class _AttentionBlock(ctypes.Structure):
+    _fields_ = (
+        ("next", _NextNorm),
+        ("shape", AttentionShape),
+        ("heads", HeadOps),
+        ("qkv", Weight),
+        ("qkv_bias", c_void_p),
+        ("output", Weight),
+        ("output_bias", c_void_p),
+    )
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        ("w13", c_void_p),
+        ("w2", c_void_p),
+        ("slots", c_int64),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+    )
+
+
+class _Router(ctypes.Structure):
+    _fields_ = (
+        ("gate", GateConfig),
+        ("weight", Weight),
+        ("weight_is_float32", c_int32),
+        ("slot", c_void_p),
+        ("counts", c_void_p),
+        ("phase_stride", c_int64),
+    )
+
+
+class PackedLinear:
+    """`x @ weight.T + bias` with the weight `[outputs, inputs]` packed. Rows are loaded piece by piece.
+
+    Args:
+        bias: `[outputs]` in `dtype`, or None.
+    """
+
+    def __init__(
+        self, kernels: Kernels, outputs: int, inputs: int, dtype: torch.dtype, bias: Tensor | None = None
+    ) -> None:
+        assert bias is None or (bias.dtype == dtype and bias.shape == (outputs,))
+        self.kernels = kernels
+        self.outputs, self.inputs, self.bias = outputs, inputs, bias
+        self.packed = kernels.packed_empty(dtype, outputs, inputs)
+        self.weight = Weight(self.packed.data_ptr(), outputs, inputs)
+        self._is_bf16 = is_bf16(self.packed)
+        self._address = ctypes.addressof(self.weight)
+        self._bias = pointer(bias)
+
+    @classmethod
+    def pack(cls, kernels: Kernels, weight_ND: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """Pack a whole weight."""
+        packed = cls(kernels, weight_ND.shape[0], weight_ND.shape[1], weight_ND.dtype, bias)
+        packed.load(0, weight_ND)
+        return packed
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def load(self, first_row: int, weight_MD: Tensor) -> None:
+        """Fill the outputs from `first_row` on."""
+        rows, inputs = weight_MD.shape
+        assert inputs == self.inputs and 0 <= first_row <= self.outputs - rows
+        _pack(self.kernels, weight_MD, first_row, self.packed)
+
+    def unpack(self) -> Tensor:
+        """The weight `[outputs, inputs]`."""
+        return _unpack(self.kernels, self.packed, 0, self.outputs, self.inputs)
+
+    def __call__(self, x_TD: Tensor, *, float32: bool = False) -> Tensor:
+        """`[T, outputs]` in the weight's dtype, or in float32, unrounded."""
+        assert x_TD.dtype == self.packed.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
+        out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
+        self.kernels.library.moe_linear(
+            self._is_bf16, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
+        )
+        return out
+
+
+class PackedExperts:
+    """SwiGLU experts of one layer, packed, in slots; with one slot, a dense MLP. Load a slot before its use."""
+
+    def __init__(
+        self, kernels: Kernels, num_slots: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
+    ) -> None:
+        self.kernels = kernels
+        self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
+        self._up_row = -(-intermediate_size // PANEL) * PANEL
+        whole = intermediate_size == self._up_row
+        self.w13 = kernels.packed_empty(dtype, 2 * self._up_row, hidden_size, num_slots)
+        if not whole:
+            self.w13.zero_()
+        self.w2 = kernels.packed_empty(dtype, hidden_size, intermediate_size, num_slots)
+        self.experts = _Experts(self.w13.data_ptr(), self.w2.data_ptr(), num_slots, hidden_size, intermediate_size)
+        self.address = ctypes.addressof(self.experts)
+        self._is_bf16 = is_bf16(self.w13)
+
+    @property
+    def nbytes(self) -> int:
+        return self.w13.nbytes + self.w2.nbytes
+
+    def load(self, slot: int, w13_GD: Tensor, w2_DF: Tensor) -> None:
+        """Pack an expert into a slot. `w13_GD` has the rows of the gate projection, then those of the up projection."""
+        inner = self.intermediate_size
+        assert w13_GD.shape == (2 * inner, self.hidden_size) and w2_DF.shape == (self.hidden_size, inner)
+        _pack(self.kernels, w13_GD[:inner], 0, self.w13[slot])
+        _pack(self.kernels, w13_GD[inner:], self._up_row, self.w13[slot])
+        _pack(self.kernels, w2_DF, 0, self.w2[slot])
+
+    def unpack(self, slot: int) -> tuple[Tensor, Tensor]:
+        """`(w13_GD, w2_DF)` of a slot."""
+        inner, hidden = self.intermediate_size, self.hidden_size
+        gate, up = (_unpack(self.kernels, self.w13[slot], row, inner, hidden) for row in (0, self._up_row))
+        return torch.cat((gate, up)), _unpack(self.kernels, self.w2[slot], 0, hidden, inner)
+
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
+        """See `torch_ops.grouped_mlp`; the product between the projections is rounded once."""
+        assert x_ND.dtype == self.w13.dtype and x_ND.ndim == 2 and x_ND.shape[1] == self.hidden_size
+        assert counts_S.dtype == torch.int64 and len(counts_S) == self.num_slots
+        assert row_R is None or row_R.dtype == torch.int64
+        rows = len(x_ND) if row_R is None else len(row_R)
+        y_RD = x_ND.new_empty(rows, self.hidden_size)
+        self.kernels.library.moe_grouped_mlp(
+            self._is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
+        )
+        return y_RD
+
+
+@dataclass(frozen=True)
+class NextNorm:
+    """The norm behind a block: `residual += output`, then the norm of that, as `torch_ops.add_rms_norm`."""
+
+    weight_D: Tensor
+    eps: float
+
+
+class AttentionBlock:
+    """From normed hidden states to the attention's output: projection, head norms, rotary embedding, cache, attention,
+    projection back.
+
+    Args:
+        qkv: to `(H + 2 G) * d`; query rows, key rows, value rows.
+        output: back from `H * d`.
+        q_norm_d, k_norm_d: weights of the head norms, or None for none.
+        next_norm: the norm behind, or None.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        qkv: PackedLinear,
+        output: PackedLinear,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        sliding_window: int | None,
+        q_norm_d: Tensor | None,
+        k_norm_d: Tensor | None,
+        eps: float,
+        next_norm: NextNorm | None = None,
+    ) -> None:
+        assert qkv.outputs == (num_heads + 2 * num_kv_heads) * head_dim and output.inputs == num_heads * head_dim
+        assert num_heads % num_kv_heads == 0
+        self.kernels, self.qkv, self.output = kernels, qkv, output
+        self.block = _AttentionBlock(
+            _next_norm(next_norm),
+            AttentionShape(num_heads, num_kv_heads, head_dim, 0, sliding_window or 0, scale),
+            HeadOps(pointer(q_norm_d), pointer(k_norm_d), eps),
+            qkv.weight,
+            pointer(qkv.bias),
+            output.weight,
+            pointer(output.bias),
+        )
+        self._address = ctypes.addressof(self.block)
+        self.next_norm = next_norm
+        self._keep = (q_norm_d, k_norm_d)
+        self._dtype = qkv.packed.dtype
+        self._is_bf16 = is_bf16(qkv.packed)
+
+    @property
+    def nbytes(self) -> int:
+        return self.qkv.nbytes + self.output.nbytes
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        step: Step,
+        k_cache_NBGd: Tensor,
+        v_cache_NBGd: Tensor,
+        residual_TD: Tensor | None = None,
+    ) -> Tensor:
+        """`[T, D]`; writes the tokens' keys and values into the cache."""
+        assert x_TD.dtype == k_cache_NBGd.dtype == self._dtype and len(x_TD) == step.layout.tokens
+        heads = self.block.heads
+        heads.cos, heads.sin, heads.rope_row, heads.cache_slot = step.pointers
+        heads.rotated = step.rotated
+        self.block.shape.page_size = k_cache_NBGd.shape[1]
+        out_TD = torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
+        self.kernels.library.moe_attention_block(
+            self._is_bf16,
+            self._address,
+            step.address,
+            pointer(x_TD),
+            pointer(k_cache_NBGd),
+            pointer(v_cache_NBGd),
+            _residual(self.next_norm, residual_TD, out_TD),
+            out_TD.data_ptr(),
+        )
+        return out_TD
+
+
+class Router:
+    """Router product, gate and counts.
+
+    Args:
+        gate: from `native.gate_config`; its bias must outlive this.
+        weight_ED: in the model's dtype or in float32.
+        slot_E: int64, the slot of each expert; what `SparseBlock` uses.
+        counts_2E: int64, tokens of each expert in prefill and decode, which grow with every call; None counts nothing.
+            Rows may be apart, so a layer of a larger tensor fits.
+    """
+
+    def __init__(
+        self, kernels: Kernels, gate: GateConfig, weight_ED: Tensor, slot_E: Tensor, counts_2E: Tensor | None = None
+    ) -> None:
+        assert len(weight_ED) == gate.experts == len(slot_E) and slot_E.dtype == torch.int64
+        assert counts_2E is None or (counts_2E.dtype == torch.int64 and counts_2E.stride(1) == 1)
+        self.kernels = kernels
+        self.top_k = gate.top_k
+        self.linear = PackedLinear.pack(kernels, weight_ED)
+        self.router = _Router(
+            gate,
+            self.linear.weight,
+            weight_ED.dtype == torch.float32,
+            pointer(slot_E),
+            None if counts_2E is None else counts_2E.data_ptr(),
+            0 if counts_2E is None else counts_2E.stride(0),
+        )
+        self.address = ctypes.addressof(self.router)
+        self._keep = (slot_E, counts_2E)
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.nbytes
+
+    def __call__(self, x_TD: Tensor, num_decode: int) -> tuple[Tensor, Tensor]:
+        """`(weights_TK float32, experts_TK int64)`, best first; counts the choices."""
+        assert x_TD.shape[1] == self.linear.inputs
+        weights_TK = torch.empty(len(x_TD), self.top_k)
+        experts_TK = torch.empty(len(x_TD), self.top_k, dtype=torch.int64)
+        self.kernels.library.moe_route(
+            is_bf16(x_TD),
+            self.address,
+            pointer(x_TD),
+            len(x_TD),
+            num_decode,
+            weights_TK.data_ptr(),
+            experts_TK.data_ptr(),
+        )
+        return weights_TK, experts_TK
+
+
+class SparseBlock:
+    """The whole sparse block where all experts are local: route, experts, weighted sum, shared experts.
+
+    Args:
+        shared: the experts that every token uses, as one slot; or None.
+        next_norm: the norm behind, or None.
+    """
+
+    def __init__(
+        self, router: Router, experts: PackedExperts, shared: PackedExperts | None, next_norm: NextNorm | None = None
+    ) -> None:
+        assert shared is None or shared.num_slots == 1
+        self.router, self.experts, self.shared, self.next_norm = router, experts, shared, next_norm
+        shared_address = None if shared is None else shared.address
+        self.block = _SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
+        self._address = ctypes.addressof(self.block)
+        self._is_bf16 = is_bf16(experts.w13)
+
+    def __call__(self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None) -> Tensor:
+        """`[T, D]`; the first `num_decode` rows are counted as decode."""
+        assert x_TD.dtype == self.experts.w13.dtype and x_TD.shape[1] == self.experts.hidden_size
+        out_TD = torch.empty_like(x_TD)
+        residual = _residual(self.next_norm, residual_TD, out_TD)
+        self.experts.kernels.library.moe_sparse_block(
+            self._is_bf16, self._address, pointer(x_TD), len(x_TD), num_decode, residual, out_TD.data_ptr()
+        )
+        return out_TD
+
+
+class DenseBlock:
+    """A SwiGLU that all rows pass: an expert's weights in one slot.
+
+    Args:
+        next_norm: the norm behind, or None.
+    """
+
+    def __init__(self, mlp: PackedExperts, next_norm: NextNorm | None = None) -> None:
+        assert mlp.num_slots == 1
+        self.mlp, self.next_norm = mlp, next_norm
+        self.block = _DenseBlock(_next_norm(next_norm), mlp.address)
+        self._address = ctypes.addressof(self.block)
+        self._is_bf16 = is_bf16(mlp.w13)
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """`[T, D]`."""
+        assert x_TD.dtype == self.mlp.w13.dtype and x_TD.shape[1] == self.mlp.hidden_size
+        out_TD = torch.empty_like(x_TD)
+        residual = _residual(self.next_norm, residual_TD, out_TD)
+        self.mlp.kernels.library.moe_dense_block(
+            self._is_bf16, self._address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
+        )
+        return out_TD
+
+
+def _next_norm(norm: NextNorm | None) -> _NextNorm:
+    return _NextNorm(None, 0.0) if norm is None else _NextNorm(pointer(norm.weight_D), norm.eps)
+
+
+def _residual(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:
+    assert (norm is None) == (residual_TD is None), "a block with a norm takes the residual, one without does not"
+    if residual_TD is None:
+        return None
+    assert residual_TD.shape == out_TD.shape and residual_TD.dtype == out_TD.dtype
+    return pointer(residual_TD)
+
+
+def _pack(kernels: Kernels, source: Tensor, first_row: int, packed: Tensor) -> None:
+    assert source.dtype == packed.dtype and (source.stride(1) == 1 or source.shape[1] == 1)
+    rows, inputs = source.shape
+    kernels.library.moe_pack(
+        is_bf16(source), source.data_ptr(), source.stride(0), first_row, rows, inputs, packed.data_ptr()
+    )
+
+
+def _unpack(kernels: Kernels, packed: Tensor, first_row: int, rows: int, inputs: int) -> Tensor:
+    out = torch.empty(rows, inputs, dtype=packed.dtype)
+    kernels.library.moe_unpack(is_bf16(packed), packed.data_ptr(), first_row, rows, inputs, out.data_ptr())
+    return out

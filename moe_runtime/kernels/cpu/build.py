@@ -1,0 +1,150 @@
+"""Compiles the native CPU kernels into the user's cache, once per instruction set, compiler and source."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+LOCK_DEADLINE_S = 300.0
+COMPILE_DEADLINE_S = 240.0
+
+_COMMON = (
+    "-std=c++17 -O3 -Wall -Wextra -fPIC -shared -pthread -fvisibility=hidden -fno-strict-aliasing "
+    # A product and a sum are fused only where the source says so: else results would depend on the compiler.
+    "-ffp-contract=off -mavx2 -mfma -mbmi -mbmi2"
+)
+_AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
+# Best first: what the processor must report, and what the compiler is told.
+INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
+    "avx512_bf16": (
+        frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
+        f"{_AVX512} -mavx512bf16",
+    ),
+    "avx512": (frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq"}), _AVX512),
+    "avx2": (frozenset({"avx2", "fma", "bmi2"}), ""),
+}
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native kernels can't be had here; one line says why."""
+
+
+def supported_instruction_sets() -> list[str]:
+    """The names in `INSTRUCTION_SETS` that this processor and its operating system support, best first."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = set(next((line for line in lines if line.startswith("flags")), "").partition(":")[2].split())
+    return [name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= flags]
+
+
+def ensure_library(instruction_set: str | None = None, cache_dir: Path | None = None) -> tuple[Path, str]:
+    """Path of the compiled library, and the instruction set it is for; compiles it on first use.
+
+    Several processes may call it at once: one compiles, the others wait. A file that carries the final name is whole.
+
+    Args:
+        instruction_set: a name in `INSTRUCTION_SETS`; default the best that the processor has.
+        cache_dir: default `$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`.
+
+    Raises:
+        NativeUnavailableError: no such processor, no compiler, or it failed.
+        ValueError: the processor lacks `instruction_set`.
+    """
+    supported = supported_instruction_sets()
+    if instruction_set is None:
+        if not supported:
+            raise NativeUnavailableError("the processor has no AVX2, or the system is not Linux on x86-64")
+        instruction_set = supported[0]
+    elif instruction_set not in supported:
+        raise ValueError(f"instruction_set: {instruction_set!r} is not allowed; this machine has {supported}")
+    compiler, version = find_compiler()
+    flags = f"{_COMMON} {INSTRUCTION_SETS[instruction_set][1]}".split()
+    digest = hashlib.sha256("\0".join([compiler, version, *flags]).encode())
+    for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+    library = cache_dir / f"cpu-{instruction_set}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _exclusive(cache_dir / "cpu-kernels.lock"):
+                if not library.exists():
+                    _compile(compiler, flags, library)
+        except OSError as error:
+            raise NativeUnavailableError(f"cannot write to the cache folder {cache_dir}: {error}") from None
+    return library, instruction_set
+
+
+def find_compiler() -> tuple[str, str]:
+    """Path of the C++ compiler (`$CXX`, else g++, else clang++) and the first line of its `--version`.
+
+    Raises:
+        NativeUnavailableError: there is none, or it does not run.
+    """
+    asked = os.environ.get("CXX")
+    names = [asked] if asked else ["g++", "clang++"]
+    compiler = next((path for path in map(shutil.which, names) if path), None)
+    if compiler is None:
+        raise NativeUnavailableError(f"no C++ compiler: {' and '.join(names)} not found (CXX names another)")
+    try:
+        shown = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailableError(f"the C++ compiler does not run: {error}") from None
+    return compiler, shown.partition("\n")[0]
+
+
+def default_cache_dir() -> Path:
+    """The folder used when none is given; it need not exist."""
+    if own := os.environ.get("MOE_RUNTIME_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "moe-runtime"
+
+
+def _compile(compiler: str, flags: list[str], library: Path) -> None:
+    logger.warning("compiling the CPU kernels with %s into %s (once, some seconds)", compiler, library.parent)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=library.parent) as folder:
+        partial = Path(folder) / library.name
+        command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", str(partial)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise NativeUnavailableError(f"{compiler} took more than {COMPILE_DEADLINE_S:.0f} s") from None
+        if done.returncode:
+            first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+            raise NativeUnavailableError(f"{compiler} failed: {first_error.strip()}")
+        partial.rename(library)
+    logger.info("compiled the CPU kernels in %.1f s", time.monotonic() - start)
+
+
+@contextmanager
+def _exclusive(lock_path: Path) -> Iterator[None]:
+    """Hold an advisory lock; the system releases it when the process ends, however it ends."""
+    deadline = time.monotonic() + LOCK_DEADLINE_S
+    with lock_path.open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NativeUnavailableError(
+                        f"another process has held {lock_path} for {LOCK_DEADLINE_S:.0f} s"
+                    ) from None
+            time.sleep(0.1)
+        yield

@@ -1,0 +1,114 @@
+// What the operations share: the pool, memory that is kept from call to call, and the linear map.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+
+#include "gemm.h"
+#include "pool.h"
+
+namespace moe {
+
+// Asks for huge pages within [data, data + bytes), which must not have been written yet: what streams through memory then
+// misses the TLB less, and reads up to twice as fast.
+inline void use_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHuge = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// Memory that only grows.
+class Buffer {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = ceil_div(count * sizeof(T) + kSlack, kSlack) * kSlack;
+    if (bytes > bytes_) {
+      std::free(data_);
+      data_ = std::aligned_alloc(64, bytes);
+      if (data_ == nullptr) std::abort();
+      use_huge_pages(data_, bytes);
+      bytes_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  static constexpr size_t kSlack = 4096;
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+// Scratch of one thread within a task.
+struct Scratch {
+  Buffer sums, rows, keys, values, weights;
+};
+
+// Rows of one slot that one task carries past a panel.
+struct PanelTask {
+  int64_t slot, panel, first_row, rows;
+};
+
+// Queries of one sequence and some of its key/value heads that are attended together.
+struct AttentionTask {
+  int64_t sequence, first_group, num_groups, first_query, num_queries;
+};
+
+struct Engine {
+  Pool pool;
+  std::vector<Scratch> scratch = std::vector<Scratch>(1);
+  std::vector<PanelTask> panel_tasks;
+  std::vector<AttentionTask> attention_tasks;
+  Buffer padded, widened, logits, qkv, attended, hidden, expert_rows, shared_rows, routing;
+};
+
+// A packed weight; plain data, filled by the caller.
+struct Weight {
+  const void* data;
+  int64_t outputs;
+  int64_t inputs;
+};
+
+// Rows whose length is a whole number of steps: `x` itself, or a copy with zeros behind.
+template <class T>
+const T* whole_steps(Buffer& buffer, const T* x, int64_t rows, int64_t inputs, int64_t* stride) {
+  const int64_t padded = num_steps<T>(inputs) * kStepInputs<T>;
+  if (padded == inputs) return x;
+  T* copy = buffer.get<T>(rows * padded);
+  for (int64_t i = 0; i < rows; i++) {
+    std::memcpy(copy + i * padded, x + i * *stride, inputs * sizeof(T));
+    std::memset(copy + i * padded + inputs, 0, (padded - inputs) * sizeof(T));
+  }
+  *stride = padded;
+  return copy;
+}
+
+// out[rows, outputs] = x[rows, inputs] @ weight.T + bias; sums in float32, rounded once to Out.
+template <class T, class Out>
+void linear(Engine& engine, const Weight& weight, const T* bias, const T* x, int64_t rows, int64_t stride, Out* out) {
+  x = whole_steps(engine.padded, x, rows, weight.inputs, &stride);
+  const int64_t chunks = ceil_div(rows, kChunkRows), chunk_rows = rows ? ceil_div(rows, chunks) : 0;
+  const int64_t panels = ceil_div(weight.outputs, kPanel), per_panel = panel_elements<T>(weight.inputs);
+  engine.pool.run(panels * chunks, [&](int64_t task, int thread) {
+    const int64_t panel = task / chunks, first = task % chunks * chunk_rows;
+    const int64_t count = std::min(chunk_rows, rows - first);
+    if (count <= 0) return;
+    const T* pointers[kChunkRows];
+    for (int64_t i = 0; i < count; i++) pointers[i] = x + (first + i) * stride;
+    float* sums = engine.scratch[thread].sums.get<float>(kChunkRows * kPanel);
+    multiply_panel(pointers, count, static_cast<const T*>(weight.data) + panel * per_panel,
+                   num_steps<T>(weight.inputs), sums);
+    const int64_t column = panel * kPanel, width = std::min<int64_t>(kPanel, weight.outputs - column);
+    for (int64_t i = 0; i < count; i++) {
+      for_lanes(width, [&](int64_t j, int n) {
+        Vec value = load(sums + i * kPanel + j);
+        if (bias) value = value + load_first(bias + column + j, n);
+        store_first(out + (first + i) * weight.outputs + column + j, value, n);
+      });
+    }
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,308 @@
+// Token rows to the experts of the other ranks of this host and back, through shared memory. api.cpp includes this file
+// behind the engine and the lock that its functions use.
+//
+// Every rank has a segment, which all ranks map. Exchanges are numbered, and all ranks make the same ones in the same
+// order. In exchange n a rank puts what it has for its peers into their segments, then its flag "n" into each of them,
+// and waits for the flags of all peers. Nobody acknowledges: what exchange n put may be overwritten in exchange n + 2.
+// For a rank gets there after it has seen the flag n + 1 of every peer, which a peer sets after it has consumed n.
+//
+// A dispatch and its combine are one exchange each, with an area of its own for each direction. With more tokens than
+// an area takes they are several, called rounds, which use the two halves of an area in turn.
+#pragma once
+
+#include <sched.h>
+
+#include <ctime>
+
+#include "moe.h"
+
+namespace moe {
+
+// The same on all ranks but for `rank`; filled by the caller. `capacity` is even: the tokens of a rank in one exchange.
+struct ExchangeShape {
+  int64_t ranks;
+  int64_t rank;
+  int64_t slots;  // per rank
+  int64_t hidden;
+  int64_t top_k;
+  int64_t capacity;
+  int64_t row_bytes;
+  int64_t ranks_share_cores;  // there are more ranks than cores
+};
+
+class Exchange {
+ public:
+  Exchange(const ExchangeShape& shape, char* const* segments)
+      : shape_(shape), segments_(segments, segments + shape.ranks), rows_(shape.ranks), newest_(shape.ranks) {}
+
+  static int64_t segment_bytes(const ExchangeShape& shape) {
+    return returned_offset(shape) + shape.capacity * shape.top_k * shape.row_bytes;
+  }
+
+  // Puts each token, once, into the segments of the ranks that have its slots (`slot[tokens, top_k]`, global, -1 for
+  // none), and takes what the peers put here: rows into `received`; into `row` and `counts` the row of each
+  // computation, grouped by slot. `most_tokens` is the largest number of tokens of any rank.
+  // Returns the number of computations, or -1 - r if rank r did not arrive in time.
+  int64_t dispatch(Engine& engine, const char* x, const int64_t* slot, int64_t tokens, int64_t most_tokens,
+                   int64_t timeout_ns, char* received, int64_t* row, int64_t* counts) {
+    tokens_ = tokens;
+    round_tokens_ = most_tokens <= shape_.capacity ? shape_.capacity : shape_.capacity / 2;
+    rounds_ = ceil_div(most_tokens, round_tokens_);
+    place_.resize(tokens * shape_.top_k);
+    pairs_.clear();
+    slots_.clear();
+    round_end_.clear();
+    int64_t num_received = 0;
+    for (int64_t round = 0; round < rounds_; round++) {
+      number_++;
+      put_tokens(engine.pool, x, slot, round);
+      set_flags();
+      const int64_t late = wait(timeout_ns);
+      if (late >= 0) return -1 - late;
+      num_received = take_tokens(engine.pool, x, round, num_received, received);
+    }
+    const int64_t total = pairs_.size();
+    int64_t* order = engine.routing.get<int64_t>(total);
+    group_by_slot(slots_.data(), total, shape_.slots, order, counts);
+    for (int64_t i = 0; i < total; i++) {
+      row[i] = pairs_[order[i]].row;
+      pairs_[order[i]].computation = i;
+    }
+    return total;
+  }
+
+  // The way back of the last dispatch: `y` has its computations in order. `out[tokens, hidden]` is each token's sum
+  // over k, in order. Returns -1, or the rank that did not arrive in time.
+  template <class T>
+  int64_t combine(Engine& engine, const T* y, const float* weights, int64_t timeout_ns, T* out) {
+    const int64_t top_k = shape_.top_k;
+    for (int64_t round = 0; round < rounds_; round++) {
+      number_++;
+      const int64_t half = round % 2 * round_tokens_ * top_k;
+      copies_.clear();
+      for (int64_t i = round ? round_end_[round - 1] : 0; i < round_end_[round]; i++) {
+        const Pair& pair = pairs_[i];
+        copies_.push_back({reinterpret_cast<const char*>(y + pair.computation * shape_.hidden),
+                           returned(pair.source, half + pair.position)});
+      }
+      copy_rows(engine.pool);
+      set_flags();
+      const int64_t late = wait(timeout_ns);
+      if (late >= 0) return late;
+      const int64_t first = round * round_tokens_, count = tokens_of(round);
+      moe::combine(engine, reinterpret_cast<const T*>(returned(shape_.rank, half)), place_.data() + first * top_k,
+                   weights + first * top_k, count, top_k, shape_.hidden, static_cast<const T*>(nullptr),
+                   out + first * shape_.hidden);
+    }
+    return -1;
+  }
+
+ private:
+  // What a rank sleeps on.
+  struct alignas(64) Bell {
+    std::atomic<uint32_t> rings;
+    std::atomic<uint32_t> sleeping;
+  };
+
+  // From one peer. The number of rows is that of an exchange with an even and of one with an odd number.
+  struct alignas(64) Flag {
+    std::atomic<uint64_t> number;
+    int64_t rows[2];
+  };
+
+  // A (token, k) that is computed here: whose, where its row goes back to, which received row, which computation.
+  struct Pair {
+    int64_t source, position, row, computation;
+  };
+
+  struct Copy {
+    const char* from;
+    char* to;
+  };
+
+  // A segment: bell; flag of each rank; rows [ranks, capacity]; of each row its token and local slots, int32
+  // [ranks, capacity, 1 + top_k]; returned rows [capacity, top_k].
+  static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+  static int64_t rows_offset(const ExchangeShape& shape) { return sizeof(Bell) + shape.ranks * sizeof(Flag); }
+  static int64_t routes_offset(const ExchangeShape& shape) {
+    return rows_offset(shape) + aligned(shape.ranks * shape.capacity * shape.row_bytes);
+  }
+  static int64_t returned_offset(const ExchangeShape& shape) {
+    return routes_offset(shape) + aligned(shape.ranks * shape.capacity * (1 + shape.top_k) * sizeof(int32_t));
+  }
+
+  Bell& bell(int64_t owner) { return *reinterpret_cast<Bell*>(segments_[owner]); }
+  Flag& flag(int64_t owner, int64_t source) {
+    return reinterpret_cast<Flag*>(segments_[owner] + sizeof(Bell))[source];
+  }
+  char* row(int64_t owner, int64_t source, int64_t index) {
+    return segments_[owner] + rows_offset(shape_) + (source * shape_.capacity + index) * shape_.row_bytes;
+  }
+  int32_t* route(int64_t owner, int64_t source, int64_t index) {
+    return reinterpret_cast<int32_t*>(segments_[owner] + routes_offset(shape_)) +
+           (source * shape_.capacity + index) * (1 + shape_.top_k);
+  }
+  char* returned(int64_t owner, int64_t index) {
+    return segments_[owner] + returned_offset(shape_) + index * shape_.row_bytes;
+  }
+
+  int64_t tokens_of(int64_t round) const {
+    return std::clamp<int64_t>(tokens_ - round * round_tokens_, 0, round_tokens_);
+  }
+
+  // A rank's own rows stay where they are.
+  void put_tokens(Pool& pool, const char* x, const int64_t* slot, int64_t round) {
+    const int64_t first = round * round_tokens_, half = round % 2 * round_tokens_, top_k = shape_.top_k;
+    copies_.clear();
+    std::fill(rows_.begin(), rows_.end(), 0);
+    std::fill(newest_.begin(), newest_.end(), -1);
+    for (int64_t token = 0; token < tokens_of(round); token++) {
+      for (int64_t k = 0; k < top_k; k++) {
+        const int64_t pair = (first + token) * top_k + k, wanted = slot[pair];
+        place_[pair] = wanted < 0 ? -1 : token * top_k + k;
+        if (wanted < 0) continue;
+        const int64_t owner = wanted / shape_.slots;
+        if (newest_[owner] != token) {
+          newest_[owner] = token;
+          const int64_t index = half + rows_[owner]++;
+          int32_t* entry = route(owner, shape_.rank, index);
+          entry[0] = static_cast<int32_t>(token);
+          std::fill_n(entry + 1, top_k, -1);
+          if (owner != shape_.rank) {
+            copies_.push_back({x + (first + token) * shape_.row_bytes, row(owner, shape_.rank, index)});
+          }
+        }
+        route(owner, shape_.rank, half + rows_[owner] - 1)[1 + k] = static_cast<int32_t>(wanted % shape_.slots);
+      }
+    }
+    copy_rows(pool);
+    for (int64_t owner = 0; owner < shape_.ranks; owner++) flag(owner, shape_.rank).rows[number_ % 2] = rows_[owner];
+  }
+
+  // Returns the number of received rows so far.
+  int64_t take_tokens(Pool& pool, const char* x, int64_t round, int64_t num_received, char* received) {
+    const int64_t first = round * round_tokens_, half = round % 2 * round_tokens_, top_k = shape_.top_k;
+    copies_.clear();
+    for (int64_t source = 0; source < shape_.ranks; source++) {
+      const int64_t count = flag(shape_.rank, source).rows[number_ % 2];
+      for (int64_t i = 0; i < count; i++, num_received++) {
+        const int32_t* entry = route(shape_.rank, source, half + i);
+        const int64_t token = entry[0];
+        const bool own = source == shape_.rank;
+        copies_.push_back({own ? x + (first + token) * shape_.row_bytes : row(shape_.rank, source, half + i),
+                           received + num_received * shape_.row_bytes});
+        for (int64_t k = 0; k < top_k; k++) {
+          if (entry[1 + k] < 0) continue;
+          pairs_.push_back({source, token * top_k + k, num_received, 0});
+          slots_.push_back(entry[1 + k]);
+        }
+      }
+    }
+    copy_rows(pool);
+    round_end_.push_back(pairs_.size());
+    return num_received;
+  }
+
+  void copy_rows(Pool& pool) {
+    constexpr int64_t kRows = 16;
+    const int64_t count = copies_.size();
+    pool.run(ceil_div(count, kRows), [&](int64_t task, int) {
+      for (int64_t i = task * kRows; i < std::min(count, (task + 1) * kRows); i++) {
+        std::memcpy(copies_[i].to, copies_[i].from, shape_.row_bytes);
+      }
+    });
+  }
+
+  void set_flags() {
+    for (int64_t owner = 0; owner < shape_.ranks; owner++) {
+      flag(owner, shape_.rank).number.store(number_, std::memory_order_release);
+    }
+    // Either this rank sees that a peer sleeps, or that peer sees the flag before it sleeps.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    for (int64_t owner = 0; owner < shape_.ranks; owner++) {
+      if (owner == shape_.rank || !bell(owner).sleeping.load(std::memory_order_relaxed)) continue;
+      bell(owner).rings.fetch_add(1);
+      syscall(SYS_futex, &bell(owner).rings, FUTEX_WAKE, 1, nullptr, nullptr, 0);
+    }
+  }
+
+  // The first rank whose flag is missing, or -1.
+  int64_t missing() {
+    for (int64_t source = 0; source < shape_.ranks; source++) {
+      if (flag(shape_.rank, source).number.load(std::memory_order_acquire) < number_) return source;
+    }
+    return -1;
+  }
+
+  // Waits for all flags; returns -1, or a rank that did not arrive in time.
+  int64_t wait(int64_t timeout_ns) {
+    const auto arrived = [this] {
+      if (missing() < 0) return true;
+      if (shape_.ranks_share_cores) sched_yield();  // to the rank that is waited for
+      return false;
+    };
+    if (spin_until(arrived)) return -1;
+    using Clock = std::chrono::steady_clock;
+    const auto deadline = Clock::now() + std::chrono::nanoseconds(timeout_ns);
+    Bell& mine = bell(shape_.rank);
+    mine.sleeping.store(1);
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    int64_t late;
+    while (true) {
+      const uint32_t seen = mine.rings.load(std::memory_order_acquire);
+      late = missing();
+      const int64_t left = std::chrono::nanoseconds(deadline - Clock::now()).count();
+      if (late < 0 || left <= 0) break;
+      const timespec limit{left / 1000000000, left % 1000000000};
+      syscall(SYS_futex, &mine.rings, FUTEX_WAIT, seen, &limit, nullptr, 0);
+    }
+    mine.sleeping.store(0);
+    return late;
+  }
+
+  const ExchangeShape shape_;
+  const std::vector<char*> segments_;
+  uint64_t number_ = 0;
+  std::vector<Copy> copies_;
+  std::vector<int64_t> rows_, newest_;  // of each rank: rows put there, and the last token that has one
+
+  // Of the last dispatch; pairs in the order of arrival.
+  int64_t tokens_ = 0, round_tokens_ = 1, rounds_ = 0;
+  std::vector<int64_t> place_, round_end_, slots_;
+  std::vector<Pair> pairs_;
+};
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+
+}  // namespace moe
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+int64_t moe_exchange_segment_bytes(const moe::ExchangeShape* shape) { return moe::Exchange::segment_bytes(*shape); }
+
+// The segments, one of each rank, begin as zeros and must outlive the exchange.
+moe::Exchange* moe_exchange_open(const moe::ExchangeShape* shape, char* const* segments) {
+  return new moe::Exchange(*shape, segments);
+}
+
+void moe_exchange_close(moe::Exchange* exchange) { delete exchange; }
+
+int64_t moe_exchange_dispatch(moe::Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
+                              int64_t most_tokens, int64_t timeout_ns, char* received, int64_t* row, int64_t* counts) {
+  const std::lock_guard<std::mutex> lock(moe::mutex);
+  return exchange->dispatch(moe::engine, x, slot, tokens, most_tokens, timeout_ns, received, row, counts);
+}
+
+int64_t moe_exchange_combine(int is_bf16, moe::Exchange* exchange, const void* y, const float* weights,
+                             int64_t timeout_ns, void* out) {
+  int64_t late;
+  moe::dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    late = exchange->combine(moe::engine, static_cast<const T*>(y), weights, timeout_ns, static_cast<T*>(out));
+  });
+  return late;
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

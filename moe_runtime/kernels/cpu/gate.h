@@ -1,0 +1,113 @@
+// The gate of one token: scores, choice of experts, weights. Equal choices go to the lower expert.
+#pragma once
+
+#include "engine.h"
+#include "norms.h"
+
+namespace moe {
+
+struct GateConfig {
+  int64_t experts;
+  int64_t top_k;
+  int64_t groups;
+  int64_t topk_groups;
+  int32_t sigmoid;  // else softmax
+  int32_t normalize;
+  float scale;
+  const float* correction_bias;  // takes part in choosing only; may be null
+};
+
+constexpr float kTaken = -std::numeric_limits<float>::infinity();
+
+inline int64_t whole_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
+
+// Position of the first largest of `size` values, which is a whole number of lanes; there must be one.
+inline int64_t first_largest(const float* values, int64_t size) {
+  Vec best = load(values);
+  for (int64_t i = kLanes; i < size; i += kLanes) best = max(best, load(values + i));
+  const Vec largest = set1(max(best));
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const uint32_t lanes = equal_lanes(load(values + i), largest);
+    if (lanes) return i + __builtin_ctz(lanes);
+  }
+  return 0;
+}
+
+inline void softmax_row(const float* logits, int64_t size, float* scores) {
+  Vec most = set1(kTaken);
+  for_lanes(size, [&](int64_t i, int n) { most = max(most, select_first(n, load_first(logits + i, n), set1(kTaken))); });
+  const Vec largest = set1(max(most));
+  Vec total = zero();
+  for_lanes(size, [&](int64_t i, int n) {
+    const Vec power = exp(load_first(logits + i, n) - largest);
+    store_first(scores + i, power, n);
+    total = total + select_first(n, power, zero());
+  });
+  const Vec sum_of_all = set1(sum(total));
+  for_lanes(size, [&](int64_t i, int n) { store_first(scores + i, load_first(scores + i, n) / sum_of_all, n); });
+}
+
+// Leaves -inf in `choice` for the experts of all groups but the best, by the sum of a group's two best choices.
+inline void keep_best_groups(const GateConfig& config, float* choice, float* group_scores) {
+  const int64_t size = config.experts / config.groups;
+  std::fill_n(group_scores, whole_lanes(config.groups), kTaken);
+  for (int64_t g = 0; g < config.groups; g++) {
+    float best = kTaken, second = kTaken;
+    for (int64_t i = 0; i < size; i++) {
+      const float value = choice[g * size + i];
+      second = std::max(second, std::min(best, value));
+      best = std::max(best, value);
+    }
+    group_scores[g] = best + second;
+  }
+  for (int64_t kept = 0; kept < config.topk_groups; kept++) {
+    group_scores[first_largest(group_scores, whole_lanes(config.groups))] = kTaken;
+  }
+  for (int64_t g = 0; g < config.groups; g++) {
+    if (group_scores[g] != kTaken) std::fill_n(choice + g * size, size, kTaken);
+  }
+}
+
+// `scratch` holds 3 * whole_lanes(experts) floats.
+inline void gate_row(const GateConfig& config, const float* logits, float* scratch, float* weights, int64_t* experts) {
+  const int64_t padded = whole_lanes(config.experts);
+  float *scores = scratch, *choice = scratch + padded, *group_scores = scratch + 2 * padded;
+  if (config.sigmoid) {
+    for_lanes(config.experts, [&](int64_t i, int n) {
+      const Vec one = set1(1.0f);
+      store_first(scores + i, one / (one + exp(zero() - load_first(logits + i, n))), n);
+    });
+  } else {
+    softmax_row(logits, config.experts, scores);
+  }
+  std::fill(choice + config.experts, choice + padded, kTaken);
+  for (int64_t i = 0; i < config.experts; i++) {
+    choice[i] = config.correction_bias ? scores[i] + config.correction_bias[i] : scores[i];
+    // NaN would equal nothing: any finite value keeps the chosen experts valid and different.
+    if (choice[i] != choice[i]) choice[i] = std::numeric_limits<float>::lowest();
+  }
+  if (config.groups > 1) keep_best_groups(config, choice, group_scores);
+  float total = 0.0f;
+  for (int64_t k = 0; k < config.top_k; k++) {
+    experts[k] = first_largest(choice, padded);
+    choice[experts[k]] = kTaken;
+    weights[k] = scores[experts[k]];
+    total += weights[k];
+  }
+  const float divisor = config.normalize ? total + 1e-20f : 1.0f;
+  for (int64_t k = 0; k < config.top_k; k++) weights[k] = weights[k] / divisor * config.scale;
+}
+
+// weights[rows, top_k] and experts[rows, top_k], best first.
+inline void gate(Engine& engine, const GateConfig& config, const float* logits, int64_t rows, float* weights,
+                 int64_t* experts) {
+  constexpr int64_t kRows = 16;
+  engine.pool.run(ceil_div(rows, kRows), [&](int64_t task, int thread) {
+    float* scratch = engine.scratch[thread].sums.get<float>(3 * whole_lanes(config.experts));
+    for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) {
+      gate_row(config, logits + i * config.experts, scratch, weights + i * config.top_k, experts + i * config.top_k);
+    }
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,184 @@
+// The sparse block: router, grouping by slot, SwiGLU experts over groups of rows, weighted sum per token.
+#pragma once
+
+#include "engine.h"
+#include "gate.h"
+
+namespace moe {
+
+// Packed SwiGLU experts, one after the other. Of each, w13 holds the panels of the gate projection, then those of the
+// up projection, each [intermediate, hidden]; w2 those of the down projection [hidden, intermediate].
+struct Experts {
+  const void* w13;
+  const void* w2;
+  int64_t slots;
+  int64_t hidden;
+  int64_t intermediate;
+};
+
+// One task per slot, panel and chunk of the slot's rows; the chunks of a panel follow each other.
+inline void list_tasks(std::vector<PanelTask>& tasks, const int64_t* counts, int64_t slots, int64_t panels) {
+  tasks.clear();
+  int64_t start = 0;
+  for (int64_t slot = 0; slot < slots; slot++) {
+    const int64_t chunks = ceil_div(counts[slot], kChunkRows);
+    for (int64_t panel = 0; panel < panels; panel++) {
+      for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const int64_t first = counts[slot] * chunk / chunks, end = counts[slot] * (chunk + 1) / chunks;
+        tasks.push_back({slot, panel, start + first, end - first});
+      }
+    }
+    start += counts[slot];
+  }
+}
+
+// y[R, hidden], rows grouped by slot: w2 @ round(silu(gate @ x) * (up @ x)), rounded once. Row i of the grouped order is
+// x[row[i]], or x[i] where `row` is null.
+template <class T>
+void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num_rows, const int64_t* row,
+                 const int64_t* counts, T* y) {
+  int64_t stride = experts.hidden, total = 0;
+  for (int64_t slot = 0; slot < experts.slots; slot++) total += counts[slot];
+  x = whole_steps(engine.padded, x, num_rows, experts.hidden, &stride);
+  const int64_t up_steps = num_steps<T>(experts.hidden), down_steps = num_steps<T>(experts.intermediate);
+  const int64_t up_panels = ceil_div(experts.intermediate, kPanel), down_panels = ceil_div(experts.hidden, kPanel);
+  const int64_t up_panel = panel_elements<T>(experts.hidden), down_panel = panel_elements<T>(experts.intermediate);
+  const int64_t hidden_stride = down_steps * kStepInputs<T>;
+  T* hidden = engine.hidden.get<T>(total * hidden_stride);
+
+  list_tasks(engine.panel_tasks, counts, experts.slots, up_panels);
+  engine.pool.run(engine.panel_tasks.size(), [&](int64_t index, int thread) {
+    const PanelTask& task = engine.panel_tasks[index];
+    const T* pointers[kChunkRows];
+    for (int64_t i = 0; i < task.rows; i++) {
+      const int64_t place = task.first_row + i;
+      pointers[i] = x + (row ? row[place] : place) * stride;
+    }
+    float* gate = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
+    float* up = gate + kChunkRows * kPanel;
+    const T* w13 = static_cast<const T*>(experts.w13) + (task.slot * 2 * up_panels + task.panel) * up_panel;
+    multiply_panel(pointers, task.rows, w13, up_steps, gate);
+    multiply_panel(pointers, task.rows, w13 + up_panels * up_panel, up_steps, up);
+    // What lies behind the intermediate size is zero, and so fills the last step.
+    const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, hidden_stride - column);
+    for (int64_t i = 0; i < task.rows; i++) {
+      silu_mul_row(gate + i * kPanel, up + i * kPanel, width, hidden + (task.first_row + i) * hidden_stride + column);
+    }
+  });
+
+  list_tasks(engine.panel_tasks, counts, experts.slots, down_panels);
+  engine.pool.run(engine.panel_tasks.size(), [&](int64_t index, int thread) {
+    const PanelTask& task = engine.panel_tasks[index];
+    const T* pointers[kChunkRows];
+    for (int64_t i = 0; i < task.rows; i++) pointers[i] = hidden + (task.first_row + i) * hidden_stride;
+    float* sums = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
+    const T* w2 = static_cast<const T*>(experts.w2) + (task.slot * down_panels + task.panel) * down_panel;
+    multiply_panel(pointers, task.rows, w2, down_steps, sums);
+    const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, experts.hidden - column);
+    for (int64_t i = 0; i < task.rows; i++) {
+      T* out = y + (task.first_row + i) * experts.hidden + column;
+      for_lanes(width, [&](int64_t j, int n) { store_first(out + j, load(sums + i * kPanel + j), n); });
+    }
+  });
+}
+
+// out[t] = round(sum over k, in order, of weights[t, k] * y[place[t, k]]) (+ extra[t], rounded again). A place of -1
+// adds nothing.
+template <class T>
+void combine(Engine& engine, const T* y, const int64_t* place, const float* weights, int64_t tokens, int64_t top_k,
+             int64_t hidden, const T* extra, T* out) {
+  constexpr int64_t kTokens = 8;
+  engine.pool.run(ceil_div(tokens, kTokens), [&](int64_t task, int) {
+    for (int64_t token = task * kTokens; token < std::min(tokens, (task + 1) * kTokens); token++) {
+      for_lanes(hidden, [&](int64_t i, int n) {
+        Vec sum = zero();
+        for (int64_t k = token * top_k; k < (token + 1) * top_k; k++) {
+          if (place[k] >= 0) sum = sum + load_first(y + place[k] * hidden + i, n) * set1(weights[k]);
+        }
+        if (extra) sum = rounded<T>(sum) + load_first(extra + token * hidden + i, n);
+        store_first(out + token * hidden + i, sum, n);
+      });
+    }
+  });
+}
+
+// Stable grouping: `order` gets the positions of the entries that are not -1, slot after slot; returns their number.
+inline int64_t group_by_slot(const int64_t* slot, int64_t size, int64_t slots, int64_t* order, int64_t* counts) {
+  std::fill_n(counts, slots, 0);
+  for (int64_t i = 0; i < size; i++) {
+    if (slot[i] >= 0) counts[slot[i]]++;
+  }
+  int64_t total = 0;
+  for (int64_t s = 0; s < slots; s++) {  // counts become starts while they are handed out
+    const int64_t count = counts[s];
+    counts[s] = total;
+    total += count;
+  }
+  for (int64_t i = 0; i < size; i++) {
+    if (slot[i] >= 0) order[counts[slot[i]]++] = i;
+  }
+  for (int64_t s = slots - 1; s > 0; s--) counts[s] -= counts[s - 1];
+  return total;
+}
+
+struct Router {
+  GateConfig gate;
+  Weight weight;  // [experts, hidden]
+  int32_t weight_is_float32;
+  const int64_t* slot;  // of each expert
+  int64_t* counts;      // [2, experts] of this layer, prefill then decode; grows
+  int64_t phase_stride;  // elements between the phases
+};
+
+// Router product and gate. Scores of a bf16 router are rounded to bf16, as its product in torch is.
+template <class T>
+void route(Engine& engine, const Router& router, const T* x, int64_t tokens, int64_t num_decode, float* weights,
+           int64_t* experts) {
+  const int64_t hidden = router.weight.inputs, num_experts = router.gate.experts;
+  float* logits = engine.logits.get<float>(tokens * num_experts);
+  if (router.weight_is_float32 && sizeof(T) != sizeof(float)) {
+    float* wide = engine.widened.get<float>(tokens * hidden);
+    for_lanes(tokens * hidden, [&](int64_t i, int n) { store_first(wide + i, load_first(x + i, n), n); });
+    linear<float>(engine, router.weight, nullptr, wide, tokens, hidden, logits);
+  } else {
+    linear<T>(engine, router.weight, nullptr, x, tokens, hidden, logits);
+    if (sizeof(T) != sizeof(float)) {
+      for_lanes(tokens * num_experts,
+                [&](int64_t i, int n) { store_first(logits + i, rounded<T>(load_first(logits + i, n)), n); });
+    }
+  }
+  gate(engine, router.gate, logits, tokens, weights, experts);
+  if (router.counts) {
+    for (int64_t i = 0; i < tokens * router.gate.top_k; i++) {
+      const int64_t phase = i < num_decode * router.gate.top_k ? 1 : 0;
+      router.counts[phase * router.phase_stride + experts[i]]++;
+    }
+  }
+}
+
+// The whole sparse block of a rank that holds all experts. `shared` may be null.
+template <class T>
+void sparse_block(Engine& engine, const Router& router, const Experts& experts, const Experts* shared, const T* x,
+                  int64_t tokens, int64_t num_decode, T* out) {
+  const int64_t top_k = router.gate.top_k, size = tokens * top_k;
+  int64_t* chosen = engine.routing.get<int64_t>(5 * size + experts.slots);
+  int64_t *order = chosen + size, *row = order + size, *place = row + size, *counts = place + size;
+  float* weights = reinterpret_cast<float*>(counts + experts.slots);
+  route(engine, router, x, tokens, num_decode, weights, chosen);
+  for (int64_t i = 0; i < size; i++) chosen[i] = router.slot[chosen[i]];
+  group_by_slot(chosen, size, experts.slots, order, counts);
+  for (int64_t i = 0; i < size; i++) {
+    row[i] = order[i] / top_k;
+    place[order[i]] = i;
+  }
+  T* y = engine.expert_rows.get<T>(size * experts.hidden);
+  grouped_mlp(engine, experts, x, tokens, row, counts, y);
+  T* extra = nullptr;
+  if (shared) {
+    extra = engine.shared_rows.get<T>(tokens * experts.hidden);
+    grouped_mlp(engine, *shared, x, tokens, nullptr, &tokens, extra);
+  }
+  combine(engine, y, place, weights, tokens, top_k, experts.hidden, extra, out);
+}
+
+}  // namespace moe

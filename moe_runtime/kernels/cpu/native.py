@@ -1,0 +1,407 @@
+"""The native CPU kernels as calls that take torch tensors; their meanings are those of the torch twins.
+
+A call checks what costs nothing to check; pointers and sizes that do not change are kept in C structs by the classes of
+`moe_runtime.kernels.cpu.blocks`. Sums are in float32 and in one order per output: a row's result has the same bits
+alone, in a batch, and for any number of threads.
+
+Shape suffixes: T tokens, D hidden, F expert intermediate, E logical experts, S local slots, K experts per token,
+N input rows, R received rows, H query heads, G key/value heads, d head size, r rotated dimensions, B page size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.build import NativeUnavailableError, ensure_library
+from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+
+
+class AttentionShape(ctypes.Structure):
+    _fields_ = (
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_size", c_int64),
+        ("page_size", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+    )
+
+
+class StepLayout(ctypes.Structure):
+    _fields_ = (
+        ("sequences", c_int64),
+        ("tokens", c_int64),
+        ("max_pages", c_int64),
+        ("query_start", c_void_p),
+        ("context_len", c_void_p),
+        ("page_table", c_void_p),
+    )
+
+
+class HeadOps(ctypes.Structure):
+    _fields_ = (
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("eps", c_float),
+        ("rotated", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rope_row", c_void_p),
+        ("cache_slot", c_void_p),
+    )
+
+
+class GateConfig(ctypes.Structure):
+    _fields_ = (
+        ("experts", c_int64),
+        ("top_k", c_int64),
+        ("groups", c_int64),
+        ("topk_groups", c_int64),
+        ("sigmoid", c_int32),
+        ("normalize", c_int32),
+        ("scale", c_float),
+        ("correction_bias", c_void_p),
+    )
+
+
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "moe_set_threads": (None, (c_int,)),
+    "moe_num_threads": (c_int, ()),
+    "moe_use_huge_pages": (None, (c_void_p, c_int64)),
+    "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
+    "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+    "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
+    "moe_add_rms_norm": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p),
+    ),
+    "moe_silu_mul": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
+    "moe_finish_heads": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "moe_paged_attention": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_attention_block": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_grouped_mlp": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "moe_combine": (
+        None,
+        (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    ),
+    "moe_route": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_dense_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_read": (c_uint64, (c_void_p, c_int64)),
+}
+
+
+@cache
+def load(instruction_set: str | None = None) -> Kernels:
+    """The kernels for this machine, compiled if they are not in the cache yet; see `build.ensure_library`.
+
+    Raises:
+        NativeUnavailableError: they can't be had; one line says why.
+        ValueError: the processor lacks `instruction_set`.
+    """
+    path, instruction_set = ensure_library(instruction_set)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeUnavailableError(f"{path} does not load: {error}") from None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return Kernels(library, instruction_set)
+
+
+@cache
+def load_or_none() -> Kernels | None:
+    """The kernels, or None where they can't be had; the reason is logged, once."""
+    try:
+        kernels = load()
+    except NativeUnavailableError as error:
+        logger.warning("no native CPU kernels, torch runs instead: %s", error)
+        return None
+    logger.info("native CPU kernels for %s", kernels.instruction_set)
+    return kernels
+
+
+def is_bf16(tensor: Tensor) -> bool:
+    """Whether a tensor is bfloat16; float32 is the other type that is allowed.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"dtype: {tensor.dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
+    return tensor.dtype == torch.bfloat16
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where the data of a contiguous CPU tensor begin.
+
+    Raises:
+        ValueError: it is not contiguous.
+    """
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        check_contiguous(operand=tensor)
+    return tensor.data_ptr()
+
+
+def gate_config(
+    num_experts: int,
+    *,
+    top_k: int,
+    scoring: Scoring,
+    correction_bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    normalize: bool,
+    scale: float = 1.0,
+) -> GateConfig:
+    """The gate as the library takes it. The bias must outlive it."""
+    check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
+    assert correction_bias_E is None or correction_bias_E.dtype == torch.float32
+    bias = pointer(correction_bias_E)
+    return GateConfig(num_experts, top_k, num_groups, topk_groups, scoring == "sigmoid", normalize, scale, bias)
+
+
+class Step:
+    """What one step's attention needs beside the model, held as the library takes it; built once per step.
+
+    Args:
+        meta: the step's sequences.
+        slot_T: int64, where each token's key and value go; None where nothing is written.
+        cos_Nr, sin_Nr: float32 angles; a row per token, or a table.
+        rope_row_T: int64, the row of the table for each token; None if they have a row each.
+    """
+
+    def __init__(
+        self,
+        meta: AttentionMetadata,
+        slot_T: Tensor | None = None,
+        cos_Nr: Tensor | None = None,
+        sin_Nr: Tensor | None = None,
+        rope_row_T: Tensor | None = None,
+    ) -> None:
+        for index in (slot_T, rope_row_T):
+            assert index is None or (index.dtype == torch.int64 and len(index) == meta.num_tokens)
+        for angle in (cos_Nr, sin_Nr):
+            assert angle is None or angle.dtype == torch.float32
+        num_seqs = len(meta.context_len)
+        ints = torch.tensor(meta.query_start + meta.context_len, dtype=torch.int64)
+        table = meta.block_table.contiguous()
+        start = ints.data_ptr()
+        self.layout = StepLayout(
+            num_seqs, meta.num_tokens, table.shape[1], start, start + 8 * (num_seqs + 1), table.data_ptr()
+        )
+        self.address = ctypes.addressof(self.layout)
+        self.pointers = (pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(slot_T))
+        self.rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
+        self._keep = (ints, table, slot_T, cos_Nr, sin_Nr, rope_row_T)
+
+
+class Kernels:
+    """The loaded library. Ops that need no packed weight; the signatures are those of the torch twins.
+
+    Attributes:
+        instruction_set: what it was compiled for.
+        library: the C functions.
+    """
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
+        self.library = library
+        self.instruction_set = instruction_set
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that take part in a call, the caller's included."""
+        count: int = self.library.moe_num_threads()
+        return count
+
+    def set_threads(self, count: int) -> None:
+        """Threads from now on. They inherit the caller's CPU affinity at this moment.
+
+        Raises:
+            ValueError: less than one.
+        """
+        if count < 1:
+            raise ValueError(f"num_threads: {count} is not allowed; it must be at least 1")
+        self.library.moe_set_threads(count)
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `torch_ops.rms_norm`."""
+        out = torch.empty_like(x_TD)
+        size = x_TD.shape[-1]
+        assert weight_D.dtype == x_TD.dtype and len(weight_D) == size
+        rows = x_TD.numel() // size
+        self.library.moe_rms_norm(is_bf16(x_TD), pointer(x_TD), pointer(weight_D), rows, size, eps, out.data_ptr())
+        return out
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `torch_ops.add_rms_norm`."""
+        out, total = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        rows, size = x_TD.shape
+        assert residual_TD.shape == x_TD.shape and len(weight_D) == size
+        assert x_TD.dtype == residual_TD.dtype == weight_D.dtype
+        self.library.moe_add_rms_norm(
+            is_bf16(x_TD),
+            pointer(x_TD),
+            pointer(residual_TD),
+            pointer(weight_D),
+            rows,
+            size,
+            eps,
+            total.data_ptr(),
+            out.data_ptr(),
+        )
+        return out, total
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        """See `torch_ops.silu_mul`; rounded once, at the end."""
+        rows, size = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
+        out = gate_up_T2F.new_empty(rows, size)
+        self.library.moe_silu_mul(is_bf16(gate_up_T2F), pointer(gate_up_T2F), rows, size, out.data_ptr())
+        return out
+
+    def paged_attention(
+        self,
+        q_THd: Tensor,
+        k_cache_NBGd: Tensor,
+        v_cache_NBGd: Tensor,
+        meta: AttentionMetadata | Step,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """See `torch_attention.paged_attention`; bitwise independent of chunking and batching."""
+        step = meta if isinstance(meta, Step) else Step(meta)
+        num_tokens, heads, head_size = q_THd.shape
+        assert num_tokens == step.layout.tokens and q_THd.dtype == k_cache_NBGd.dtype == v_cache_NBGd.dtype
+        assert k_cache_NBGd.shape == v_cache_NBGd.shape and heads % k_cache_NBGd.shape[2] == 0
+        shape = AttentionShape(
+            heads, k_cache_NBGd.shape[2], head_size, k_cache_NBGd.shape[1], sliding_window or 0, scale
+        )
+        out_THd = torch.empty_like(q_THd)
+        self.library.moe_paged_attention(
+            is_bf16(q_THd),
+            ctypes.addressof(shape),
+            step.address,
+            pointer(q_THd),
+            heads * head_size,
+            pointer(k_cache_NBGd),
+            pointer(v_cache_NBGd),
+            out_THd.data_ptr(),
+        )
+        return out_THd
+
+    def topk_gate(
+        self,
+        logits_TE: Tensor,
+        *,
+        top_k: int,
+        scoring: Scoring,
+        correction_bias_E: Tensor | None = None,
+        num_groups: int = 1,
+        topk_groups: int = 1,
+        normalize: bool,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """See `torch_ops.topk_gate`."""
+        num_tokens, num_experts = logits_TE.shape
+        config = gate_config(
+            num_experts,
+            top_k=top_k,
+            scoring=scoring,
+            correction_bias_E=correction_bias_E,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            normalize=normalize,
+            scale=scale,
+        )
+        logits_TE = logits_TE.float().contiguous()
+        weights_TK = torch.empty(num_tokens, top_k)
+        experts_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        self.library.moe_topk_gate(
+            ctypes.addressof(config), logits_TE.data_ptr(), num_tokens, weights_TK.data_ptr(), experts_TK.data_ptr()
+        )
+        return weights_TK, experts_TK
+
+    def group_by_slot(self, slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+        """See `torch_ops.group_by_slot`."""
+        assert slot_R.dtype == torch.int64
+        order_R = torch.empty_like(slot_R)
+        counts_S = torch.empty(num_slots, dtype=torch.int64)
+        kept = self.library.moe_group_by_slot(
+            pointer(slot_R), len(slot_R), num_slots, order_R.data_ptr(), counts_S.data_ptr()
+        )
+        return order_R[:kept], counts_S
+
+    def combine_topk(self, y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+        """See `torch_ops.combine_topk`."""
+        return self.combine(y_TKD.view(-1, y_TKD.shape[2]), None, weights_TK)
+
+    def combine(self, y_RD: Tensor, order_R: Tensor | None, weights_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's expert rows, `[T, D]`; row `i` of `y_RD` is that of (token, k) `order_R[i]`.
+
+        Args:
+            order_R: int64, as `group_by_slot` gives it; None if the rows are in order. What it leaves out adds nothing.
+            weights_TK: float32.
+        """
+        num_tokens, top_k = weights_TK.shape
+        num_rows, hidden = y_RD.shape
+        assert weights_TK.dtype == torch.float32 and num_rows <= num_tokens * top_k
+        assert order_R is None or (order_R.dtype == torch.int64 and len(order_R) == num_rows)
+        out_TD = y_RD.new_empty(num_tokens, hidden)
+        self.library.moe_combine(
+            is_bf16(y_RD),
+            pointer(y_RD),
+            num_rows,
+            pointer(order_R),
+            pointer(weights_TK),
+            num_tokens,
+            top_k,
+            hidden,
+            out_TD.data_ptr(),
+        )
+        return out_TD
+
+    def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
+        """Room for `copies` packed weights `[outputs, inputs]`, in huge pages; zero where it will stay padding."""
+        elements = self.library.moe_packed_elements(dtype == torch.bfloat16, outputs, inputs)
+        packed = torch.empty(copies, elements, dtype=dtype)
+        self.use_huge_pages(packed)
+        if outputs * inputs != elements:
+            packed.zero_()
+        return packed
+
+    def use_huge_pages(self, tensor: Tensor) -> None:
+        """Ask for huge pages for a tensor that was not written yet. Where the system grants none, nothing changes."""
+        self.library.moe_use_huge_pages(pointer(tensor), tensor.nbytes)
+
+    def read(self, tensor: Tensor) -> None:
+        """Read a tensor's whole mebibytes once with all threads: the floor of what streams weights."""
+        self.library.moe_read(pointer(tensor), tensor.nbytes)

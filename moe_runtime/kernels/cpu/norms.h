@@ -1,0 +1,54 @@
+// Row operations outside the matrix products: norms, rotary embedding, SwiGLU. Each rounds where its torch twin rounds.
+#pragma once
+
+#include "vec.h"
+
+namespace moe {
+
+// out = weight * round(x / sqrt(mean(x^2) + eps)). `x` and `out` may be the same.
+template <class T>
+void rms_norm_row(const T* x, const T* weight, int64_t size, float eps, T* out) {
+  Vec squares = zero();
+  for_lanes(size, [&](int64_t i, int n) {
+    const Vec v = load_first(x + i, n);
+    squares = fma(v, v, squares);
+  });
+  const Vec scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps));
+  for_lanes(size, [&](int64_t i, int n) {
+    store_first(out + i, load_first(weight + i, n) * rounded<T>(load_first(x + i, n) * scale), n);
+  });
+}
+
+// total = residual + x, then its norm.
+template <class T>
+void add_rms_norm_row(const T* x, const T* residual, const T* weight, int64_t size, float eps, T* total, T* out) {
+  for_lanes(size, [&](int64_t i, int n) {
+    store_first(total + i, load_first(residual + i, n) + load_first(x + i, n), n);
+  });
+  rms_norm_row(total, weight, size, eps, out);
+}
+
+// Turns the first `turned` dimensions of one head in place; dimension i goes with i + turned / 2.
+template <class T>
+void rotate_head(T* head, const float* cos, const float* sin, int64_t turned) {
+  const int64_t half = turned / 2;
+  for_lanes(half, [&](int64_t i, int n) {
+    const Vec first = load_first(head + i, n), second = load_first(head + half + i, n);
+    const Vec cos1 = rounded<T>(load_first(cos + i, n)), cos2 = rounded<T>(load_first(cos + half + i, n));
+    const Vec sin1 = rounded<T>(load_first(sin + i, n)), sin2 = rounded<T>(load_first(sin + half + i, n));
+    store_first(head + i, rounded<T>(first * cos1) - rounded<T>(second * sin1), n);
+    store_first(head + half + i, rounded<T>(second * cos2) + rounded<T>(first * sin2), n);
+  });
+}
+
+inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
+
+// out = round(silu(gate) * up), in float32 until then.
+template <class T, class Input>
+void silu_mul_row(const Input* gate, const Input* up, int64_t size, T* out) {
+  for_lanes(size, [&](int64_t i, int n) {
+    store_first(out + i, silu(load_first(gate + i, n)) * load_first(up + i, n), n);
+  });
+}
+
+}  // namespace moe

@@ -1,0 +1,165 @@
+// A persistent pool of threads. The caller takes part; a worker that has not woken is never waited for.
+//
+// One job runs at a time. A job is `count` independent tasks. Each thread owns a contiguous range of them, so that it
+// reads memory in one direction, and takes from the others' ranges when its own is empty. Which thread runs a task
+// never changes its result.
+//
+// Workers spin for a short while after a job, then sleep on a futex. A child of fork() has no workers: it runs every
+// job alone, and must not resize the pool.
+#pragma once
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <climits>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+namespace moe {
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+inline void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+inline void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Spins until `ready()` or until kSpin has passed; says which.
+template <class Ready>
+bool spin_until(const Ready& ready) {
+  for (int i = 0; i < 64; i++) {
+    if (ready()) return true;
+    __builtin_ia32_pause();
+  }
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  do {
+    for (int i = 0; i < 32; i++) {
+      if (ready()) return true;
+      __builtin_ia32_pause();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  return ready();
+}
+
+class Pool {
+ public:
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Number of threads from now on, the caller's included. Not while a job runs.
+  void resize(int threads) {
+    stop_.store(true);
+    epoch_.fetch_add(1);
+    futex_wake_all(epoch_);
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stop_.store(false);
+    ranges_ = std::make_unique<Range[]>(threads);
+    const uint32_t seen = epoch_.load();
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i, seen] { work(i, seen); });
+  }
+
+  // Runs `task(index, thread)` for every index below `count`. Returns when all have ended.
+  template <class Task>
+  void run(int64_t count, const Task& task) {
+    if (count <= 1 || workers_.empty()) {
+      for (int64_t i = 0; i < count; i++) task(i, 0);
+      return;
+    }
+    const int threads = size();
+    for (int i = 0; i < threads; i++) {
+      ranges_[i].next.store(count * i / threads, std::memory_order_relaxed);
+      ranges_[i].end = count * (i + 1) / threads;
+    }
+    context_ = &task;
+    call_ = [](const void* context, int64_t index, int thread) {
+      (*static_cast<const Task*>(context))(index, thread);
+    };
+    open();
+    take_tasks(0);
+    close();
+  }
+
+ private:
+  struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  // The door is `kOpen` while workers may join, plus the number of those inside.
+  static constexpr uint32_t kOpen = 1u << 31;
+
+  void open() {
+    door_.store(kOpen);
+    epoch_.fetch_add(1);
+    if (sleepers_.load() > 0) futex_wake_all(epoch_);
+  }
+
+  void close() {
+    door_.fetch_and(~kOpen);
+    while (!spin_until([this] { return door_.load(std::memory_order_acquire) == 0; })) {
+      waiting_.store(true);
+      const uint32_t inside = door_.load();
+      if (inside != 0) futex_wait(door_, inside);
+      waiting_.store(false);
+    }
+  }
+
+  void take_tasks(int thread) {
+    const int threads = size();
+    for (int i = 0; i < threads; i++) {
+      Range& range = ranges_[(thread + i) % threads];
+      int64_t index;
+      while ((index = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end) call_(context_, index, thread);
+    }
+  }
+
+  bool join_job() {
+    uint32_t door = door_.load();
+    while (door & kOpen) {
+      if (door_.compare_exchange_weak(door, door + 1)) return true;
+    }
+    return false;
+  }
+
+  void leave_job() {
+    const bool last = door_.fetch_sub(1) == 1;  // The door is closed and nobody else is inside.
+    if (last && waiting_.load()) futex_wake_all(door_);
+  }
+
+  void work(int thread, uint32_t seen) {
+    const auto called = [this, &seen] { return epoch_.load(std::memory_order_acquire) != seen; };
+    while (true) {
+      while (!spin_until(called)) {
+        sleepers_.fetch_add(1);
+        futex_wait(epoch_, seen);
+        sleepers_.fetch_sub(1);
+      }
+      seen = epoch_.load();
+      if (stop_.load()) return;
+      if (join_job()) {
+        take_tasks(thread);
+        leave_job();
+      }
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  std::unique_ptr<Range[]> ranges_ = std::make_unique<Range[]>(1);
+  const void* context_ = nullptr;
+  void (*call_)(const void*, int64_t, int) = nullptr;
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> waiting_{false};
+  std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  alignas(64) std::atomic<uint32_t> door_{0};
+};
+
+}  // namespace moe

@@ -1,0 +1,63 @@
+// Transposition of square blocks of 32-bit words: kLanes rows, each from its own pointer.
+#pragma once
+
+#include "vec.h"
+
+namespace moe {
+
+#if defined(__AVX512F__)
+
+// out[i * stride + r] = word i of rows[r] + offset, for 16 words of 16 rows.
+inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + offset);
+  // Within each 128-bit lane: 4 x 4 words of four neighbouring rows.
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 q + c] holds words c, c + 4, c + 8, c + 12 of rows 4 q .. 4 q + 3, one word per lane: transpose the lanes.
+  for (int c = 0; c < 4; c++) {
+    const __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+    const __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(even01, even23, 0x88));
+    _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(even01, even23, 0xdd));
+    _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+  }
+}
+
+#else
+
+// The same for 8 words of 8 rows.
+inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; i++) a[i] = load_bits(rows[i] + offset);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int c = 0; c < 4; c++) {
+    const __m256i low = _mm256_permute2x128_si256(a[c], a[4 + c], 0x20);
+    const __m256i high = _mm256_permute2x128_si256(a[c], a[4 + c], 0x31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * stride), low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (c + 4) * stride), high);
+  }
+}
+
+#endif
+
+}  // namespace moe
