@@ -8,7 +8,7 @@ from typing import Any, Literal
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-DISPATCHERS = ("auto", "local", "all_to_all", "all_gather")
+DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class EngineConfig:
         load_format: "dummy" makes random weights and reads none.
         skip_tokenizer_init: token ids in, token ids out.
         seed: of dummy weights and of the seeds drawn for requests that have none.
-        dispatcher: "auto" lets each step's plan choose by its tokens.
+        dispatcher: "auto" lets each step's plan choose by its tokens; "symmetric" is for CPU ranks of one host.
         served_model_name: the name that the HTTP interface shows; None takes `model`.
         step_timeout: seconds after which a step that does not end is an error.
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_runtime.all2all.dispatch import make_dispatchers
+from moe_runtime.all2all.dispatch import Dispatcher, make_dispatchers
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
@@ -75,6 +75,9 @@ class Worker:
         self.dtype = choose_dtype(config.dtype, model_config.dtype)
         placement = Placement.even(model_config.moe_layers, model_config.moe.num_experts, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
+        dispatchers = make_dispatchers(group, placement.max_slots)
+        if config.dispatcher == "symmetric":
+            dispatchers["symmetric"] = self._shared_memory(model_config, group, local_ranks, placement.max_slots)
         self.source: WeightSource = RandomWeights(config.seed) if config.load_format == "dummy" else Checkpoint(path)
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
@@ -84,7 +87,7 @@ class Worker:
                 self.source,
                 placement,
                 rank,
-                make_dispatchers(group, placement.max_slots),
+                dispatchers,
                 self.counter,
                 self.dtype,
                 self.device,
@@ -104,6 +107,29 @@ class Worker:
             weight_bytes=self.model.nbytes,
             load_seconds=time.perf_counter() - start,
             kernels=ops.describe(self.device),
+        )
+
+    def _shared_memory(
+        self, model_config: ModelConfig, group: dist.ProcessGroup | None, local_ranks: int, num_slots: int
+    ) -> Dispatcher:
+        """The dispatcher over shared memory; raises ValueError, on all ranks alike, where there can be none."""
+        from moe_runtime.all2all.symmetric import SymmetricDispatcher
+        from moe_runtime.kernels.cpu.native import load_or_none
+
+        possible = group is not None and self.device.type == "cpu" and local_ranks == group.size()
+        if not possible or load_or_none() is None:
+            raise ValueError(
+                'dispatcher: "symmetric" is not allowed here; it needs several CPU ranks of one host and a C++ compiler'
+            )
+        assert group is not None
+        return SymmetricDispatcher(
+            group,
+            num_slots,
+            max_tokens=self.config.max_num_batched_tokens,
+            hidden_size=model_config.hidden_size,
+            top_k=model_config.moe.top_k,
+            dtype=self.dtype,
+            timeout=self.config.step_timeout,
         )
 
     @torch.inference_mode()

@@ -59,6 +59,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),
     "one rank, chunks": (1, {"max_num_batched_tokens": 7, "max_num_seqs": 5}),
     "one rank, preempted": (1, {"block_size": 8, "kv_cache_memory_bytes": 13}),
+    "two ranks, symmetric": (2, {"dispatcher": "symmetric"}),
     "two ranks, all_to_all": (2, {"dispatcher": "all_to_all"}),
     "two ranks, all_gather, chunks": (2, {"dispatcher": "all_gather", "max_num_batched_tokens": 9, "max_num_seqs": 3}),
     "two ranks, preempted": (2, {"block_size": 8, "kv_cache_memory_bytes": 13}),
