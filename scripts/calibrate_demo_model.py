@@ -40,7 +40,7 @@ from moe_runtime.demo.tokenizer import write_tokenizer
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_EXPERTS = 32
 NUM_SHARED = 512
-NUM_EXPERTS_PER_TOK = 16
+NUM_EXPERTS_PER_TOK = 20
 LOG2_SCALE = -5
 CALIBRATION_BLOCKS = 16  # of 512 tokens, per kind of text
 HELD_OUT_BLOCKS = 8
