@@ -7,6 +7,8 @@ a unit in the last place (2^-8 of the value) plus what the twin's own roundings 
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -326,6 +328,35 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     assert torch.equal(own_k[untouched], k_cache[untouched])
 
 
+@DTYPES
+@pytest.mark.parametrize(("head_dim", "rotated"), [(32, 32), (64, 20), (18, 6)])
+def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype, head_dim, rotated):
+    """Through a projection that copies, so that nothing is summed: rotary embedding and store are equal bit for bit."""
+    size, tokens = 4 * head_dim, 30
+    block = AttentionBlock(
+        kernels,
+        PackedLinear.pack(kernels, torch.eye(size).to(dtype)),
+        PackedLinear.pack(kernels, torch.eye(size, 2 * head_dim).to(dtype)),
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        scale=1.0,
+        sliding_window=None,
+        q_norm_d=None,
+        k_norm_d=None,
+        eps=1e-6,
+    )
+    k_cache, v_cache, meta, blocks = cache_and_meta([tokens], [tokens], 1, head_dim, dtype)
+    slots = torch.tensor([blocks[0][position // 16] * 16 + position % 16 for position in range(tokens)])
+    x, cos, sin = normal(tokens, size, dtype=dtype), torch.randn(tokens, rotated), torch.randn(tokens, rotated)
+    own_k, own_v = k_cache.clone(), v_cache.clone()
+    block(x, native.Step(meta, slots, cos, sin), own_k, own_v)
+
+    q, k, v = x.view(tokens, 4, head_dim).split((2, 1, 1), dim=1)
+    torch_attention.store_kv(torch_ops.apply_rotary(q, k, cos, sin)[1], v, k_cache, v_cache, slots)
+    assert torch.equal(own_k, k_cache) and torch.equal(own_v, v_cache)
+
+
 def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72, inner=40):
     gate = native.gate_config(num_experts, top_k=3, scoring="softmax", normalize=True)
     weight = normal(num_experts, hidden, dtype=router_dtype) / 8
@@ -395,6 +426,26 @@ def test_blocks_with_the_norm_behind_them(kernels, dtype):
         normed = fused(x, *arguments, total)
         expected, expected_total = kernels.add_rms_norm(plain, residual, norm.weight_D, norm.eps)
         assert torch.equal(normed, expected) and torch.equal(total, expected_total)
+
+
+def test_more_threads_than_cores_and_several_callers(kernels):
+    """The pool is resized and driven from several Python threads at once; every result keeps its bits."""
+    linear, x = PackedLinear.pack(kernels, normal(640, 96)), normal(50, 96)
+    expected = linear(x)
+    for count in (7, 1, 3, 8):
+        kernels.set_threads(count)
+        assert kernels.num_threads == count
+        with ThreadPoolExecutor(3) as callers:
+            for result in callers.map(lambda _: [linear(x) for _ in range(30)], range(3)):
+                assert all(torch.equal(one, expected) for one in result)
+
+
+def test_workers_that_sleep_are_woken(kernels):
+    linear, x = PackedLinear.pack(kernels, normal(640, 96)), normal(50, 96)
+    expected = linear(x)
+    for _ in range(5):
+        time.sleep(0.01)
+        assert torch.equal(linear(x), expected)
 
 
 def test_wrong_operands_are_refused(kernels):

@@ -132,15 +132,6 @@ void moe_silu_mul(int is_bf16, const void* gate_up, int64_t rows, int64_t size, 
   });
 }
 
-void moe_finish_heads(int is_bf16, const AttentionShape* shape, const HeadOps* ops, int64_t tokens, void* qkv,
-                      void* key_cache, void* value_cache) {
-  dispatch(is_bf16, [&](auto type) {
-    using T = decltype(type);
-    finish_heads(engine, *shape, *ops, tokens, static_cast<T*>(qkv), static_cast<T*>(key_cache),
-                 static_cast<T*>(value_cache));
-  });
-}
-
 void moe_paged_attention(int is_bf16, const AttentionShape* shape, const StepLayout* step, const void* queries,
                          int64_t stride, const void* key_cache, const void* value_cache, void* out) {
   dispatch(is_bf16, [&](auto type) {

@@ -37,7 +37,8 @@ struct StepLayout {
   const int64_t* page_table;   // [sequences, max_pages]
 };
 
-// 64 keys of a sequence, at the task's first key/value head, from their pages. Places behind the context repeat its last key: they get weight 0.
+// 64 keys of a sequence, at the task's first key/value head, from their pages. Places behind the context repeat its
+// last key: they get weight 0.
 template <class T>
 struct KeyBlock {
   const T* keys[kKeys];
@@ -97,26 +98,28 @@ struct KeyBlock {
   // The same of values, with head dimensions as outputs, in panels of 64, and keys as inputs.
   void pack_values(int64_t group, int64_t head_size, T* packed) const {
     for (int64_t first = 0; first < head_size; first += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, head_size - first);
+      const int64_t width = std::min<int64_t>(kPanel, head_size - first), offset = group * head_size + first;
       for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
         // A step of float32 is one key, and has no odd one.
-        const T* even = values[key] + group * head_size + first;
-        const T* odd = values[key + kStepInputs<T> - 1] + group * head_size + first;
+        const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;
         if (width == kPanel) {
-          for (int i = 0; i < kPanel; i += kLanes) store_step(packed + i * kStepInputs<T>, load(even + i), load(odd + i));
-          continue;
-        }
-        for (int64_t i = 0; i < kPanel; i += kLanes) {
-          const int n = static_cast<int>(std::clamp<int64_t>(width - i, 0, kLanes));
-          store_step(packed + i * kStepInputs<T>, load_first(even + i, n), load_first(odd + i, n));
+          pack_step(even, odd, packed);
+        } else {
+          T padded[2][kPanel] = {};
+          std::copy_n(even, width, padded[0]);
+          std::copy_n(odd, width, padded[1]);
+          pack_step(padded[0], padded[1], packed);
         }
       }
     }
   }
 
  private:
-  static void store_step(float* out, Vec value, Vec) { store(out, value); }
-  static void store_step(bf16* out, Vec even, Vec odd) { store_pairs(out, even, odd); }
+  static void pack_step(const float* values, const float*, float* out) { std::copy_n(values, kPanel, out); }
+
+  static void pack_step(const bf16* even, const bf16* odd, bf16* out) {
+    for (int i = 0; i < kPanel; i += 2 * kLanes) interleave(even + i, odd + i, out + 2 * i);
+  }
 };
 
 // Online softmax of one tile's rows: running maximum and sum, and the weighted sum of values.
@@ -287,7 +290,8 @@ void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayo
     }
   }
   engine.pool.run(static_cast<int64_t>(tasks.size()), [&](int64_t task, int thread) {
-    AttentionTile<T>(shape, step, tasks[task], engine.scratch[thread]).run(queries, stride, key_cache, value_cache, out);
+    AttentionTile<T> tile(shape, step, tasks[task], engine.scratch[thread]);
+    tile.run(queries, stride, key_cache, value_cache, out);
   });
 }
 

@@ -8,60 +8,16 @@ those of `native`.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels.cpu.native import AttentionShape, GateConfig, HeadOps, Kernels, Step, Weight, is_bf16, pointer
+from moe_runtime.kernels.cpu import structs
+from moe_runtime.kernels.cpu.native import Kernels, Step, is_bf16, pointer
+from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps, Weight
 
 PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
-
-
-class _NextNorm(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("eps", c_float))
-
-
-class _SparseBlock(ctypes.Structure):
-    _fields_ = (("next", _NextNorm), ("router", c_void_p), ("experts", c_void_p), ("shared", c_void_p))
-
-
-class _DenseBlock(ctypes.Structure):
-    _fields_ = (("next", _NextNorm), ("mlp", c_void_p))
-
-
-class _AttentionBlock(ctypes.Structure):
-    _fields_ = (
-        ("next", _NextNorm),
-        ("shape", AttentionShape),
-        ("heads", HeadOps),
-        ("qkv", Weight),
-        ("qkv_bias", c_void_p),
-        ("output", Weight),
-        ("output_bias", c_void_p),
-    )
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (
-        ("w13", c_void_p),
-        ("w2", c_void_p),
-        ("slots", c_int64),
-        ("hidden", c_int64),
-        ("intermediate", c_int64),
-    )
-
-
-class _Router(ctypes.Structure):
-    _fields_ = (
-        ("gate", GateConfig),
-        ("weight", Weight),
-        ("weight_is_float32", c_int32),
-        ("slot", c_void_p),
-        ("counts", c_void_p),
-        ("phase_stride", c_int64),
-    )
 
 
 class PackedLinear:
@@ -128,7 +84,9 @@ class PackedExperts:
         if not whole:
             self.w13.zero_()
         self.w2 = kernels.packed_empty(dtype, hidden_size, intermediate_size, num_slots)
-        self.experts = _Experts(self.w13.data_ptr(), self.w2.data_ptr(), num_slots, hidden_size, intermediate_size)
+        self.experts = structs.Experts(
+            self.w13.data_ptr(), self.w2.data_ptr(), num_slots, hidden_size, intermediate_size
+        )
         self.address = ctypes.addressof(self.experts)
         self._is_bf16 = is_bf16(self.w13)
 
@@ -201,7 +159,7 @@ class AttentionBlock:
         assert qkv.outputs == (num_heads + 2 * num_kv_heads) * head_dim and output.inputs == num_heads * head_dim
         assert num_heads % num_kv_heads == 0
         self.kernels, self.qkv, self.output = kernels, qkv, output
-        self.block = _AttentionBlock(
+        self.block = structs.AttentionBlock(
             _next_norm(next_norm),
             AttentionShape(num_heads, num_kv_heads, head_dim, 0, sliding_window or 0, scale),
             HeadOps(pointer(q_norm_d), pointer(k_norm_d), eps),
@@ -267,7 +225,7 @@ class Router:
         self.kernels = kernels
         self.top_k = gate.top_k
         self.linear = PackedLinear.pack(kernels, weight_ED)
-        self.router = _Router(
+        self.router = structs.Router(
             gate,
             self.linear.weight,
             weight_ED.dtype == torch.float32,
@@ -276,7 +234,7 @@ class Router:
             0 if counts_2E is None else counts_2E.stride(0),
         )
         self.address = ctypes.addressof(self.router)
-        self._keep = (slot_E, counts_2E)
+        self.slot_E, self.counts_2E = slot_E, counts_2E
 
     @property
     def nbytes(self) -> int:
@@ -311,9 +269,10 @@ class SparseBlock:
         self, router: Router, experts: PackedExperts, shared: PackedExperts | None, next_norm: NextNorm | None = None
     ) -> None:
         assert shared is None or shared.num_slots == 1
+        assert int(router.slot_E.min()) >= 0 and int(router.slot_E.max()) < experts.num_slots
         self.router, self.experts, self.shared, self.next_norm = router, experts, shared, next_norm
         shared_address = None if shared is None else shared.address
-        self.block = _SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
+        self.block = structs.SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
         self._address = ctypes.addressof(self.block)
         self._is_bf16 = is_bf16(experts.w13)
 
@@ -338,7 +297,7 @@ class DenseBlock:
     def __init__(self, mlp: PackedExperts, next_norm: NextNorm | None = None) -> None:
         assert mlp.num_slots == 1
         self.mlp, self.next_norm = mlp, next_norm
-        self.block = _DenseBlock(_next_norm(next_norm), mlp.address)
+        self.block = structs.DenseBlock(_next_norm(next_norm), mlp.address)
         self._address = ctypes.addressof(self.block)
         self._is_bf16 = is_bf16(mlp.w13)
 
@@ -353,8 +312,8 @@ class DenseBlock:
         return out_TD
 
 
-def _next_norm(norm: NextNorm | None) -> _NextNorm:
-    return _NextNorm(None, 0.0) if norm is None else _NextNorm(pointer(norm.weight_D), norm.eps)
+def _next_norm(norm: NextNorm | None) -> structs.NextNorm:
+    return structs.NextNorm(None, 0.0) if norm is None else structs.NextNorm(pointer(norm.weight_D), norm.eps)
 
 
 def _residual(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:

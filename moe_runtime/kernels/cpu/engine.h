@@ -10,8 +10,8 @@
 
 namespace moe {
 
-// Asks for huge pages within [data, data + bytes), which must not have been written yet: what streams through memory then
-// misses the TLB less, and reads up to twice as fast.
+// Asks for huge pages within [data, data + bytes), which must not have been written yet: what streams through memory
+// then misses the TLB less, and reads up to twice as fast.
 inline void use_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
@@ -26,18 +26,21 @@ class Buffer {
   T* get(int64_t count) {
     const size_t bytes = ceil_div(count * sizeof(T) + kSlack, kSlack) * kSlack;
     if (bytes > bytes_) {
-      std::free(data_);
-      data_ = std::aligned_alloc(64, bytes);
+      data_.reset();
+      data_.reset(std::aligned_alloc(64, bytes));
       if (data_ == nullptr) std::abort();
-      use_huge_pages(data_, bytes);
+      use_huge_pages(data_.get(), bytes);
       bytes_ = bytes;
     }
-    return static_cast<T*>(data_);
+    return static_cast<T*>(data_.get());
   }
 
  private:
   static constexpr size_t kSlack = 4096;
-  void* data_ = nullptr;
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+  std::unique_ptr<void, Free> data_;
   size_t bytes_ = 0;
 };
 

@@ -35,7 +35,9 @@ inline int64_t first_largest(const float* values, int64_t size) {
 
 inline void softmax_row(const float* logits, int64_t size, float* scores) {
   Vec most = set1(kTaken);
-  for_lanes(size, [&](int64_t i, int n) { most = max(most, select_first(n, load_first(logits + i, n), set1(kTaken))); });
+  for_lanes(size, [&](int64_t i, int n) {
+    most = max(most, select_first(n, load_first(logits + i, n), set1(kTaken)));
+  });
   const Vec largest = set1(max(most));
   Vec total = zero();
   for_lanes(size, [&](int64_t i, int n) {

@@ -32,8 +32,8 @@ inline void list_tasks(std::vector<PanelTask>& tasks, const int64_t* counts, int
   }
 }
 
-// y[R, hidden], rows grouped by slot: w2 @ round(silu(gate @ x) * (up @ x)), rounded once. Row i of the grouped order is
-// x[row[i]], or x[i] where `row` is null.
+// y[R, hidden], rows grouped by slot: w2 @ round(silu(gate @ x) * (up @ x)), rounded once. Row i of the grouped order
+// is x[row[i]], or x[i] where `row` is null.
 template <class T>
 void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num_rows, const int64_t* row,
                  const int64_t* counts, T* y) {

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 
 import torch
@@ -20,100 +19,15 @@ from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.build import NativeUnavailableError, ensure_library
+from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepLayout
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
 
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Weight(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
-
-
-class AttentionShape(ctypes.Structure):
-    _fields_ = (
-        ("heads", c_int64),
-        ("kv_heads", c_int64),
-        ("head_size", c_int64),
-        ("page_size", c_int64),
-        ("window", c_int64),
-        ("scale", c_float),
-    )
-
-
-class StepLayout(ctypes.Structure):
-    _fields_ = (
-        ("sequences", c_int64),
-        ("tokens", c_int64),
-        ("max_pages", c_int64),
-        ("query_start", c_void_p),
-        ("context_len", c_void_p),
-        ("page_table", c_void_p),
-    )
-
-
-class HeadOps(ctypes.Structure):
-    _fields_ = (
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
-        ("eps", c_float),
-        ("rotated", c_int64),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("rope_row", c_void_p),
-        ("cache_slot", c_void_p),
-    )
-
-
-class GateConfig(ctypes.Structure):
-    _fields_ = (
-        ("experts", c_int64),
-        ("top_k", c_int64),
-        ("groups", c_int64),
-        ("topk_groups", c_int64),
-        ("sigmoid", c_int32),
-        ("normalize", c_int32),
-        ("scale", c_float),
-        ("correction_bias", c_void_p),
-    )
-
-
-_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "moe_set_threads": (None, (c_int,)),
-    "moe_num_threads": (c_int, ()),
-    "moe_use_huge_pages": (None, (c_void_p, c_int64)),
-    "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
-    "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
-    "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
-    "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
-    "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
-    "moe_add_rms_norm": (
-        None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p),
-    ),
-    "moe_silu_mul": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
-    "moe_finish_heads": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
-    "moe_paged_attention": (
-        None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
-    ),
-    "moe_attention_block": (
-        None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-    ),
-    "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
-    "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "moe_grouped_mlp": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
-    "moe_combine": (
-        None,
-        (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
-    ),
-    "moe_route": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "moe_dense_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
-    "moe_read": (c_uint64, (c_void_p, c_int64)),
-}
+CACHE_LINE = 64
+HUGE_PAGE = 2 << 20
+SLAB_BYTES = 64 << 20
 
 
 @cache
@@ -129,7 +43,7 @@ def load(instruction_set: str | None = None) -> Kernels:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailableError(f"{path} does not load: {error}") from None
-    for name, (result, arguments) in _SIGNATURES.items():
+    for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     return Kernels(library, instruction_set)
@@ -235,6 +149,8 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
         self.library = library
         self.instruction_set = instruction_set
+        self._slab: Tensor | None = None
+        self._slab_used = 0
 
     @property
     def num_threads(self) -> int:
@@ -392,11 +308,27 @@ class Kernels:
     def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
         """Room for `copies` packed weights `[outputs, inputs]`, in huge pages; zero where it will stay padding."""
         elements = self.library.moe_packed_elements(dtype == torch.bfloat16, outputs, inputs)
-        packed = torch.empty(copies, elements, dtype=dtype)
-        self.use_huge_pages(packed)
+        packed = self._room(copies * elements * dtype.itemsize).view(dtype).view(copies, elements)
         if outputs * inputs != elements:
             packed.zero_()
         return packed
+
+    def _room(self, nbytes: int) -> Tensor:
+        """Bytes that begin at a cache line. Small weights share slabs, so that they get huge pages as well."""
+        if nbytes >= SLAB_BYTES // 4:
+            return self._huge_pages(nbytes)
+        if self._slab is None or self._slab_used + nbytes > SLAB_BYTES:
+            self._slab, self._slab_used = self._huge_pages(SLAB_BYTES), 0
+        room = self._slab[self._slab_used : self._slab_used + nbytes]
+        self._slab_used += -(-nbytes // CACHE_LINE) * CACHE_LINE
+        return room
+
+    def _huge_pages(self, nbytes: int) -> Tensor:
+        whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        room = whole[start : start + nbytes]
+        self.use_huge_pages(room)
+        return room
 
     def use_huge_pages(self, tensor: Tensor) -> None:
         """Ask for huge pages for a tensor that was not written yet. Where the system grants none, nothing changes."""

@@ -1,4 +1,4 @@
-// Transposition of square blocks of 32-bit words: kLanes rows, each from its own pointer.
+// What packing moves: square blocks of 32-bit words transposed, and rows of bf16 interleaved.
 #pragma once
 
 #include "vec.h"
@@ -24,7 +24,8 @@ inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* o
   }
   // a[4 q + c] holds words c, c + 4, c + 8, c + 12 of rows 4 q .. 4 q + 3, one word per lane: transpose the lanes.
   for (int c = 0; c < 4; c++) {
-    const __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+    const __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+    const __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
     const __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
     _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(even01, even23, 0x88));
@@ -32,6 +33,20 @@ inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* o
     _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(even01, even23, 0xdd));
     _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
   }
+}
+
+// out = even[0], odd[0], even[1], odd[1], ... for 32 values of each.
+inline void interleave(const bf16* even, const bf16* odd, bf16* out) {
+  static constexpr auto kOrder = [] {
+    struct alignas(64) Order {
+      uint16_t from[64];
+    } order{};
+    for (int i = 0; i < 64; i++) order.from[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
+    return order;
+  }();
+  const __m512i a = load_bits(even), b = load_bits(odd);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, load_bits(kOrder.from), b));
+  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(a, load_bits(kOrder.from + 32), b));
 }
 
 #else
@@ -56,6 +71,14 @@ inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* o
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * stride), low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (c + 4) * stride), high);
   }
+}
+
+// out = even[0], odd[0], even[1], odd[1], ... for 16 values of each.
+inline void interleave(const bf16* even, const bf16* odd, bf16* out) {
+  const __m256i a = load_bits(even), b = load_bits(odd);
+  const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(low, high, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
 #endif

@@ -99,11 +99,6 @@ inline void store(bf16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 
-// Widened bf16 values of two rows, stored as pairs.
-inline void store_pairs(bf16* p, Vec even, Vec odd) {
-  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(bits_of(even), 16), bits_of(odd)));
-}
-
 // `a` in the lanes below `count`, `b` in the rest.
 inline Vec select_first(int count, Vec a, Vec b) {
   const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1u << (count > 0 ? count : 0)) - 1);
@@ -157,11 +152,6 @@ inline void store(bf16* p, Vec v) {
   const IntVec rounded = rounded_bits(v);
   const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
-}
-
-inline void store_pairs(bf16* p, Vec even, Vec odd) {
-  const IntVec pairs = _mm256_or_si256(_mm256_srli_epi32(bits_of(even), 16), bits_of(odd));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), pairs);
 }
 
 inline Vec select_first(int count, Vec a, Vec b) {

@@ -1,0 +1,139 @@
+"""The C structs that the native kernels take, and the signatures of their functions; see `api.cpp`."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+
+
+class Weight(ctypes.Structure):
+    _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+
+
+class AttentionShape(ctypes.Structure):
+    _fields_ = (
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_size", c_int64),
+        ("page_size", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+    )
+
+
+class StepLayout(ctypes.Structure):
+    _fields_ = (
+        ("sequences", c_int64),
+        ("tokens", c_int64),
+        ("max_pages", c_int64),
+        ("query_start", c_void_p),
+        ("context_len", c_void_p),
+        ("page_table", c_void_p),
+    )
+
+
+class HeadOps(ctypes.Structure):
+    _fields_ = (
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("eps", c_float),
+        ("rotated", c_int64),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rope_row", c_void_p),
+        ("cache_slot", c_void_p),
+    )
+
+
+class GateConfig(ctypes.Structure):
+    _fields_ = (
+        ("experts", c_int64),
+        ("top_k", c_int64),
+        ("groups", c_int64),
+        ("topk_groups", c_int64),
+        ("sigmoid", c_int32),
+        ("normalize", c_int32),
+        ("scale", c_float),
+        ("correction_bias", c_void_p),
+    )
+
+
+class NextNorm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("eps", c_float))
+
+
+class SparseBlock(ctypes.Structure):
+    _fields_ = (("next", NextNorm), ("router", c_void_p), ("experts", c_void_p), ("shared", c_void_p))
+
+
+class DenseBlock(ctypes.Structure):
+    _fields_ = (("next", NextNorm), ("mlp", c_void_p))
+
+
+class AttentionBlock(ctypes.Structure):
+    _fields_ = (
+        ("next", NextNorm),
+        ("shape", AttentionShape),
+        ("heads", HeadOps),
+        ("qkv", Weight),
+        ("qkv_bias", c_void_p),
+        ("output", Weight),
+        ("output_bias", c_void_p),
+    )
+
+
+class Experts(ctypes.Structure):
+    _fields_ = (
+        ("w13", c_void_p),
+        ("w2", c_void_p),
+        ("slots", c_int64),
+        ("hidden", c_int64),
+        ("intermediate", c_int64),
+    )
+
+
+class Router(ctypes.Structure):
+    _fields_ = (
+        ("gate", GateConfig),
+        ("weight", Weight),
+        ("weight_is_float32", c_int32),
+        ("slot", c_void_p),
+        ("counts", c_void_p),
+        ("phase_stride", c_int64),
+    )
+
+
+SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "moe_set_threads": (None, (c_int,)),
+    "moe_num_threads": (c_int, ()),
+    "moe_use_huge_pages": (None, (c_void_p, c_int64)),
+    "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
+    "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
+    "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
+    "moe_add_rms_norm": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p),
+    ),
+    "moe_silu_mul": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
+    "moe_paged_attention": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_attention_block": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_grouped_mlp": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
+    "moe_combine": (
+        None,
+        (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    ),
+    "moe_route": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_dense_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_read": (c_uint64, (c_void_p, c_int64)),
+}
