@@ -138,10 +138,8 @@ class RankGroup:
         infos: dict[int, RankInfo] = {}
         while len(infos) < num_ranks:
             match self.receive(deadline):
-                case Hello(role="rank", rank=rank):
+                case Hello(rank=rank):
                     self.send(rank, init)
-                case Hello():
-                    pass
                 case Ready(info):
                     infos[info.rank] = info
                 case None:
@@ -220,7 +218,8 @@ class RankGroup:
                 pass
             case Hello():
                 self._greet(peer, message)
-                self._inbox.append(message)
+                if message.role == "rank":  # a host has nothing to wait for, and may come after all ranks are ready
+                    self._inbox.append(message)
             case _:
                 self._inbox.append(message)
         if peer in self._hosts_heard_at:
