@@ -73,6 +73,17 @@ def test_packing_keeps_every_weight(kernels, dtype, size):
 
 @DTYPES
 @pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rows", [0, 1, 40])
+def test_rows_of_a_packed_weight(kernels, dtype, size, rows):
+    weight, index = normal(*size, dtype=dtype), torch.randint(size[0], (rows,))
+    packed = PackedLinear.pack(kernels, weight)
+    assert torch.equal(packed.take_rows(index), weight[index])
+    with pytest.raises(ValueError, match=rf"index: \[{size[0]}\] is not allowed; it must be from 0 to {size[0] - 1}"):
+        packed.take_rows(torch.tensor([size[0]]))
+
+
+@DTYPES
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rows", [0, 1, 7, 203])
 def test_linear(kernels, dtype, size, rows):
     weight, bias, x = normal(*size, dtype=dtype), normal(size[0], dtype=dtype), normal(rows, size[1], dtype=dtype)

@@ -86,6 +86,17 @@ void moe_unpack(int is_bf16, const void* packed, int64_t first_row, int64_t rows
   });
 }
 
+// out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head.
+void moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    for_rows(count, [&](int64_t i) {
+      unpack_rows(static_cast<const T*>(weight->data), rows[i], 1, weight->inputs,
+                  static_cast<T*>(out) + i * weight->inputs);
+    });
+  });
+}
+
 // `out` is float32 where `out_float32`, else of the element type.
 void moe_linear(int is_bf16, int out_float32, const Weight* weight, const void* bias, const void* x, int64_t rows,
                 void* out) {

@@ -60,6 +60,19 @@ class PackedLinear:
         """The weight `[outputs, inputs]`."""
         return _unpack(self.kernels, self.packed, 0, self.outputs, self.inputs)
 
+    def take_rows(self, index_T: Tensor) -> Tensor:
+        """`weight[index]`, `[T, inputs]`: the embedding of a model whose head is tied to it.
+
+        Raises:
+            ValueError: an index is not a row.
+        """
+        assert index_T.dtype == torch.int64 and index_T.ndim == 1
+        if len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < self.outputs:
+            raise ValueError(f"index: {index_T.tolist()} is not allowed; it must be from 0 to {self.outputs - 1}")
+        out = torch.empty(len(index_T), self.inputs, dtype=self.packed.dtype)
+        self.kernels.library.moe_take_rows(self._is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr())
+        return out
+
     def __call__(self, x_TD: Tensor, *, float32: bool = False) -> Tensor:
         """`[T, outputs]` in the weight's dtype, or in float32, unrounded."""
         assert x_TD.dtype == self.packed.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs

@@ -110,6 +110,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
     "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
     "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_take_rows": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
     "moe_add_rms_norm": (
