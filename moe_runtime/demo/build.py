@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from moe_runtime.demo.carve import ARTIFACT_PATH, Carving, carve_layer, carved_c
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import GGUF_SHA256, WHEEL_VERSION, DemoModelError, locate_gguf
 from moe_runtime.demo.tokenizer import write_tokenizer
+from moe_runtime.kernels.cpu.build import default_cache_dir
 
 # Raise it whenever the files written here change: a cached checkpoint of another version is not used.
 BUILDER_VERSION = 1
@@ -49,14 +49,6 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
             build_checkpoint(gguf_path, Carving.load(), partial)
             partial.rename(checkpoint)
     return checkpoint
-
-
-def default_cache_dir() -> Path:
-    """The folder that `ensure_demo_model` uses when none is given; it need not exist."""
-    if own := os.environ.get("MOE_RUNTIME_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moe-runtime"
 
 
 def build_checkpoint(gguf_path: Path, carving: Carving, folder: Path) -> None:
