@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from moe_runtime.budget import check_budget
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.engine import Engine
 from moe_runtime.executor import Executor
@@ -16,15 +17,18 @@ logger = logging.getLogger(__name__)
 MakeExecutor = Callable[[EngineConfig, ModelConfig, Path], Executor]
 
 
-def build_engine(config: EngineConfig, make_executor: MakeExecutor | None = None) -> Engine:
-    """Find the model, load its tokenizer, start the ranks.
+def build_engine(
+    config: EngineConfig, make_executor: MakeExecutor | None = None, local_ranks: int | None = None
+) -> Engine:
+    """Find the model, load its tokenizer, start the ranks. Before that, a line of the log says what memory they take.
 
     Args:
         config: what the user asked for.
         make_executor: starts the ranks; None takes this process for one rank, and a process for each of several.
+        local_ranks: how many of the ranks share this host; None means all.
 
     Raises:
-        ValueError: no such model, or options that do not fit it.
+        ValueError: no such model, options that do not fit it, or less free memory here than CPU ranks need.
         RankError: a rank failed to start. Whatever was started has ended then.
     """
     from moe_runtime.models import load_model_config
@@ -32,7 +36,8 @@ def build_engine(config: EngineConfig, make_executor: MakeExecutor | None = None
 
     path = resolve_model(config.model)
     model_config = load_model_config(path)
-    config = _fit(config, model_config)
+    config = fit_to_model(config, model_config)
+    logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:
         from moe_runtime.tokenizer import Tokenizer
@@ -63,8 +68,8 @@ def _choices(engine: Engine) -> str:
     )
 
 
-def _fit(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """The configuration with `max_model_len` set, after a look whether it fits the model."""
+def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
+    """The configuration with `max_model_len` set. Raises ValueError where an option does not fit the model."""
     if config.ep_size > model.moe.num_experts:
         raise ValueError(f"ep_size: {config.ep_size} is not allowed; the model has {model.moe.num_experts} experts")
     if config.ep_size == 1 and config.dispatcher not in ("auto", "local"):

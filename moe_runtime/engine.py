@@ -75,6 +75,7 @@ class Engine:
             config.max_num_seqs,
             config.max_num_batched_tokens,
             config.dispatcher,
+            set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
         )
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
@@ -208,12 +209,19 @@ class Engine:
             "ranks": [asdict(rank) for rank in ranks],
             "kernels": ranks[0].kernels,
             "dispatcher": self.config.dispatcher,
+            "dispatchers": sorted(ranks[0].dispatchers),
             "dispatcher_steps": dict(self._dispatcher_steps),
             "max_model_len": self.max_model_len,
             "block_size": self.config.block_size,
             "num_blocks": [rank.num_blocks for rank in ranks],
-            "placement_invariance": "greedy tokens, float32" if ranks[0].dtype == "float32" else "none",
+            "placement_invariance": self._placement_invariance(),
         }
+
+    def _placement_invariance(self) -> str:
+        """How far batches, chunks, ranks and placements leave a request's tokens alone."""
+        if all(rank.batch_invariant for rank in self.executor.ranks):
+            return "bitwise"
+        return "greedy tokens, float32" if self.executor.ranks[0].dtype == "float32" else "none"
 
     def close(self) -> None:
         """End the ranks. Unfinished requests get nothing more. May be called twice."""

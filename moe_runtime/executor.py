@@ -20,7 +20,8 @@ class RankInfo:
     """What a rank reports once it is ready.
 
     `num_blocks` is the size of its KV cache in pages, `weight_bytes` what it holds of the model, `kernels` which
-    implementation each operation uses, `pid` its process.
+    implementation each operation uses, `pid` its process. `batch_invariant` promises that a row has the same bits in
+    any batch, chunk and rank; `dispatchers` are those that a plan may name.
     """
 
     rank: int
@@ -33,6 +34,8 @@ class RankInfo:
     weight_bytes: int
     load_seconds: float
     kernels: dict[str, str]
+    batch_invariant: bool
+    dispatchers: tuple[str, ...]
 
 
 class Executor(Protocol):

@@ -6,15 +6,14 @@ Shape suffixes: N pages (blocks), B tokens per page, G key/value heads, d head d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from moe_runtime.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_kv_blocks
 from moe_runtime.config import EngineConfig, ModelConfig
-
-CPU_DEFAULT_BYTES = 4 << 30
-FREE_MEMORY_SHARE = 0.5
+from moe_runtime.kernels.cpu.pages import ask_for_huge_pages
+from moe_runtime.model_size import page_bytes
 
 
 @dataclass(frozen=True)
@@ -33,20 +32,23 @@ class KVCache:
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.num_blocks = num_blocks
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        for tensor in (self.keys, self.values):
+            ask_for_huge_pages(tensor)
+            tensor.zero_()
+        self._layers = [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
     def layer(self, index: int) -> LayerCache:
-        return LayerCache(self.keys[index], self.values[index])
+        return self._layers[index]
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page over all layers."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return page_bytes(config, block_size, dtype.itemsize)
 
 
 def choose_num_blocks(
@@ -60,29 +62,10 @@ def choose_num_blocks(
     Raises:
         ValueError: it does not hold one sequence of `max_model_len`.
     """
-    page = block_bytes(model, engine.block_size, dtype)
-    max_len = engine.max_model_len or model.max_model_len
-    per_sequence = -(-max_len // engine.block_size)
     if engine.kv_cache_memory_bytes is not None:
-        budget = engine.kv_cache_memory_bytes
+        memory = engine.kv_cache_memory_bytes
     elif device.type == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
+        memory = int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
     else:
-        budget = min(int(available_host_memory() * FREE_MEMORY_SHARE) // local_ranks, CPU_DEFAULT_BYTES)
-    num_blocks = min(engine.max_num_seqs * per_sequence, budget // page)
-    if num_blocks < per_sequence:
-        raise ValueError(
-            f"kv_cache_memory_bytes: {budget} bytes a rank hold {num_blocks * engine.block_size} tokens, but "
-            f"max_model_len is {max_len}; it takes {per_sequence * page} bytes, or a lower max_model_len"
-        )
-    return num_blocks
-
-
-def available_host_memory() -> int:
-    """Bytes that this process may still take: the host's free memory, within the limit of its control group."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0)
+        memory = default_kv_bytes(available_host_memory(), local_ranks)
+    return num_kv_blocks(engine, model, dtype.itemsize, memory)

@@ -1,24 +1,35 @@
-"""Building blocks of a decoder: linear maps, dense MLP, rotary embedding, attention over the paged cache.
+"""The parts of a decoder in torch, on any device: linear maps, norms, attention, dense and sparse blocks.
 
-Shape suffixes: T tokens, D hidden, H query heads, G key/value heads, d head dim, r rotary dims.
-Blocks are plain objects that hold tensors and are called; what a step brings comes as arguments.
+`TorchKit` makes them; `moe_runtime.native_layers` has the same for the native CPU kernels. Parts are plain objects that
+hold tensors and are called; what a step brings comes as arguments. A block ends in the norm behind it: it takes and
+gives the residual rows.
+
+Shape suffixes: T tokens, D hidden, H query heads, G key/value heads, d head dim, r rotary dims, F intermediate,
+E logical experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_runtime.config import ModelConfig, RopeConfig
+from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
+from moe_runtime.batch import Batch
+from moe_runtime.config import ModelConfig, MoEConfig
+from moe_runtime.experts.slots import ExpertSlots
+from moe_runtime.gate import Gate
 from moe_runtime.kernels import ops
 from moe_runtime.kv_cache import LayerCache
+from moe_runtime.moe import Experts, MoELayer, Router, Shared
+from moe_runtime.rotary import RotaryEmbedding
 
 
 class Linear:
-    """`x @ weight.T + bias`."""
+    """`x @ weight.T + bias` with the weight `[outputs, inputs]`, whose rows are loaded piece by piece."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
@@ -28,12 +39,31 @@ class Linear:
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    def load(self, first_row: int, weight_ND: Tensor) -> None:
+        """Fill the outputs from `first_row` on."""
+        self.weight[first_row : first_row + len(weight_ND)] = weight_ND
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class RMSNorm:
+    """See `ops.rms_norm`."""
+
+    weight_D: Tensor
+    eps: float
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return ops.rms_norm(x_TD, self.weight_D, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `residual + x`, and that sum."""
+        return ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
+
+
 class MLP:
-    """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up in one product."""
+    """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up in one product. Loaded as an expert in slot 0."""
 
     def __init__(self, gate_up: Linear, down: Linear) -> None:
         self.gate_up = gate_up
@@ -43,83 +73,40 @@ class MLP:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
+    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
+        """Copy the weights."""
+        assert slot == 0
+        self.gate_up.load(0, gate_FD)
+        self.gate_up.load(len(gate_FD), up_FD)
+        self.down.load(0, down_DF)
+
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate_up(x_TD)))
 
 
-class RotaryEmbedding:
-    """Angles of the rotary embedding (Su et al. 2021) with the context extensions of HF's configs.
+class DenseBlock:
+    """An MLP and the norm behind it."""
 
-    With "dynamic" scaling the base follows the length of the sequence: the prompt's for all of the prompt, then one
-    more for each new token, as transformers does while it generates. It is a function of (prompt length, position), so
-    chunked prefill, batching and replay do not change it.
-    """
+    def __init__(self, mlp: MLP, next_norm: RMSNorm) -> None:
+        self.mlp = mlp
+        self.next_norm = next_norm
 
-    def __init__(self, rope: RopeConfig, device: torch.device) -> None:
-        self.rope = rope
-        self.exponent = torch.arange(0, rope.rotary_dim, 2, device=device).float() / rope.rotary_dim
-        self.inv_freq, self.scale = _frequencies(rope, self.exponent)
+    @property
+    def nbytes(self) -> int:
+        return self.mlp.nbytes
 
-    def __call__(self, position_T: Tensor, num_prompt_T: Tensor) -> tuple[Tensor, Tensor]:
-        """`cos_Tr, sin_Tr` in float32 for tokens at these positions of sequences with prompts of these lengths."""
-        inv_freq = self.inv_freq
-        if self.rope.kind == "dynamic":
-            inv_freq = self._dynamic(torch.maximum(position_T + 1, num_prompt_T))
-        angle = position_T[:, None].float() * inv_freq
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos() * self.scale, angle.sin() * self.scale
-
-    def _dynamic(self, length_T: Tensor) -> Tensor:
-        rope = self.rope
-        length = length_T.clamp(min=rope.original_max_position)
-        stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
-        base_T = rope.theta * stretch ** (rope.rotary_dim / (rope.rotary_dim - 2))
-        return 1.0 / base_T[:, None] ** self.exponent
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.next_norm.add(self.mlp(x_TD), residual_TD)
 
 
-def _frequencies(rope: RopeConfig, exponent: Tensor) -> tuple[Tensor, float]:
-    """Inverse frequencies `[r / 2]` and the factor on cos and sin."""
-    inv_freq = 1.0 / rope.theta**exponent
-    if rope.kind == "linear":
-        return inv_freq / rope.factor, 1.0
-    if rope.kind == "llama3":
-        return _llama3(rope, inv_freq), 1.0
-    if rope.kind == "yarn":
-        return _yarn(rope, inv_freq)
-    return inv_freq, 1.0
+@dataclass(frozen=True)
+class AttentionStep:
+    """What one step's attention needs beside the model: angles in the model's dtype, cache slots, pages."""
 
-
-def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
-    """Llama 3.1: long waves are stretched, short ones kept, those between interpolated."""
-    turns = rope.original_max_position * inv_freq / (2 * math.pi)
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-
-
-def _yarn(rope: RopeConfig, inv_freq: Tensor) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023): dimensions are interpolated by how often they turn within the trained context."""
-    dim = rope.rotary_dim
-
-    def dim_of(turns: float) -> float:
-        return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = torch.arange(dim // 2, device=inv_freq.device).float().sub(low) / max(high - low, 0.001)
-    interpolated = ramp.clamp(0.0, 1.0)
-    inv_freq = inv_freq / rope.factor * interpolated + inv_freq * (1 - interpolated)
-
-    def magnitude(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
-    if rope.attention_factor is not None:
-        return inv_freq, rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return inv_freq, magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return inv_freq, magnitude(1.0)
+    cos_Tr: Tensor
+    sin_Tr: Tensor
+    slot_T: Tensor
+    metadata: ops.AttentionMetadata
 
 
 class Attention:
@@ -130,10 +117,17 @@ class Attention:
         qkv: projection to `(H + 2 G) * d`; query rows, key rows, value rows.
         output: projection back.
         q_norm, k_norm: weights `[d]`, or None.
+        next_norm: the norm behind.
     """
 
     def __init__(
-        self, config: ModelConfig, qkv: Linear, output: Linear, q_norm: Tensor | None, k_norm: Tensor | None
+        self,
+        config: ModelConfig,
+        qkv: Linear,
+        output: Linear,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        next_norm: RMSNorm,
     ) -> None:
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
@@ -143,33 +137,130 @@ class Attention:
         self.output = output
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.next_norm = next_norm
 
     @property
     def nbytes(self) -> int:
         return self.qkv.nbytes + self.output.nbytes
 
     def __call__(
-        self,
-        x_TD: Tensor,
-        rope: tuple[Tensor, Tensor],
-        cache: LayerCache,
-        slot_T: Tensor,
-        metadata: ops.AttentionMetadata,
-    ) -> Tensor:
+        self, x_TD: Tensor, residual_TD: Tensor, step: AttentionStep, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
         """Attend from each token to its sequence so far; the tokens' own keys and values go into the cache first."""
         heads = self.qkv(x_TD).view(x_TD.shape[0], sum(self.heads), self.head_dim)
         q_THd, k_TGd, v_TGd = heads.split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_THd = ops.rms_norm(q_THd, self.q_norm, self.eps)
             k_TGd = ops.rms_norm(k_TGd, self.k_norm, self.eps)
-        q_THd, k_TGd = ops.apply_rotary(q_THd, k_TGd, *rope)
-        ops.store_kv(k_TGd, v_TGd, cache.k_NBGd, cache.v_NBGd, slot_T)
+        q_THd, k_TGd = ops.apply_rotary(q_THd, k_TGd, step.cos_Tr, step.sin_Tr)
+        ops.store_kv(k_TGd, v_TGd, cache.k_NBGd, cache.v_NBGd, step.slot_T)
         out_THd = ops.paged_attention(
             q_THd,
             cache.k_NBGd,
             cache.v_NBGd,
-            metadata,
+            step.metadata,
             scale=self.head_dim**-0.5,
             sliding_window=self.sliding_window,
         )
-        return self.output(out_THd.flatten(1))
+        return self.next_norm.add(self.output(out_THd.flatten(1)), residual_TD)
+
+
+class Embedding:
+    """Rows of a weight `[V, D]` by token id."""
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.weight_VD = weight_VD
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_VD.nbytes
+
+    def __call__(self, token_T: Tensor) -> Tensor:
+        return F.embedding(token_T, self.weight_VD)
+
+
+class Head:
+    """Logits in float32, computed and rounded in the model's dtype."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
+
+    @property
+    def nbytes(self) -> int:
+        return self.linear.nbytes
+
+    def tied_embedding(self) -> Embedding:
+        """The embedding that shares this head's weight."""
+        return Embedding(self.linear.weight)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return self.linear(x_TD).float()
+
+
+@dataclass(frozen=True)
+class TorchKit:
+    """Makes the parts of a decoder in torch; weights are loaded into them afterwards."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def row_ops(self) -> RowOps:
+        return TORCH_ROWS
+
+    def describe(self) -> dict[str, str]:
+        """The implementation of each op."""
+        return ops.describe(self.device)
+
+    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> Linear:
+        return Linear(torch.empty(outputs, inputs, dtype=self.dtype, device=self.device), bias)
+
+    def head(self, vocab_size: int, hidden_size: int) -> tuple[Head, Linear]:
+        """The head, and what loads it."""
+        linear = self.linear(vocab_size, hidden_size)
+        return Head(linear), linear
+
+    def norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
+        return RMSNorm(weight_D, eps)
+
+    def attention(
+        self,
+        config: ModelConfig,
+        qkv: Linear,
+        output: Linear,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        next_norm: RMSNorm,
+    ) -> Attention:
+        return Attention(config, qkv, output, q_norm, k_norm, next_norm)
+
+    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> AttentionStep:
+        """What all layers of a step share."""
+        cos_Tr, sin_Tr = rope(batch.position_T, batch.num_prompt_T)
+        return AttentionStep(cos_Tr.to(self.dtype), sin_Tr.to(self.dtype), batch.slot_T, batch.attention)
+
+    def mlp(self, hidden_size: int, intermediate_size: int) -> MLP:
+        gate_up = self.linear(2 * intermediate_size, hidden_size)
+        return MLP(gate_up, self.linear(hidden_size, intermediate_size))
+
+    def dense_block(self, mlp: MLP, next_norm: RMSNorm) -> DenseBlock:
+        return DenseBlock(mlp, next_norm)
+
+    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> ExpertSlots:
+        return ExpertSlots(num_slots, hidden_size, intermediate_size, self.dtype, self.device)
+
+    def gate(
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor
+    ) -> Gate:
+        return Gate(config, weight_ED, bias_E, counts_2E)
+
+    def sparse_block(
+        self,
+        gate: Router,
+        slot_E: Tensor,
+        experts: Experts,
+        shared: Shared | None,
+        next_norm: RMSNorm,
+        dispatchers: Mapping[str, Dispatcher],
+    ) -> MoELayer:
+        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)

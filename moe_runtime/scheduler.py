@@ -15,7 +15,7 @@ a rank runs its plans in order, so the next holder's rows come after all of the 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.block_pool import BlockPool
@@ -55,7 +55,8 @@ class Scheduler:
         block_size: tokens per page.
         max_num_seqs: most sequences on a rank.
         max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
-        dispatcher: of all steps; "auto" chooses by their tokens.
+        dispatcher: of all steps; "auto" chooses among `available` by their tokens.
+        available: dispatchers that all ranks have.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         dispatcher: str = "auto",
+        available: Collection[str] = ("local", "all_gather", "all_to_all"),
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
@@ -75,6 +77,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._dispatcher = dispatcher
+        self._available = frozenset(available)
 
     @property
     def num_running(self) -> int:
@@ -121,6 +124,8 @@ class Scheduler:
             return self._dispatcher
         if len(tokens_per_rank) == 1:
             return "local"
+        if "symmetric" in self._available:
+            return "symmetric"
         return "all_gather" if max(tokens_per_rank) <= ALL_GATHER_MAX_TOKENS else "all_to_all"
 
     def _plan_running(self, rank: RankState) -> Draft:

@@ -5,8 +5,11 @@ Started as a process of its own with `python -m moe_runtime.worker`, or used in 
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +21,22 @@ from tqdm import tqdm
 
 from moe_runtime.all2all.dispatch import Dispatcher, make_dispatchers
 from moe_runtime.balancer.placement import Placement
+from moe_runtime.batch import Batch
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
-from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
+from moe_runtime.layers import TorchKit
 from moe_runtime.messages import Chunk, PromptLogprobs, RankPlan, RankResult, Sample, StepPlan, TokenLogprobs
-from moe_runtime.models.decoder import Batch, build_decoder
+from moe_runtime.models.loader import Kit, load_decoder
 from moe_runtime.moe import ExpertCounter
+from moe_runtime.native_layers import NativeKit
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.weights import Checkpoint, RandomWeights, WeightSource
+from moe_runtime.weights import RandomWeights, WeightSource, open_weights
+
+logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
 
@@ -75,23 +84,21 @@ class Worker:
         self.dtype = choose_dtype(config.dtype, model_config.dtype)
         placement = Placement.even(model_config.moe_layers, model_config.moe.num_experts, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
-        dispatchers = make_dispatchers(group, placement.max_slots)
-        if config.dispatcher == "symmetric":
-            dispatchers["symmetric"] = self._shared_memory(model_config, group, local_ranks, placement.max_slots)
-        self.source: WeightSource = RandomWeights(config.seed) if config.load_format == "dummy" else Checkpoint(path)
+        kernels = self._native_kernels(group)
+        kit: Kit = TorchKit(self.dtype, self.device) if kernels is None else NativeKit(kernels, self.dtype)
+        dispatchers = make_dispatchers(group, placement.max_slots, kit.row_ops)
+        if group is not None and config.dispatcher in ("auto", "symmetric"):
+            shared = self._shared_memory(model_config, group, local_ranks, placement.max_slots, kernels)
+            if shared is not None:
+                dispatchers["symmetric"] = shared
+        self.source: WeightSource = (
+            RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
+        )
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
-            self.model = build_decoder(
-                model_config,
-                self.source,
-                placement,
-                rank,
-                dispatchers,
-                self.counter,
-                self.dtype,
-                self.device,
-                progress=bar.update,
+            self.model = load_decoder(
+                model_config, self.source, placement, rank, dispatchers, self.counter, kit, progress=bar.update
             )
         num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
         self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
@@ -101,36 +108,69 @@ class Worker:
             pid=os.getpid(),
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            num_threads=torch.get_num_threads(),
+            num_threads=torch.get_num_threads() if kernels is None else kernels.num_threads,
             num_blocks=num_blocks,
             kv_cache_bytes=self.cache.nbytes,
             weight_bytes=self.model.nbytes,
             load_seconds=time.perf_counter() - start,
-            kernels=ops.describe(self.device),
+            kernels=kit.describe(),
+            batch_invariant=kernels is not None,
+            dispatchers=tuple(dispatchers),
         )
+
+    def _native_kernels(self, group: dist.ProcessGroup | None) -> Kernels | None:
+        """The native CPU kernels, if this is a CPU and all ranks have the same; with as many threads as torch has."""
+        if self.device.type != "cpu":
+            return None
+        kernels = load_or_none()
+        found = [None if kernels is None else kernels.instruction_set]
+        if group is not None:
+            found *= group.size()
+            dist.all_gather_object(found, found[0], group=group)
+        if kernels is None or len(set(found)) > 1:
+            if kernels is not None:
+                logger.warning("torch runs instead of native CPU kernels: ranks have different ones, %s", found)
+            return None
+        kernels.set_threads(torch.get_num_threads())
+        return kernels
 
     def _shared_memory(
-        self, model_config: ModelConfig, group: dist.ProcessGroup | None, local_ranks: int, num_slots: int
-    ) -> Dispatcher:
-        """The dispatcher over shared memory; raises ValueError, on all ranks alike, where there can be none."""
-        from moe_runtime.all2all.symmetric import SymmetricDispatcher
-        from moe_runtime.kernels.cpu.native import load_or_none
+        self,
+        model_config: ModelConfig,
+        group: dist.ProcessGroup,
+        local_ranks: int,
+        num_slots: int,
+        kernels: Kernels | None,
+    ) -> Dispatcher | None:
+        """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for.
 
-        possible = group is not None and self.device.type == "cpu" and local_ranks == group.size()
-        if not possible or load_or_none() is None:
-            raise ValueError(
-                'dispatcher: "symmetric" is not allowed here; it needs several CPU ranks of one host and a C++ compiler'
+        Raises:
+            ValueError: "symmetric" was asked for, and there can be none.
+        """
+        asked = self.config.dispatcher == "symmetric"
+        if kernels is None or local_ranks != group.size():
+            if asked:
+                raise ValueError(
+                    'dispatcher: "symmetric" is not allowed here; it needs CPU ranks of one host and a C++ compiler'
+                )
+            return None
+        from moe_runtime.all2all.symmetric import SymmetricDispatcher
+
+        try:
+            return SymmetricDispatcher(
+                group,
+                num_slots,
+                max_tokens=self.config.max_num_batched_tokens,
+                hidden_size=model_config.hidden_size,
+                top_k=model_config.moe.top_k,
+                dtype=self.dtype,
+                timeout=self.config.step_timeout,
             )
-        assert group is not None
-        return SymmetricDispatcher(
-            group,
-            num_slots,
-            max_tokens=self.config.max_num_batched_tokens,
-            hidden_size=model_config.hidden_size,
-            top_k=model_config.moe.top_k,
-            dtype=self.dtype,
-            timeout=self.config.step_timeout,
-        )
+        except ValueError as error:
+            if asked:
+                raise
+            logger.warning("ranks exchange rows over gloo: %s", error)
+            return None
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> RankResult:
@@ -138,10 +178,22 @@ class Worker:
         start = time.perf_counter()
         work = plan.ranks[self.rank]
         self._admit(work)
-        hidden_TD = self.model.forward(self._batch(work, plan), self.cache)
-        samples = self._sample(work.chunks, hidden_TD)
-        prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
+        with self._torch_threads():
+            hidden_TD = self.model.forward(self._batch(work, plan), self.cache)
+            samples = self._sample(work.chunks, hidden_TD)
+            prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
         return RankResult(plan.step, self.rank, samples, prompt_logprobs, time.perf_counter() - start)
+
+    @contextmanager
+    def _torch_threads(self) -> Iterator[None]:
+        """One torch thread beside native kernels: torch's own spin after an op, on cores that the kernels want."""
+        threads = torch.get_num_threads()
+        if self.info.batch_invariant:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def expert_counts(self) -> np.ndarray:
         """Tokens of this rank per (phase, sparse layer, logical expert): int64 [2, L, E], prefill then decode."""
@@ -171,7 +223,7 @@ class Worker:
             num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
             slots += [sequence.blocks[position // size] * size + position % size for position in where]
         assert len(tokens) == len(positions), "a plan names positions whose tokens this rank does not have"
-        attention = ops.AttentionMetadata.build(
+        attention = AttentionMetadata.build(
             [chunk.num_tokens for chunk in work.chunks],
             [chunk.start + chunk.num_tokens for chunk in work.chunks],
             [self.sequences[chunk.seq_id].blocks for chunk in work.chunks],

@@ -163,7 +163,7 @@ class SparseLayers:
             w2 = torch.randn(EXPERTS, HIDDEN, INNER, dtype=DTYPE) / 23
             experts = PackedExperts(kernels, EXPERTS, HIDDEN, INNER, DTYPE)
             for slot in range(EXPERTS):
-                experts.load(slot, w13[slot], w2[slot])
+                experts.load(slot, *w13[slot].chunk(2), w2[slot])
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
             router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
             router = Router(kernels, gate, router_weight, torch.arange(EXPERTS))

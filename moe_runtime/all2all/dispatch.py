@@ -10,6 +10,7 @@ and the token's own rank sums them in order of k, so the sum does not depend on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,31 @@ from moe_runtime.kernels import ops
 
 # Renamed in torch 2.13; the old name warns there.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass(frozen=True)
+class RowOps:
+    """The local work of a dispatcher in one implementation: all ways of an engine take the same, so that all sum alike.
+
+    Attributes:
+        group_by_slot: see `ops.group_by_slot`.
+        combine: `(y_RD, order_R, weights_TK) -> out_TD`, the weighted sum of each token's rows in order of k; row `i`
+            is that of (token, k) number `order_R[i]`, and a (token, k) without a row adds nothing.
+    """
+
+    group_by_slot: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+    combine: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _combine(y_RD: Tensor, order_R: Tensor, weights_TK: Tensor) -> Tensor:
+    num_pairs = weights_TK.numel()
+    make = y_RD.new_empty if y_RD.shape[0] == num_pairs else y_RD.new_zeros
+    y_TKD = make(*weights_TK.shape, y_RD.shape[1])
+    y_TKD.flatten(0, 1)[order_R] = y_RD
+    return ops.combine_topk(y_TKD, weights_TK)
+
+
+TORCH_ROWS = RowOps(ops.group_by_slot, _combine)
 
 
 @dataclass(frozen=True)
@@ -53,15 +79,16 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All slots are here: nothing is sent."""
 
-    def __init__(self, num_slots: int) -> None:
+    def __init__(self, num_slots: int, row_ops: RowOps = TORCH_ROWS) -> None:
         self.num_slots = num_slots
+        self.row_ops = row_ops
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
-        order_R, counts_S = ops.group_by_slot(slot_TK.flatten(), self.num_slots)
+        order_R, counts_S = self.row_ops.group_by_slot(slot_TK.flatten(), self.num_slots)
         return Dispatched(x_TD, order_R // slot_TK.shape[1], counts_S, order_R)
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        return _combine(y_RD, sent.handle, weights_TK)
+        return self.row_ops.combine(y_RD, sent.handle, weights_TK)
 
 
 @dataclass(frozen=True)
@@ -80,10 +107,12 @@ class _GroupDispatcher:
     Args:
         group: the ranks.
         num_slots: slots on every rank, S.
+        row_ops: how rows are grouped and summed.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_slots: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_slots: int, row_ops: RowOps = TORCH_ROWS) -> None:
         self.group = group
+        self.row_ops = row_ops
         self.num_slots = num_slots
         self.num_ranks = group.size()
 
@@ -93,7 +122,7 @@ class _GroupDispatcher:
         y_send[route.order_R] = y_RD
         y_back = y_RD.new_empty(sum(route.send_splits), y_RD.shape[1])
         dist.all_to_all_single(y_back, y_send, route.send_splits, route.recv_splits, group=self.group)
-        return _combine(y_back, route.sent_to, weights_TK)
+        return self.row_ops.combine(y_back, route.sent_to, weights_TK)
 
 
 class AllToAllDispatcher(_GroupDispatcher):
@@ -101,7 +130,7 @@ class AllToAllDispatcher(_GroupDispatcher):
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         W, S = self.num_ranks, self.num_slots
-        sent_to, counts = ops.group_by_slot(slot_TK.flatten(), W * S)
+        sent_to, counts = self.row_ops.group_by_slot(slot_TK.flatten(), W * S)
         send_WS = counts.view(W, S)
         recv_WS = torch.empty_like(send_WS)
         dist.all_to_all_single(recv_WS, send_WS, group=self.group)
@@ -111,7 +140,7 @@ class AllToAllDispatcher(_GroupDispatcher):
         x_send = x_TD[sent_to // slot_TK.shape[1]]
         dist.all_to_all_single(x_ND, x_send, recv_splits, send_splits, group=self.group)
         slot_N = torch.arange(S, device=x_TD.device).repeat(W).repeat_interleave(recv_WS.flatten())
-        order_R, counts_S = ops.group_by_slot(slot_N, S)
+        order_R, counts_S = self.row_ops.group_by_slot(slot_N, S)
         return Dispatched(x_ND, order_R, counts_S, _Route(order_R, sent_to, send_splits, recv_splits))
 
 
@@ -133,28 +162,24 @@ class AllGatherDispatcher(_GroupDispatcher):
         slot_NK = gathered[:, x_bytes:].contiguous().view(torch.int32).long()
 
         local = torch.where(slot_NK // S == rank, slot_NK - rank * S, -1)
-        order, counts_S = ops.group_by_slot(local.flatten(), S)
+        order, counts_S = self.row_ops.group_by_slot(local.flatten(), S)
         # Rows go back in the order of (token, k), which both sides know.
         arrival = order.argsort()
         order_R = torch.empty_like(order)
         order_R[arrival] = torch.arange(order.numel(), device=order.device)
         recv_splits = (local >= 0).view(W, -1).sum(1).tolist()
-        sent_to, counts_W = ops.group_by_slot(slot_TK.flatten().div(S, rounding_mode="floor"), W)
+        sent_to, counts_W = self.row_ops.group_by_slot(slot_TK.flatten().div(S, rounding_mode="floor"), W)
         route = _Route(order_R, sent_to, counts_W.tolist(), recv_splits)
         return Dispatched(x_ND, order // K, counts_S, route)
 
 
-def make_dispatchers(group: dist.ProcessGroup | None, num_slots: int) -> dict[str, Dispatcher]:
+def make_dispatchers(
+    group: dist.ProcessGroup | None, num_slots: int, row_ops: RowOps = TORCH_ROWS
+) -> dict[str, Dispatcher]:
     """The dispatchers that a plan may name: "local" alone without a group, else "all_to_all" and "all_gather"."""
     if group is None:
-        return {"local": LocalDispatcher(num_slots)}
-    return {"all_to_all": AllToAllDispatcher(group, num_slots), "all_gather": AllGatherDispatcher(group, num_slots)}
-
-
-def _combine(y_RD: Tensor, position_R: Tensor, weights_TK: Tensor) -> Tensor:
-    """Rows to their (token, k), then the weighted sum; a (token, k) that was not sent counts as zero."""
-    num_pairs = weights_TK.numel()
-    make = y_RD.new_empty if y_RD.shape[0] == num_pairs else y_RD.new_zeros
-    y_TKD = make(*weights_TK.shape, y_RD.shape[1])
-    y_TKD.flatten(0, 1)[position_R] = y_RD
-    return ops.combine_topk(y_TKD, weights_TK)
+        return {"local": LocalDispatcher(num_slots, row_ops)}
+    return {
+        "all_to_all": AllToAllDispatcher(group, num_slots, row_ops),
+        "all_gather": AllGatherDispatcher(group, num_slots, row_ops),
+    }

@@ -29,11 +29,12 @@ class ExpertSlots:
     def nbytes(self) -> int:
         return self.w13_SGD.nbytes + self.w2_SDF.nbytes
 
-    def load(self, slot: int, w13_GD: Tensor, w2_DF: Tensor) -> None:
+    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
         """Copy an expert into a slot."""
-        self.w13_SGD[slot].copy_(w13_GD)
-        self.w2_SDF[slot].copy_(w2_DF)
+        self.w13_SGD[slot, : len(gate_FD)] = gate_FD
+        self.w13_SGD[slot, len(gate_FD) :] = up_FD
+        self.w2_SDF[slot] = down_DF
 
-    def __call__(self, x_ND: Tensor, row_R: Tensor, counts_S: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """`w2 @ (silu(gate @ x) * (up @ x))` of the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order."""
         return ops.grouped_mlp(x_ND, row_R, counts_S, self.w13_SGD, self.w2_SDF)

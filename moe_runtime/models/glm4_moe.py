@@ -7,9 +7,9 @@ from typing import Any
 
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.models.hf_config import HFConfig
-from moe_runtime.models.names import ExpertNames
+from moe_runtime.models.names import DENSE_NAMES
 
-EXPERT_NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+EXPERT_NAMES = DENSE_NAMES
 
 
 def parse(config: dict[str, Any]) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Names of the sparse block's tensors in checkpoints."""
+"""Names of the MLPs' tensors in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,3 +17,6 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+
+
+DENSE_NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")

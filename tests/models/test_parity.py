@@ -8,47 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from parity_ranks import BLOCK, run_steps
+from parity_ranks import gather, plan_steps, run_steps
 from rank_pool import RankPool
 from tiny_models import CASES, VOCAB, make_model, save
 from torch import Tensor
 
-from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
-from moe_runtime.sampling_params import SamplingParams
-
-PAGES_EACH = 12
-GREEDY = SamplingParams(temperature=0.0)
-
-
-def plan_steps(prompts: list[list[int]], ranks: list[int], num_ranks: int, cuts: list[list[int]]) -> list[StepPlan]:
-    """Plans that run each prompt in pieces that end at its `cuts`; sequence i lives on rank `ranks[i]`."""
-    steps = []
-    for step in range(max(map(len, cuts))):
-        work = [RankPlan([], [], []) for _ in range(num_ranks)]
-        for seq_id, (prompt, rank, ends) in enumerate(zip(prompts, ranks, cuts, strict=True)):
-            if step >= len(ends):
-                continue
-            if step == 0:
-                work[rank].new_sequences.append(NewSequence(seq_id, prompt, len(prompt), GREEDY, 0))
-            start = ends[step - 1] if step else 0
-            blocks = [seq_id * PAGES_EACH + page for page in range(-(-start // BLOCK), -(-ends[step] // BLOCK))]
-            work[rank].chunks.append(Chunk(seq_id, start, ends[step] - start, blocks, False))
-        for part in work:
-            part.chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
-        tokens = [part.num_tokens for part in work]
-        dispatcher = "local" if num_ranks == 1 else ("all_to_all", "all_gather")[step % 2]
-        steps.append(StepPlan(step, dispatcher, tokens, work))
-    return steps
+TORCH_WAYS = ("all_to_all", "all_gather")
 
 
 def reference(model: Any, prompts: list[list[int]]) -> list[Tensor]:
     with torch.no_grad():
         return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
-
-
-def gather(results: list[dict[int, list[Tensor]]], count: int) -> list[Tensor]:
-    merged = {seq_id: torch.cat(parts) for part in results for seq_id, parts in part.items()}
-    return [merged[seq_id] for seq_id in range(count)]
 
 
 def random_cuts(length: int) -> list[int]:
@@ -61,24 +31,32 @@ def random_cuts(length: int) -> list[int]:
     return [length - 2, length - 1, length]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("num_ranks", "native"),
+    [(1, True), (2, True), (4, True), (1, False), (4, False)],
+    ids=lambda value: {True: "native", False: "torch"}.get(value, value) if isinstance(value, bool) else str(value),
+)
 @pytest.mark.parametrize("case", CASES)
-def test_float32_logits(rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_ranks: int) -> None:
+def test_float32_logits(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_ranks: int, native: bool
+) -> None:
     model = make_model(case)
     save(model, tmp_path)
     lengths = [int(n) for n in torch.randint(3, 30, (4,))] + [70]
     prompts = [torch.randint(0, VOCAB, (length,)).tolist() for length in lengths]
     ranks = [0, 1 % num_ranks, 0, 2 % num_ranks, 0]  # with four ranks, one has no sequence
-    steps = plan_steps(prompts, ranks, num_ranks, [random_cuts(length) for length in lengths])
-    results = rank_pool(num_ranks).run(run_steps, tmp_path, "float32", steps, 96)
+    ways = (*TORCH_WAYS, "symmetric") if native else TORCH_WAYS
+    steps = plan_steps(prompts, ranks, num_ranks, [random_cuts(length) for length in lengths], ways)
+    results = rank_pool(num_ranks).run(run_steps, tmp_path, "float32", steps, native)
     for ours, theirs in zip(gather(results, len(prompts)), reference(model, prompts), strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize(("case", "num_experts"), [("qwen3", 7), ("mixtral", 5), ("glm4", 12)])
 def test_bfloat16_is_as_close_to_float32_as_transformers(
-    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_experts: int
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_experts: int, native: bool
 ) -> None:
     """Mean KL to float32 over several models. All experts are used, since a choice that rounding flips moves the
     logits so far that a small sample of them says nothing."""
@@ -89,8 +67,8 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(
         prompts = [torch.randint(0, VOCAB, (80,)).tolist() for _ in range(12)]
         theirs = torch.cat(reference(model, prompts)).log_softmax(-1)
         exact = torch.cat(reference(model.float(), prompts)).log_softmax(-1)
-        steps = plan_steps(prompts, [0, 1] * 6, 2, [[80]] * 12)
-        results = rank_pool(2).run(run_steps, path, "bfloat16", steps, 96)
+        steps = plan_steps(prompts, [0, 1] * 6, 2, [[80]] * 12, TORCH_WAYS)
+        results = rank_pool(2).run(run_steps, path, "bfloat16", steps, native)
         ours = torch.cat(gather(results, len(prompts))).log_softmax(-1)
         kl_ours += (exact.exp() * (exact - ours)).sum(-1).mean().item()
         kl_theirs += (exact.exp() * (exact - theirs)).sum(-1).mean().item()

@@ -34,7 +34,9 @@ class FakeWorker:
         _obey(init.config.model, self.rank)
         threads = int(os.environ["OMP_NUM_THREADS"])
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        self.info = RankInfo(self.rank, os.getpid(), "cpu", "float32", threads, 8, 0, 0, 0.0, {"cores": cores})
+        self.info = RankInfo(
+            self.rank, os.getpid(), "cpu", "float32", threads, 8, 0, 0, 0.0, {"cores": cores}, False, ("all_gather",)
+        )
 
     def step(self, plan: StepPlan) -> RankResult:
         assert len(plan.ranks) == self.num_ranks

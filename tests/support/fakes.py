@@ -175,7 +175,20 @@ class MockExecutor:
         self._inflight: deque[tuple[StepPlan, StepPlan]] = deque()
         self._workers = [FakeRank(index, count, config, next_token) for index, count in enumerate(num_blocks)]
         self.ranks = [
-            RankInfo(index, os.getpid(), "cpu", "float32", 1, count, count * 1000, 10**6, 0.5, {"gate": "torch"})
+            RankInfo(
+                index,
+                os.getpid(),
+                "cpu",
+                "float32",
+                1,
+                count,
+                count * 1000,
+                10**6,
+                0.5,
+                {"gate": "torch"},
+                False,
+                ("local",) if len(num_blocks) == 1 else ("all_to_all", "all_gather"),
+            )
             for index, count in enumerate(num_blocks)
         ]
 

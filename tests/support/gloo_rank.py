@@ -22,7 +22,9 @@ class GlooWorker:
 
         self.rank = seat.rank
         self.group = join_group(seat, init)
-        self.info = RankInfo(self.rank, os.getpid(), "cpu", "float32", torch.get_num_threads(), 8, 0, 0, 0.0, {})
+        self.info = RankInfo(
+            self.rank, os.getpid(), "cpu", "float32", torch.get_num_threads(), 8, 0, 0, 0.0, {}, False, ("all_gather",)
+        )
 
     def step(self, plan: StepPlan) -> RankResult:
         """Sums `step * (rank + 1)` over the ranks; the rank that `dispatcher` names leaves without a word."""

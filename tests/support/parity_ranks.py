@@ -1,30 +1,84 @@
-"""What the parity tests run on every rank of a pool; here, as a rank's process imports it by name."""
+"""What the parity tests plan, and what they run on every rank of a pool; here, as a rank's process imports it by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from rank_pool import RankContext
 from torch import Tensor
 
+import moe_runtime.worker
 from moe_runtime.config import EngineConfig
-from moe_runtime.messages import StepPlan
+from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
 from moe_runtime.models import load_model_config
+from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.worker import Worker
 
 BLOCK = 8
+PAGES_EACH = 12
+MODEL_LEN = BLOCK * PAGES_EACH
+MAX_SEQUENCES = 40
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def plan_steps(
+    prompts: list[list[int]],
+    ranks: list[int],
+    num_ranks: int,
+    cuts: list[list[int]],
+    dispatchers: tuple[str, ...] = ("all_to_all", "all_gather", "symmetric"),
+) -> list[StepPlan]:
+    """Plans that run each prompt in pieces that end at its `cuts`; sequence i lives on rank `ranks[i]`.
+
+    Steps of several ranks take the dispatchers in turn.
+    """
+    steps = []
+    for step in range(max(map(len, cuts))):
+        work = [RankPlan([], [], []) for _ in range(num_ranks)]
+        for seq_id, (prompt, rank, ends) in enumerate(zip(prompts, ranks, cuts, strict=True)):
+            if step >= len(ends):
+                continue
+            if step == 0:
+                work[rank].new_sequences.append(NewSequence(seq_id, prompt, len(prompt), GREEDY, 0))
+            start = ends[step - 1] if step else 0
+            blocks = [seq_id * PAGES_EACH + page for page in range(-(-start // BLOCK), -(-ends[step] // BLOCK))]
+            work[rank].chunks.append(Chunk(seq_id, start, ends[step] - start, blocks, False))
+        for part in work:
+            part.chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
+        tokens = [part.num_tokens for part in work]
+        dispatcher = "local" if num_ranks == 1 else dispatchers[step % len(dispatchers)]
+        steps.append(StepPlan(step, dispatcher, tokens, work))
+    return steps
 
 
 def run_steps(
-    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], model_len: int
+    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], native: bool
 ) -> dict[int, list[Tensor]]:
-    """Logits of every token of every sequence of this rank, in order."""
+    """Logits of every token of every sequence of this rank, in order, with native kernels or with torch."""
     config = EngineConfig(
-        model=str(path), dtype=dtype, max_num_seqs=16, block_size=BLOCK, max_model_len=model_len, device="cpu"
+        model=str(path),
+        dtype=dtype,
+        max_num_seqs=MAX_SEQUENCES,
+        block_size=BLOCK,
+        max_model_len=MODEL_LEN,
+        max_num_batched_tokens=128,
+        device="cpu",
     )
-    group = context.group if context.num_ranks > 1 else None
-    worker = Worker(config, load_model_config(path), path, rank=context.rank, num_ranks=context.num_ranks, group=group)
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(moe_runtime.worker, "load_or_none", lambda: None)
+        worker = Worker(
+            config,
+            load_model_config(path),
+            path,
+            rank=context.rank,
+            num_ranks=context.num_ranks,
+            group=context.group if context.num_ranks > 1 else None,
+            local_ranks=context.num_ranks,
+        )
+    assert worker.info.batch_invariant == native
     logits: dict[int, list[Tensor]] = {}
     with torch.inference_mode():
         for plan in steps:
@@ -34,3 +88,9 @@ def run_steps(
             for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
                 logits.setdefault(chunk.seq_id, []).append(part)
     return logits
+
+
+def gather(results: list[dict[int, list[Tensor]]], count: int) -> list[Tensor]:
+    """Logits of each of `count` sequences, from what `run_steps` gave on each rank."""
+    merged = {seq_id: torch.cat(parts) for part in results for seq_id, parts in part.items()}
+    return [merged[seq_id] for seq_id in range(count)]

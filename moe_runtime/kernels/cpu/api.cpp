@@ -59,8 +59,6 @@ void moe_set_threads(int threads) {
 
 int moe_num_threads() { return engine.pool.size(); }
 
-void moe_use_huge_pages(void* data, int64_t bytes) { use_huge_pages(data, bytes); }
-
 int64_t moe_packed_elements(int is_bf16, int64_t outputs, int64_t inputs) {
   return ceil_div(outputs, kPanel) * (is_bf16 ? panel_elements<bf16>(inputs) : panel_elements<float>(inputs));
 }

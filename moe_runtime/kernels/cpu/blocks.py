@@ -107,19 +107,19 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
-    def load(self, slot: int, w13_GD: Tensor, w2_DF: Tensor) -> None:
-        """Pack an expert into a slot. `w13_GD` has the rows of the gate projection, then those of the up projection."""
-        inner = self.intermediate_size
-        assert w13_GD.shape == (2 * inner, self.hidden_size) and w2_DF.shape == (self.hidden_size, inner)
-        _pack(self.kernels, w13_GD[:inner], 0, self.w13[slot])
-        _pack(self.kernels, w13_GD[inner:], self._up_row, self.w13[slot])
-        _pack(self.kernels, w2_DF, 0, self.w2[slot])
+    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
+        """Pack an expert into a slot."""
+        inner, hidden = self.intermediate_size, self.hidden_size
+        assert gate_FD.shape == up_FD.shape == (inner, hidden) and down_DF.shape == (hidden, inner)
+        _pack(self.kernels, gate_FD, 0, self.w13[slot])
+        _pack(self.kernels, up_FD, self._up_row, self.w13[slot])
+        _pack(self.kernels, down_DF, 0, self.w2[slot])
 
-    def unpack(self, slot: int) -> tuple[Tensor, Tensor]:
-        """`(w13_GD, w2_DF)` of a slot."""
+    def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`(gate_FD, up_FD, down_DF)` of a slot."""
         inner, hidden = self.intermediate_size, self.hidden_size
         gate, up = (_unpack(self.kernels, self.w13[slot], row, inner, hidden) for row in (0, self._up_row))
-        return torch.cat((gate, up)), _unpack(self.kernels, self.w2[slot], 0, hidden, inner)
+        return gate, up, _unpack(self.kernels, self.w2[slot], 0, hidden, inner)
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """See `torch_ops.grouped_mlp`; the product between the projections is rounded once."""
@@ -223,7 +223,7 @@ class Router:
     """Router product, gate and counts.
 
     Args:
-        gate: from `native.gate_config`; its bias must outlive this.
+        gate: from `native.gate_config`.
         weight_ED: in the model's dtype or in float32.
         slot_E: int64, the slot of each expert; what `SparseBlock` uses.
         counts_2E: int64, tokens of each expert in prefill and decode, which grow with every call; None counts nothing.
@@ -248,6 +248,7 @@ class Router:
         )
         self.address = ctypes.addressof(self.router)
         self.slot_E, self.counts_2E = slot_E, counts_2E
+        self._keep = gate.keep
 
     @property
     def nbytes(self) -> int:

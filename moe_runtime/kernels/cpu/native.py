@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.build import NativeUnavailableError, ensure_library
+from moe_runtime.kernels.cpu.pages import HUGE_PAGE, ask_for_huge_pages
 from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepLayout
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
 
@@ -26,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16)
 CACHE_LINE = 64
-HUGE_PAGE = 2 << 20
 SLAB_BYTES = 64 << 20
 
 
@@ -96,11 +96,13 @@ def gate_config(
     normalize: bool,
     scale: float = 1.0,
 ) -> GateConfig:
-    """The gate as the library takes it. The bias must outlive it."""
+    """The gate as the library takes it."""
     check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
     assert correction_bias_E is None or correction_bias_E.dtype == torch.float32
     bias = pointer(correction_bias_E)
-    return GateConfig(num_experts, top_k, num_groups, topk_groups, scoring == "sigmoid", normalize, scale, bias)
+    config = GateConfig(num_experts, top_k, num_groups, topk_groups, scoring == "sigmoid", normalize, scale, bias)
+    config.keep = correction_bias_E
+    return config
 
 
 class Step:
@@ -327,12 +329,8 @@ class Kernels:
         whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         room = whole[start : start + nbytes]
-        self.use_huge_pages(room)
+        ask_for_huge_pages(room)
         return room
-
-    def use_huge_pages(self, tensor: Tensor) -> None:
-        """Ask for huge pages for a tensor that was not written yet. Where the system grants none, nothing changes."""
-        self.library.moe_use_huge_pages(pointer(tensor), tensor.nbytes)
 
     def read(self, tensor: Tensor) -> None:
         """Read a tensor's whole mebibytes once with all threads: the floor of what streams weights."""

@@ -56,6 +56,7 @@ class GateConfig(ctypes.Structure):
         ("scale", c_float),
         ("correction_bias", c_void_p),
     )
+    keep: object = None  # what the pointer points to
 
 
 class NextNorm(ctypes.Structure):
@@ -106,7 +107,6 @@ class Router(ctypes.Structure):
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_set_threads": (None, (c_int,)),
     "moe_num_threads": (c_int, ()),
-    "moe_use_huge_pages": (None, (c_void_p, c_int64)),
     "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
     "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
     "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),

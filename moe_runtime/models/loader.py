@@ -1,0 +1,213 @@
+"""How a decoder is read from a checkpoint, tensor by tensor, into the parts of a kit.
+
+Shape suffixes: D hidden, F intermediate, V vocabulary, E logical experts, W ranks, S slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_runtime.all2all.dispatch import Dispatcher, RowOps
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.batch import Batch
+from moe_runtime.config import ModelConfig, MoEConfig
+from moe_runtime.kernels.cpu.pages import release_pages
+from moe_runtime.layers import Embedding
+from moe_runtime.models import family_module
+from moe_runtime.models.decoder import Decoder, DecoderLayer
+from moe_runtime.models.names import DENSE_NAMES, ExpertNames
+from moe_runtime.moe import ExpertCounter
+from moe_runtime.rotary import RotaryEmbedding
+from moe_runtime.weights import WeightSource
+
+
+class Rows(Protocol):
+    """A linear map whose weight is loaded by rows."""
+
+    def load(self, first_row: int, weight_ND: Tensor, /) -> None: ...
+
+
+class Slots(Protocol):
+    """Experts, or an MLP as one expert, whose weights are loaded by slot."""
+
+    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, /) -> None: ...
+
+
+class Kit(Protocol):
+    """Makes a decoder's parts in one implementation. Parts of one kit fit together; here they are opaque."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def row_ops(self) -> RowOps: ...
+    def describe(self) -> dict[str, str]: ...
+    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> Any: ...
+    def head(self, vocab_size: int, hidden_size: int) -> tuple[Any, Rows]: ...
+    def norm(self, weight_D: Tensor, eps: float) -> Any: ...
+    def attention(
+        self, config: ModelConfig, qkv: Any, output: Any, q_norm: Tensor | None, k_norm: Tensor | None, next_norm: Any
+    ) -> Any: ...
+    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Any: ...
+    def mlp(self, hidden_size: int, intermediate_size: int) -> Any: ...
+    def dense_block(self, mlp: Any, next_norm: Any) -> Any: ...
+    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Any: ...
+    def gate(
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor
+    ) -> Any: ...
+    def sparse_block(
+        self,
+        gate: Any,
+        slot_E: Tensor,
+        experts: Any,
+        shared: Any,
+        next_norm: Any,
+        dispatchers: Mapping[str, Dispatcher],
+    ) -> Any: ...
+
+
+def load_decoder(
+    config: ModelConfig,
+    source: WeightSource,
+    placement: Placement,
+    rank: int,
+    dispatchers: Mapping[str, Dispatcher],
+    counter: ExpertCounter,
+    kit: Kit,
+    progress: Callable[[], object],
+) -> Decoder:
+    """Read a model; of the experts only those that `placement` puts on `rank`. Calls `progress` after every layer."""
+    loader = _Loader(config, source, placement, rank, dispatchers, counter, kit)
+    norm_weights = [
+        *(f"model.layers.{index}.input_layernorm.weight" for index in range(config.num_layers)),
+        "model.norm.weight",
+    ]
+    first_norm, *next_norms = (loader.norm(name) for name in norm_weights)
+    layers = []
+    for index, next_norm in enumerate(next_norms):
+        layers.append(loader.layer(index, next_norm))
+        progress()
+    tied = config.tie_word_embeddings
+    shape = (config.vocab_size, config.hidden_size)
+    head, rows = kit.head(*shape)
+    loader.fill(rows, 0, "model.embed_tokens.weight" if tied else "lm_head.weight", *shape)
+    embed = head.tied_embedding() if tied else Embedding(loader.tensor("model.embed_tokens.weight", *shape))
+    nbytes = head.nbytes + (0 if tied else embed.nbytes)
+    nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
+    rope = RotaryEmbedding(config.rope, kit.device)
+    return Decoder(embed, first_norm, layers, head, rope, kit.attention_step, nbytes)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    config: ModelConfig
+    source: WeightSource
+    placement: Placement
+    rank: int
+    dispatchers: Mapping[str, Dispatcher]
+    counter: ExpertCounter
+    kit: Kit
+
+    def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
+
+    def fill(self, rows: Rows, first_row: int, name: str, *shape: int) -> None:
+        """Load a weight into the rows of a linear map from `first_row` on."""
+        stored = self.source.read(name, shape)
+        rows.load(first_row, stored.to(self.kit.dtype))
+        release_pages(stored)
+
+    def norm(self, name: str) -> Any:
+        return self.kit.norm(self.tensor(name, self.config.hidden_size), self.config.rms_norm_eps)
+
+    def layer(self, index: int, next_norm: Any) -> DecoderLayer:
+        prefix = f"model.layers.{index}"
+        attention = self.attention(f"{prefix}.self_attn", self.norm(f"{prefix}.post_attention_layernorm.weight"))
+        if index in self.config.moe_layers:
+            return DecoderLayer(attention, self.sparse_block(index, next_norm))
+        mlp = self.mlp(f"{prefix}.mlp", self.config.intermediate_size)
+        return DecoderLayer(attention, self.kit.dense_block(mlp, next_norm))
+
+    def attention(self, prefix: str, next_norm: Any) -> Any:
+        c = self.config
+        sizes = {"q_proj": c.num_heads, "k_proj": c.num_kv_heads, "v_proj": c.num_kv_heads}
+        rows = {name: heads * c.head_dim for name, heads in sizes.items()}
+        bias = torch.cat([self.tensor(f"{prefix}.{p}.bias", n) for p, n in rows.items()]) if c.qkv_bias else None
+        qkv = self.kit.linear(sum(rows.values()), c.hidden_size, bias)
+        first_row = 0
+        for part, count in rows.items():
+            self.fill(qkv, first_row, f"{prefix}.{part}.weight", count, c.hidden_size)
+            first_row += count
+        out_bias = self.tensor(f"{prefix}.o_proj.bias", c.hidden_size) if c.output_bias else None
+        output = self.kit.linear(c.hidden_size, rows["q_proj"], out_bias)
+        self.fill(output, 0, f"{prefix}.o_proj.weight", c.hidden_size, rows["q_proj"])
+        norms = [self.tensor(f"{prefix}.{p}.weight", c.head_dim) if c.qk_norm else None for p in ("q_norm", "k_norm")]
+        return self.kit.attention(c, qkv, output, norms[0], norms[1], next_norm)
+
+    def mlp(self, prefix: str, intermediate: int) -> Any:
+        mlp = self.kit.mlp(self.config.hidden_size, intermediate)
+        self.fill_slot(mlp, 0, prefix, DENSE_NAMES, intermediate)
+        return mlp
+
+    def sparse_block(self, index: int, next_norm: Any) -> Any:
+        c, moe = self.config, self.config.moe
+        prefix = self._block_prefix(index)
+        row = c.moe_layers.index(index)
+        router_dtype = torch.float32 if moe.router_float32 else self.kit.dtype
+        weight_ED = self.tensor(f"{prefix}.gate.weight", moe.num_experts, c.hidden_size, dtype=router_dtype)
+        bias_E = None
+        if moe.correction_bias:
+            name = f"{prefix}.gate.e_score_correction_bias"
+            bias_E = self.tensor(name, moe.num_experts, dtype=torch.float32)
+        slot_E = torch.from_numpy(self.placement.first_slot[row]).to(device=self.kit.device, dtype=torch.int64)
+        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, self.counter.layer(row))
+        slots_WS = self.placement.slots[row]
+        experts = self.kit.experts(slots_WS.shape[1], c.hidden_size, moe.intermediate_size)
+        for slot, expert in enumerate(slots_WS[self.rank].tolist()):
+            if expert >= 0:
+                self.expert(experts, slot, index, expert)
+        shared = None
+        if moe.shared_intermediate_size:
+            shared = self.mlp(f"{prefix}.shared_experts", moe.shared_intermediate_size)
+        return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers)
+
+    def expert(self, experts: Slots, slot: int, index: int, expert: int) -> None:
+        """Load one logical expert, stored by itself or fused with the others of its layer."""
+        hidden, inner, total = self.config.hidden_size, self.config.moe.intermediate_size, self.config.moe.num_experts
+        fused = f"model.layers.{index}.mlp.experts"
+        if not self.source.has(f"{fused}.gate_up_proj"):
+            self.fill_slot(experts, slot, f"{self._block_prefix(index)}.experts.{expert}", self.names, inner)
+            return
+        gate_up = self.source.read(f"{fused}.gate_up_proj", (total, 2 * inner, hidden), expert)
+        down = self.source.read(f"{fused}.down_proj", (total, hidden, inner), expert)
+        self._load_slot(experts, slot, [gate_up[:inner], gate_up[inner:], down])
+
+    def fill_slot(self, slots: Slots, slot: int, prefix: str, names: ExpertNames, intermediate: int) -> None:
+        """Load a SwiGLU whose three matrices are stored under `prefix`."""
+        hidden = self.config.hidden_size
+        shapes = {names.gate: (intermediate, hidden), names.up: (intermediate, hidden)}
+        shapes[names.down] = (hidden, intermediate)
+        parts = [self.source.read(f"{prefix}.{part}.weight", shape) for part, shape in shapes.items()]
+        self._load_slot(slots, slot, parts)
+
+    def _load_slot(self, slots: Slots, slot: int, stored: list[Tensor]) -> None:
+        gate_FD, up_FD, down_DF = (part.to(self.kit.dtype) for part in stored)
+        slots.load(slot, gate_FD, up_FD, down_DF)
+        for part in stored:
+            release_pages(part)
+
+    @property
+    def names(self) -> ExpertNames:
+        names: ExpertNames = family_module(self.config.family).EXPERT_NAMES
+        return names
+
+    def _block_prefix(self, index: int) -> str:
+        """The sparse block's prefix: the family's own, or the one that newer checkpoints of all families use."""
+        prefix = f"model.layers.{index}.{self.names.block}"
+        return prefix if self.source.has(f"{prefix}.gate.weight") else f"model.layers.{index}.mlp"

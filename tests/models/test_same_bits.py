@@ -1,0 +1,62 @@
+"""With native kernels a token's logits have the same bits in any batch, in any chunks, on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from parity_ranks import gather, plan_steps, run_steps
+from rank_pool import RankPool
+from tiny_models import VOCAB, make_model, save
+from torch import Tensor
+
+from moe_runtime.messages import StepPlan
+
+CASES = ["qwen3 bias, tied", "qwen3 window", "mixtral dynamic", "glm4 groups", "glm4 partial yarn"]
+LENGTHS = [*range(1, 34), 70]  # token by token, as many sequences run together as are this long or longer: 34 to 1
+
+
+def in_chunks(length: int) -> list[int]:
+    return sorted({int(cut) for cut in torch.randint(1, length + 1, (3,))} | {length})
+
+
+def token_by_token(length: int) -> list[int]:
+    return list(range(1, min(length, 33) + 1)) + [length] * (length > 33)
+
+
+CUTS: dict[str, Callable[[int], list[int]]] = {
+    "whole": lambda length: [length],
+    "chunks": in_chunks,
+    "token by token": token_by_token,
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_do_not_depend_on_company_chunks_ranks_or_dispatcher(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, dtype: str
+) -> None:
+    model = make_model(case)
+    save(model.bfloat16(), tmp_path)
+    prompts = [torch.randint(0, VOCAB, (length,)).tolist() for length in LENGTHS]
+
+    def logits(num_ranks: int, steps: list[StepPlan]) -> list[Tensor]:
+        return gather(rank_pool(num_ranks).run(run_steps, tmp_path, dtype, steps, True), len(prompts))
+
+    count = range(len(prompts))
+    alone = [
+        plan_steps(prompts, [0 for _ in count], 1, [[LENGTHS[i]] if i == own else [] for i in count]) for own in count
+    ]
+    expected = logits(1, [step for steps in alone for step in steps])
+    assert all(torch.isfinite(rows).all() for rows in expected)
+    for num_ranks in (1, 2, 4):
+        ranks = [int(rank) for rank in torch.randint(num_ranks, (len(prompts),))]
+        for name, cut in CUTS.items():
+            cuts = [cut(length) for length in LENGTHS]
+            ways = ["local"] if num_ranks == 1 else ["symmetric", "all_gather", "all_to_all"]
+            for way in ways if name == "whole" else [tuple(ways)]:
+                steps = plan_steps(prompts, ranks, num_ranks, cuts, (way,) if isinstance(way, str) else way)
+                for length, ours, theirs in zip(LENGTHS, logits(num_ranks, steps), expected, strict=True):
+                    assert torch.equal(ours, theirs), (num_ranks, name, way, length)
