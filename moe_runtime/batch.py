@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.messages import ExpertWork
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Batch:
         attention: pages and lengths per sequence.
         num_decode: so many leading tokens are decode rows.
         dispatcher, tokens_per_rank: as the plan says.
+        expert_work: where sparse layers note what their experts did; None in steps that are not measured.
     """
 
     token_T: Tensor
@@ -30,3 +32,4 @@ class Batch:
     num_decode: int
     dispatcher: str
     tokens_per_rank: list[int]
+    expert_work: list[ExpertWork] | None = None

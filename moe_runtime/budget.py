@@ -11,7 +11,6 @@ from moe_runtime.model_size import (
     dense_bytes,
     expert_bytes,
     page_bytes,
-    slots_per_rank,
     weights_dtype,
 )
 
@@ -121,8 +120,10 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     Raises:
         ValueError: `kv_cache_memory_bytes` is less than that, or the checkpoint's dtype is not supported.
     """
+    from moe_runtime.placements import slots_per_rank  # brings numpy
+
     dtype = weights_dtype(engine.dtype, model.dtype)
-    num_slots = slots_per_rank(model, engine.ep_size)
+    num_slots = slots_per_rank(engine, model, engine.ep_size)
     dense = dense_bytes(model, dtype)
     experts = len(model.moe_layers) * num_slots * expert_bytes(model, dtype)
     page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])

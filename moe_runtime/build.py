@@ -11,6 +11,7 @@ from moe_runtime.budget import check_budget
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.engine import Engine
 from moe_runtime.executor import Executor
+from moe_runtime.placements import initial_placement
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def build_engine(
     path = resolve_model(config.model)
     model_config = load_model_config(path)
     config = fit_to_model(config, model_config)
+    initial_placement(config, model_config, config.ep_size)  # a file that does not fit is refused before ranks start
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:

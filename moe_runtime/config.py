@@ -8,6 +8,7 @@ from typing import Any, Literal
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+BALANCE = ("off", "auto", "eplb")
 DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
 
@@ -30,6 +31,12 @@ class EngineConfig:
         skip_tokenizer_init: token ids in, token ids out.
         seed: of dummy weights and of the seeds drawn for requests that have none.
         dispatcher: "auto" lets each step's plan choose by its tokens; "symmetric" is for CPU ranks of one host.
+        balance: "auto" moves and replicates hot experts while serving, where that pays back; "eplb" does so by
+            DeepSeek's published algorithm, as a baseline; "off" only when asked.
+        balance_interval: steps between two looks of the balancer at the load.
+        redundant_experts: slots per rank and layer beside those for one copy of every expert.
+        migration_bytes_per_step: how much of an expert's weights a rank copies between two steps.
+        placement: file of the placement to start with; None spreads the experts evenly, in order.
         served_model_name: the name that the HTTP interface shows; None takes `model`.
         step_timeout: seconds after which a step that does not end is an error.
 
@@ -51,6 +58,11 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     seed: int = 0
     dispatcher: str = "auto"
+    balance: str = "off"
+    balance_interval: int = 100
+    redundant_experts: int = 0
+    migration_bytes_per_step: int = 1 << 20
+    placement: str | None = None
     served_model_name: str | None = None
     step_timeout: float = 300.0
 
@@ -62,18 +74,21 @@ class EngineConfig:
             ("device", DEVICES),
             ("load_format", LOAD_FORMATS),
             ("dispatcher", DISPATCHERS),
+            ("balance", BALANCE),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
-        for name in ("tokenizer", "served_model_name"):
+        for name in ("tokenizer", "placement", "served_model_name"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
         skip = self.skip_tokenizer_init
         if not isinstance(skip, bool):
             raise ValueError(f"skip_tokenizer_init: {skip!r} is not allowed; it must be true or false")
-        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
             check_integer(name, getattr(self, name), 1)
+        check_integer("migration_bytes_per_step", self.migration_bytes_per_step, 1)
+        check_integer("redundant_experts", self.redundant_experts, 0)
         for name in ("max_model_len", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -89,6 +104,10 @@ class EngineConfig:
             )
         if self.dispatcher == "local" and self.ep_size > 1:
             raise ValueError('dispatcher: "local" is not allowed with ep_size above 1; use "auto"')
+        if self.ep_size == 1 and (self.redundant_experts or self.placement or self.balance != "off"):
+            raise ValueError(
+                "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

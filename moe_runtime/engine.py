@@ -18,11 +18,14 @@ from moe_runtime.detokenizer import IncrementalDecoder, OutputText
 from moe_runtime.executor import Executor
 from moe_runtime.messages import PromptLogprobs, RankResult, Sample, TokenLogprobs
 from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
+from moe_runtime.rebalancer import BalancerStats, Rebalance, Rebalancer
 from moe_runtime.request import Request
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.scheduler import Scheduler
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
     from moe_runtime.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ class EngineStats:
     dispatcher_steps: dict[str, int]
     finished: dict[str, int]
     last_step_seconds: float
+    balancer: BalancerStats
 
 
 class Engine:
@@ -77,6 +81,7 @@ class Engine:
             config.dispatcher,
             set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
         )
+        self.rebalancer = Rebalancer(config, model_config, executor)
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
@@ -142,14 +147,36 @@ class Engine:
             RankError: a rank died, reported an error or did not answer in time.
         """
         while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
-            self.executor.submit(plan)
+            self.executor.submit(self.rebalancer.prepare(plan))
             self._num_inflight += 1
             self._dispatcher_steps[plan.dispatcher] += 1
         assert self._num_inflight or not self._requests, "there are requests, and none can run"
         if self._num_inflight:
             self._collect()
+        self.rebalancer.tick()
         deltas, self._ready = self._ready, []
         return deltas
+
+    def tend(self) -> None:
+        """What there is to do without requests: see whether the ranks live, and get on with moving experts.
+
+        Raises:
+            RankError: a rank has died.
+        """
+        self.executor.check()
+        self.rebalancer.tick()
+
+    def rebalance(self, dry_run: bool = False) -> Rebalance:
+        """Plan a better placement for the load of late and, unless `dry_run`, start moving experts there.
+
+        It is done when `Rebalance.done` says so; `step` and, without requests, `tend` get on with it. No token changes.
+
+        Raises:
+            ValueError: there is one rank, or experts are moving already.
+            RankError: as `step`.
+        """
+        self.rebalancer.take_counts(self._counts())
+        return self.rebalancer.begin(dry_run)
 
     def stats(self) -> EngineStats:
         """Counts since the start; cheap."""
@@ -164,6 +191,7 @@ class Engine:
             dispatcher_steps=dict(self._dispatcher_steps),
             finished=dict(self._finished),
             last_step_seconds=self._last_step_seconds,
+            balancer=self.rebalancer.stats(),
         )
 
     def expert_load(self) -> ExpertLoad:
@@ -174,9 +202,7 @@ class Engine:
         """
         from moe_runtime.balancer.load import ExpertLoad
 
-        while self._num_inflight:
-            self._collect()
-        prefill_LE, decode_LE = self.executor.expert_counts()
+        prefill_LE, decode_LE = self._counts().sum(axis=0)
         return ExpertLoad(
             tokens={"prefill": prefill_LE, "decode": decode_LE},
             layer_ids=self.model_config.moe_layers,
@@ -187,10 +213,16 @@ class Engine:
 
     def placement(self) -> Placement:
         """Which expert sits on which rank."""
-        from moe_runtime.balancer.placement import Placement
+        return self.rebalancer.placement
 
-        config = self.model_config
-        return Placement.even(config.moe_layers, config.moe.num_experts, len(self.executor.ranks))
+    @property
+    def is_migrating(self) -> bool:
+        """Whether experts move, and `tend` must be called even without requests."""
+        return self.rebalancer.is_migrating
+
+    def decisions(self) -> list[dict[str, object]]:
+        """What the balancer decided of late, newest last, with the figures that led to it."""
+        return list(self.rebalancer.decisions)
 
     @property
     def model_name(self) -> str:
@@ -222,6 +254,12 @@ class Engine:
         if all(rank.batch_invariant for rank in self.executor.ranks):
             return "bitwise"
         return "greedy tokens, float32" if self.executor.ranks[0].dtype == "float32" else "none"
+
+    def _counts(self) -> np.ndarray:
+        """Counts of experts since the start, [W, 2, L, E]; awaits the steps in flight."""
+        while self._num_inflight:
+            self._collect()
+        return self.executor.expert_counts()
 
     def close(self) -> None:
         """End the ranks. Unfinished requests get nothing more. May be called twice."""
@@ -266,6 +304,7 @@ class Engine:
         results = self.executor.collect()
         self._num_inflight -= 1
         self._last_step_seconds = max(result.seconds for result in results)
+        self.rebalancer.note(results)
         for result in results:
             self._take_in(result)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,14 @@ class RankInfo:
     dispatchers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class CountsReport:
+    """A rank's expert counts, int64 [2, L, E], as in `Executor.expert_counts`."""
+
+    rank: int
+    counts_2LE: np.ndarray
+
+
 class Executor(Protocol):
     """Runs step plans on all ranks, in the order in which they are submitted.
 
@@ -57,10 +65,20 @@ class Executor(Protocol):
         """Results of the oldest submitted step, one per rank. Raises RankError at the deadline or if a rank is gone."""
 
     def expert_counts(self) -> np.ndarray:
-        """Tokens per (phase, MoE layer, logical expert) since the start, summed over ranks: int64 [2, L, E].
+        """Tokens per (rank, phase, MoE layer, logical expert) since the start: int64 [W, 2, L, E].
 
-        Phase 0 is prefill, 1 is decode. Call only while no step is in flight.
+        The tokens are those that live on a rank, wherever their experts are. Phase 0 is prefill, 1 is decode. Call only
+        while no step is in flight.
         """
+
+    def request_counts(self) -> None:
+        """Ask all ranks for their counts after the steps submitted so far; `reports` hands them out."""
+
+    def send_task(self, rank: int, task: SlotTask) -> None:
+        """Give a rank work to do after the steps submitted so far; `reports` tells how it went."""
+
+    def reports(self) -> list[CountsReport | SlotReport]:
+        """What ranks have reported outside steps since the last call; does not wait. Raises RankError."""
 
     def check(self) -> None:
         """Raise RankError if a rank has died. Cheap; called while there is no work."""

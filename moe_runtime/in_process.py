@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.executor import CountsReport, RankInfo
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.worker import Worker
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class InProcessExecutor:
         assert config.ep_size == 1
         self._worker: Worker | None = Worker(config, model_config, path)
         self._result: RankResult | None = None
+        self._counts: list[CountsReport | SlotReport] = []
         self.ranks: list[RankInfo] = [self._worker.info]
 
     def submit(self, plan: StepPlan) -> None:
@@ -36,7 +37,18 @@ class InProcessExecutor:
 
     def expert_counts(self) -> np.ndarray:
         assert self._worker is not None
-        return self._worker.expert_counts()
+        return self._worker.expert_counts()[None]
+
+    def request_counts(self) -> None:
+        assert self._worker is not None
+        self._counts.append(CountsReport(0, self._worker.expert_counts()))
+
+    def send_task(self, rank: int, task: SlotTask) -> None:
+        raise AssertionError("a single rank holds every expert")
+
+    def reports(self) -> list[CountsReport | SlotReport]:
+        reports, self._counts = self._counts, []
+        return reports
 
     def check(self) -> None:
         pass

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
 from moe_runtime.batch import Batch
 from moe_runtime.config import ModelConfig, MoEConfig
+from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.gate import Gate
 from moe_runtime.kernels import ops
@@ -73,12 +74,13 @@ class MLP:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Copy the weights."""
+    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+        """Copy rows of a weight."""
         assert slot == 0
-        self.gate_up.load(0, gate_FD)
-        self.gate_up.load(len(gate_FD), up_FD)
-        self.down.load(0, down_DF)
+        if part == "down":
+            self.down.load(first_row, rows)
+        else:
+            self.gate_up.load(first_row + (self.down.weight.shape[1] if part == "up" else 0), rows)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate_up(x_TD)))

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from moe_runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
+    from moe_runtime.rebalancer import Rebalance
+
+REBALANCE_POLL_SECONDS = 0.001
 
 Prompt = str | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -108,6 +112,27 @@ class LLM:
     def placement(self) -> Placement:
         """Which expert sits on which rank."""
         return self._engine.placement()
+
+    def rebalance(self, dry_run: bool = False) -> Rebalance:
+        """Plan a better placement for the load of late and, unless `dry_run`, move experts there now.
+
+        Returns what moved, and the balancedness before and after. No token changes by it.
+
+        Raises:
+            ValueError: with one rank there is nothing to balance.
+        """
+        self._require_alive()
+        refusal: ValueError | None = None
+        with self._guard():
+            try:
+                rebalance = self._engine.rebalance(dry_run)
+                while not rebalance.done:
+                    self._engine.tend()
+                    time.sleep(REBALANCE_POLL_SECONDS)
+                return rebalance
+            except ValueError as error:  # refused before anything was done
+                refusal = error
+        raise refusal
 
     def close(self) -> None:
         """End the ranks and free the model. May be called twice."""

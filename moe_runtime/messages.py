@@ -42,6 +42,18 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Route:
+    """From this step on, this rank's tokens of an expert go to these global slots (`rank * slots + slot`) in turn.
+
+    `layer` counts sparse layers. An expert with one replica has one slot here; see `moe.MoELayer.route`.
+    """
+
+    layer: int
+    expert: int
+    slots: list[int]
+
+
+@dataclass(frozen=True)
 class RankPlan:
     """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each."""
 
@@ -49,6 +61,7 @@ class RankPlan:
     dropped: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     num_decode: int = 0
+    routes: list[Route] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -59,7 +72,8 @@ class RankPlan:
 class StepPlan:
     """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
 
-    A rank first forgets the sequences in `dropped`, then takes in `new_sequences`, then runs `chunks`.
+    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `routes`, then runs `chunks`.
+    `measure` asks for the `expert_work` of the step.
     """
 
     step: int
@@ -68,6 +82,44 @@ class StepPlan:
     ranks: list[RankPlan]
     placement_version: int = 0
     generation: int = 0
+    measure: bool = False
+
+
+@dataclass(frozen=True)
+class SlotTask:
+    """To a rank, between steps: work on a slot that no token goes to.
+
+    Copy a logical expert into it, at most about `max_bytes` at a time, then sum up what the slot holds. The front sends
+    the task until a report says that it is done. With `expert` -1 nothing is copied.
+    """
+
+    task_id: int
+    layer: int
+    slot: int
+    expert: int
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """From a rank: how a task is getting on. With an `error`, the task has ended and the slot holds nothing of use."""
+
+    rank: int
+    task_id: int
+    done: bool
+    copied_bytes: int
+    seconds: float
+    checksum: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """What a rank's experts did in one sparse layer of one step."""
+
+    touched_slots: int
+    rows: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -109,3 +161,4 @@ class RankResult:
     samples: list[Sample] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     seconds: float = 0.0
+    expert_work: list[ExpertWork] = field(default_factory=list)

@@ -110,11 +110,6 @@ def dense_bytes(config: ModelConfig, dtype: str) -> int:
     return (count.dense - count.router - count.router_bias) * ITEMSIZE[dtype] + router + 4 * count.router_bias
 
 
-def slots_per_rank(config: ModelConfig, ep_size: int) -> int:
-    """Slots of each layer on a rank when every expert has one slot: E / ep_size, rounded up."""
-    return -(-config.moe.num_experts // ep_size)
-
-
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int) -> int:
     """Bytes of weights on a rank with `num_slots` slots in each sparse layer; an empty slot takes its room too."""
     return dense_bytes(config, dtype) + len(config.moe_layers) * num_slots * expert_bytes(config, dtype)

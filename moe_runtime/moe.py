@@ -6,14 +6,18 @@ R computations, N rows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_runtime.all2all.dispatch import Dispatcher
+from moe_runtime.all2all.dispatch import Dispatched, Dispatcher
 from moe_runtime.batch import Batch
+from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.messages import ExpertWork
+from moe_runtime.routes import ROUTE_LENGTH
 
 
 class Router(Protocol):
@@ -32,8 +36,11 @@ class Experts(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Copy an expert into a slot."""
+    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+        """Copy rows of one of an expert's matrices into a slot."""
+
+    def stored(self, slot: int) -> tuple[Tensor, ...]:
+        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot."""
@@ -69,9 +76,11 @@ class ExpertCounter:
 class MoELayer:
     """A sparse block whose experts lie in slots on all ranks, and the norm behind it.
 
+    An expert's tokens go to its replicas in turn: the i-th of this rank's to entry `i % ROUTE_LENGTH` of its route.
+
     Args:
         gate: chooses logical experts.
-        slot_E: the global slot (`rank * S + local slot`) of each logical expert.
+        slot_E: a global slot (`rank * S + local slot`) of each logical expert.
         experts: this rank's slots.
         shared: the experts that every token uses, or None.
         next_norm: the norm behind.
@@ -88,7 +97,8 @@ class MoELayer:
         dispatchers: Mapping[str, Dispatcher],
     ) -> None:
         self.gate = gate
-        self.slot_E = slot_E
+        self.slot_EP = slot_E[:, None].repeat(1, ROUTE_LENGTH)
+        self.has_replicas = False
         self.experts = experts
         self.shared = shared
         self.next_norm = next_norm
@@ -103,10 +113,41 @@ class MoELayer:
         way = self.dispatchers[batch.dispatcher]
         weights_TK, experts_TK = self.gate(x_TD, batch.num_decode)
 
-        sent = way.dispatch(x_TD, self.slot_E[experts_TK], batch.tokens_per_rank)
-        y_RD = self.experts(sent.x_ND, sent.row_R, sent.counts_S)
+        sent = way.dispatch(x_TD, self._slots(experts_TK), batch.tokens_per_rank)
+        y_RD = self._compute(sent, batch.expert_work)
         out_TD = way.combine(y_RD, sent, weights_TK)
 
         if self.shared is not None:
             out_TD = out_TD + self.shared(x_TD)
         return self.next_norm.add(out_TD, residual_TD)
+
+    def route(self, expert: int, slots: list[int]) -> None:
+        """From the next call on, send an expert's tokens to these global slots in turn; their number divides 64."""
+        turns = torch.tensor(slots, device=self.slot_EP.device).repeat(ROUTE_LENGTH // len(slots))
+        self.slot_EP[expert] = turns
+        self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
+
+    def _slots(self, experts_TK: Tensor) -> Tensor:
+        """The global slot of each (token, k), `[T, K]`."""
+        if not self.has_replicas:
+            return self.slot_EP[experts_TK, 0]
+        chosen = experts_TK.flatten()
+        order = chosen.argsort(stable=True)
+        counts_E = torch.zeros(len(self.slot_EP), dtype=torch.int64, device=chosen.device)
+        counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))
+        first_E = counts_E.cumsum(0) - counts_E
+        turn = torch.empty_like(chosen)
+        turn[order] = torch.arange(len(chosen), device=chosen.device) - first_E[chosen[order]]
+        return self.slot_EP[chosen, turn % ROUTE_LENGTH].view_as(experts_TK)
+
+    def _compute(self, sent: Dispatched, work: list[ExpertWork] | None) -> Tensor:
+        if work is None:
+            return self.experts(sent.x_ND, sent.row_R, sent.counts_S)
+        counts = sent.counts_S.tolist()  # waits for the device, as the second synchronize does
+        start = time.perf_counter()
+        y_RD = self.experts(sent.x_ND, sent.row_R, sent.counts_S)
+        if y_RD.is_cuda:
+            torch.cuda.synchronize(y_RD.device)
+        seconds = time.perf_counter() - start
+        work.append(ExpertWork(sum(count > 0 for count in counts), sum(counts), seconds))
+        return y_RD

@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.batch import Batch
 from moe_runtime.config import ModelConfig, MoEConfig
+from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.cpu.blocks import (
     AttentionBlock,
@@ -76,9 +77,9 @@ class NativeMLP:
     def nbytes(self) -> int:
         return self.experts.nbytes
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Pack the weights."""
-        self.experts.load(slot, gate_FD, up_FD, down_DF)
+    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+        """Pack rows of a weight."""
+        self.experts.load(slot, part, first_row, rows)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self._block(x_TD)

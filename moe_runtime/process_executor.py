@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.executor import RankInfo
+from moe_runtime.executor import CountsReport, RankInfo
 from moe_runtime.host import RANK_COMMAND
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.rank_group import RankGroup, Site, single_host_site
-from moe_runtime.transport import Counts, CountsRequest, Plan, Result
+from moe_runtime.transport import Counts, CountsRequest, Message, Plan, Result, Task, TaskReport
+
+REPORT = 0  # request id of counts that nobody waits for
 
 
 class ProcessExecutor:
@@ -49,6 +51,9 @@ class ProcessExecutor:
         self._step_timeout = config.step_timeout
         self._steps: deque[int] = deque()
         self._results: dict[int, dict[int, RankResult]] = {}
+        self._counts_asked = REPORT
+        self._answers: dict[int, dict[int, np.ndarray]] = {}
+        self._reports: list[CountsReport | SlotReport] = []
         self._group = RankGroup(site, command)
         try:
             self.ranks: list[RankInfo] = self._group.start(config, model_config, path)
@@ -67,37 +72,59 @@ class ProcessExecutor:
     def collect(self) -> list[RankResult]:
         step = self._steps[0]
         results = self._results[step]
-        deadline = time.monotonic() + self._step_timeout
-        while len(results) < len(self.ranks):
-            match self._group.receive(deadline):
-                case Result(result):
-                    self._results[result.step][result.rank] = result
-                case None:
-                    late = set(range(len(self.ranks))) - results.keys()
-                    self._group.fail_silent(f"step {step} did not end", self._step_timeout, late)
-                case message:
-                    raise AssertionError(f"a rank in step {step} sent {message!r}")
+        self._await(lambda: self._missing(results), f"step {step} did not end")
         self._steps.popleft()
         del self._results[step]
         return [results[rank] for rank in range(len(self.ranks))]
 
     def expert_counts(self) -> np.ndarray:
         assert not self._steps
-        counts: dict[int, np.ndarray] = {}
+        self._counts_asked += 1
+        asked = self._counts_asked
+        answers = self._answers[asked] = {}
         for rank in range(len(self.ranks)):
-            self._group.send(rank, CountsRequest())
+            self._group.send(rank, CountsRequest(asked))
+        self._await(lambda: self._missing(answers), "expert counts did not come")
+        del self._answers[asked]
+        return np.stack([answers[rank] for rank in range(len(self.ranks))])
+
+    def request_counts(self) -> None:
+        for rank in range(len(self.ranks)):
+            self._group.send(rank, CountsRequest(REPORT))
+
+    def send_task(self, rank: int, task: SlotTask) -> None:
+        self._group.send(rank, Task(task))
+
+    def reports(self) -> list[CountsReport | SlotReport]:
+        while (message := self._group.receive(0.0)) is not None:
+            self._sort(message)
+        reports, self._reports = self._reports, []
+        return reports
+
+    def _missing(self, answers: Mapping[int, object]) -> set[int]:
+        return set(range(len(self.ranks))) - answers.keys()
+
+    def _await(self, missing: Callable[[], set[int]], otherwise: str) -> None:
+        """Take messages in until no rank's answer is missing, within the deadline of a step."""
         deadline = time.monotonic() + self._step_timeout
-        while len(counts) < len(self.ranks):
-            match self._group.receive(deadline):
-                case Counts() as answer:
-                    counts[answer.rank] = answer.to_array()
-                case None:
-                    late = set(range(len(self.ranks))) - counts.keys()
-                    self._group.fail_silent("expert counts did not come", self._step_timeout, late)
-                case message:
-                    raise AssertionError(f"a rank asked for its counts sent {message!r}")
-        total: np.ndarray = np.stack(list(counts.values())).sum(axis=0)
-        return total
+        while late := missing():
+            message = self._group.receive(deadline)
+            if message is None:
+                self._group.fail_silent(otherwise, self._step_timeout, late)
+            self._sort(message)
+
+    def _sort(self, message: Message) -> None:
+        match message:
+            case Result(result):
+                self._results[result.step][result.rank] = result
+            case Counts() as counts if counts.request_id == REPORT:
+                self._reports.append(CountsReport(counts.rank, counts.to_array()))
+            case Counts() as counts:
+                self._answers[counts.request_id][counts.rank] = counts.to_array()
+            case TaskReport(report):
+                self._reports.append(report)
+            case _:
+                raise AssertionError(f"a rank at work sent {message!r}")
 
     def check(self) -> None:
         self._group.check()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankPlan, RankResult, StepPlan
+from moe_runtime.messages import RankPlan, RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.transport import (
     Counts,
     CountsRequest,
@@ -31,6 +31,8 @@ from moe_runtime.transport import (
     Ready,
     Result,
     Stop,
+    Task,
+    TaskReport,
     rank_name,
 )
 
@@ -73,6 +75,8 @@ class RankWorker(Protocol):
     def step(self, plan: StepPlan) -> RankResult: ...
 
     def expert_counts(self) -> np.ndarray: ...
+
+    def run_task(self, task: SlotTask) -> SlotReport: ...
 
 
 def main() -> None:
@@ -124,8 +128,10 @@ def _serve(front: Dealer, worker: RankWorker, rank: int, num_ranks: int) -> None
                 ranks = [idle] * num_ranks
                 ranks[rank] = plan.ranks[0]
                 front.send(Result(worker.step(replace(plan, ranks=ranks))))
-            case CountsRequest():
-                front.send(Counts.from_array(rank, worker.expert_counts()))
+            case CountsRequest(request_id):
+                front.send(Counts.from_array(rank, request_id, worker.expert_counts()))
+            case Task(task):
+                front.send(TaskReport(worker.run_task(task)))
             case Stop():
                 return
             case _:

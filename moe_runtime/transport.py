@@ -21,7 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 from moe_runtime import __version__
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,23 @@ class Result:
 
 @dataclass(frozen=True)
 class CountsRequest:
-    """To a rank: send the expert counts."""
+    """To a rank: send the expert counts, under this id."""
+
+    request_id: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """To a rank: work between steps."""
+
+    task: SlotTask
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """From a rank: how a task is getting on."""
+
+    report: SlotReport
 
 
 @dataclass(frozen=True)
@@ -105,12 +121,13 @@ class Counts:
     """From a rank: int64 expert counts in C order."""
 
     rank: int
+    request_id: int
     shape: list[int]
     data: bytes
 
     @classmethod
-    def from_array(cls, rank: int, counts: np.ndarray) -> Counts:
-        return cls(rank, list(counts.shape), counts.astype(np.int64).tobytes())
+    def from_array(cls, rank: int, request_id: int, counts: np.ndarray) -> Counts:
+        return cls(rank, request_id, list(counts.shape), counts.astype(np.int64).tobytes())
 
     def to_array(self) -> np.ndarray:
         return np.frombuffer(self.data, dtype=np.int64).reshape(self.shape)
@@ -146,7 +163,21 @@ class Alive:
     """From a host, once a second."""
 
 
-Message = Hello | Init | Ready | Plan | Result | CountsRequest | Counts | Failed | Stop | RankExited | Alive
+Message = (
+    Hello
+    | Init
+    | Ready
+    | Plan
+    | Result
+    | CountsRequest
+    | Counts
+    | Task
+    | TaskReport
+    | Failed
+    | Stop
+    | RankExited
+    | Alive
+)
 
 
 _DECODERS: dict[str, msgspec.msgpack.Decoder[Any]] = {

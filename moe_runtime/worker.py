@@ -20,24 +20,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_runtime.all2all.dispatch import Dispatcher, make_dispatchers
-from moe_runtime.balancer.placement import Placement
 from moe_runtime.batch import Batch
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
+from moe_runtime.experts.parts import checksum
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
-from moe_runtime.messages import Chunk, PromptLogprobs, RankPlan, RankResult, Sample, StepPlan, TokenLogprobs
-from moe_runtime.models.loader import Kit, load_decoder
-from moe_runtime.moe import ExpertCounter
+from moe_runtime.messages import (
+    Chunk,
+    ExpertWork,
+    PromptLogprobs,
+    RankPlan,
+    RankResult,
+    Sample,
+    SlotReport,
+    SlotTask,
+    StepPlan,
+    TokenLogprobs,
+)
+from moe_runtime.models.loader import Kit, ModelLoader
+from moe_runtime.moe import ExpertCounter, Experts
 from moe_runtime.native_layers import NativeKit
+from moe_runtime.placements import initial_placement
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.weights import RandomWeights, WeightSource, open_weights
 
 logger = logging.getLogger(__name__)
 
+COPY_PIECE_BYTES = 256 << 10  # of an expert: how finely a copy can stop for the next step
 PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
 
 
@@ -82,7 +95,7 @@ class Worker:
         self.rank = rank
         self.device = _choose_device(config.device, rank % local_ranks)
         self.dtype = choose_dtype(config.dtype, model_config.dtype)
-        placement = Placement.even(model_config.moe_layers, model_config.moe.num_experts, num_ranks)
+        placement = initial_placement(config, model_config, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
         kernels = self._native_kernels(group)
         kit: Kit = TorchKit(self.dtype, self.device) if kernels is None else NativeKit(kernels, self.dtype)
@@ -97,9 +110,9 @@ class Worker:
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
-            self.model = load_decoder(
-                model_config, self.source, placement, rank, dispatchers, self.counter, kit, progress=bar.update
-            )
+            self._loader = ModelLoader(model_config, self.source, placement, rank, dispatchers, self.counter, kit)
+            self.model = self._loader.load(progress=bar.update)
+        self._copies: dict[int, Iterator[int]] = {}  # by task
         num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
         self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
         self.sequences: dict[int, Sequence] = {}
@@ -178,11 +191,44 @@ class Worker:
         start = time.perf_counter()
         work = plan.ranks[self.rank]
         self._admit(work)
+        expert_work: list[ExpertWork] | None = [] if plan.measure else None
         with self._torch_threads():
-            hidden_TD = self.model.forward(self._batch(work, plan), self.cache)
+            hidden_TD = self.model.forward(self._batch(work, plan, expert_work), self.cache)
             samples = self._sample(work.chunks, hidden_TD)
             prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
-        return RankResult(plan.step, self.rank, samples, prompt_logprobs, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [])
+
+    @torch.inference_mode()
+    def run_task(self, task: SlotTask) -> SlotReport:
+        """Get on with a task, between steps; see `SlotTask`. What goes wrong is reported, and serving goes on."""
+        start, copied, error, done = time.perf_counter(), 0, "", False
+        total = 0
+        experts = self.model.sparse_blocks[task.layer].experts
+        try:
+            with self._torch_threads():
+                copied, done = self._copy(experts, task)
+                if done:
+                    total = checksum(experts.stored(task.slot))
+        except (OSError, ValueError) as problem:
+            self._copies.pop(task.task_id, None)
+            error, done = str(problem), True
+        return SlotReport(self.rank, task.task_id, done, copied, time.perf_counter() - start, total, error)
+
+    def _copy(self, experts: Experts, task: SlotTask) -> tuple[int, bool]:
+        """Copy what a task allows at a time; the bytes, and whether that was the last."""
+        if task.expert < 0:
+            return 0, True
+        if task.task_id not in self._copies:
+            piece = min(task.max_bytes, COPY_PIECE_BYTES)
+            self._copies[task.task_id] = self._loader.copy_expert(experts, task.slot, task.layer, task.expert, piece)
+        copied = 0
+        for nbytes in self._copies[task.task_id]:
+            copied += nbytes
+            if copied >= task.max_bytes:
+                return copied, False
+        del self._copies[task.task_id]
+        return copied, True
 
     @contextmanager
     def _torch_threads(self) -> Iterator[None]:
@@ -207,8 +253,10 @@ class Worker:
             self.sequences[new.seq_id] = Sequence(
                 list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, blocks=[]
             )
+        for route in work.routes:
+            self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
 
-    def _batch(self, work: RankPlan, plan: StepPlan) -> Batch:
+    def _batch(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None = None) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
         num_prompt: list[int] = []
@@ -238,6 +286,7 @@ class Worker:
             num_decode=work.num_decode,
             dispatcher=plan.dispatcher,
             tokens_per_rank=plan.tokens_per_rank,
+            expert_work=expert_work,
         )
 
     def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:

@@ -163,7 +163,8 @@ class SparseLayers:
             w2 = torch.randn(EXPERTS, HIDDEN, INNER, dtype=DTYPE) / 23
             experts = PackedExperts(kernels, EXPERTS, HIDDEN, INNER, DTYPE)
             for slot in range(EXPERTS):
-                experts.load(slot, *w13[slot].chunk(2), w2[slot])
+                for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
+                    experts.load(slot, part, 0, rows)
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
             router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
             router = Router(kernels, gate, router_weight, torch.arange(EXPERTS))

@@ -320,7 +320,7 @@ def test_expert_load_awaits_the_steps_in_flight_and_loses_nothing():
     assert (load.tokens["prefill"].sum(), load.tokens["decode"].sum()) == (2 * 3, 2 * 1)
     assert (load.layer_ids, load.model, load.top_k) == ((1, 2), "name", 1)
     assert np.array_equal(load.placement.slots, engine.placement().slots)
-    assert engine.placement().slots.tolist() == [[[0, 1], [2, 3]]] * 2
+    assert engine.placement().slots.tolist() == [[[0, 1, -1], [2, 3, -1]]] * 2
     tokens += [token for delta in drain(engine)["a"] for token in delta.token_ids]
     assert tokens == generate_alone([1, 2, 3], params, 1, 64)[0]
     assert len(executor.plans) == 10

@@ -251,7 +251,7 @@ def test_load_and_placement(fake):
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
     load = llm.expert_load()
     assert {phase: counts.sum() for phase, counts in load.tokens.items()} == {"prefill": 2 * 3, "decode": 2 * 3}
-    assert llm.placement().slots.shape == (2, 2, 2)
+    assert llm.placement().slots.shape == (2, 2, 3)
 
 
 def test_close_may_be_called_twice_and_is_said_afterwards(fake):

@@ -23,9 +23,9 @@ from process_tools import Script, eventually, running
 
 from moe_runtime import in_process, rank_group
 from moe_runtime.config import EngineConfig
-from moe_runtime.executor import RankError, RankInfo
+from moe_runtime.executor import CountsReport, RankError, RankInfo
 from moe_runtime.host import Host
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.process_executor import ProcessExecutor
 
 NOWHERE = Path("/nowhere")
@@ -89,13 +89,33 @@ def test_each_rank_gets_its_own_plan_and_results_come_in_order_with_two_in_fligh
             assert [(sample.seq_id, sample.token_id) for sample in result.samples] == [(rank, fingerprint(new))]
 
 
-def test_expert_counts_are_summed(start):
+def test_expert_counts_of_every_rank(start):
     executor = start(3)
     executor.submit(step_plan(1, 3))
     executor.collect()
     counts = executor.expert_counts()
     assert counts.dtype == np.int64
-    assert np.array_equal(counts, np.full((2, 3, 4), 111))
+    assert np.array_equal(counts, np.stack([np.full((2, 3, 4), 10**rank) for rank in range(3)]))
+
+
+def test_reports_come_beside_steps_and_counts(start):
+    executor = start(2)
+    executor.submit(step_plan(1, 2))
+    executor.request_counts()
+    executor.send_task(1, SlotTask(7, 0, 3, -1, 100))
+    executor.submit(step_plan(2, 2))
+    executor.send_task(0, SlotTask(8, 0, 3, -1, 100))
+    assert [result.step for result in executor.collect() + executor.collect()] == [1, 1, 2, 2]
+    assert executor.expert_counts().sum() == 2 * 24 * 11
+    reports = executor.reports()
+    counts = [report for report in reports if isinstance(report, CountsReport)]
+    assert [(report.rank, report.counts_2LE.sum()) for report in sorted(counts, key=lambda report: report.rank)] == [
+        (0, 24),
+        (1, 240),
+    ]
+    tasks = [report for report in reports if isinstance(report, SlotReport)]
+    assert {(report.rank, report.task_id, report.checksum) for report in tasks} == {(1, 7, 4), (0, 8, 3)}
+    assert executor.reports() == []
 
 
 def test_cores_are_divided_and_threads_follow(start, monkeypatch):

@@ -28,6 +28,8 @@ from moe_runtime.messages import (
     RankPlan,
     RankResult,
     Sample,
+    SlotReport,
+    SlotTask,
     StepPlan,
     TokenLogprobs,
 )
@@ -49,6 +51,8 @@ from moe_runtime.transport import (
     Result,
     Router,
     Stop,
+    Task,
+    TaskReport,
     decode,
     encode,
     rank_name,
@@ -83,15 +87,21 @@ RESULTS = st.builds(
 )
 CONFIGS = st.builds(EngineConfig, st.text(min_size=1), ep_size=st.integers(1, 64), step_timeout=st.just(3))
 KERNELS = st.dictionaries(st.text(), st.text(), max_size=2)
-INFOS = st.builds(RankInfo, *[INTEGERS] * 2, *[st.text()] * 2, *[INTEGERS] * 4, FLOATS, KERNELS)
+INFOS = st.builds(
+    RankInfo, *[INTEGERS] * 2, *[st.text()] * 2, *[INTEGERS] * 4, FLOATS, KERNELS, st.booleans(), st.tuples(st.text())
+)
 STRATEGIES = {
     Hello: st.builds(Hello, st.sampled_from(["rank", "host"]), *[INTEGERS] * 4, st.text()),
     Init: st.builds(Init, CONFIGS, st.just(model_config()), st.text(), *[INTEGERS] * 3),
     Ready: st.builds(Ready, INFOS),
     Plan: st.builds(Plan, PLANS),
     Result: st.builds(Result, RESULTS),
-    CountsRequest: st.just(CountsRequest()),
-    Counts: st.builds(Counts, INTEGERS, FEW, st.binary()),
+    CountsRequest: st.builds(CountsRequest, INTEGERS),
+    Counts: st.builds(Counts, INTEGERS, INTEGERS, FEW, st.binary()),
+    Task: st.builds(Task, st.builds(SlotTask, *[INTEGERS] * 5)),
+    TaskReport: st.builds(
+        TaskReport, st.builds(SlotReport, INTEGERS, INTEGERS, st.booleans(), INTEGERS, FLOATS, INTEGERS, st.text())
+    ),
     Failed: st.builds(Failed, INTEGERS, st.text(), st.text()),
     Stop: st.builds(Stop, st.booleans()),
     RankExited: st.builds(RankExited, INTEGERS, INTEGERS, INTEGERS),
@@ -126,7 +136,7 @@ def test_sampling_params_arrive_as_they_are(params):
 
 def test_counts_keep_their_shape():
     counts = np.random.default_rng().integers(0, 2**62, (2, 5, 7))
-    assert np.array_equal(Counts.from_array(1, counts).to_array(), counts)
+    assert np.array_equal(Counts.from_array(1, 2, counts).to_array(), counts)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from moe_runtime.kernels.cpu.blocks import AttentionBlock, PackedExperts, Packed
 from moe_runtime.layers import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
 from moe_runtime.models import load_model_config
 from moe_runtime.models.decoder import Decoder
-from moe_runtime.models.loader import load_decoder
+from moe_runtime.models.loader import ModelLoader
 from moe_runtime.moe import ExpertCounter, MoELayer
 from moe_runtime.native_layers import (
     NativeAttention,
@@ -53,7 +53,7 @@ def build(
     counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
     kept = KITS[kit]()
     ways = make_dispatchers(None, placement.max_slots, kept.row_ops) if placement.num_ranks == 1 else {}
-    return load_decoder(config, source, placement, rank, ways, counter, kept, lambda: None)
+    return ModelLoader(config, source, placement, rank, ways, counter, kept).load(lambda: None)
 
 
 def values(part: object) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,22 @@ class Placement:
         for rank, experts in enumerate(np.array_split(np.arange(num_experts), num_ranks)):
             slots_WS[rank, : len(experts)] = experts
         return cls(np.broadcast_to(slots_WS, (len(layer_ids), *slots_WS.shape)), num_experts, layer_ids)
+
+    def in_slots(self, num_slots: int) -> Placement:
+        """The same in so many slots on every rank: more are empty at the end; for fewer, experts close ranks in order.
+
+        Raises:
+            ValueError: a rank holds more experts.
+        """
+        if num_slots >= self.max_slots:
+            more = np.full((*self.slots.shape[:2], num_slots - self.max_slots), EMPTY, np.int32)
+            return replace(self, slots=np.concatenate((self.slots, more), axis=2))
+        order = np.argsort(self.slots == EMPTY, axis=2, kind="stable")
+        closed = np.take_along_axis(self.slots, order, axis=2)
+        if (closed[:, :, num_slots:] != EMPTY).any():
+            most = int((self.slots != EMPTY).sum(axis=2).max())
+            raise ValueError(f"num_slots: {num_slots} is not allowed; a rank holds {most} experts")
+        return replace(self, slots=closed[:, :, :num_slots])
 
     @property
     def num_layers(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels import ops
 
 
@@ -29,11 +30,15 @@ class ExpertSlots:
     def nbytes(self) -> int:
         return self.w13_SGD.nbytes + self.w2_SDF.nbytes
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Copy an expert into a slot."""
-        self.w13_SGD[slot, : len(gate_FD)] = gate_FD
-        self.w13_SGD[slot, len(gate_FD) :] = up_FD
-        self.w2_SDF[slot] = down_DF
+    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+        """Copy rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot."""
+        inner = self.w2_SDF.shape[2]
+        whole = {"gate": self.w13_SGD[slot, :inner], "up": self.w13_SGD[slot, inner:], "down": self.w2_SDF[slot]}[part]
+        whole[first_row : first_row + len(rows)] = rows
+
+    def stored(self, slot: int) -> tuple[Tensor, ...]:
+        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
+        return self.w13_SGD[slot], self.w2_SDF[slot]
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """`w2 @ (silu(gate @ x) * (up @ x))` of the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order."""

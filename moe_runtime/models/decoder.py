@@ -62,6 +62,7 @@ class Decoder:
     Attributes:
         embed: token ids to rows `[T, D]`.
         first_norm: that of the first layer; every block brings the one behind it.
+        sparse_blocks: the layers' sparse MLPs, in order; `moe.MoELayer` where there are several ranks.
         head: rows to logits `[T, V]` in float32.
         attention_step: makes what all layers of a step share.
         nbytes: of the weights that this rank holds.
@@ -70,6 +71,7 @@ class Decoder:
     embed: RowMap
     first_norm: RowMap
     layers: list[DecoderLayer]
+    sparse_blocks: list[Any]
     head: RowMap
     rope: RotaryEmbedding
     attention_step: StepMaker

@@ -5,7 +5,7 @@ Shape suffixes: D hidden, F intermediate, V vocabulary, E logical experts, W ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.batch import Batch
 from moe_runtime.config import ModelConfig, MoEConfig
+from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.pages import release_pages
 from moe_runtime.layers import Embedding
 from moe_runtime.models import family_module
@@ -24,6 +25,9 @@ from moe_runtime.models.names import DENSE_NAMES, ExpertNames
 from moe_runtime.moe import ExpertCounter
 from moe_runtime.rotary import RotaryEmbedding
 from moe_runtime.weights import WeightSource
+
+
+WHOLE = 1 << 62  # bytes of a piece that is everything
 
 
 class Rows(Protocol):
@@ -35,7 +39,7 @@ class Rows(Protocol):
 class Slots(Protocol):
     """Experts, or an MLP as one expert, whose weights are loaded by slot."""
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, /) -> None: ...
+    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None: ...
 
 
 class Kit(Protocol):
@@ -72,40 +76,18 @@ class Kit(Protocol):
     ) -> Any: ...
 
 
-def load_decoder(
-    config: ModelConfig,
-    source: WeightSource,
-    placement: Placement,
-    rank: int,
-    dispatchers: Mapping[str, Dispatcher],
-    counter: ExpertCounter,
-    kit: Kit,
-    progress: Callable[[], object],
-) -> Decoder:
-    """Read a model; of the experts only those that `placement` puts on `rank`. Calls `progress` after every layer."""
-    loader = _Loader(config, source, placement, rank, dispatchers, counter, kit)
-    norm_weights = [
-        *(f"model.layers.{index}.input_layernorm.weight" for index in range(config.num_layers)),
-        "model.norm.weight",
-    ]
-    first_norm, *next_norms = (loader.norm(name) for name in norm_weights)
-    layers = []
-    for index, next_norm in enumerate(next_norms):
-        layers.append(loader.layer(index, next_norm))
-        progress()
-    tied = config.tie_word_embeddings
-    shape = (config.vocab_size, config.hidden_size)
-    head, rows = kit.head(*shape)
-    loader.fill(rows, 0, "model.embed_tokens.weight" if tied else "lm_head.weight", *shape)
-    embed = head.tied_embedding() if tied else Embedding(loader.tensor("model.embed_tokens.weight", *shape))
-    nbytes = head.nbytes + (0 if tied else embed.nbytes)
-    nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
-    rope = RotaryEmbedding(config.rope, kit.device)
-    return Decoder(embed, first_norm, layers, head, rope, kit.attention_step, nbytes)
-
-
 @dataclass(frozen=True)
-class _Loader:
+class ModelLoader:
+    """Reads a model for one rank; of the experts only those that `placement` puts there.
+
+    Args:
+        config, source: the model and its weights.
+        placement, rank: which expert goes into which slot here.
+        dispatchers: by the name that a plan uses.
+        counter: where choices of experts are counted.
+        kit: makes the parts.
+    """
+
     config: ModelConfig
     source: WeightSource
     placement: Placement
@@ -113,6 +95,36 @@ class _Loader:
     dispatchers: Mapping[str, Dispatcher]
     counter: ExpertCounter
     kit: Kit
+
+    def load(self, progress: Callable[[], object]) -> Decoder:
+        """Read the model. Calls `progress` after every layer."""
+        config, kit = self.config, self.kit
+        norms = [self.norm(f"model.layers.{index}.input_layernorm.weight") for index in range(config.num_layers)]
+        next_norms = [*norms[1:], self.norm("model.norm.weight")]
+        layers = []
+        for index, next_norm in enumerate(next_norms):
+            layers.append(self.layer(index, next_norm))
+            progress()
+        tied = config.tie_word_embeddings
+        shape = (config.vocab_size, config.hidden_size)
+        head, rows = kit.head(*shape)
+        self.fill(rows, 0, "model.embed_tokens.weight" if tied else "lm_head.weight", *shape)
+        embed = head.tied_embedding() if tied else Embedding(self.tensor("model.embed_tokens.weight", *shape))
+        nbytes = head.nbytes + (0 if tied else embed.nbytes)
+        nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
+        rope = RotaryEmbedding(config.rope, kit.device)
+        sparse = [layers[index].mlp for index in config.moe_layers]
+        return Decoder(embed, norms[0], layers, sparse, head, rope, kit.attention_step, nbytes)
+
+    def copy_expert(self, slots: Slots, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
+        """Read an expert of a sparse layer into a slot, in pieces of about so many bytes; gives the size of each."""
+        for part, stored in self._expert(self.config.moe_layers[layer], expert):
+            rows = max(1, piece_bytes // (stored.shape[1] * stored.element_size()))
+            for first in range(0, len(stored), rows):
+                piece = stored[first : first + rows]
+                slots.load(slot, part, first, piece.to(self.kit.dtype))
+                yield piece.nbytes
+            release_pages(stored)
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
@@ -152,7 +164,9 @@ class _Loader:
 
     def mlp(self, prefix: str, intermediate: int) -> Any:
         mlp = self.kit.mlp(self.config.hidden_size, intermediate)
-        self.fill_slot(mlp, 0, prefix, DENSE_NAMES, intermediate)
+        for part, stored in self._matrices(prefix, DENSE_NAMES, intermediate):
+            mlp.load(0, part, 0, stored.to(self.kit.dtype))
+            release_pages(stored)
         return mlp
 
     def sparse_block(self, index: int, next_norm: Any) -> Any:
@@ -171,36 +185,31 @@ class _Loader:
         experts = self.kit.experts(slots_WS.shape[1], c.hidden_size, moe.intermediate_size)
         for slot, expert in enumerate(slots_WS[self.rank].tolist()):
             if expert >= 0:
-                self.expert(experts, slot, index, expert)
+                for _ in self.copy_expert(experts, slot, row, expert, WHOLE):
+                    pass
         shared = None
         if moe.shared_intermediate_size:
             shared = self.mlp(f"{prefix}.shared_experts", moe.shared_intermediate_size)
         return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers)
 
-    def expert(self, experts: Slots, slot: int, index: int, expert: int) -> None:
-        """Load one logical expert, stored by itself or fused with the others of its layer."""
+    def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, Tensor]]:
+        """The matrices of one logical expert, stored by itself or fused with the others of its layer."""
         hidden, inner, total = self.config.hidden_size, self.config.moe.intermediate_size, self.config.moe.num_experts
         fused = f"model.layers.{index}.mlp.experts"
         if not self.source.has(f"{fused}.gate_up_proj"):
-            self.fill_slot(experts, slot, f"{self._block_prefix(index)}.experts.{expert}", self.names, inner)
+            yield from self._matrices(f"{self._block_prefix(index)}.experts.{expert}", self.names, inner)
             return
         gate_up = self.source.read(f"{fused}.gate_up_proj", (total, 2 * inner, hidden), expert)
-        down = self.source.read(f"{fused}.down_proj", (total, hidden, inner), expert)
-        self._load_slot(experts, slot, [gate_up[:inner], gate_up[inner:], down])
+        yield "gate", gate_up[:inner]
+        yield "up", gate_up[inner:]
+        yield "down", self.source.read(f"{fused}.down_proj", (total, hidden, inner), expert)
 
-    def fill_slot(self, slots: Slots, slot: int, prefix: str, names: ExpertNames, intermediate: int) -> None:
-        """Load a SwiGLU whose three matrices are stored under `prefix`."""
+    def _matrices(self, prefix: str, names: ExpertNames, intermediate: int) -> Iterator[tuple[ExpertPart, Tensor]]:
+        """The three matrices of a SwiGLU that are stored under `prefix`."""
         hidden = self.config.hidden_size
-        shapes = {names.gate: (intermediate, hidden), names.up: (intermediate, hidden)}
-        shapes[names.down] = (hidden, intermediate)
-        parts = [self.source.read(f"{prefix}.{part}.weight", shape) for part, shape in shapes.items()]
-        self._load_slot(slots, slot, parts)
-
-    def _load_slot(self, slots: Slots, slot: int, stored: list[Tensor]) -> None:
-        gate_FD, up_FD, down_DF = (part.to(self.kit.dtype) for part in stored)
-        slots.load(slot, gate_FD, up_FD, down_DF)
-        for part in stored:
-            release_pages(part)
+        yield "gate", self.source.read(f"{prefix}.{names.gate}.weight", (intermediate, hidden))
+        yield "up", self.source.read(f"{prefix}.{names.up}.weight", (intermediate, hidden))
+        yield "down", self.source.read(f"{prefix}.{names.down}.weight", (hidden, intermediate))
 
     @property
     def names(self) -> ExpertNames:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,6 +33,14 @@ MEDIA_TYPES = {
     "json": "application/json",
     "npz": "application/octet-stream",
 }
+
+
+class RebalanceOptions(BaseModel):
+    """The body of `POST /experts/rebalance`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dry_run: bool = False
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:
@@ -111,6 +120,19 @@ def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
         """Which expert sits in which slot of which rank."""
         placement: Placement = await engine.query("placement")
         return json_response(placement.to_dict())
+
+    @app.get("/experts/decisions")
+    async def decisions() -> Response:
+        """What the balancer decided of late, with its figures; newest last."""
+        return json_response({"decisions": await engine.query("decisions")})
+
+    @app.post("/experts/rebalance")
+    async def rebalance(options: RebalanceOptions | None = None) -> Response:
+        """Move experts to where the load of late would have them; answers once they have moved."""
+        try:
+            return json_response(await engine.rebalance(options.dry_run if options else False))
+        except ValueError as error:
+            raise ApiError(409, str(error)) from None
 
 
 class BodyLimit:

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.serve.engine_thread import EngineThread
 from moe_runtime.serve.messages import (
@@ -23,7 +23,9 @@ from moe_runtime.serve.messages import (
     LoadFailed,
     Query,
     Refused,
+    StartRebalance,
     Stepped,
+    View,
 )
 from moe_runtime.serve.metrics import Metrics, RequestTimer
 
@@ -148,17 +150,30 @@ class AsyncEngine:
             raise
         return stream
 
-    async def query(self, what: Literal["expert_load", "placement"]) -> Any:
+    async def query(self, what: View) -> Any:
         """Ask the engine for a view; it answers between two steps.
 
         Raises:
             UnavailableError: the engine is loading or dead.
         """
+        return await self._ask(lambda query_id: Query(query_id, what))
+
+    async def rebalance(self, dry_run: bool) -> dict[str, Any]:
+        """Have the engine plan a better placement and, unless `dry_run`, move experts there; returns when they have.
+
+        Raises:
+            ValueError: there is nothing to balance, or experts are moving already.
+            UnavailableError: the engine is loading or dead.
+        """
+        figures: dict[str, Any] = await self._ask(lambda query_id: StartRebalance(query_id, dry_run))
+        return figures
+
+    async def _ask(self, make: Callable[[int], Query | StartRebalance]) -> Any:
         if self.state in (State.LOADING, State.DEAD):
             raise UnavailableError(self.reason)
         query_id = next(self._query_ids)
         answer = self._answers[query_id] = self._loop.create_future()
-        self._thread.send(Query(query_id, what))
+        self._thread.send(make(query_id))
         try:
             return await answer
         finally:

@@ -22,13 +22,16 @@ from moe_runtime.serve.messages import (
     LoadFailed,
     Query,
     Refused,
+    StartRebalance,
     Stepped,
 )
 
 if TYPE_CHECKING:
     from moe_runtime.engine import Engine
+    from moe_runtime.rebalancer import Rebalance
 
 IDLE_CHECK_SECONDS = 0.5  # how often an idle engine looks whether its ranks still live
+MIGRATION_CHECK_SECONDS = 0.002  # and how often while experts move
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class EngineThread(threading.Thread):
         self._make_engine = make_engine
         self._post = post
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._rebalances: dict[int, Rebalance] = {}  # under way, by the query that waits
 
     def send(self, command: Command) -> None:
         """Leave a command for the thread to take before its next step."""
@@ -85,14 +89,16 @@ class EngineThread(threading.Thread):
             if engine.has_work:
                 deltas = engine.step()
             else:
-                engine.executor.check()
+                engine.tend()
                 deltas = []
             self._post(Stepped(deltas, engine.stats()))
+            self._answer_rebalances()
 
     def _take_commands(self, engine: Engine) -> bool:
         """Do all commands that wait; without work, wait for one. False once the engine shall close."""
         try:
-            command = self._commands.get(block=not engine.has_work, timeout=IDLE_CHECK_SECONDS)
+            timeout = MIGRATION_CHECK_SECONDS if engine.is_migrating else IDLE_CHECK_SECONDS
+            command = self._commands.get(block=not engine.has_work, timeout=timeout)
             while not isinstance(command, Close):
                 self._do(engine, command)
                 command = self._commands.get_nowait()
@@ -100,7 +106,13 @@ class EngineThread(threading.Thread):
             return True
         return False
 
-    def _do(self, engine: Engine, command: AddRequest | AbortRequest | Query) -> None:
+    def _answer_rebalances(self) -> None:
+        for query_id, rebalance in list(self._rebalances.items()):
+            if rebalance.done:
+                self._post(Answer(query_id, rebalance.to_dict()))
+                del self._rebalances[query_id]
+
+    def _do(self, engine: Engine, command: AddRequest | AbortRequest | Query | StartRebalance) -> None:
         match command:
             case AddRequest(request_id, prompt, params):
                 try:
@@ -115,3 +127,11 @@ class EngineThread(threading.Thread):
                 self._post(Answer(query_id, engine.expert_load()))
             case Query(query_id, "placement"):
                 self._post(Answer(query_id, engine.placement()))
+            case Query(query_id, "decisions"):
+                self._post(Answer(query_id, engine.decisions()))
+            case StartRebalance(query_id, dry_run):
+                try:
+                    self._rebalances[query_id] = engine.rebalance(dry_run)
+                except ValueError as error:
+                    self._post(Answer(query_id, error))
+                self._answer_rebalances()

@@ -15,6 +15,7 @@ LINKS = (
     ("/v1/models", "the model, for OpenAI's clients"),
     ("/experts/load", "tokens per expert"),
     ("/experts/placement", "experts per rank"),
+    ("/experts/decisions", "what the balancer decided"),
     ("/experts/heatmap.html", "the heatmap, interactive"),
 )
 

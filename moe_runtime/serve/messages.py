@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from moe_runtime.tokenizer import Tokenizer
 
 
+View = Literal["expert_load", "placement", "decisions"]
+
+
 @dataclass(frozen=True)
 class AddRequest:
     """Continue a prompt. Answered by `Accepted` or `Refused`, then by the deltas of `Stepped`."""
@@ -38,7 +41,15 @@ class Query:
     """Ask the engine for one of its views. Answered by `Answer` with the same id."""
 
     query_id: int
-    what: Literal["expert_load", "placement"]
+    what: View
+
+
+@dataclass(frozen=True)
+class StartRebalance:
+    """Plan a better placement and move experts there. Answered by `Answer` once they have moved, or by a ValueError."""
+
+    query_id: int
+    dry_run: bool
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Close:
     """End the engine and its ranks, whatever still runs. The last command; has no answer."""
 
 
-Command = AddRequest | AbortRequest | Query | Close
+Command = AddRequest | AbortRequest | Query | StartRebalance | Close
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,19 @@ class Metrics(Collector):
         for dispatcher, count in stats.dispatcher_steps.items():
             steps.add_metric([dispatcher], count)
         yield steps
+        balancer = stats.balancer
+        yield _gauge("placement_version", "Changes of the placement since the start", balancer.placement_version)
+        yield _gauge("expert_balancedness_recent", "Mean rank load / max rank load of late", balancer.balancedness)
+        yield _gauge("expert_migration_running", "1 while experts move", balancer.is_migrating)
+        yield _counter("expert_moves", "Experts copied to another slot", balancer.moves)
+        yield _counter("expert_copied_bytes", "Bytes of experts' weights copied", balancer.copied_bytes)
+        yield _counter("expert_rollbacks", "Rounds of moves that were rolled back", balancer.rollbacks)
+        rows = GaugeMetricFamily(
+            "moe_runtime_rank_expert_rows", "Rows per step that a rank's experts compute, of late", labels=["rank"]
+        )
+        for rank, per_step in enumerate(balancer.rank_rows_per_step):
+            rows.add_metric([str(rank)], per_step)
+        yield rows
 
 
 class RequestTimer:

@@ -141,6 +141,27 @@ def test_expert_load_and_placement():
     assert Placement.from_dict(placement.json()) == FakeEngine().placement()
 
 
+def test_decisions():
+    assert get("/experts/decisions").json() == {"decisions": [{"reason": "pays back", "num_moves": 3}]}
+
+
+def test_rebalance_answers_when_experts_have_moved():
+    async def scenario():
+        async with started(FakeEngine()) as engine, client_of(engine) as client:
+            dry = (await client.post("/experts/rebalance", json={"dry_run": True})).json()
+            assert dry["done"] and dry["dry_run"] and dry["balancedness_after"] is None
+            first, second = await asyncio.gather(
+                *(client.post("/experts/rebalance") for _ in range(2)),
+            )
+            assert sorted((first.status_code, second.status_code)) == [200, 409]
+            done = first if first.status_code == 200 else second
+            assert done.json()["balancedness_after"] == 0.9 and done.json()["planned_moves"] == 3
+            wrong = await client.post("/experts/rebalance", json={"dry": True})
+            assert wrong.status_code == 422
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "html", "csv", "json", "npz"])
 def test_heatmaps(suffix, tmp_path):
     response = get(f"/experts/heatmap.{suffix}")
@@ -212,4 +233,6 @@ def test_the_routes_are_those_documented():
         ("/experts/load", "get"),
         ("/experts/heatmap.{suffix}", "get"),
         ("/experts/placement", "get"),
+        ("/experts/decisions", "get"),
+        ("/experts/rebalance", "post"),
     }

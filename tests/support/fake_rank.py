@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_runtime.config import ModelConfig, MoEConfig, RopeConfig
 from moe_runtime.executor import RankInfo
-from moe_runtime.messages import NewSequence, RankPlan, RankResult, Sample, StepPlan
+from moe_runtime.messages import NewSequence, RankPlan, RankResult, Sample, SlotReport, SlotTask, StepPlan
 from moe_runtime.rank_main import RankArguments, run_rank
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.transport import Init
@@ -45,6 +45,9 @@ class FakeWorker:
         _obey(plan.dispatcher, self.rank)
         samples = [Sample(new.seq_id, fingerprint(new)) for new in plan.ranks[self.rank].new_sequences]
         return RankResult(plan.step, self.rank, samples)
+
+    def run_task(self, task: SlotTask) -> SlotReport:
+        return SlotReport(self.rank, task.task_id, True, 0, 0.0, task.slot + self.rank)
 
     def expert_counts(self) -> np.ndarray:
         return np.full((2, 3, 4), 10**self.rank, dtype=np.int64) * len(self.steps)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_runtime.config import EngineConfig, ModelConfig, MoEConfig, RopeConfig
 from moe_runtime.engine import Engine
-from moe_runtime.executor import RankInfo
+from moe_runtime.executor import CountsReport, RankInfo
 from moe_runtime.messages import (
     Chunk,
     NewSequence,
@@ -29,6 +29,8 @@ from moe_runtime.messages import (
     RankPlan,
     RankResult,
     Sample,
+    SlotReport,
+    SlotTask,
     StepPlan,
     TokenLogprobs,
 )
@@ -210,12 +212,21 @@ class MockExecutor:
 
     def expert_counts(self) -> np.ndarray:
         assert not self._inflight
-        counts_2LE = np.zeros((2, 2, 4), np.int64)
+        counts_W2LE = np.zeros((len(self.ranks), 2, 2, 4), np.int64)
         for plan in self.plans:
-            num_decode = sum(share.num_decode for share in plan.ranks)
-            counts_2LE[0, :, 1] += sum(plan.tokens_per_rank) - num_decode
-            counts_2LE[1, :, 2] += num_decode
-        return counts_2LE
+            for counts_2LE, share, num_tokens in zip(counts_W2LE, plan.ranks, plan.tokens_per_rank, strict=True):
+                counts_2LE[0, :, 1] += num_tokens - share.num_decode
+                counts_2LE[1, :, 2] += share.num_decode
+        return counts_W2LE
+
+    def request_counts(self) -> None:
+        raise AssertionError("nobody watches the load here")
+
+    def send_task(self, rank: int, task: SlotTask) -> None:
+        raise AssertionError("nothing moves here")
+
+    def reports(self) -> list[CountsReport | SlotReport]:
+        return []
 
     def check(self) -> None:
         pass

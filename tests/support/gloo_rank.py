@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankResult, Sample, StepPlan
+from moe_runtime.messages import RankResult, Sample, SlotReport, SlotTask, StepPlan
 from moe_runtime.rank_main import RankArguments, join_group, run_rank
 from moe_runtime.transport import Init
 
@@ -36,6 +36,9 @@ class GlooWorker:
         total = torch.tensor([plan.step * (self.rank + 1)])
         dist.all_reduce(total, group=self.group)
         return RankResult(plan.step, self.rank, [Sample(0, int(total))])
+
+    def run_task(self, task: SlotTask) -> SlotReport:
+        return SlotReport(self.rank, task.task_id, True, 0, 0.0, task.slot + self.rank)
 
     def expert_counts(self) -> np.ndarray:
         return np.zeros((2, 1, 1), dtype=np.int64)

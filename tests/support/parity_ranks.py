@@ -1,4 +1,4 @@
-"""What the parity tests plan, and what they run on every rank of a pool; here, as a rank's process imports it by name."""
+"""What the parity tests plan, and what they run on every rank of a pool; here, since ranks import it by name."""
 
 from __future__ import annotations
 

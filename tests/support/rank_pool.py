@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankResult, StepPlan
+from moe_runtime.executor import CountsReport, RankInfo
+from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
 
 DEADLINE = 120.0
 
@@ -101,21 +102,40 @@ def _serve(rank: int, num_ranks: int, store_path: str, pipe: Connection) -> None
 
 
 class PoolExecutor:
-    """An `Executor` whose ranks are workers in a pool, or in this process for one rank, so that engines start fast."""
+    """An `Executor` whose ranks are workers in a pool, so that engines start fast."""
 
     def __init__(self, pool: RankPool, config: EngineConfig, model_config: ModelConfig, path: Path) -> None:
         self.pool = pool
         self.max_inflight = 2
         self.ranks: list[RankInfo] = pool.run(_make_worker, config, model_config, path)
+        self._calls: deque[str] = deque()  # that the ranks have not answered
+        self._reports: list[CountsReport | SlotReport] = []
 
     def submit(self, plan: StepPlan) -> None:
-        self.pool.send(_step, plan)
+        self._send("step", _step, plan)
 
     def collect(self) -> list[RankResult]:
+        while self._calls[0] != "step":
+            self._take_report()
+        self._calls.popleft()
         return self.pool.receive()
 
     def expert_counts(self) -> np.ndarray:
-        return np.sum(self.pool.run(_expert_counts), axis=0)
+        while self._calls:
+            self._take_report()
+        return np.stack(self.pool.run(_expert_counts))
+
+    def request_counts(self) -> None:
+        self._send("counts", _expert_counts)
+
+    def send_task(self, rank: int, task: SlotTask) -> None:
+        self._send("task", _run_task, rank, task)
+
+    def reports(self) -> list[CountsReport | SlotReport]:
+        while self._calls and self._calls[0] != "step":
+            self._take_report()
+        reports, self._reports = self._reports, []
+        return reports
 
     def bytes_read(self) -> list[int]:
         return self.pool.run(_bytes_read)
@@ -124,7 +144,21 @@ class PoolExecutor:
         pass
 
     def close(self) -> None:
+        while self._calls:
+            self._calls.popleft()
+            self.pool.receive()
         self.pool.run(_drop_worker)
+
+    def _send(self, kind: str, function: Callable[..., Any], *args: Any) -> None:
+        self.pool.send(function, *args)
+        self._calls.append(kind)
+
+    def _take_report(self) -> None:
+        kind, answers = self._calls.popleft(), self.pool.receive()
+        if kind == "counts":
+            self._reports += [CountsReport(rank, counts) for rank, counts in enumerate(answers)]
+        elif kind == "task":
+            self._reports += [report for report in answers if report is not None]
 
 
 def _make_worker(context: RankContext, config: EngineConfig, model_config: ModelConfig, path: Path) -> RankInfo:
@@ -145,6 +179,10 @@ def _make_worker(context: RankContext, config: EngineConfig, model_config: Model
 
 def _step(context: RankContext, plan: StepPlan) -> RankResult:
     return context.kept["worker"].step(plan)
+
+
+def _run_task(context: RankContext, rank: int, task: SlotTask) -> SlotReport | None:
+    return context.kept["worker"].run_task(task) if context.rank == rank else None
 
 
 def _expert_counts(context: RankContext) -> np.ndarray:

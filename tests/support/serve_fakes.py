@@ -14,6 +14,7 @@ from moe_runtime.config import EngineConfig
 from moe_runtime.engine import EngineStats
 from moe_runtime.executor import RankError
 from moe_runtime.outputs import Logprob, OutputDelta
+from moe_runtime.rebalancer import BalancerStats, Rebalance
 
 VOCAB = 1000
 MAX_MODEL_LEN = 200
@@ -77,6 +78,7 @@ class FakeEngine:
         self.rank_is_dead = False
         self.executor = self
         self.threads = set()
+        self.rebalancing, self.num_tends = None, 0
 
     def check(self):
         self.threads.add(threading.current_thread().name)
@@ -157,6 +159,7 @@ class FakeEngine:
             dispatcher_steps={"all_to_all": self.num_steps},
             finished={},
             last_step_seconds=self.step_seconds,
+            balancer=BalancerStats(2, 3, 4000, 1, 0.75, [6.0, 2.0], self.is_migrating),
         )
 
     def expert_load(self):
@@ -165,6 +168,25 @@ class FakeEngine:
 
     def placement(self):
         return Placement.even((1, 3), 4, 2)
+
+    def decisions(self):
+        return [{"reason": "pays back", "num_moves": 3}]
+
+    def rebalance(self, dry_run):
+        if self.is_migrating:
+            raise ValueError("rebalance: a migration is under way; wait until it has ended")
+        self.rebalancing = Rebalance(dry_run, 0.5, 0.9, planned_moves=3, done=dry_run)
+        return self.rebalancing
+
+    @property
+    def is_migrating(self):
+        return self.rebalancing is not None and not self.rebalancing.done
+
+    def tend(self):
+        self.check()
+        if self.is_migrating and self.num_tends >= 3:
+            self.rebalancing.done, self.rebalancing.balancedness_after = True, 0.9
+        self.num_tends += 1
 
     def health(self):
         return {"model": "fake-model", "ep_size": 2, "placement_invariance": "greedy tokens, float32"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -107,13 +108,17 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
-    def load(self, slot: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        """Pack an expert into a slot."""
+    def load(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
+        """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot."""
         inner, hidden = self.intermediate_size, self.hidden_size
-        assert gate_FD.shape == up_FD.shape == (inner, hidden) and down_DF.shape == (hidden, inner)
-        _pack(self.kernels, gate_FD, 0, self.w13[slot])
-        _pack(self.kernels, up_FD, self._up_row, self.w13[slot])
-        _pack(self.kernels, down_DF, 0, self.w2[slot])
+        outputs, inputs = (hidden, inner) if part == "down" else (inner, hidden)
+        assert rows.shape[1] == inputs and 0 <= first_row <= outputs - len(rows)
+        packed = self.w2[slot] if part == "down" else self.w13[slot]
+        _pack(self.kernels, rows, first_row + (self._up_row if part == "up" else 0), packed)
+
+    def stored(self, slot: int) -> tuple[Tensor, ...]:
+        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
+        return self.w13[slot], self.w2[slot]
 
     def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(gate_FD, up_FD, down_DF)` of a slot."""

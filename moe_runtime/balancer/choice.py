@@ -1,0 +1,132 @@
+"""Which replica computes a (token, k): shares become quotas, quotas become a table, and a step only looks things up.
+
+Every rank knows how many tokens each rank sent to each expert in the last step that was counted. From that, all of them
+compute the same quotas, each its own part, so no step needs a collective for it: quotas are whole tokens, add up to the
+shares of `split_tokens` over all ranks, and keep tokens on their own rank as far as these shares allow. The table
+of a rank interleaves its quotas. Its i-th token for an expert takes entry i (modulo the table's length). A token of
+another rank never matters, nor does anything but its number among the rank's tokens for the expert; and which replica
+computes it does not change the token.
+
+Shape suffixes: E logical experts (rows are independent: the experts of several layers may be stacked), W ranks,
+P entries of the table, H experts with replicas, J replicas, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.flow import Floats
+from moe_runtime.balancer.placement import EMPTY
+
+Ints = npt.NDArray[np.int64]
+
+
+def whole_shares(share_EW: Floats, count_E: Ints) -> Ints:
+    """int64 [E, W]: shares of whole tokens by largest remainders; a row adds up to its count. Ties go to low ranks."""
+    exact_EW = share_EW * count_E[:, None]
+    floor_EW = np.floor(exact_EW + 1e-9)
+    place_EW = np.argsort(floor_EW - exact_EW, axis=1, kind="stable").argsort(axis=1)
+    whole_EW: Ints = (floor_EW + (place_EW < (count_E - floor_EW.sum(axis=1))[:, None])).astype(np.int64)
+    return whole_EW
+
+
+def quotas(count_WE: npt.NDArray[np.integer], share_EW: Floats, rank: int) -> Ints:
+    """How many of a rank's tokens for each expert go to each rank.
+
+    What a rank's own replica may take stays there, first. What is left is laid out in order of the ranks that send and
+    of those that have room, and each part goes where it comes to lie.
+
+    Args:
+        count_WE: [W, E], tokens per rank and expert in the last step.
+        share_EW: [E, W], each replica's share of its expert's tokens.
+        rank: the one whose quotas are wanted.
+
+    Returns:
+        int64 [E, W]. Over the columns they add up to `count_WE[rank]`; over all ranks, to the shares of all tokens in
+        whole tokens (`whole_shares`).
+    """
+    sent_EW: Ints = count_WE.T.astype(np.int64)
+    room_EW = whole_shares(share_EW, sent_EW.sum(axis=1))
+    stays_EW = np.minimum(sent_EW, room_EW)
+    sent_EW, room_EW = sent_EW - stays_EW, room_EW - stays_EW
+    end_E = sent_EW[:, : rank + 1].sum(axis=1)
+    start_E = end_E - sent_EW[:, rank]
+    ends_EW = room_EW.cumsum(axis=1)
+    quota_EW: Ints = np.minimum(ends_EW, end_E[:, None]) - np.maximum(ends_EW - room_EW, start_E[:, None])
+    np.maximum(quota_EW, 0, out=quota_EW)
+    quota_EW[:, rank] += stays_EW[:, rank]
+    return quota_EW
+
+
+def replica_table(
+    quota_EW: Ints, share_EW: Floats, slot_EW: npt.NDArray[np.integer], rank: int, length: int = 64
+) -> npt.NDArray[np.int32]:
+    """A rank's replicas in the order in which its tokens for an expert take them.
+
+    Replica j of quota q_j of q tokens has its m-th turn at time (m + 1/2) q / q_j; the table is the turns in order, the
+    rank's own replica first among equals. So q tokens give each replica exactly its quota where q is at most
+    `length`, and so do 2q, 3q ... up to there; any number n of tokens gives a replica n q_j / q, to within one for two
+    replicas (with more, two at most), plus as much for each time that the table is gone through.
+    An expert of which the rank had no token goes by the shares, from a place that differs from rank to rank.
+
+    Args:
+        quota_EW: [E, W], from `quotas`.
+        share_EW: [E, W], from `split_tokens`.
+        slot_EW: [E, W], the global slot of each expert on each rank, -1 where it has none.
+        rank: whose table it is.
+        length: P, a power of two.
+
+    Returns:
+        int32 [E, P], global slots.
+
+    Raises:
+        ValueError: `length` is not a power of two.
+    """
+    if length < 1 or length & (length - 1):
+        raise ValueError(f"length: {length} is not allowed; it must be a power of two")
+    num_ranks = slot_EW.shape[1]
+    # columns in the order rank, rank + 1, ..., around: what decides among equals
+    ranks = (np.arange(num_ranks) + rank) % num_ranks
+    slot_EW, quota_EW, share_EW = slot_EW[:, ranks], quota_EW[:, ranks], share_EW[:, ranks]
+    table_EP = np.repeat(slot_EW.max(axis=1).astype(np.int32)[:, None], length, axis=1)
+    replicated_H = ((slot_EW != EMPTY).sum(axis=1) > 1).nonzero()[0]
+    if not len(replicated_H):
+        return table_EP
+    no_token_H = quota_EW[replicated_H].sum(axis=1) == 0
+    weight_HW = np.where(no_token_H[:, None], share_EW[replicated_H], quota_EW[replicated_H]).astype(np.float64)
+    max_replicas = int((slot_EW[replicated_H] != EMPTY).sum(axis=1).max())
+    column_HJ = np.argsort(slot_EW[replicated_H] == EMPTY, axis=1, kind="stable")[:, :max_replicas]
+    weight_HJ = np.take_along_axis(weight_HW, column_HJ, axis=1)
+    slot_HJ = np.take_along_axis(slot_EW[replicated_H], column_HJ, axis=1)
+    with np.errstate(divide="ignore"):
+        period_HJ = weight_HJ.sum(axis=1, keepdims=True) / weight_HJ
+    turn_HJP = (np.arange(length) + 0.5) * period_HJ[:, :, None]
+    order_HP = np.argsort(turn_HJP.reshape(len(replicated_H), -1), axis=1, kind="stable")[:, :length]
+    table_HP = np.take_along_axis(slot_HJ, order_HP // length, axis=1)
+    table_HP[no_token_H] = np.roll(table_HP[no_token_H], -(rank * length // num_ranks), axis=1)
+    table_EP[replicated_H] = table_HP
+    return table_EP
+
+
+def slots_by_rank(slots_WS: npt.NDArray[np.integer], num_experts: int) -> Ints:
+    """int64 [E, W]: the global slot, rank * S + slot, of each expert on each rank, -1 where it has none."""
+    num_ranks, max_slots = slots_WS.shape
+    slot_EW = np.full((num_experts, num_ranks), EMPTY, np.int64)
+    rank, slot = (slots_WS != EMPTY).nonzero()
+    slot_EW[slots_WS[rank, slot], rank] = rank * max_slots + slot
+    return slot_EW
+
+
+def choose_slots(table_EP: npt.NDArray[np.int32], experts_TK: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
+    """int32 [T, K]: the global slot of each (token, k); what the sparse block does on the device, in numpy.
+
+    A (token, k) is numbered among those of its expert in the order of rows, then of k.
+    """
+    experts = experts_TK.ravel()
+    order = np.argsort(experts, kind="stable")
+    starts = np.searchsorted(experts[order], experts[order])
+    ordinal = np.empty(len(experts), np.int64)
+    ordinal[order] = np.arange(len(experts)) - starts
+    chosen: npt.NDArray[np.int32] = table_EP[experts, ordinal % table_EP.shape[1]].reshape(experts_TK.shape)
+    return chosen

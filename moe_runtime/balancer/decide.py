@@ -1,0 +1,217 @@
+"""Whether to move experts now: only where that pays back.
+
+Shape suffixes: L MoE layers, E logical experts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.cost import LayerTime
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.balancer.plan import Plan
+from moe_runtime.balancer.split import split_tokens
+
+Reason = Literal["pays back", "cooldown", "no load", "balanced", "nothing to move", "slower", "does not pay back"]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is expected of the steps of one phase within the horizon.
+
+    Attributes:
+        rows: float [L, E], rows per layer and expert in one step.
+        num_steps: such steps within the horizon.
+    """
+
+    rows: npt.NDArray[np.float64]
+    num_steps: float
+
+
+@dataclass(frozen=True)
+class MoveCost:
+    """What moves cost: their bytes over the bandwidth that was measured, and a time in which nothing else runs."""
+
+    bytes_per_move: int
+    bytes_per_second: float
+    stall_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bytes_per_move < 0:
+            raise ValueError(f"bytes_per_move: {self.bytes_per_move} is not allowed; it must be at least 0")
+        if not 0 < self.bytes_per_second < np.inf:
+            raise ValueError(f"bytes_per_second: {self.bytes_per_second} is not allowed; it must be finite and above 0")
+        if not 0 <= self.stall_seconds < np.inf:
+            raise ValueError(f"stall_seconds: {self.stall_seconds} is not allowed; it must be finite and at least 0")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision and the figures that led to it; those that were not needed are None.
+
+    Attributes:
+        moves_experts: whether `plan` is to be carried out.
+        reason: "pays back" where it is; else what stood against it. "slower": the layers would take longer, because
+            more slots would be read; no replica is better.
+        at: time of the decision, on the clock of the `Payback`.
+        balancedness: of the demand under the present placement, mean rank load / max rank load over all layers.
+        planned_balancedness: the same under the plan.
+        num_moves, num_bytes: of the plan.
+        cost_seconds: of carrying it out.
+        saving_seconds: what it saves within the horizon; below 0 where it costs.
+        margin: the saving had to be so many times the cost.
+        horizon_steps: steps within the horizon, of all phases.
+        sparse_seconds: of all sparse layers and all steps within the horizon, present placement.
+        planned_sparse_seconds: the same under the plan.
+        cooldown_seconds: what is left of the cooldown.
+        plan: the plan; not among the figures of `to_dict`.
+    """
+
+    moves_experts: bool
+    reason: Reason
+    at: float
+    balancedness: float
+    planned_balancedness: float | None = None
+    num_moves: int | None = None
+    num_bytes: int | None = None
+    cost_seconds: float | None = None
+    saving_seconds: float | None = None
+    margin: float | None = None
+    horizon_steps: float | None = None
+    sparse_seconds: float | None = None
+    planned_sparse_seconds: float | None = None
+    cooldown_seconds: float = 0.0
+    plan: Plan | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+
+
+class Payback:
+    """Decides when experts move, with a cooldown after each time and a band of balancedness in which nothing begins.
+
+    Args:
+        margin: a saving within the horizon must be so many times the cost.
+        cooldown: seconds after a decision to move in which there is no other.
+        start_below: balancing begins when the balancedness falls below this,
+        stop_above: and goes on, plan after plan, until it is above this.
+        clock: seconds, monotonic.
+
+    Raises:
+        ValueError: a margin below 1, a negative cooldown, or thresholds out of order.
+    """
+
+    def __init__(
+        self,
+        margin: float = 1.5,
+        cooldown: float = 30.0,
+        start_below: float = 0.9,
+        stop_above: float = 0.95,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 1 <= margin < np.inf:
+            raise ValueError(f"margin: {margin} is not allowed; it must be finite and at least 1")
+        if not 0 <= cooldown < np.inf:
+            raise ValueError(f"cooldown: {cooldown} is not allowed; it must be finite and at least 0")
+        if not 0 < start_below <= stop_above <= 1:
+            raise ValueError(
+                f"start_below: {start_below} with stop_above {stop_above} is not allowed; "
+                "it must be above 0, and stop_above from there to 1"
+            )
+        self.margin = margin
+        self.cooldown = cooldown
+        self.start_below = start_below
+        self.stop_above = stop_above
+        self._clock = clock
+        self._moved_at: float | None = None
+        self._is_balancing = False
+
+    def decide(
+        self,
+        current: Placement,
+        make_plan: Callable[[], Plan],
+        demand: Mapping[str, Demand],
+        layer_time: LayerTime,
+        move_cost: MoveCost,
+        rank_speed: npt.ArrayLike | None = None,
+    ) -> Decision:
+        """Decide on what `make_plan` plans, which is called only where no cheaper reason stands against moving.
+
+        Args:
+            current: where the experts are.
+            make_plan: a plan that starts from `current`.
+            demand: by phase.
+            layer_time: fitted from measured steps.
+            move_cost: of the plan's moves.
+            rank_speed: [W], how fast each rank is beside the others; None: all alike.
+        """
+        now = self._clock()
+        rows_LE = np.zeros((current.num_layers, current.num_experts))
+        for phase in demand.values():
+            rows_LE += phase.rows * phase.num_steps
+        if not rows_LE.any():
+            return Decision(False, "no load", now, 1.0)
+        before = balancedness(rows_LE, current, rank_speed)
+        left = 0.0 if self._moved_at is None else max(self._moved_at + self.cooldown - now, 0.0)
+        if left > 0:
+            return Decision(False, "cooldown", now, before, cooldown_seconds=left)
+        self._is_balancing = before < (self.stop_above if self._is_balancing else self.start_below)
+        if not self._is_balancing:
+            return Decision(False, "balanced", now, before)
+        plan = make_plan()
+        num_bytes = len(plan.moves) * move_cost.bytes_per_move
+        cost = num_bytes / move_cost.bytes_per_second + move_cost.stall_seconds
+        seconds, planned_seconds = (
+            sum(
+                phase.num_steps * layer_time.step_seconds(phase.rows, placement, rank_speed)
+                for phase in demand.values()
+            )
+            for placement in (current, plan.placement)
+        )
+        saving = seconds - planned_seconds
+        reason: Reason = "pays back"
+        if not plan.moves:
+            reason = "nothing to move"
+        elif saving <= 0:
+            reason = "slower"
+        elif saving <= self.margin * cost:
+            reason = "does not pay back"
+        if reason == "pays back":
+            self._moved_at = now
+        return Decision(
+            moves_experts=reason == "pays back",
+            reason=reason,
+            at=now,
+            balancedness=before,
+            planned_balancedness=balancedness(rows_LE, plan.placement, rank_speed),
+            num_moves=len(plan.moves),
+            num_bytes=num_bytes,
+            cost_seconds=cost,
+            saving_seconds=saving,
+            margin=self.margin,
+            horizon_steps=sum(phase.num_steps for phase in demand.values()),
+            sparse_seconds=seconds,
+            planned_sparse_seconds=planned_seconds,
+            plan=plan,
+        )
+
+
+def balancedness(rows_LE: npt.NDArray[np.float64], placement: Placement, rank_speed: npt.ArrayLike | None) -> float:
+    """Mean rank load / max rank load over all layers, which run one after the other: both are summed over them.
+
+    Loads are shared as `split_tokens` does, and divided by the ranks' speeds.
+    """
+    speed_W = np.ones(placement.num_ranks) if rank_speed is None else np.asarray(rank_speed, np.float64)
+    most = mean = 0.0
+    for rows_E, slots_WS in zip(rows_LE, placement.slots, strict=True):
+        load_W = rows_E @ split_tokens(rows_E, slots_WS, rank_speed)
+        most += float((load_W / speed_W).max())
+        mean += float(load_W.sum() / speed_W.sum())
+    return min(mean / most, 1.0) if most > 0 else 1.0

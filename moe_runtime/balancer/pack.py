@@ -1,0 +1,120 @@
+"""A layer's placement from nothing: how many replicas each expert gets, and where the slots' experts go.
+
+Shape suffixes: E logical experts, W ranks, S slots per rank.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.flow import Floats
+from moe_runtime.balancer.placement import EMPTY
+
+Ints = npt.NDArray[np.int64]
+
+
+def pack_layer(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Ints:
+    """Fill all slots of a layer: the hottest experts get replicas, and replicas tie the ranks together in one ring.
+
+    Each replicated expert covers as many ranks in a row as it has replicas, and the next one starts where it ends. Load
+    that drifts later can then flow from any rank to any other through the shares of replicas, where pairs of ranks
+    with the same two experts could only help each other. Hot and less hot ones alternate. The other experts go, largest
+    first, to the lightest rank with a free slot (LPT, Graham 1969).
+
+    Args:
+        load_E: tokens per expert, not all 0.
+        num_slots_W: slots of each rank, at least as many in all as there are experts.
+        speed_W: relative speeds.
+
+    Returns:
+        int64 [W, S], S the largest number of slots; no rank holds an expert twice, and every expert has a slot.
+    """
+    num_ranks = len(num_slots_W)
+    count_E = num_replicas(load_E, int(num_slots_W.sum()), num_ranks)
+    part_E = load_E / count_E
+    held: list[list[int]] = [[] for _ in range(num_ranks)]
+    load = [0.0] * num_ranks
+    free = num_slots_W.tolist()
+    speed = speed_W.tolist()
+
+    def put(expert: int, rank: int) -> None:
+        held[rank].append(expert)
+        load[rank] += float(part_E[expert]) / speed[rank]
+        free[rank] -= 1
+
+    start = 0
+    for expert in _alternate(_by_load(part_E, (count_E > 1).nonzero()[0])):
+        ring = [rank % num_ranks for rank in range(start, start + num_ranks) if free[rank % num_ranks]]
+        ring = ring[: count_E[expert]]
+        for rank in ring:
+            put(expert, rank)
+        start = ring[-1]
+    for expert in _by_load(part_E, (count_E == 1).nonzero()[0]):
+        put(expert, min((rank for rank in range(num_ranks) if free[rank]), key=load.__getitem__))
+    _fill(held, free, load_E)
+    slots_WS = np.full((num_ranks, int(num_slots_W.max())), EMPTY, np.int64)
+    for rank, experts in enumerate(held):
+        slots_WS[rank, : len(experts)] = experts
+    return slots_WS
+
+
+def pack_heaviest_first(load_E: Floats, num_slots_W: Ints) -> Ints:
+    """Each spare slot to the expert with the most load per replica; replicas, heaviest first, to the lightest rank.
+
+    Two replicas that come to one rank serve as one, so the second slot is left empty (`eplb.py`).
+
+    Returns:
+        int64 [W, S], S the largest number of slots.
+    """
+    count_E = np.ones(len(load_E), np.int64)
+    for _ in range(int(num_slots_W.sum()) - len(load_E)):
+        count_E[(load_E / count_E).argmax()] += 1
+    part_E = load_E / count_E
+    replicas = np.repeat(np.arange(len(load_E)), count_E)
+    slots_WS = np.full((len(num_slots_W), int(num_slots_W.max())), EMPTY, np.int64)
+    load, free = [0.0] * len(num_slots_W), num_slots_W.tolist()
+    for expert in replicas[np.argsort(-part_E[replicas], kind="stable")].tolist():
+        rank = min((rank for rank, slots in enumerate(free) if slots), key=load.__getitem__)
+        free[rank] -= 1
+        load[rank] += float(part_E[expert])
+        if expert not in slots_WS[rank]:
+            slots_WS[rank, free[rank]] = expert
+    return slots_WS
+
+
+def num_replicas(load_E: Floats, num_slots: int, num_ranks: int) -> Ints:
+    """int64 [E]: one slot each, and each spare one to the expert with the most load per replica, at most one a rank."""
+    count_E = np.ones(len(load_E), np.int64)
+    part_E = load_E.astype(np.float64)
+    for _ in range(min(num_slots, len(load_E) * num_ranks) - len(load_E)):
+        expert = int(part_E.argmax())
+        count_E[expert] += 1
+        part_E[expert] = load_E[expert] / count_E[expert] if count_E[expert] < num_ranks else -1.0
+    return count_E
+
+
+def _by_load(load_E: Floats, experts: Ints) -> list[int]:
+    """Most load first; equal ones by number."""
+    order: list[int] = experts[np.argsort(-load_E[experts], kind="stable")].tolist()
+    return order
+
+
+def _alternate(order: list[int]) -> list[int]:
+    """First, last, second, last but one, ... so that neighbours have about the same load together."""
+    half = (len(order) + 1) // 2
+    return [expert for pair in zip(order[:half], [*reversed(order[half:]), -1], strict=False) for expert in pair][
+        : len(order)
+    ]
+
+
+def _fill(held: list[list[int]], free: list[int], load_E: Floats) -> None:
+    """Replicas in slots that stayed free, as ranks ran out for an expert: each time the hottest that the rank lacks."""
+    count_E = np.bincount([expert for experts in held for expert in experts], minlength=len(load_E))
+    for rank, experts in enumerate(held):
+        for _ in range(min(free[rank], len(load_E) - len(experts))):
+            part_E = load_E / count_E
+            part_E[experts] = -1
+            expert = int(part_E.argmax())
+            experts.append(expert)
+            count_E[expert] += 1

@@ -1,0 +1,82 @@
+"""Which experts of a layer move together, so that every expert has a slot at any time. No torch.
+
+Shape suffixes: W ranks, S slots per rank, E logical experts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.placement import EMPTY
+
+Change = tuple[int, int, int]  # rank, expert that comes, expert that leaves; EMPTY for none
+
+
+def next_round(slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_]) -> list[Change] | None:
+    """The changes of the next round on the way to `wanted_WE`; None when there is nothing, or nothing possible, left.
+
+    On a rank at most one expert comes, into an empty slot, and at most one leaves; then the rank has an empty slot
+    again. An expert leaves only where another rank keeps it or gets it in the same round, so experts that change places
+    move together. Experts that only leave go in a round of their own at the end.
+
+    Args:
+        slots_WS: the expert in each slot, EMPTY for none; every rank has an empty slot.
+        wanted_WE: which rank shall hold which expert; every expert at least one.
+    """
+    return _Round(slots_WS, wanted_WE).plan()
+
+
+class _Round:
+    def __init__(self, slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_]) -> None:
+        self.holds = [set(row[row != EMPTY].tolist()) for row in slots_WS]
+        self.num_empty = (slots_WS == EMPTY).sum(axis=1).tolist()
+        wanted = [set(np.nonzero(row)[0].tolist()) for row in wanted_WE]
+        self.coming = [sorted(want - held) for want, held in zip(wanted, self.holds, strict=True)]
+        self.leaving = [sorted(held - want) for want, held in zip(wanted, self.holds, strict=True)]
+        self.changes: dict[int, tuple[int, int]] = {}  # rank -> expert that comes, expert that leaves
+
+    def plan(self) -> list[Change] | None:
+        for rank, experts in enumerate(self.coming):
+            for expert in experts:
+                if rank in self.changes or self._bring(rank, expert):
+                    break
+        if not self.changes and not any(self.coming):
+            self._clear()
+        return [(rank, *change) for rank, change in sorted(self.changes.items())] or None
+
+    def _bring(self, rank: int, expert: int) -> bool:
+        """Have an expert come to a rank, with whatever changes on other ranks that needs; False if it cannot."""
+        if rank in self.changes:
+            return self.changes[rank][0] == expert
+        before = dict(self.changes)
+        if self.num_empty[rank] > 1:
+            self.changes[rank] = (expert, EMPTY)
+            return True
+        for gone in self.leaving[rank]:
+            self.changes[rank] = (expert, gone)
+            if self._is_kept(gone) or self._bring_elsewhere(gone):
+                return True
+            self.changes = dict(before)
+        return False
+
+    def _is_kept(self, expert: int) -> bool:
+        """Whether some rank has the expert after the round as planned so far."""
+        for rank, held in enumerate(self.holds):
+            comes, leaves = self.changes.get(rank, (EMPTY, EMPTY))
+            if comes == expert or (expert in held and leaves != expert):
+                return True
+        return False
+
+    def _bring_elsewhere(self, expert: int) -> bool:
+        """Have an expert come to one of the ranks that shall get it."""
+        return any(expert in coming and self._bring(rank, expert) for rank, coming in enumerate(self.coming))
+
+    def _clear(self) -> None:
+        """Let experts go that nobody wants there: one a rank, as long as each is kept elsewhere."""
+        for rank, experts in enumerate(self.leaving):
+            for expert in experts:
+                self.changes[rank] = (EMPTY, expert)
+                if self._is_kept(expert):
+                    break
+                del self.changes[rank]

@@ -1,0 +1,29 @@
+"""Faults for the ranks of a pool; here, since ranks import it by name."""
+
+from __future__ import annotations
+
+from rank_pool import RankContext
+
+from moe_runtime.messages import SlotTask
+from moe_runtime.moe import Experts
+
+
+def break_copies(context: RankContext, fault: str | None) -> None:
+    """From now on copies on rank 1 fail ("error"), or what was copied is damaged ("corrupt"); None heals it."""
+    worker = context.kept["worker"]
+    if context.rank != 1 or fault is None:
+        worker.__dict__.pop("_copy", None)
+        return
+    whole = type(worker)._copy
+
+    def broken(experts: Experts, task: SlotTask) -> tuple[int, bool]:
+        if task.expert < 0:
+            return whole(worker, experts, task)
+        if fault == "error":
+            raise OSError("the file is gone")
+        copied, done = whole(worker, experts, task)
+        if done:
+            experts.stored(task.slot)[1].view(-1)[0] += 1
+        return copied, done
+
+    worker._copy = broken

@@ -1,0 +1,161 @@
+"""Experts move while real ranks serve: the tokens stay the same, and what goes wrong is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_pool import PoolExecutor, RankPool
+from rebalancing_ranks import break_copies
+from tiny_models import VOCAB, make_model, save
+
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.build import build_engine
+from moe_runtime.config import EngineConfig
+from moe_runtime.engine import Engine
+from moe_runtime.rebalancer import Rebalance
+from moe_runtime.sampling_params import SamplingParams
+
+Pools = Callable[[int], RankPool]
+PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+@contextmanager
+def engine(pools: Pools, path: Path, ep_size: int, **options: Any) -> Iterator[Engine]:
+    config = EngineConfig(str(path), ep_size=ep_size, skip_tokenizer_init=True, device="cpu", **options)
+    made = build_engine(config, lambda config, model, where: PoolExecutor(pools(ep_size), config, model, where))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def generate(made: Engine, prompts: list[list[int]], at_step: dict[int, Callable[[], None]]) -> list[list[int]]:
+    for index, prompt in enumerate(prompts):
+        made.add_request(str(index), prompt, PARAMS)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    step = 0
+    while made.has_work:
+        if step in at_step:
+            at_step[step]()
+        for delta in made.step():
+            tokens[int(delta.request_id)] += delta.token_ids
+        step += 1
+    return tokens
+
+
+def finish(made: Engine, rebalance: Rebalance) -> None:
+    for _ in range(1000):
+        if rebalance.done:
+            return
+        made.tend()
+    raise AssertionError("the migration does not end")
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    return [torch.randint(2, VOCAB, (length,)).tolist() for length in (5, 20, 33, 50, 8, 12)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("case", "ep_size", "redundant"), [("qwen3", 2, 2), ("glm4", 4, 1), ("mixtral", 2, 0)])
+def test_tokens_are_the_same_before_while_and_after_experts_move(
+    rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], case: str, ep_size: int, redundant: int, dtype: str
+) -> None:
+    path = save(make_model(case).bfloat16(), tmp_path)
+    with engine(rank_pool, path, 1, dtype=dtype) as made:
+        expected = generate(made, prompts, {})
+    options = {"redundant_experts": redundant, "migration_bytes_per_step": 2000, "dtype": dtype}
+    with engine(rank_pool, path, ep_size, **options) as made:
+        assert generate(made, prompts, {}) == expected
+        start = made.placement()
+        started: list[Rebalance] = []
+        found = generate(made, prompts, {3: lambda: started.append(made.rebalance())})
+        assert found == expected
+        finish(made, started[0])
+        assert started[0].rollbacks == [] and made.placement().version > 0
+        assert started[0].moves and len(started[0].moves) == started[0].planned_moves
+        assert started[0].balancedness_after >= started[0].balancedness_before
+        assert not np.array_equal(made.placement().hosts, start.hosts)
+        if redundant:
+            assert (made.placement().hosts.sum(axis=1) > 1).any(), "replicas"
+        assert generate(made, prompts, {}) == expected
+        load = made.expert_load()
+        rows = (sum(map(len, prompts)) + 39 * len(prompts)) * made.model_config.moe.top_k
+        assert (load.tokens["prefill"] + load.tokens["decode"]).sum(axis=1).min() >= 3 * rows
+
+
+@pytest.mark.parametrize("fault", ["error", "corrupt"])
+def test_a_copy_that_fails_changes_nothing_and_the_next_try_succeeds(
+    rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], fault: str
+) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with engine(rank_pool, path, 2, redundant_experts=1, migration_bytes_per_step=2000) as made:
+        expected = generate(made, prompts, {})
+        pool = rank_pool(2)
+        pool.run(break_copies, fault)
+        failed: list[Rebalance] = []
+        start = made.placement()
+        assert generate(made, prompts, {2: lambda: failed.append(made.rebalance())}) == expected
+        finish(made, failed[0])
+        assert failed[0].rollbacks and made.placement() == start and made.rebalancer.stats().rollbacks > 0
+        pool.run(break_copies, None)
+        again = made.rebalance()
+        finish(made, again)
+        assert again.rollbacks == [] and again.moves
+        assert generate(made, prompts, {}) == expected
+
+
+def test_dry_run_moves_nothing(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with engine(rank_pool, path, 2) as made:
+        generate(made, prompts, {})
+        planned = made.rebalance(dry_run=True)
+        assert planned.done and planned.planned_moves and made.placement().version == 0
+        assert planned.balancedness_planned > planned.balancedness_before
+
+
+def test_a_placement_file_is_the_start_and_must_fit(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, {})
+        config = made.model_config
+    slots = np.array([[[6, 5, 0, 1], [2, 0, 4, 3]]] * len(config.moe_layers))
+    file = tmp_path / "placement.json"
+    Placement(slots, 7, config.moe_layers).save(file)
+    with engine(rank_pool, path, 2, placement=str(file)) as made:
+        assert np.array_equal(made.placement().slots[:, :, :4], slots)
+        assert generate(made, prompts, {}) == expected  # expert 0 has a replica from the start
+    with (
+        pytest.raises(ValueError, match=r"is for ranks 2, but here are 4"),
+        engine(rank_pool, path, 4, placement=str(file)),
+    ):
+        pass
+
+
+def test_the_balancer_acts_by_itself_where_it_pays(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("glm4"), tmp_path)
+    with engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, {})
+    for policy in ("auto", "eplb"):
+        with engine(rank_pool, path, 2, balance=policy, balance_interval=10, redundant_experts=2) as made:
+            for _ in range(6):
+                assert generate(made, prompts, {}) == expected
+            if policy == "auto":
+                reasons = {decision["reason"] for decision in made.rebalancer.decisions}
+                assert reasons <= {
+                    "pays back",
+                    "cooldown",
+                    "balanced",
+                    "nothing to move",
+                    "slower",
+                    "does not pay back",
+                }
+                assert reasons
+            else:
+                assert made.placement().version > 0
