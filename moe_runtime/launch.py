@@ -1,4 +1,5 @@
-"""Serving under torchrun: each process it starts is the host of one rank, and the first one is the front as well.
+"""Serving under torchrun or DeepSpeed's launcher: each process they start is the host of one rank, and the first one is
+the front as well.
 
 Only the front imports torch, for the rendezvous store.
 """
@@ -30,13 +31,14 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL = 0.1
 ALIVE_INTERVAL = 1.0
 FRONT_LOST = 3.0  # seconds without a connection after which a host takes the front for dead
-DRAIN_LIMIT = 27.0  # the front drains within 25 s of SIGTERM, and torchrun kills after 30
+DRAIN_LIMIT = 27.0  # the front drains within 25 s of SIGTERM, and the launchers kill after 30
 
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun tells each of its processes through the environment."""
+    """What torchrun, or DeepSpeed's launcher, tells each of its processes through the environment."""
 
+    launcher: str
     rank: int
     world_size: int
     local_rank: int
@@ -48,14 +50,17 @@ class Torchrun:
     @classmethod
     def from_environment(cls) -> Torchrun:
         env = os.environ
+        torchrun = "TORCHELASTIC_RUN_ID" in env
         return cls(
+            launcher="torchrun" if torchrun else "deepspeed",
             rank=int(env["RANK"]),
             world_size=int(env["WORLD_SIZE"]),
             local_rank=int(env["LOCAL_RANK"]),
-            local_world_size=int(env["LOCAL_WORLD_SIZE"]),
+            local_world_size=int(env["LOCAL_WORLD_SIZE" if torchrun else "LOCAL_SIZE"]),
             master_addr=env["MASTER_ADDR"],
             master_port=int(env["MASTER_PORT"]),
-            run_id=env["TORCHELASTIC_RUN_ID"],
+            # DeepSpeed names no run, but one launcher is the parent of all its processes on a node.
+            run_id=env["TORCHELASTIC_RUN_ID"] if torchrun else f"deepspeed {os.getppid()}",
         )
 
     @property
@@ -64,8 +69,8 @@ class Torchrun:
 
 
 def under_torchrun() -> bool:
-    """Whether this process was started by torchrun."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    """Whether this process was started by torchrun, or by DeepSpeed's launcher."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "LOCAL_SIZE", "CROSS_SIZE"} <= os.environ.keys()
 
 
 def serve_torchrun(config: EngineConfig, host: str, port: int) -> int:
@@ -79,7 +84,8 @@ def serve_torchrun(config: EngineConfig, host: str, port: int) -> int:
         from moe_runtime.build import build_engine
         from moe_runtime.serve.server import run_server
 
-        return run_server(partial(build_engine, config, make_executor), host, port)
+        local_ranks = Torchrun.from_environment().local_world_size
+        return run_server(partial(build_engine, config, make_executor, local_ranks), host, port)
 
     return run_torchrun(config, run_front)
 
@@ -99,7 +105,7 @@ def run_torchrun(
     torchrun = Torchrun.from_environment()
     if config.ep_size not in (1, torchrun.world_size):
         raise ValueError(
-            f"ep_size: {config.ep_size} is not allowed under torchrun with {torchrun.world_size} processes; "
+            f"ep_size: {config.ep_size} is not allowed under {torchrun.launcher} with {torchrun.world_size} processes; "
             f"it must be {torchrun.world_size}, or left out"
         )
     config = replace(config, ep_size=torchrun.world_size)

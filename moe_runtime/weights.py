@@ -1,4 +1,5 @@
-"""Where weights come from: a directory of safetensors files, or random numbers. Each rank reads only what it asks for.
+"""Where weights come from: a directory of safetensors files, a DeepSpeed checkpoint, or random numbers. Each rank reads
+only what it asks for.
 
 Files are memory-mapped, so bytes that nobody asks for are never read.
 """
@@ -14,12 +15,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moe_runtime.config import ModelConfig
+from moe_runtime.deepspeed_files import DeepSpeedFiles
+
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The directory of a model: the embedded "demo", a local directory, or a hub id that is downloaded.
+
+    Without `weights` the hub gives the rest of it only: configuration and tokenizer.
 
     Raises:
         ValueError: neither a directory nor something the hub gives.
@@ -36,8 +42,9 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt"] + ["*.safetensors"] * weights
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model: {model!r} is no directory, and the hub does not give it: {reason}") from error
@@ -51,6 +58,20 @@ class WeightSource(Protocol):
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
         """The tensor, of the shape expected (`shape[1:]` with an index). Raises ValueError naming what is wrong."""
+
+
+def open_weights(path: Path, config: ModelConfig) -> WeightSource:
+    """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
+
+    Raises:
+        ValueError: there are none, or a file is missing, foreign or damaged.
+    """
+    files = DeepSpeedFiles.find(path)
+    if files is None:
+        return Checkpoint(path)
+    from moe_runtime.deepspeed_checkpoint import DeepSpeedCheckpoint
+
+    return DeepSpeedCheckpoint(files, config)
 
 
 class Checkpoint:

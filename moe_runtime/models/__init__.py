@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config import ModelConfig
+from moe_runtime.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -47,6 +48,8 @@ def load_model_config(path: Path) -> ModelConfig:
         raise ValueError(f"model_type: {family!r} in {path / 'config.json'} is not known; known: {sorted(FAMILIES)}")
     model: ModelConfig = family_module(family).parse(config)
     _check(model)
+    if DeepSpeedFiles.find(path) is not None:
+        model = with_deepspeed_gate(model)
     eos = (_read_json(path / "generation_config.json") or {}).get("eos_token_id")
     if eos is not None:
         model = dataclasses.replace(model, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
