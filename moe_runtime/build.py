@@ -11,7 +11,6 @@ from moe_runtime.budget import check_budget
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.engine import Engine
 from moe_runtime.executor import Executor
-from moe_runtime.placements import initial_placement
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +32,7 @@ def build_engine(
         RankError: a rank failed to start. Whatever was started has ended then.
     """
     from moe_runtime.models import load_model_config
+    from moe_runtime.placements import initial_placement
     from moe_runtime.weights import resolve_model
 
     path = resolve_model(config.model)

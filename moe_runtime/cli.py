@@ -1,4 +1,4 @@
-"""The command line: `moe-runtime generate | serve | heatmap`. Imports what a command needs only when it runs."""
+"""The command line: `moe-runtime COMMAND`. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe_runtime import __version__
+from moe_runtime.bench.options import BenchOptions
+from moe_runtime.cli_bench import bench
 from moe_runtime.cli_generate import engine_options, generate, sampling_options
+from moe_runtime.cli_inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.config import EngineConfig, check_integer
 from moe_runtime.executor import RankError
 from moe_runtime.options import (
@@ -99,9 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"moe-runtime {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it before all others
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_serve(commands)
+    _add_bench(commands)
+    _add_inspect(commands)
     _add_heatmap(commands)
     return parser
 
@@ -152,6 +158,28 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
     add_flags(parser.add_argument_group("engine"), options_of(EngineConfig, exclude=("model",)))
 
 
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "bench", "Measure throughput and latencies of a model or a running server.", _bench)
+    _add_model(parser)
+    measured = parser.add_argument_group("measurement")
+    add_flags(measured, options_of(BenchOptions, exclude=("output",)))
+    measured.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        metavar="FILE",
+        help="write the results: .json or .png; may be repeated",
+    )
+    add_flags(parser.add_argument_group("engine (without --url)"), engine_options())
+
+
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "inspect", "Show what a model takes, before anything is loaded.", _inspect)
+    _add_model(parser)
+    add_flags(parser.add_argument_group("view"), options_of(InspectOptions))
+    add_flags(parser.add_argument_group("engine"), inspect_engine_options())
+
+
 def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", _heatmap)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -190,6 +218,21 @@ def _serve(namespace: argparse.Namespace) -> int:
     from moe_runtime.serve.server import run_server
 
     return run_server(lambda: build_engine(config), address.host, address.port)
+
+
+def _bench(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from moe_runtime.bench.targets import RequestError
+
+    try:
+        return bench(namespace)
+    except RequestError as error:
+        _complain(str(error))
+        return EXIT_FAILED
+
+
+def _inspect(namespace: argparse.Namespace) -> int:
+    return inspect(namespace)
 
 
 def _heatmap(namespace: argparse.Namespace) -> int:

@@ -18,7 +18,6 @@ from moe_runtime.detokenizer import IncrementalDecoder, OutputText
 from moe_runtime.executor import Executor
 from moe_runtime.messages import PromptLogprobs, RankResult, Sample, TokenLogprobs
 from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
-from moe_runtime.rebalancer import BalancerStats, Rebalance, Rebalancer
 from moe_runtime.request import Request
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.scheduler import Scheduler
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
+    from moe_runtime.rebalancer import BalancerStats, Rebalance
     from moe_runtime.tokenizer import Tokenizer
 
 
@@ -81,6 +81,8 @@ class Engine:
             config.dispatcher,
             set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
         )
+        from moe_runtime.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
+
         self.rebalancer = Rebalancer(config, model_config, executor)
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
@@ -246,6 +248,7 @@ class Engine:
             "max_model_len": self.max_model_len,
             "block_size": self.config.block_size,
             "num_blocks": [rank.num_blocks for rank in ranks],
+            "vocab_size": self.model_config.vocab_size,
             "placement_invariance": self._placement_invariance(),
         }
 

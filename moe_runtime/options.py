@@ -92,8 +92,8 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> 
         elif option.many and option.kind is str:
             arguments |= {"action": "append", "metavar": "TEXT"}
         elif option.many:
-            assert option.kind is int
-            arguments |= {"type": integers, "metavar": "N,N,..."}
+            convert, metavar = {int: (integers, "N,N,..."), float: (numbers, "X,X,...")}[option.kind]
+            arguments |= {"type": convert, "metavar": metavar}
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
             arguments |= {"type": _converter(option.kind), "metavar": metavar}
@@ -101,7 +101,9 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> 
 
 
 def _help(option: Option) -> str:
-    default = "" if option.default in (None, (), dataclasses.MISSING) else f" (default: {option.default})"
+    value = option.default
+    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+    default = "" if value in (None, (), dataclasses.MISSING) else f" (default: {shown})"
     return (option.help.rstrip(".") + default).replace("%", "%%")
 
 
@@ -119,6 +121,12 @@ def _converter(kind: type) -> Callable[[str], Any]:
 def integers(text: str) -> list[int]:
     """The integers of a flag's value, separated by commas."""
     convert = _converter(int)
+    return [convert(word) for word in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of a flag's value, separated by commas; "inf" is one."""
+    convert = _converter(float)
     return [convert(word) for word in text.split(",")]
 
 
@@ -150,17 +158,32 @@ def read_options_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
     return values
 
 
-def option_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
+def given_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
     """The options that were set, on the command line or in the file of `--config`; the command line wins.
 
     Raises:
-        ValueError: as `read_options_file`, or there is no model.
+        ValueError: as `read_options_file`.
     """
     values = read_options_file(namespace.config, options) if namespace.config else {}
     given = vars(namespace)
     values |= {option.name: given[option.name] for option in options if given.get(option.name) is not None}
+    return values
+
+
+def require_model(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if the options name no model."""
     if values.get("model") is None:
         raise ValueError(f"model: missing; it must be {MODEL}")
+
+
+def option_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
+    """As `given_values`, of a command that needs a model.
+
+    Raises:
+        ValueError: as `read_options_file`, or there is no model.
+    """
+    values = given_values(namespace, options)
+    require_model(values)
     return values
 
 

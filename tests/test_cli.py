@@ -31,6 +31,11 @@ ENGINE_FLAGS = {
     "skip_tokenizer_init": True,
     "seed": 3,
     "dispatcher": "all_gather",
+    "balance": "auto",
+    "balance_interval": 9,
+    "redundant_experts": 1,
+    "migration_bytes_per_step": 77,
+    "placement": "placement.json",
     "served_model_name": "name",
     "step_timeout": 1.5,
 }
@@ -93,7 +98,9 @@ def served(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["generate", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in ("generate", "serve", "bench", "inspect"))]
+)
 def test_help_imports_nothing_heavy(arguments):
     program = (
         "import sys\nfrom moe_runtime.cli import main\n"

@@ -19,10 +19,11 @@ LEAVES = {
     "all2all": {"all2all", "kernels"},
     "balancer": {"balancer"},
 }
-TOP = {"cli", "cli_generate", "launch", "__main__"}
+TOP = {"bench", "cli", "cli_bench", "cli_generate", "cli_inspect", "launch", "__main__"}
 TORCH_FREE = """
-block_pool build cli config detokenizer engine executor host launch llm messages models models.hf_config options
-outputs rank_group request sampling_params scheduler transport
+bench.options bench.workload block_pool budget build cli cli_bench cli_inspect config detokenizer engine executor host
+launch llm messages model_size models models.hf_config options outputs rank_group request sampling_params scheduler
+transport
 """.split()  # noqa: SIM905
 OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]
 

@@ -1,0 +1,93 @@
+"""The requests of a measurement, as a function of its options and seed: lengths, prompts, arrivals. No torch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_runtime.bench.options import BenchOptions, Lengths
+
+if TYPE_CHECKING:
+    from moe_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request: when it arrives, in seconds after the first may, and what it asks for."""
+
+    arrival: float
+    prompt: list[int]
+    output_len: int
+
+
+def make_workload(options: BenchOptions, index: int, tokens: Sequence[int]) -> list[Job]:
+    """The requests of the rate `options.request_rate[index]`, in order of arrival.
+
+    Lengths are the same at every rate, and so are the gaps between arrivals, exponential (Poisson) but for their scale.
+    Prompts differ, so that no rate profits from what another has left in a cache.
+
+    Args:
+        tokens: what prompts are cut out of. Of a vocabulary, that is a `range`, prompts are random draws.
+    """
+    rate = options.request_rate[index]
+    draws = random.Random(options.seed)
+    contents = random.Random(f"{options.seed} {index}")
+    input_len, output_len = Lengths.parse("", options.input_len), Lengths.parse("", options.output_len)
+    arrival, jobs = 0.0, []
+    for _ in range(options.num_prompts):
+        size = input_len.draw(draws)
+        prompt = _prompt(tokens, size, contents)
+        jobs.append(Job(arrival, prompt, output_len.draw(draws)))
+        arrival += draws.expovariate(1.0) / rate
+    return jobs
+
+
+def make_warmups(options: BenchOptions, tokens: Sequence[int]) -> list[Job]:
+    """Requests as at the first rate but all at once, with prompts of their own."""
+    contents = random.Random(f"{options.seed} warm-up")
+    jobs = make_workload(options, 0, tokens)[: options.num_warmups]
+    return [Job(0.0, _prompt(tokens, len(job.prompt), contents), job.output_len) for job in jobs]
+
+
+def _prompt(tokens: Sequence[int], size: int, contents: random.Random) -> list[int]:
+    if isinstance(tokens, range):
+        return contents.choices(tokens, k=size)
+    start = contents.randrange(len(tokens) - size + 1)
+    return list(tokens[start : start + size])
+
+
+def check_lengths(jobs: Sequence[Job], max_model_len: int) -> None:
+    """Raise ValueError if a request is longer than the model's context."""
+    longest = max(jobs, key=lambda job: len(job.prompt) + job.output_len)
+    if len(longest.prompt) + longest.output_len > max_model_len:
+        raise ValueError(
+            f"input_len: a prompt of {len(longest.prompt)} tokens with {longest.output_len} to generate is drawn, "
+            f"but max_model_len is {max_model_len}; choose shorter lengths, or bounds for them"
+        )
+
+
+def read_text(path: str, tokenizer: Tokenizer | None, options: BenchOptions) -> list[int]:
+    """The tokens of a text file.
+
+    Raises:
+        ValueError: no tokenizer, or fewer tokens than the longest prompt that is drawn.
+        OSError: it cannot be read.
+    """
+    if tokenizer is None:
+        raise ValueError("text: not allowed without a tokenizer")
+    try:
+        tokens = tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: {path!r} is not UTF-8 ({error})") from error
+    longest = max(len(job.prompt) for job in make_workload(options, 0, range(1)))
+    if len(tokens) < longest:
+        raise ValueError(f"text: {path!r} has {len(tokens)} tokens, but a prompt of {longest} is drawn")
+    return tokens
+
+
+def rate_name(rate: float) -> str:
+    return "inf" if math.isinf(rate) else f"{rate:g}"

@@ -1,0 +1,21 @@
+"""Fake engines that can be measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from serve_fakes import FakeEngine
+
+
+class BenchEngine(FakeEngine):
+    """A fake engine with a vocabulary and all that a report says of an engine."""
+
+    model_config = SimpleNamespace(vocab_size=1000)
+
+    def health(self):
+        return super().health() | {"dtype": "float32", "device": "cpu", "max_model_len": self.max_model_len}
+
+
+class KnownVocabulary(BenchEngine):
+    def health(self):
+        return super().health() | {"vocab_size": 1000}

@@ -1,0 +1,56 @@
+"""Running cases of Triton kernels in the interpreter.
+
+The interpreter is chosen before triton is imported and lasts for the process, so the cases run in a child: the test
+file itself, run as a script, which prints what went wrong with each case. On a GPU they run in the test process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Case = Callable[[torch.device, torch.dtype], None]
+
+INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
+GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Largest difference of an output to the reference, over the largest output. Twin and kernel round the product and the
+# output to the dtype, half a unit in the last place each, and the rounded products are summed.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Same shape and dtype, and no difference above the tolerance of the dtype; NaN is never near."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, (actual.dtype, actual.shape)
+    if expected.numel():
+        error = (actual.float() - expected.float()).abs().max() / expected.float().abs().max()
+        assert error <= TOLERANCE[actual.dtype], float(error)
+
+
+def run_cases(cases: Mapping[str, Case]) -> None:
+    """Print, as JSON, seed and traceback of each case, empty where it passed."""
+    errors = {}
+    for name, check in cases.items():
+        for dtype in INTERPRETED_DTYPES:
+            seed = torch.seed()
+            try:
+                check(torch.device("cpu"), dtype)
+                errors[f"{name} {dtype}"] = ""
+            except Exception:  # noqa: BLE001 (every kind of failure is a result to report)
+                errors[f"{name} {dtype}"] = f"seed {seed}\n{traceback.format_exc()}"
+    json.dump(errors, sys.stdout)
+
+
+def interpret(file: str) -> dict[str, str]:
+    """What `run_cases` prints in a process that interprets kernels and runs this test file."""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    child = subprocess.run(
+        [sys.executable, "-W", "error", file], env=env, cwd=Path(file).parent, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr
+    results: dict[str, str] = json.loads(child.stdout)
+    return results
