@@ -52,11 +52,10 @@ def pack_layer(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Ints:
         start = ring[-1]
     for expert in _by_load(part_E, (count_E == 1).nonzero()[0]):
         put(expert, min((rank for rank in range(num_ranks) if free[rank]), key=load.__getitem__))
-    _fill(held, free, load_E)
     slots_WS = np.full((num_ranks, int(num_slots_W.max())), EMPTY, np.int64)
     for rank, experts in enumerate(held):
         slots_WS[rank, : len(experts)] = experts
-    return slots_WS
+    return fill_slots(slots_WS, num_slots_W, load_E)
 
 
 def pack_heaviest_first(load_E: Floats, num_slots_W: Ints) -> Ints:
@@ -108,13 +107,16 @@ def _alternate(order: list[int]) -> list[int]:
     ]
 
 
-def _fill(held: list[list[int]], free: list[int], load_E: Floats) -> None:
-    """Replicas in slots that stayed free, as ranks ran out for an expert: each time the hottest that the rank lacks."""
-    count_E = np.bincount([expert for experts in held for expert in experts], minlength=len(load_E))
-    for rank, experts in enumerate(held):
-        for _ in range(min(free[rank], len(load_E) - len(experts))):
-            part_E = load_E / count_E
-            part_E[experts] = -1
-            expert = int(part_E.argmax())
-            experts.append(expert)
+def fill_slots(slots_WS: Ints, num_slots_W: Ints, load_E: Floats) -> Ints:
+    """Replicas in slots that were left free, each time of the expert with most load per replica that the rank lacks."""
+    filled_WS = slots_WS.copy()
+    usable_WS = np.arange(slots_WS.shape[1]) < num_slots_W[:, None]
+    count_E = np.bincount(slots_WS[slots_WS != EMPTY], minlength=len(load_E))
+    for rank, slot in np.argwhere(usable_WS & (slots_WS == EMPTY)).tolist():
+        part_E = load_E / count_E
+        part_E[filled_WS[rank][filled_WS[rank] != EMPTY]] = -1
+        expert = int(part_E.argmax())
+        if part_E[expert] >= 0:
+            filled_WS[rank, slot] = expert
             count_E[expert] += 1
+    return filled_WS

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_runtime.balancer.checks import check_load, check_speed, in_mean_ranks, relative
 from moe_runtime.balancer.flow import Floats
 from moe_runtime.balancer.improve import Improvement, Ints, Layer, improvements
-from moe_runtime.balancer.pack import pack_heaviest_first, pack_layer
+from moe_runtime.balancer.pack import fill_slots, pack_heaviest_first, pack_layer
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.resize import resize_layer
 
@@ -178,8 +178,8 @@ def _pack_best(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Layer:
     ring = Layer(load_E, pack_layer(load_E, num_slots_W, speed_W), num_slots_W, speed_W)
     if ring.level <= 1 + LEAST_GAIN_AT_FIRST:
         return ring
-    heaviest_first = Layer(load_E, pack_heaviest_first(load_E, num_slots_W), num_slots_W, speed_W)
-    return min(ring, heaviest_first, key=lambda layer: layer.level)
+    slots_WS = fill_slots(pack_heaviest_first(load_E, num_slots_W), num_slots_W, load_E)
+    return min(ring, Layer(load_E, slots_WS, num_slots_W, speed_W), key=lambda layer: layer.level)
 
 
 def _apply(slots_WS: npt.NDArray[np.integer], improvement: Improvement) -> None:

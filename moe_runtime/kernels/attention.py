@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ class KeyRead:
     blocks: Tensor
     num_keys: int
     visible: Tensor | None
+
+
+@dataclass(frozen=True)
+class DeviceLengths:
+    """The same lengths as int32 tensors on the device, and each row's own sequence and position.
+
+    Attributes:
+        query_start, context_len: as in `AttentionMetadata`.
+        sequence_T, position_T: of each row of `q_THd`.
+    """
+
+    query_start: Tensor
+    context_len: Tensor
+    sequence_T: Tensor
+    position_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,16 @@ class AttentionMetadata:
     def max_context(self) -> int:
         """Most keys of any sequence; 0 without sequences."""
         return max(self.context_len, default=0)
+
+    @cached_property
+    def on_device(self) -> DeviceLengths:
+        """The lengths for kernels that read them on the device; one copy, made once per step."""
+        num_query = torch.tensor(self.num_query, dtype=torch.int32)
+        sequence_T = torch.repeat_interleave(torch.arange(len(num_query), dtype=torch.int32), num_query)
+        query_start, context_len = (torch.tensor(x, dtype=torch.int32) for x in (self.query_start, self.context_len))
+        position_T = torch.arange(self.num_tokens, dtype=torch.int32) + (context_len - query_start[1:])[sequence_T]
+        parts = (query_start, context_len, sequence_T, position_T)
+        return DeviceLengths(*torch.cat(parts).to(self.block_table.device).split([len(part) for part in parts]))
 
     def reads(self, block_size: int, sliding_window: int | None) -> list[KeyRead]:
         """The step as key reads: one for all decodes, one per prefill chunk.

@@ -11,52 +11,34 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels import torch_ops
+from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.torch_attention import paged_attention, store_kv
-from moe_runtime.kernels.torch_ops import (
-    Scoring,
-    add_rms_norm,
-    apply_rotary,
-    combine_topk,
-    group_by_slot,
-    rms_norm,
-    silu_mul,
-)
+from moe_runtime.kernels.torch_ops import Scoring
 
 __all__ = [
     "AttentionMetadata",
     "Scoring",
     "add_rms_norm",
     "apply_rotary",
+    "combine_grouped",
     "combine_topk",
     "describe",
     "group_by_slot",
+    "group_by_slot_padded",
     "grouped_mlp",
     "paged_attention",
     "rms_norm",
+    "rotary_store_kv",
     "silu_mul",
     "store_kv",
     "topk_gate",
 ]
 
-_TORCH_ONLY = (
-    "rms_norm",
-    "add_rms_norm",
-    "apply_rotary",
-    "store_kv",
-    "paged_attention",
-    "silu_mul",
-    "group_by_slot",
-    "combine_topk",
-)
-_TRITON_ON_CUDA = ("topk_gate", "grouped_mlp")
-
 
 def describe(device: torch.device) -> dict[str, str]:
     """The implementation, "triton" or "torch", that each op has on a device."""
-    fused = "triton" if _uses_triton(device) else "torch"
-    return dict.fromkeys(_TORCH_ONLY, "torch") | dict.fromkeys(_TRITON_ON_CUDA, fused)
+    names = [name for name in __all__ if name.islower() and name != "describe"]
+    return dict.fromkeys(names, "triton" if _uses_triton(device) else "torch")
 
 
 def _uses_triton(device: torch.device) -> bool:
@@ -66,6 +48,89 @@ def _uses_triton(device: torch.device) -> bool:
 @cache
 def _triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension; see `torch_ops.rms_norm`."""
+    if _uses_triton(x_TD.device):
+        from moe_runtime.kernels.triton import norms
+
+        return norms.rms_norm(x_TD, weight_D, eps)
+    return torch_ops.rms_norm(x_TD, weight_D, eps)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`(normed, residual + x)`; see `torch_ops.add_rms_norm`."""
+    if _uses_triton(x_TD.device):
+        from moe_runtime.kernels.triton import norms
+
+        return norms.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    return torch_ops.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """`silu(gate) * up`; see `torch_ops.silu_mul`."""
+    if _uses_triton(gate_up_T2F.device):
+        from moe_runtime.kernels.triton import norms
+
+        return norms.silu_mul(gate_up_T2F)
+    return torch_ops.silu_mul(gate_up_T2F)
+
+
+def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys; see `torch_ops.apply_rotary`."""
+    if _uses_triton(q_THd.device):
+        from moe_runtime.kernels.triton import rotary
+
+        return rotary.apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
+    return torch_ops.apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
+
+
+def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
+    """Write keys and values into their cache slots; see `torch_attention.store_kv`."""
+    if _uses_triton(k_TGd.device):
+        from moe_runtime.kernels.triton import rotary
+
+        return rotary.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+    return torch_attention.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+
+
+def rotary_store_kv(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cos_Tr: Tensor,
+    sin_Tr: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    slot_T: Tensor,
+) -> Tensor:
+    """`apply_rotary` and `store_kv` in one; returns the turned queries; see `torch_attention.rotary_store_kv`."""
+    operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, slot_T)
+    if _uses_triton(q_THd.device):
+        from moe_runtime.kernels.triton import rotary
+
+        return rotary.rotary_store_kv(*operands)
+    return torch_attention.rotary_store_kv(*operands)
+
+
+def paged_attention(
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
+    if _uses_triton(q_THd.device):
+        from moe_runtime.kernels.triton import attention
+
+        implementation = attention.paged_attention
+    else:
+        implementation = torch_attention.paged_attention
+    return implementation(q_THd, k_cache_NBGd, v_cache_NBGd, meta, scale=scale, sliding_window=sliding_window)
 
 
 def topk_gate(
@@ -98,6 +163,24 @@ def topk_gate(
     )
 
 
+def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """`(order, counts_S)`; waits for the device; see `torch_ops.group_by_slot`."""
+    if _uses_triton(slot_R.device):
+        from moe_runtime.kernels.triton import group
+
+        return group.group_by_slot(slot_R, num_slots)
+    return torch_ops.group_by_slot(slot_R, num_slots)
+
+
+def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(order_R, place_R, counts_S)`; waits for nothing; see `torch_ops.group_by_slot_padded`."""
+    if _uses_triton(slot_R.device):
+        from moe_runtime.kernels.triton import group
+
+        return group.group_by_slot_padded(slot_R, num_slots)
+    return torch_ops.group_by_slot_padded(slot_R, num_slots)
+
+
 def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
     """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
     if _uses_triton(x_ND.device):
@@ -105,3 +188,21 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
 
         return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
     return torch_ops.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
+
+
+def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
+    """Weighted sum of each token's expert rows, in order of `k`; see `torch_ops.combine_topk`."""
+    if _uses_triton(y_TKD.device):
+        from moe_runtime.kernels.triton import group
+
+        return group.combine_topk(y_TKD, weights_TK)
+    return torch_ops.combine_topk(y_TKD, weights_TK)
+
+
+def combine_grouped(y_RD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """`combine_topk` of rows in the grouped order; see `torch_ops.combine_grouped`."""
+    if _uses_triton(y_RD.device):
+        from moe_runtime.kernels.triton import group
+
+        return group.combine_grouped(y_RD, place_TK, weights_TK)
+    return torch_ops.combine_grouped(y_RD, place_TK, weights_TK)

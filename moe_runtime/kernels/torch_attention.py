@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.torch_ops import apply_rotary
 
 
 def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
@@ -20,6 +21,22 @@ def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: T
     """
     k_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, k_TGd)
     v_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, v_TGd)
+
+
+def rotary_store_kv(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cos_Tr: Tensor,
+    sin_Tr: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    slot_T: Tensor,
+) -> Tensor:
+    """`apply_rotary`, then `store_kv` of the turned keys; returns the turned queries."""
+    q_THd, k_TGd = apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
+    store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+    return q_THd
 
 
 def paged_attention(

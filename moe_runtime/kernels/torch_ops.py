@@ -162,6 +162,25 @@ def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     return order_R[int(counts[0]) :], counts[1:]
 
 
+def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`group_by_slot` with results of fixed size, so that nothing waits for the device: rows of slot -1 come last.
+
+    Args:
+        slot_R: int64, from -1 to `num_slots - 1`.
+
+    Returns:
+        `(order_R, place_R, counts_S)`, int64: the row at each place of the grouped order, the place of each row (-1
+        where it has no slot), and how many rows each slot has.
+    """
+    counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=slot_R.device)
+    bucket_R = torch.where(slot_R < 0, num_slots, slot_R)
+    counts.scatter_add_(0, bucket_R, torch.ones_like(bucket_R))
+    order_R = bucket_R.argsort(stable=True)
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return order_R, torch.where(slot_R < 0, -1, place_R), counts[:num_slots]
+
+
 def check_grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> None:
     """Refuse operands of `grouped_mlp` that do not fit together.
 
@@ -192,7 +211,8 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     Args:
         x_ND: input rows.
         row_R: int64, which input row stands at each place of the grouped order; `None` if they are in it already.
-        counts_S: int64, rows of each slot; the first `counts_S[0]` places belong to slot 0. They sum to R.
+        counts_S: int64, rows of each slot; the first `counts_S[0]` places belong to slot 0. Where they sum to less
+            than R, the places behind are not computed: what stands there is undefined.
         w13_SGD: `[S, 2 * F, D]`, the rows of `w_gate`, then those of `w_up`.
         w2_SDF: `[S, D, F]`.
 
@@ -205,7 +225,7 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
     rows_RD = x_ND if row_R is None else x_ND[row_R]
     counts = counts_S.tolist()
-    assert sum(counts) == rows_RD.shape[0], (sum(counts), rows_RD.shape[0])
+    assert sum(counts) <= rows_RD.shape[0], (sum(counts), rows_RD.shape[0])
     out_RD = torch.empty_like(rows_RD)
     start = 0
     for slot, count in enumerate(counts):
@@ -224,3 +244,15 @@ def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     for k in range(1, y_TKD.shape[1]):
         out_TD += y_TKD[:, k].float() * weights_KT1[k]
     return out_TD.to(y_TKD.dtype)
+
+
+def combine_grouped(y_RD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """`combine_topk` of rows that stand in the grouped order; a (token, k) without a place counts as zero.
+
+    Args:
+        place_TK: int64, the row of `y_RD` of each (token, k), or -1; as `group_by_slot_padded` gives them.
+    """
+    if not len(y_RD):
+        return y_RD.new_zeros(len(place_TK), y_RD.shape[1])
+    y_TKD = y_RD[place_TK.clamp(min=0)]
+    return combine_topk(y_TKD.masked_fill_((place_TK < 0)[..., None], 0), weights_TK)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_runtime import kernels
-from moe_runtime.kernels import ops, reference, torch_attention, torch_ops
+from moe_runtime.kernels import invariant_ops, ops, reference, torch_attention, torch_ops
 
 OPS = set(ops.describe(torch.device("cpu")))
 
@@ -18,10 +18,21 @@ def test_describe_names_every_op_and_its_implementation():
     assert functions - {"describe"} == OPS
     assert set(ops.describe(torch.device("cpu")).values()) == {"torch"}
     on_cuda = ops.describe(torch.device("cuda"))
-    assert {name for name, implementation in on_cuda.items() if implementation == "triton"} == {
-        "topk_gate",
-        "grouped_mlp",
-    }
+    assert set(on_cuda) == OPS and set(on_cuda.values()) == {"triton"}
+
+
+def test_invariant_forms_have_the_signatures_of_the_face():
+    for name in ("grouped_mlp", "paged_attention"):
+        assert inspect.signature(getattr(invariant_ops, name)) == inspect.signature(getattr(ops, name))
+
+
+def test_triton_forms_take_what_the_face_gives():
+    from moe_runtime.kernels.triton import attention, gate, group, grouped_gemm, norms, rotary
+
+    for module in (attention, gate, group, grouped_gemm, norms, rotary):
+        for name in OPS & set(vars(module)):
+            asked = list(inspect.signature(getattr(ops, name)).parameters.values())
+            assert list(inspect.signature(getattr(module, name)).parameters.values())[: len(asked)] == asked, name
 
 
 @pytest.mark.parametrize("module", [torch_ops, torch_attention, reference], ids=lambda m: m.__name__)

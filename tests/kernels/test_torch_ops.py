@@ -58,6 +58,18 @@ def test_group_by_slot(num_slots, data):
     assert order.dtype == counts.dtype == torch.int64
 
 
+@given(st.integers(1, 9), st.data())
+@settings(deadline=None)
+def test_group_by_slot_padded_is_the_exact_one_and_its_inverse(num_slots, data):
+    slot = torch.tensor(data.draw(st.lists(st.integers(-1, num_slots - 1), max_size=40)), dtype=torch.int64)
+    order, place, counts = ops.group_by_slot_padded(slot, num_slots)
+    exact_order, exact_counts = ops.group_by_slot(slot, num_slots)
+    assert torch.equal(order[: len(exact_order)], exact_order) and torch.equal(counts, exact_counts)
+    assert sorted(order.tolist()) == list(range(len(slot)))
+    assert torch.equal(place >= 0, slot >= 0)
+    assert torch.equal(order[place[place >= 0]], torch.arange(len(slot))[slot >= 0])
+
+
 @DTYPES
 @pytest.mark.parametrize("counts", [[1], [0, 5, 0, 12, 1], [0, 0], [40, 0]])
 @pytest.mark.parametrize("gathered", [True, False])
@@ -110,3 +122,38 @@ def test_combine_topk_sums_in_order_of_k():
     y = torch.tensor([1e8, 1.0, -1e8])[None, :, None]
     assert ops.combine_topk(y, torch.ones(1, 3)).item() == 0.0
     assert ops.combine_topk(y[:, [0, 2, 1]], torch.ones(1, 3)).item() == 1.0
+
+
+@DTYPES
+def test_combine_grouped_is_combine_topk_where_all_have_a_place(dtype):
+    y, weights = torch.randn(5, 3, 16).to(dtype), torch.rand(5, 3)
+    slot = torch.randint(4, (15,))
+    order, place, _ = ops.group_by_slot_padded(slot, 4)
+    grouped = y.flatten(0, 1)[order]
+    assert torch.equal(ops.combine_grouped(grouped, place.view(5, 3), weights), ops.combine_topk(y, weights))
+    place[4] = -1  # (1, 1)
+    y[1, 1] = 0
+    grouped[0] = float("nan") if order[0] == 4 else grouped[0]  # nobody reads it
+    assert torch.equal(ops.combine_grouped(grouped, place.view(5, 3), weights), ops.combine_topk(y, weights))
+    assert torch.equal(ops.combine_grouped(y[0, :0], torch.full((2, 3), -1), weights[:2]), torch.zeros(2, 16).to(dtype))
+
+
+@DTYPES
+def test_grouped_mlp_takes_rows_without_a_slot(dtype):
+    x, row, counts = torch.randn(6, 8).to(dtype), torch.randint(6, (9,)), torch.tensor([2, 0, 3])
+    w13, w2 = torch.randn(3, 10, 8).to(dtype), torch.randn(3, 8, 5).to(dtype)
+    padded = ops.grouped_mlp(x, row, counts, w13, w2)
+    assert padded.shape == (9, 8)
+    assert torch.equal(padded[:5], ops.grouped_mlp(x, row[:5], counts, w13, w2))
+
+
+@DTYPES
+def test_rotary_store_kv_is_both(dtype):
+    q, k, v = torch.randn(5, 8, 16).to(dtype).split((4, 2, 2), 1)
+    cos, sin = torch.randn(2, 5, 16)
+    one, two = torch.zeros(2, 2, 3, 4, 2, 16).to(dtype)
+    slot = torch.randperm(12)[:5]
+    turned_q, turned_k = ops.apply_rotary(q, k, cos, sin)
+    ops.store_kv(turned_k, v, *one, slot)
+    assert torch.equal(ops.rotary_store_kv(q, k, v, cos, sin, *two, slot), turned_q)
+    assert torch.equal(one, two)

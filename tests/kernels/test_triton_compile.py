@@ -2,15 +2,36 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from moe_runtime.kernels import triton as triton_kernels
+
 ROOT = Path(__file__).parents[2]
 SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+# First word of a form -> the kernel that it is a form of.
+KERNELS = {
+    name: name
+    for name in (
+        "combine",
+        "count",
+        "decode_attention",
+        "dense_gemm",
+        "grouped_gemm",
+        "merge_chunks",
+        "place",
+        "prefill_attention",
+        "silu_mul",
+        "store_kv",
+        "tile_map",
+        "topk_gate",
+    )
+} | {"add_rms_norm": "rms_norm", "rotary_store_kv": "rotary"}
 
 
 def check_kernels(**extra_env):
@@ -30,7 +51,10 @@ def reports():
 
 def test_every_kernel_is_compiled_for_every_chip(reports):
     kernels = {(report["form"].split()[0], report["chip"]) for report in reports}
-    assert kernels == {(name, chip) for name in ("grouped_gemm", "tile_map", "topk_gate") for chip in SHARED_KB}
+    assert kernels == {(name, chip) for name in KERNELS for chip in SHARED_KB}
+    sources = Path(triton_kernels.__file__).parent.glob("*.py")
+    entries = {name for file in sources for name in re.findall(r"^def (\w+)_kernel\(", file.read_text(), re.MULTILINE)}
+    assert entries == {KERNELS[name] for name in KERNELS}, "a kernel is not checked"
 
 
 @pytest.mark.parametrize("chip", SHARED_KB)
@@ -44,7 +68,8 @@ def test_fits_the_chip(reports, chip):
 
 @pytest.mark.parametrize("chip", SHARED_KB)
 def test_multiplies_on_the_tensor_cores_of_its_generation(reports, chip):
-    used = {r["tensor_core"] for r in reports if r["chip"] == chip and r["form"].startswith("grouped_gemm")}
+    names = ("grouped_gemm", "dense_gemm", "prefill_attention")
+    used = {r["tensor_core"] for r in reports if r["chip"] == chip and r["form"].startswith(names)}
     assert used == {TENSOR_CORE[chip]}
 
 

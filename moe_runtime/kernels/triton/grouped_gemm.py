@@ -1,18 +1,18 @@
 """SwiGLU experts over ragged groups of rows: two grouped products with weights, gather and activation fused in.
 
 Rows are grouped by slot, and each slot's rows are cut into tiles of `BLOCK_M`. How many tiles a slot has is known on
-the device alone, so the grid has room for the most tiles that the rows can make, a small kernel writes which slot and
-rows each tile holds, and tiles without rows return at once. The host never waits for the counts.
+the device alone, so the grid has room for the most tiles that the rows can make, and tiles without rows return at once.
+The host never waits for the counts. Which slot and rows a tile holds is written by a small kernel before large tiles
+run; with the smallest tiles, which stream weights for a few rows each, every program finds it itself, a launch less.
 
 Every output is accumulated over the input features in one order, in float32, whatever rows share its tile.
 
-Shape suffixes: N input rows, R grouped rows, S local slots, D hidden, F expert intermediate; in the kernels M, N and K
-are a tile's rows, output features and input features, and Q is a block of tiles.
+Shape suffixes: N input rows, R grouped rows, S local slots, D hidden, F expert intermediate, I and O input and output
+features of a dense product; in the kernels M, N and K are a tile's rows, weight rows and input features, P half of its
+weight rows, and Q is a block of tiles.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,74 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_runtime.kernels.torch_ops import check_contiguous, check_grouped_mlp
+from moe_runtime.kernels.triton.tiles import Tile, invariant_tile
+from moe_runtime.kernels.triton.tune import choose_tile
 
 BLOCK_TILES = 16
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How one program cuts the product.
-
-    Attributes:
-        block_m: rows.
-        block_n: weight rows; the fused product takes half of them from the gate and half from the up projection.
-        block_k: input features per step.
-        num_warps: warps of a program.
-        num_stages: depth of the load pipeline.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# Every tile fits in the 99 KB of shared memory that the smallest chips (8.6, 8.9 and 12.0) give to a program.
-# Few rows per slot: reading weights is all the time there is, so the rows are padded little and many loads are in
-# flight. Many rows: large tiles, so that each weight read serves many rows.
-TILES_16_BIT: tuple[Tile, ...] = (
-    Tile(block_m=16, block_n=128, block_k=64, num_warps=4, num_stages=4),
-    Tile(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4),
-    Tile(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
-    Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
-)
-# float32 is multiplied without tensor cores, to keep all its bits; registers limit the tile.
-TILES_32_BIT: tuple[Tile, ...] = (
-    Tile(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3),
-    Tile(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3),
-)
-
-
-def choose_tile(num_rows: int, num_slots: int, dtype: torch.dtype) -> Tile:
-    """The smallest tile that holds the mean slot's rows, else the largest.
-
-    Raises:
-        ValueError: the dtype has no kernel.
-    """
-    if dtype in (torch.bfloat16, torch.float16):
-        tiles = TILES_16_BIT
-    elif dtype == torch.float32:
-        tiles = TILES_32_BIT
-    else:
-        raise ValueError(f"dtype: {dtype} is not allowed; it must be bfloat16, float16 or float32")
-    rows_per_slot = num_rows / num_slots
-    return next((tile for tile in tiles if rows_per_slot <= tile.block_m), tiles[-1])
+DECODE_ROWS = 16  # tiles of so many rows stream weights
+TILES_TOGETHER = 8  # tiles that run through the weights side by side, so that they share what L2 holds of them
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def tile_map_kernel(
-    counts_ptr: tl.tensor,
-    tile_ptr: tl.tensor,
-    num_slots: tl.tensor,
-    num_rows: tl.tensor,
-    num_tiles: tl.tensor,
-    BLOCK_M: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-) -> None:
-    """Write `(slot, first row, end of the slot's rows)` of each tile; tiles to spare begin at the end or behind it."""
-    tile_Q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+def locate_tiles(
+    tile_Q: tl.tensor, counts_ptr: tl.tensor, num_slots: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """`(slot, first row, end of the slot's rows)` of each tile; tiles to spare begin at the end or behind it."""
     slot_S = tl.arange(0, BLOCK_S)
     counts_S = tl.load(counts_ptr + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
     tiles_S = tl.cdiv(counts_S, BLOCK_M)
@@ -98,13 +43,68 @@ def tile_map_kernel(
     first_tile_Q = tl.sum(tl.where(is_before_QS, tiles_S[None, :], 0), 1)
     slot_start_Q = tl.sum(tl.where(is_before_QS, counts_S[None, :], 0), 1)
     count_Q = tl.sum(tl.where(slot_S[None, :] == slot_Q[:, None], counts_S[None, :], 0), 1)
-    row_Q = slot_start_Q + (tile_Q - first_tile_Q) * BLOCK_M
-    end_Q = tl.minimum(slot_start_Q + count_Q, num_rows)
+    return slot_Q, slot_start_Q + (tile_Q - first_tile_Q) * BLOCK_M, slot_start_Q + count_Q
 
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_map_kernel(
+    counts_ptr: tl.tensor,
+    tile_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_tiles: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+) -> None:
+    """Write what `locate_tiles` finds, three numbers per tile."""
+    tile_Q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    slot_Q, row_Q, end_Q = locate_tiles(tile_Q, counts_ptr, num_slots, BLOCK_M, BLOCK_S)
     is_tile_Q = tile_Q < num_tiles
     tl.store(tile_ptr + tile_Q * 3, slot_Q, mask=is_tile_Q)
     tl.store(tile_ptr + tile_Q * 3 + 1, row_Q, mask=is_tile_Q)
     tl.store(tile_ptr + tile_Q * 3 + 2, end_Q, mask=is_tile_Q)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def multiply(
+    x_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    row_M: tl.tensor,
+    w_row_N: tl.tensor,
+    in_features: tl.tensor,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Rows `row_M` of `x` times rows `w_row_N` of `w`, `[BLOCK_M, BLOCK_N]` float32; all row numbers must be valid."""
+    k_K = tl.arange(0, BLOCK_K)
+    x_ptr_MK = x_ptr + row_M[:, None] * in_features + k_K[None, :]
+    w_ptr_KN = w_ptr + w_row_N[None, :] * in_features + k_K[:, None]
+    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        if EVEN_K:
+            x_MK = tl.load(x_ptr_MK)
+            w_KN = tl.load(w_ptr_KN)
+        else:
+            is_k_K = k_K < in_features - start
+            x_MK = tl.load(x_ptr_MK, mask=is_k_K[None, :], other=0.0)
+            w_KN = tl.load(w_ptr_KN, mask=is_k_K[:, None], other=0.0)
+        acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision="ieee")
+        x_ptr_MK += BLOCK_K
+        w_ptr_KN += BLOCK_K
+    return acc_MN
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def place_program(num_tiles: tl.tensor, num_n: tl.tensor, GROUP_M: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Tile and block of weight rows of this program: `GROUP_M` tiles go through all weight rows together."""
+    program = tl.program_id(0)
+    group_size = GROUP_M * num_n
+    first_tile = program // group_size * GROUP_M
+    tiles_here = tl.minimum(num_tiles - first_tile, GROUP_M)
+    inside = program % group_size
+    return first_tile + inside % tiles_here, inside // tiles_here
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -114,51 +114,86 @@ def grouped_gemm_kernel(
     w_ptr: tl.tensor,
     out_ptr: tl.tensor,
     tile_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    num_tiles: tl.tensor,
     in_features: tl.tensor,
     out_features: tl.tensor,
     SWIGLU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    """`out[r] = w[slot of r] @ x[row[r]]`; with `SWIGLU` the slot's weight is a gate and an up projection, fused.
+
+    `row_ptr` is `None` where the rows of `x` are in grouped order, and `tile_ptr` where no map was made. With `SWIGLU`
+    rows of gate and up alternate in the tile: one product of full width, and both halves of a pair in one thread.
+    """
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
+    tile, n_block = place_program(num_tiles, tl.cdiv(out_features, BLOCK_OUT), GROUP_M)
+    if tile_ptr is None:
+        slot_Q, row_Q, end_Q = locate_tiles(tile + tl.arange(0, 1), counts_ptr, num_slots, BLOCK_M, BLOCK_S)
+        slot, first_row, end_row = tl.sum(slot_Q), tl.sum(row_Q), tl.sum(end_Q)
+    else:
+        slot = tl.load(tile_ptr + tile * 3)
+        first_row = tl.load(tile_ptr + tile * 3 + 1)
+        end_row = tl.load(tile_ptr + tile * 3 + 2)
+    if first_row >= end_row:
+        return
+
+    # Rows and features to spare read a valid place and are not stored: loads without masks.
+    place_M = first_row + tl.arange(0, BLOCK_M)
+    is_row_M = place_M < end_row
+    valid_M = tl.where(is_row_M, place_M, first_row)
+    row_M = valid_M.to(tl.int64) if row_ptr is None else tl.load(row_ptr + valid_M)
+    if SWIGLU:
+        n_N = n_block * BLOCK_OUT + tl.arange(0, BLOCK_N) // 2
+        w_row_N = tl.where(n_N < out_features, n_N, 0) + tl.arange(0, BLOCK_N) % 2 * out_features
+        w_ptr += slot.to(tl.int64) * out_features * 2 * in_features
+    else:
+        n_N = n_block * BLOCK_OUT + tl.arange(0, BLOCK_N)
+        w_row_N = tl.where(n_N < out_features, n_N, 0)
+        w_ptr += slot.to(tl.int64) * out_features * in_features
+    acc_MN = multiply(x_ptr, w_ptr, row_M, w_row_N, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if SWIGLU:
+        gate_MP, up_MP = tl.split(tl.reshape(acc_MN, (BLOCK_M, BLOCK_OUT, 2)))
+        acc_MN = gate_MP / (1.0 + tl.exp(-gate_MP)) * up_MP
+
+    n = n_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    out_ptr_MN = out_ptr + place_M.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None] & (n < out_features)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def dense_gemm_kernel(
+    x_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    in_features: tl.tensor,
+    out_features: tl.tensor,
+    EVEN_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """`out[r] = w[slot of r] @ x[row[r]]`; with `SWIGLU` the slot's weight is a gate and an up projection, fused.
-
-    `row_ptr` is `None` where the rows of `x` are in grouped order.
-    """
-    tile = tl.program_id(1)
-    slot = tl.load(tile_ptr + tile * 3).to(tl.int64)
-    first_row = tl.load(tile_ptr + tile * 3 + 1)
-    end_row = tl.load(tile_ptr + tile * 3 + 2)
-    if first_row >= end_row:
-        return
-
-    place_M = first_row + tl.arange(0, BLOCK_M)
-    is_row_M = place_M < end_row
-    row_M = place_M.to(tl.int64) if row_ptr is None else tl.load(row_ptr + place_M, mask=is_row_M, other=0)
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_n_N = n_N < out_features
-    k_K = tl.arange(0, BLOCK_K)
-
-    x_ptr_MK = x_ptr + row_M[:, None] * in_features + k_K[None, :]
-    weight_size = out_features * in_features
-    w_ptr += slot * weight_size * (2 if SWIGLU else 1)
-    w_ptr_KN = w_ptr + n_N[None, :] * in_features + k_K[:, None]
-    acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, in_features, BLOCK_K):
-        is_k_K = k_K < in_features - start
-        x_MK = tl.load(x_ptr_MK + start, mask=is_row_M[:, None] & is_k_K[None, :], other=0.0)
-        is_w_KN = is_k_K[:, None] & is_n_N[None, :]
-        w_KN = tl.load(w_ptr_KN + start, mask=is_w_KN, other=0.0)
-        acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision="ieee")
-        if SWIGLU:
-            w_up_KN = tl.load(w_ptr_KN + weight_size + start, mask=is_w_KN, other=0.0)
-            up_MN = tl.dot(x_MK, w_up_KN, up_MN, input_precision="ieee")
-
-    if SWIGLU:
-        acc_MN = acc_MN / (1.0 + tl.exp(-acc_MN)) * up_MN
-    out_ptr_MN = out_ptr + place_M.to(tl.int64)[:, None] * out_features + n_N[None, :]
-    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None] & is_n_N[None, :])
+    """`out = x @ w.T + bias`; `bias_ptr` may be `None`."""
+    tile, n_block = place_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    row_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n_N = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid_M = tl.where(row_M < num_rows, row_M, 0).to(tl.int64)
+    valid_N = tl.where(n_N < out_features, n_N, 0)
+    acc_MN = multiply(x_ptr, w_ptr, valid_M, valid_N, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias_ptr is not None:
+        acc_MN += tl.load(bias_ptr + valid_N).to(tl.float32)[None, :]
+    out_ptr_MN = out_ptr + row_M.to(tl.int64)[:, None] * out_features + n_N[None, :]
+    is_out_MN = (row_M < num_rows)[:, None] & (n_N < out_features)[None, :]
+    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=is_out_MN)
 
 
 def tile_map_meta(tile: Tile, num_slots: int) -> dict[str, int]:
@@ -171,12 +206,13 @@ def tile_map_meta(tile: Tile, num_slots: int) -> dict[str, int]:
     }
 
 
-def grouped_gemm_meta(tile: Tile, *, swiglu: bool) -> dict[str, int]:
-    """Constants and launch options of `grouped_gemm_kernel`."""
+def dense_gemm_meta(tile: Tile, in_features: int) -> dict[str, int]:
+    """Constants and launch options of `dense_gemm_kernel`."""
     return {
-        "SWIGLU": swiglu,
+        "EVEN_K": in_features % tile.block_k == 0,
+        "GROUP_M": TILES_TOGETHER,
         "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n // 2 if swiglu else tile.block_n,
+        "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -184,8 +220,23 @@ def grouped_gemm_meta(tile: Tile, *, swiglu: bool) -> dict[str, int]:
     }
 
 
-def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
+def grouped_gemm_meta(tile: Tile, *, swiglu: bool, in_features: int, num_slots: int) -> dict[str, int]:
+    """Constants and launch options of `grouped_gemm_kernel`."""
+    streams = tile.block_m == DECODE_ROWS
+    return dense_gemm_meta(tile, in_features) | {
+        "SWIGLU": swiglu,
+        "GROUP_M": 1 if streams else TILES_TOGETHER,
+        "BLOCK_S": triton.next_power_of_2(num_slots) if streams else 1,
+    }
+
+
+def grouped_mlp(
+    x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor, *, tile: Tile | None = None
+) -> Tensor:
     """The Triton form of `torch_ops.grouped_mlp`, same arguments and result; it never waits for the device.
+
+    Args:
+        tile: default the tuned one of this GPU, else the model's.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.
@@ -194,7 +245,8 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     check_contiguous(x_ND=x_ND, row_R=row_R, counts_S=counts_S, w13_SGD=w13_SGD, w2_SDF=w2_SDF)
     num_rows = len(x_ND) if row_R is None else len(row_R)
     num_slots, hidden, intermediate = w2_SDF.shape
-    tile = choose_tile(num_rows, num_slots, x_ND.dtype)
+    if tile is None:
+        tile = choose_tile(num_rows, num_slots, hidden, intermediate, x_ND.dtype, x_ND.device)
     product_RF = x_ND.new_empty(num_rows, intermediate)
     out_RD = x_ND.new_empty(num_rows, hidden)
     if num_rows == 0:
@@ -202,16 +254,40 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
 
     # Each slot that has rows ends with at most one tile that is not full.
     num_tiles = num_rows // tile.block_m + min(num_slots, num_rows)
-    tiles = torch.empty((num_tiles, 3), dtype=torch.int32, device=x_ND.device)
-    tile_map_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
-        counts_S, tiles, num_slots, num_rows, num_tiles, **tile_map_meta(tile, num_slots)
-    )
-    _launch_gemm(x_ND, row_R, w13_SGD, product_RF, tiles, grouped_gemm_meta(tile, swiglu=True))
-    _launch_gemm(product_RF, None, w2_SDF, out_RD, tiles, grouped_gemm_meta(tile, swiglu=False))
+    tiles = None
+    if tile.block_m != DECODE_ROWS:
+        tiles = torch.empty((num_tiles, 3), dtype=torch.int32, device=x_ND.device)
+        tile_map_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
+            counts_S, tiles, num_slots, num_tiles, **tile_map_meta(tile, num_slots)
+        )
+    for x, row, w, out in ((x_ND, row_R, w13_SGD, product_RF), (product_RF, None, w2_SDF, out_RD)):
+        meta = grouped_gemm_meta(tile, swiglu=w is w13_SGD, in_features=x.shape[1], num_slots=num_slots)
+        grid = (num_tiles * triton.cdiv(w.shape[1], tile.block_n),)
+        counts = counts_S if tiles is None else None
+        grouped_gemm_kernel[grid](x, row, w, out, tiles, counts, num_slots, num_tiles, x.shape[1], out.shape[1], **meta)
     return out_RD
 
 
-def _launch_gemm(x: Tensor, row_R: Tensor | None, w: Tensor, out: Tensor, tiles: Tensor, meta: dict[str, int]) -> None:
-    # Blocks of output features vary fastest: the programs that run together share their rows.
-    grid = (triton.cdiv(out.shape[1], meta["BLOCK_N"]), len(tiles))
-    grouped_gemm_kernel[grid](x, row_R, w, out, tiles, x.shape[1], out.shape[1], **meta)
+def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
+    """`x @ weight.T + bias`, `[N, O]`, rounded once; a row's result does not depend on the other rows, bit for bit.
+
+    Args:
+        tile: default `invariant_tile`; another gives other bits.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.
+    """
+    (num_rows, in_features), out_features = x_NI.shape, len(weight_OI)
+    if weight_OI.shape[1] != in_features or x_NI.dtype != weight_OI.dtype:
+        raise ValueError(
+            f"weight_OI: {weight_OI.dtype} {tuple(weight_OI.shape)} does not fit x_NI {x_NI.dtype} {tuple(x_NI.shape)}"
+        )
+    check_contiguous(x_NI=x_NI, weight_OI=weight_OI, bias_O=bias_O)
+    tile = invariant_tile(x_NI.dtype) if tile is None else tile
+    out_NO = x_NI.new_empty(num_rows, out_features)
+    if num_rows:
+        grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(out_features, tile.block_n),)
+        dense_gemm_kernel[grid](
+            x_NI, weight_OI, bias_O, out_NO, num_rows, in_features, out_features, **dense_gemm_meta(tile, in_features)
+        )
+    return out_NO

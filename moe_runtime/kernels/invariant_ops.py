@@ -1,0 +1,82 @@
+"""The batch-invariant forms of the ops whose usual forms are not: a row's result is the same, bit for bit, alone or in
+any batch, and however a prompt is cut into chunks.
+
+Signatures and meanings are those of `moe_runtime.kernels.ops` and `torch.nn.functional.linear`. On CUDA a product has
+one tile per dtype, whatever the number of rows, and every row is attended as decode attends it. Elsewhere these are the
+slow twins: they compute each row by itself. Every other op of `ops` is invariant as it is.
+
+Shape suffixes: as in `torch_ops`; I and O input and output features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_runtime.kernels import ops, torch_attention, torch_ops
+from moe_runtime.kernels.attention import AttentionMetadata
+
+
+def _uses_triton(device: torch.device) -> bool:
+    return ops.describe(device)["grouped_mlp"] == "triton"
+
+
+def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, rounded once, `[N, O]`."""
+    if _uses_triton(x_NI.device):
+        from moe_runtime.kernels.triton import grouped_gemm
+
+        return grouped_gemm.linear(x_NI, weight_OI, bias_O)
+    out_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
+    for row, x_I in enumerate(x_NI):
+        out_NO[row] = F.linear(x_I, weight_OI, bias_O)
+    return out_NO
+
+
+def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
+    """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
+    if _uses_triton(x_ND.device):
+        from moe_runtime.kernels.triton import grouped_gemm, tiles
+
+        tile = tiles.invariant_tile(x_ND.dtype)
+        return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, tile=tile)
+    rows_RD = x_ND if row_R is None else x_ND[row_R]
+    slot_R = torch.arange(len(counts_S)).repeat_interleave(counts_S.cpu()).tolist()
+    out_RD = torch.empty_like(rows_RD)
+    one = counts_S.new_ones(1)
+    for row, slot in enumerate(slot_R):
+        slots = slice(slot, slot + 1)
+        out_RD[row] = torch_ops.grouped_mlp(rows_RD[row : row + 1], None, one, w13_SGD[slots], w2_SDF[slots])[0]
+    return out_RD
+
+
+def paged_attention(
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
+    if _uses_triton(q_THd.device):
+        from moe_runtime.kernels.triton import attention
+
+        return attention.invariant_paged_attention(
+            q_THd, k_cache_NBGd, v_cache_NBGd, meta, scale=scale, sliding_window=sliding_window
+        )
+    out_THd = torch.empty_like(q_THd)
+    for row, (sequence, position) in enumerate(zip(*_rows(meta), strict=True)):
+        table = meta.block_table[sequence : sequence + 1]
+        alone = AttentionMetadata(1, [0, 1], [position + 1], table)
+        out_THd[row] = torch_attention.paged_attention(
+            q_THd[row : row + 1], k_cache_NBGd, v_cache_NBGd, alone, scale=scale, sliding_window=sliding_window
+        )[0]
+    return out_THd
+
+
+def _rows(meta: AttentionMetadata) -> tuple[list[int], list[int]]:
+    """Sequence and position of every row."""
+    return meta.on_device.sequence_T.tolist(), meta.on_device.position_T.tolist()

@@ -1,0 +1,175 @@
+"""Which tile a grouped product is cut into: what the tuner measured on this GPU, else what a small model expects.
+
+The model is a roofline per program. A program multiplies `block_m x block_n x K` at the share of the chip's rate that
+its instruction reaches, reads its operands through L2, and pays a start; programs that fit an SM together overlap. No
+product is faster than the weights of the slots in use come from memory. The least time wins. It follows that few rows
+per slot take few rows per tile (weights are all the time there is, and padding costs nothing only while it is little),
+and many rows take the largest tile (each weight that is read serves more rows).
+
+Shape suffixes: R grouped rows, S slots, D hidden, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one program cuts a product.
+
+    Attributes:
+        block_m: rows.
+        block_n: weight rows; in the fused product half of them are the gate's and half the up projection's.
+        block_k: input features per step.
+        num_warps: warps of a program.
+        num_stages: depth of the load pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps {self.num_stages} stages"
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of a program, at most: every stage of the pipeline holds a piece of both operands."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the model knows of a generation, from its makers' data sheets.
+
+    Attributes:
+        name: the card whose numbers these are.
+        num_sms: multiprocessors.
+        flops: dense products of 16-bit numbers per second, in FLOP/s.
+        bytes_per_s: of device memory.
+        shared_bytes: shared memory that one program may take.
+        old_mma: share of `flops` that `mma.sync` reaches; tiles of fewer than 64 rows use it everywhere.
+    """
+
+    name: str
+    num_sms: int
+    flops: float
+    bytes_per_s: float
+    shared_bytes: int
+    old_mma: float = 1.0
+
+    @property
+    def has_new_mma(self) -> bool:
+        """Whether there is a faster instruction than `mma.sync`."""
+        return self.old_mma < 1.0
+
+
+CHIPS: dict[tuple[int, int], Chip] = {
+    (8, 0): Chip("A100", 108, 312e12, 2.0e12, 163 * 1024),
+    (8, 6): Chip("A40", 84, 150e12, 0.7e12, 99 * 1024),
+    (8, 9): Chip("L40S", 142, 362e12, 0.86e12, 99 * 1024),
+    (9, 0): Chip("H100", 132, 989e12, 3.35e12, 227 * 1024, old_mma=0.6),
+    (10, 0): Chip("B200", 148, 2250e12, 8.0e12, 227 * 1024, old_mma=0.4),
+    (12, 0): Chip("RTX PRO 6000", 188, 500e12, 1.8e12, 99 * 1024),
+}
+L2_SPEEDUP = 3.0  # reads that L2 answers, over those from memory
+START_S = 2e-6  # filling the pipeline, and the epilogue
+
+TILES_16_BIT: tuple[Tile, ...] = (
+    Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
+    Tile(block_m=16, block_n=128, block_k=64, num_warps=4, num_stages=4),
+    Tile(block_m=32, block_n=128, block_k=64, num_warps=4, num_stages=4),
+    Tile(block_m=64, block_n=128, block_k=64, num_warps=4, num_stages=3),
+    Tile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=3),
+    Tile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=3),
+)
+# float32 is multiplied without tensor cores, to keep all its bits; registers limit the tile.
+TILES_32_BIT: tuple[Tile, ...] = (
+    Tile(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3),
+    Tile(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3),
+)
+FLOAT32_FLOPS = 1 / 15  # float32 products on ordinary cores, over 16-bit ones on tensor cores
+
+
+def shipped_tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
+    """All tiles of a dtype.
+
+    Raises:
+        ValueError: the dtype has no kernel.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        return TILES_16_BIT
+    if dtype == torch.float32:
+        return TILES_32_BIT
+    raise ValueError(f"dtype: {dtype} is not allowed; it must be bfloat16, float16 or float32")
+
+
+def tiles_that_fit(dtype: torch.dtype, chip: Chip) -> list[Tile]:
+    """The tiles of a dtype that fit a chip's shared memory."""
+    return [tile for tile in shipped_tiles(dtype) if tile.shared_bytes(dtype.itemsize) <= chip.shared_bytes]
+
+
+def invariant_tile(dtype: torch.dtype) -> Tile:
+    """The one tile of batch-invariant products, whatever the rows are.
+
+    64 rows: decode pads them, which costs no bandwidth, and a prefill still reads each weight once per 64 rows, with
+    the tensor-core instruction of the chip's generation.
+
+    Raises:
+        ValueError: the dtype has no kernel.
+    """
+    return next(tile for tile in shipped_tiles(dtype) if tile.block_m == 64)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The newest known chip that is not newer than the device; the H100 for the interpreter, which has none."""
+    if device.type != "cuda":
+        return CHIPS[9, 0]
+    capability = torch.cuda.get_device_capability(device)
+    return CHIPS[max((known for known in CHIPS if known <= capability), default=(8, 0))]
+
+
+def rows_bucket(num_rows: int) -> int:
+    """The power of two that stands for a number of rows, the next one up."""
+    return 1 << max(0, num_rows - 1).bit_length()
+
+
+def expected_seconds(
+    tile: Tile, num_rows: int, num_slots: int, hidden: int, intermediate: int, itemsize: int, chip: Chip
+) -> float:
+    """The model's time of both products of the expert MLP, rows spread at random over the slots."""
+    active = num_slots * (1 - (1 - 1 / num_slots) ** num_rows)
+    num_tiles = active * math.ceil(num_rows / active / tile.block_m)
+    resident = max(1, chip.shared_bytes // tile.shared_bytes(itemsize))
+    flops = chip.flops / chip.num_sms * (chip.old_mma if tile.block_m < 64 else 1.0)
+    flops *= FLOAT32_FLOPS if itemsize == 4 else 1.0
+    cached_bytes_per_s = chip.bytes_per_s * L2_SPEEDUP / chip.num_sms
+    seconds = 0.0
+    for outputs, inputs in ((2 * intermediate, hidden), (hidden, intermediate)):
+        num_programs = num_tiles * math.ceil(outputs / tile.block_n)
+        together = min(resident, math.ceil(num_programs / chip.num_sms))
+        waves = math.ceil(num_programs / (chip.num_sms * together))
+        math_s = 2 * tile.block_m * tile.block_n * inputs / flops
+        read_s = (tile.block_m + tile.block_n) * inputs * itemsize / cached_bytes_per_s
+        weights_s = active * outputs * inputs * itemsize / chip.bytes_per_s
+        seconds += max(weights_s, waves * together * max(math_s, read_s)) + START_S * waves
+    return seconds
+
+
+@cache
+def model_tile(num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile that the model finds fastest; of equals the smallest.
+
+    Raises:
+        ValueError: the dtype has no kernel.
+    """
+    return min(
+        tiles_that_fit(dtype, chip),
+        key=lambda tile: expected_seconds(tile, num_rows, num_slots, hidden, intermediate, dtype.itemsize, chip),
+    )

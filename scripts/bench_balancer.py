@@ -1,0 +1,304 @@
+"""Compare placement policies on loads: none (experts in order), `eplb`, and `plan_placement` with a few moves.
+
+All of them share tokens among replicas as `split_tokens` does. The loads are synthetic (256 experts a layer on 32 ranks
+of 9 slots) and recorded (the demo model's 30 layers of 32 experts, on 8 ranks of 5 slots). Balancedness depends on
+nothing but the seed and the recorded counts; times (`--times`) are worth something on a quiet machine only.
+
+    python scripts/bench_balancer.py                   # tables, benchmarks/balancer/quality.json and balancer.png
+    python scripts/bench_balancer.py --times           # and times of planning and sharing
+    python scripts/bench_balancer.py --record          # first route texts through the demo model again
+
+Shape suffixes: L layers, E experts, N windows of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer import Placement, plan_eplb, plan_placement, split_tokens
+from moe_runtime.balancer.synthetic import BURST, SYNTHETIC, drifted
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "balancer"
+RECORDED = OUT / "recorded.npz"
+SEED = 20
+NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, NUM_SLOTS = 16, 256, 32, 9
+RECORDED_RANKS, RECORDED_SLOTS = 8, 5
+RECORDED_TOP_K = (20, 4)  # the demo model's own, and one with more skew
+MOVES = 4  # a layer
+NUM_WINDOWS = 16
+DRIFT = 0.4  # between planning and measuring
+DRIFT_A_WINDOW = 0.2
+BURST_STAYS = 0.7
+NUM_TOKENS = 4096  # of each kind of text
+
+LABELS = {
+    "none": "experts in order",
+    "eplb, replanned": "eplb, replanned: nearly all slots move",
+    "ours": f"ours, at most {MOVES} moves a layer",
+}
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A load over time, [N, L, E], and where it is to be placed."""
+
+    name: str
+    load_NLE: Floats
+    num_ranks: int
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Balancedness, mean over the layers (in brackets in the table: of the worst layer)."""
+
+    load: str
+    planned: dict[str, float]
+    worst_planned: dict[str, float]
+    drifted: dict[str, float]
+    after_moves: dict[str, float]
+    moves_a_layer: dict[str, float]
+
+
+def balancedness(load_LE: Floats, placement: Placement) -> Floats:
+    busiest = [
+        (load_E @ split_tokens(load_E, slots)).max() for load_E, slots in zip(load_LE, placement.slots, strict=True)
+    ]
+    return load_LE.sum(axis=1) / placement.num_ranks / np.array(busiest)
+
+
+def compare(setting: Setting) -> Quality:
+    """Plan on the first window, measure on it and on the second, replan there."""
+    load_LE, later_LE = setting.load_NLE[:2]
+    num_layers = len(load_LE)
+    size = (setting.num_ranks, setting.num_slots)
+    even = Placement.even(num_layers, load_LE.shape[1], setting.num_ranks)
+    eplb, ours = plan_eplb(load_LE, *size), plan_placement(load_LE, *size)
+    whole = plan_eplb(later_LE, *size, eplb.placement)
+    few = plan_placement(later_LE, *size, ours.placement, max_moves=MOVES * num_layers)
+    few_from_eplb = plan_placement(later_LE, *size, eplb.placement, max_moves=MOVES * num_layers)
+    placements = {"none": even, "eplb": eplb.placement, "ours": ours.placement}
+    replanned = {"eplb, all its moves": whole, "ours": few, "ours, from eplb's": few_from_eplb}
+    planned = {name: balancedness(load_LE, placement) for name, placement in placements.items()}
+    return Quality(
+        setting.name,
+        {name: float(values.mean()) for name, values in planned.items()},
+        {name: float(values.min()) for name, values in planned.items()},
+        {name: float(balancedness(later_LE, placement).mean()) for name, placement in placements.items()},
+        {name: float(balancedness(later_LE, plan.placement).mean()) for name, plan in replanned.items()},
+        {name: len(plan.moves) / num_layers for name, plan in replanned.items()},
+    )
+
+
+def follow(setting: Setting) -> dict[str, list[float]]:
+    """Balancedness in every window under placements that were planned on the window before."""
+    size = (setting.num_ranks, setting.num_slots)
+    first_LE = setting.load_NLE[0]
+    even = Placement.even(len(first_LE), first_LE.shape[1], setting.num_ranks)
+    stale = eplb = plan_eplb(first_LE, *size).placement
+    ours = plan_placement(first_LE, *size).placement
+    series: dict[str, list[float]] = {"none": [], "eplb, planned once": [], "eplb, replanned": [], "ours": []}
+    for before_LE, now_LE in zip(setting.load_NLE[:-1], setting.load_NLE[1:], strict=True):
+        eplb = plan_eplb(before_LE, *size, eplb).placement
+        ours = plan_placement(before_LE, *size, ours, max_moves=MOVES * len(before_LE)).placement
+        for name, placement in zip(series, (even, stale, eplb, ours), strict=True):
+            series[name].append(float(balancedness(now_LE, placement).mean()))
+    return series
+
+
+def synthetic_settings() -> list[Setting]:
+    """For `compare`: two windows, DRIFT apart."""
+    settings = []
+    for number, (name, make) in enumerate(SYNTHETIC.items()):
+        rng = np.random.default_rng([SEED, number])
+        load_LE = np.stack([make(rng, NUM_EXPERTS) for _ in range(NUM_LAYERS)])
+        settings.append(Setting(name, np.stack([load_LE, drifted(rng, load_LE, DRIFT)]), NUM_RANKS, NUM_SLOTS))
+    return settings
+
+
+def synthetic_series() -> list[Setting]:
+    """For `follow`: loads that wander; the bursts of the bursty one end and others begin."""
+    settings = []
+    for number, (name, make) in enumerate(SYNTHETIC.items()):
+        rng = np.random.default_rng([SEED, number, 1])
+        load_LE = np.stack([make(rng, NUM_EXPERTS) for _ in range(NUM_LAYERS)])
+        if name == "bursty":
+            windows = list(_bursts(rng))
+        else:
+            windows = [load_LE]
+            for _ in range(NUM_WINDOWS):
+                windows.append(drifted(rng, windows[-1], DRIFT_A_WINDOW))
+        settings.append(Setting(name, np.stack(windows), NUM_RANKS, NUM_SLOTS))
+    return settings
+
+
+def _bursts(rng: np.random.Generator) -> list[Floats]:
+    base_LE = rng.gamma(2, 1, (NUM_LAYERS, NUM_EXPERTS))
+    bursts_LE = rng.random(base_LE.shape) < 1 / 40
+    windows = []
+    for _ in range(NUM_WINDOWS + 1):
+        windows.append(base_LE * np.where(bursts_LE, BURST, 1))
+        stays_LE = bursts_LE & (rng.random(base_LE.shape) < BURST_STAYS)
+        bursts_LE = stays_LE | (rng.random(base_LE.shape) < (1 - BURST_STAYS) / 40)
+    return windows
+
+
+def recorded_settings() -> list[Setting]:
+    """The demo model's routing, one kind of text after the other."""
+    with np.load(RECORDED) as file:
+        return [
+            Setting(
+                f"demo, {top_k} of 32",
+                file[f"top_{top_k}"].astype(np.float64),
+                RECORDED_RANKS,
+                RECORDED_SLOTS,
+            )
+            for top_k in RECORDED_TOP_K
+        ]
+
+
+def record() -> None:
+    """Route texts of different kinds through the demo model, and keep how many tokens each expert got."""
+    from transformers import AutoTokenizer
+
+    from moe_runtime import LLM, SamplingParams
+    from moe_runtime.demo.build import ensure_demo_model
+    from moe_runtime.demo.texts import QUESTIONS, TOPICS
+
+    texts = {
+        "questions": "\n".join(question.format(topic) for topic in TOPICS for question in QUESTIONS),
+        "code": inspect.getsource(argparse),
+        "page": (ROOT / "moe_runtime" / "balancer" / "heatmap.html").read_text(encoding="utf-8"),
+        "licence": (ROOT / "LICENSE").read_text(encoding="utf-8"),
+    }
+    counts = {}
+    for top_k in RECORDED_TOP_K:
+        with tempfile.TemporaryDirectory() as directory:
+            for file in ensure_demo_model().iterdir():
+                (Path(directory) / file.name).symlink_to(file)
+            config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+            (Path(directory) / "config.json").unlink()
+            (Path(directory) / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+            with LLM(directory) as llm:
+                windows = []
+                for text in texts.values():
+                    before = llm.expert_load().total
+                    prompt = {"prompt_token_ids": tokenizer.encode(text)[:NUM_TOKENS]}
+                    llm.generate(prompt, SamplingParams(max_tokens=1), use_tqdm=False)
+                    windows.append(llm.expert_load().total - before)
+        counts[f"top_{top_k}"] = np.stack(windows)
+    np.savez_compressed(RECORDED, **counts, kinds=np.array(list(texts)))
+
+
+def times() -> dict[str, dict[str, float]]:
+    """Milliseconds a layer, medians over layers: of sharing (best of 5 each), planning, and replanning."""
+    table = {}
+    for setting in synthetic_settings():
+        load_LE, later_LE = setting.load_NLE
+        size = (setting.num_ranks, setting.num_slots)
+        ours = plan_placement(load_LE, *size).placement
+        measured: dict[str, Callable[[int], object]] = {
+            "split_tokens, planned": lambda n, load=load_LE, at=ours: split_tokens(load[n], at.slots[n]),
+            "split_tokens, drifted": lambda n, load=later_LE, at=ours: split_tokens(load[n], at.slots[n]),
+            "plan_eplb": lambda n, load=load_LE, size=size: plan_eplb(load[n : n + 1], *size),
+            "plan_placement": lambda n, load=load_LE, size=size: plan_placement(load[n : n + 1], *size),
+            "plan_placement, 4 moves": lambda n, load=later_LE, size=size, at=ours: plan_placement(
+                load[n : n + 1], *size, Placement(at.slots[n : n + 1], NUM_EXPERTS, (0,)), max_moves=MOVES
+            ),
+        }
+        table[setting.name] = {
+            name: statistics.median(min(_milliseconds(run, n) for _ in range(5)) for n in range(NUM_LAYERS))
+            for name, run in measured.items()
+        }
+    return table
+
+
+def _milliseconds(run: Callable[[int], object], number: int) -> float:
+    start = time.perf_counter()
+    run(number)
+    return (time.perf_counter() - start) * 1e3
+
+
+def draw(series: dict[str, dict[str, list[float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    styles = {"none": ("#9aa3b2", ":"), "eplb, planned once": ("#5d6b88", "--"), "eplb, replanned": ("#d98324", "-")}
+    figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
+    for axes, (load, lines) in zip(panels.ravel(), series.items(), strict=True):
+        for name, values in lines.items():
+            colour, style = styles.get(name, ("#7b2382", "-"))
+            axes.plot(range(1, len(values) + 1), values, style, color=colour, marker=".", label=LABELS.get(name, name))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(load, fontsize=9)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("window (placed for the one before)", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("balancedness", fontsize=8)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="outside lower center", frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def table_of(qualities: list[Quality]) -> str:
+    lines = [
+        "| load | planned for: in order | eplb | ours | after drift: in order | eplb | ours "
+        f"| {MOVES} moves a layer: ours | from eplb's | eplb anew | its moves a layer |",
+        "|---|" + "---|" * 10,
+    ]
+    for quality in qualities:
+        numbers = [
+            *quality.planned.values(),
+            *quality.drifted.values(),
+            quality.after_moves["ours"],
+            quality.after_moves["ours, from eplb's"],
+            quality.after_moves["eplb, all its moves"],
+        ]
+        cells = " | ".join(f"{number:.3f}" for number in numbers)
+        lines.append(f"| {quality.load} | {cells} | {quality.moves_a_layer['eplb, all its moves']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="route texts through the demo model again")
+    parser.add_argument("--times", action="store_true", help="measure times as well")
+    arguments = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    if arguments.record:
+        record()
+    recorded = recorded_settings()
+    qualities = [compare(setting) for setting in (*synthetic_settings(), *recorded)]
+    series = {setting.name: follow(setting) for setting in (*synthetic_series(), recorded[-1])}
+    quality = {"seed": SEED, "policies": [asdict(quality) for quality in qualities], "over_time": series}
+    (OUT / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+    draw(series, OUT / "balancer.png")
+    print(table_of(qualities))
+    if arguments.times:
+        measured = {"machine": platform.processor() or platform.machine(), "milliseconds_a_layer": times()}
+        (OUT / "times.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(measured, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The batch-invariant forms on the CPU: what their usual forms mean, and the same bits in any company."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe_runtime.kernels import invariant_ops, torch_attention, torch_ops
+from moe_runtime.kernels.attention import AttentionMetadata
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def near(actual, expected):
+    tolerance = 1e-5 if actual.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(dtype):
+    x, weight, bias = torch.randn(9, 40).to(dtype), torch.randn(33, 40).to(dtype) / 6, torch.randn(33).to(dtype)
+    for each in (bias, None):
+        together = invariant_ops.linear(x, weight, each)
+        near(together, F.linear(x, weight, each))
+        assert torch.equal(invariant_ops.linear(x[4:5], weight, each)[0], together[4])
+    assert invariant_ops.linear(x[:0], weight).shape == (0, 33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_mlp(dtype):
+    counts = torch.tensor([3, 0, 5, 1])
+    x, row = torch.randn(6, 24).to(dtype), torch.randint(6, (9,))
+    w13, w2 = torch.randn(4, 32, 24).to(dtype) / 5, torch.randn(4, 24, 16).to(dtype) / 4
+    together = invariant_ops.grouped_mlp(x, row, counts, w13, w2)
+    near(together, torch_ops.grouped_mlp(x, row, counts, w13, w2))
+    alone = invariant_ops.grouped_mlp(x, row[5:6], torch.tensor([0, 0, 1, 0]), w13, w2)
+    assert torch.equal(alone[0], together[5])
+    in_order = invariant_ops.grouped_mlp(x[row], None, counts, w13, w2)
+    assert torch.equal(in_order, together)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paged_attention(dtype, window):
+    cpu = torch.device("cpu")
+    k_cache, v_cache = torch.randn(2, 8, 4, 2, 8).to(dtype)
+    q = torch.randn(6, 4, 8).to(dtype)
+    blocks = [[5, 2, 7], [1, 0]]
+    options = {"scale": 0.3, "sliding_window": window}
+    meta = AttentionMetadata.build([1, 5], [9, 7], blocks, cpu)
+    together = invariant_ops.paged_attention(q, k_cache, v_cache, meta, **options)
+    near(together, torch_attention.paged_attention(q, k_cache, v_cache, meta, **options))
+    for rows, context in ((slice(1, 4), 5), (slice(4, 6), 7), (slice(3, 4), 5)):  # the prompt in other chunks
+        part = AttentionMetadata.build([rows.stop - rows.start], [context], blocks[1:], cpu)
+        assert torch.equal(invariant_ops.paged_attention(q[rows], k_cache, v_cache, part, **options), together[rows])
+
+
+def test_lengths_on_the_device():
+    meta = AttentionMetadata.build([1, 1, 3], [4, 1, 5], [[0], [1], [2, 3]], torch.device("cpu"))
+    lengths = meta.on_device
+    assert lengths.query_start.tolist() == [0, 1, 2, 5] and lengths.context_len.tolist() == [4, 1, 5]
+    assert lengths.sequence_T.tolist() == [0, 1, 2, 2, 2] and lengths.position_T.tolist() == [3, 0, 2, 3, 4]
+    assert meta.on_device is lengths
+    nothing = AttentionMetadata.build([], [], [], torch.device("cpu")).on_device
+    assert nothing.sequence_T.tolist() == [] and nothing.query_start.tolist() == [0]

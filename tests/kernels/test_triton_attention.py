@@ -1,0 +1,201 @@
+"""Triton attention, norms and rotary embedding against their twins: interpreted, and on a GPU where there is one."""
+
+import pytest
+import torch
+from triton_cases import GPU_DTYPES, INTERPRETED_DTYPES, Case, assert_near, interpret, run_cases
+
+from moe_runtime.kernels import reference, torch_attention, torch_ops
+from moe_runtime.kernels.attention import AttentionMetadata
+
+BLOCK_SIZE = 4
+# Name -> query rows and keys of each sequence.
+STEPS = {
+    "first token": ([1], [1]),
+    "decodes": ([1, 1, 1], [1, 13, 300]),
+    "a chunk's edge": ([1, 1], [256, 257]),
+    "whole prompt": ([11], [11]),
+    "chunk of a prompt": ([5], [14]),
+    "mixed": ([1, 1, 3, 7, 2], [9, 2, 3, 262, 10]),
+}
+
+
+def random_step(
+    step: str, device: torch.device, dtype: torch.dtype, *, heads: int = 6, groups: int = 2, head_size: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
+    """Queries, caches and metadata of sequences whose pages lie scattered; pages of nobody are poison."""
+    num_query, context_len = STEPS[step]
+    num_pages = [-(-context // BLOCK_SIZE) for context in context_len]
+    pages = torch.randperm(sum(num_pages) + 3).tolist()
+    blocks = [[pages.pop() for _ in range(count)] for count in num_pages]
+    k_cache, v_cache = torch.randn(2, sum(num_pages) + 3, BLOCK_SIZE, groups, head_size, device=device).to(dtype)
+    k_cache[pages] = v_cache[pages] = float("nan")
+    meta = AttentionMetadata.build(num_query, context_len, blocks, device)
+    wide = torch.randn(sum(num_query), heads + 2, head_size, device=device).to(dtype)  # as a part of a projection
+    return wide[:, :heads], k_cache, v_cache, meta
+
+
+def attention_case(step: str) -> Case:
+    def check(device: torch.device, dtype: torch.dtype) -> None:
+        from moe_runtime.kernels.triton import attention
+
+        for window in (None, 3, 257):
+            operands = random_step(step, device, dtype)
+            options = {"scale": 0.3, "sliding_window": window}
+            expected = reference.paged_attention(*operands, **options)
+            assert_near(attention.paged_attention(*operands, **options), expected)
+            assert_near(attention.invariant_paged_attention(*operands, **options), expected)
+
+    return check
+
+
+def heads_case(heads: int, groups: int, head_size: int) -> Case:
+    def check(device: torch.device, dtype: torch.dtype) -> None:
+        from moe_runtime.kernels.triton import attention
+
+        sizes = {"heads": heads, "groups": groups, "head_size": head_size}
+        for step in ("decodes", "whole prompt"):  # 21 heads make more than one block of pairs
+            operands = random_step(step, device, dtype, **sizes)
+            expected = reference.paged_attention(*operands, scale=0.2, sliding_window=None)
+            assert_near(attention.paged_attention(*operands, scale=0.2, sliding_window=None), expected)
+
+    return check
+
+
+def decode_bits_do_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import attention
+
+    for window in (None, 5):
+        q, k_cache, v_cache, meta = random_step("mixed", device, dtype)
+        options = {"scale": 0.3, "sliding_window": window}
+        together = attention.invariant_paged_attention(q, k_cache, v_cache, meta, **options)
+        places = meta.on_device
+        for row in torch.randperm(meta.num_tokens)[:3].tolist():
+            position = int(places.position_T[row])
+            table = meta.block_table[int(places.sequence_T[row])][None]
+            alone = AttentionMetadata(1, [0, 1], [position + 1], table)
+            one = attention.paged_attention(q[row : row + 1], k_cache, v_cache, alone, **options)
+            assert torch.equal(one[0], together[row]), (row, window)
+
+
+def longer_grids_give_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import attention
+
+    q, k_cache, v_cache, meta = random_step("decodes", device, dtype)
+    places = (meta.block_table, meta.on_device.sequence_T, meta.on_device.position_T)
+    for window in (None, 7):
+        out = [
+            attention.decode_attention(q, k_cache, v_cache, *places, max_context=most, scale=0.3, sliding_window=window)
+            for most in (300, 1500)
+        ]
+        assert torch.equal(*out)
+
+
+def norms_give_what_their_twins_give(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import norms
+
+    for shape in ((0, 8), (1, 1), (9, 33), (3, 300), (5, 6, 16), (2, 5000)):
+        x, residual = torch.randn(2, *shape, device=device).to(dtype)
+        weight = torch.randn(shape[-1], device=device).to(dtype)
+        assert_near(norms.rms_norm(x, weight, 1e-6), torch_ops.rms_norm(x, weight, 1e-6))
+        normed, total = norms.add_rms_norm(x, residual, weight, 1e-6)
+        expected_normed, expected_total = torch_ops.add_rms_norm(x, residual, weight, 1e-6)
+        assert torch.equal(total, expected_total)
+        assert_near(normed, expected_normed)
+    q = torch.randn(5, 12, 16, device=device).to(dtype)[:, 2:8]
+    weight = torch.randn(16, device=device).to(dtype)
+    assert_near(norms.rms_norm(q, weight, 1e-5), torch_ops.rms_norm(q, weight, 1e-5))
+
+
+def silu_mul_gives_what_its_twin_gives(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import norms
+
+    for shape in ((0, 8), (1, 2), (7, 66), (2, 3, 2100)):
+        x = torch.randn(shape, device=device).to(dtype)
+        assert_near(norms.silu_mul(x), torch_ops.silu_mul(x))
+
+
+def rotary_gives_the_bits_of_its_twin(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import rotary
+
+    for num_tokens, heads, groups, size, turned in (
+        (0, 2, 1, 4, 4),
+        (5, 6, 3, 16, 16),
+        (7, 5, 1, 20, 6),
+        (3, 8, 2, 64, 32),
+    ):
+        parts = torch.randn(num_tokens, heads + 2 * groups, size, device=device).to(dtype)
+        q, k, v = parts.split((heads, groups, groups), 1)
+        cos, sin = torch.randn(2, num_tokens, turned, device=device)
+        if num_tokens % 2:
+            cos, sin = cos.to(dtype), sin.to(dtype)
+        assert all(map(torch.equal, rotary.apply_rotary(q, k, cos, sin), torch_ops.apply_rotary(q, k, cos, sin)))
+        slot = torch.randperm(4 * BLOCK_SIZE, device=device)[:num_tokens]
+        before = torch.randn(2, 4, BLOCK_SIZE, groups, size, device=device).to(dtype)
+        actual, expected = before.clone(), before.clone()
+        turned_q = rotary.rotary_store_kv(q, k, v, cos, sin, *actual, slot)
+        expected_q = torch_attention.rotary_store_kv(q, k, v, cos, sin, *expected, slot)
+        assert torch.equal(turned_q, expected_q) and torch.equal(actual, expected)
+        actual, expected = before.clone(), before.clone()
+        rotary.store_kv(k, v, *actual, slot)
+        torch_attention.store_kv(k, v, *expected, slot)
+        assert torch.equal(actual, expected)
+
+
+def unfit_operands_are_refused(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import attention, norms, rotary
+
+    q, k_cache, v_cache, meta = random_step("decodes", device, dtype)
+    options = {"scale": 0.3, "sliding_window": None}
+    with pytest.raises(ValueError, match="q_THd: shape"):
+        attention.paged_attention(q[:, :5], k_cache, v_cache, meta, **options)
+    with pytest.raises(ValueError, match=r"v_cache_NBGd: .* must be contiguous"):
+        attention.paged_attention(q, k_cache, v_cache.transpose(0, 1), meta, **options)
+    with pytest.raises(ValueError, match=r"weight_D: .* must be"):
+        norms.rms_norm(q, torch.ones(9, device=device, dtype=dtype), 1e-6)
+    with pytest.raises(ValueError, match="slots int64"):
+        k = q[:, :2]
+        rotary.store_kv(k, k, k_cache, v_cache, torch.arange(len(k), device=device, dtype=torch.int32))
+
+
+CASES: dict[str, Case] = {
+    **{f"attention, {step}": attention_case(step) for step in STEPS},
+    **{
+        f"attention, {h} heads of {d} in {g} groups": heads_case(h, g, d)
+        for h, g, d in ((1, 1, 20), (4, 4, 64), (21, 1, 7))
+    },
+    **{
+        check.__name__: check
+        for check in (
+            decode_bits_do_not_depend_on_the_batch,
+            longer_grids_give_the_same_bits,
+            norms_give_what_their_twins_give,
+            silu_mul_gives_what_its_twin_gives,
+            rotary_gives_the_bits_of_its_twin,
+            unfit_operands_are_refused,
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    return interpret(__file__)
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_interpreted(interpreted: dict[str, str], case: str, dtype: torch.dtype) -> None:
+    error = interpreted[f"{case} {dtype}"]
+    if error:
+        pytest.fail(error, pytrace=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_on_gpu(case: str, dtype: torch.dtype) -> None:
+    CASES[case](torch.device("cuda"), dtype)
+
+
+if __name__ == "__main__":
+    run_cases(CASES)
