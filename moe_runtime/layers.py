@@ -24,9 +24,11 @@ from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.gate import Gate
 from moe_runtime.kernels import ops
-from moe_runtime.kv_cache import LayerCache
+from moe_runtime.kv_cache import KVCache, LayerCache
+from moe_runtime.models.decoder import DecoderLayer, LayerLoop
 from moe_runtime.moe import Experts, MoELayer, Router, Shared
 from moe_runtime.rotary import RotaryEmbedding
+from moe_runtime.sampler import first_best
 
 
 class Linear:
@@ -238,8 +240,17 @@ class TorchKit:
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> AttentionStep:
         """What all layers of a step share."""
-        cos_Tr, sin_Tr = rope(batch.position_T, batch.num_prompt_T)
-        return AttentionStep(cos_Tr.to(self.dtype), sin_Tr.to(self.dtype), batch.slot_T, batch.attention)
+        cos_Nr, sin_Nr, row_T = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
+        if row_T is not None:
+            cos_Nr, sin_Nr = cos_Nr[row_T], sin_Nr[row_T]
+        return AttentionStep(cos_Nr.to(self.dtype), sin_Nr.to(self.dtype), batch.slot_T, batch.attention)
+
+    def argmax(self, logits_BV: Tensor) -> list[int]:
+        """The best token of each row."""
+        return first_best(logits_BV)
+
+    def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop:
+        return LayerLoop(layers, cache)
 
     def mlp(self, hidden_size: int, intermediate_size: int) -> MLP:
         gate_up = self.linear(2 * intermediate_size, hidden_size)

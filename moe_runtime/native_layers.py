@@ -19,6 +19,7 @@ from moe_runtime.kernels import ops
 from moe_runtime.kernels.cpu.blocks import (
     AttentionBlock,
     DenseBlock,
+    Layers,
     NextNorm,
     PackedExperts,
     PackedLinear,
@@ -26,7 +27,8 @@ from moe_runtime.kernels.cpu.blocks import (
     SparseBlock,
 )
 from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
-from moe_runtime.kv_cache import LayerCache
+from moe_runtime.kv_cache import KVCache, LayerCache
+from moe_runtime.models.decoder import DecoderLayer, LayerLoop
 from moe_runtime.moe import MoELayer
 from moe_runtime.rotary import RotaryEmbedding
 
@@ -90,14 +92,14 @@ class NativeDenseBlock:
 
     def __init__(self, mlp: NativeMLP, next_norm: NativeNorm) -> None:
         self.mlp = mlp
-        self._block = DenseBlock(mlp.experts, next_norm.behind)
+        self.block = DenseBlock(mlp.experts, next_norm.behind)
 
     @property
     def nbytes(self) -> int:
         return self.mlp.nbytes
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._block(x_TD, residual_TD), residual_TD
+        return self.block(x_TD, residual_TD), residual_TD
 
 
 class NativeSparseBlock:
@@ -114,6 +116,18 @@ class NativeSparseBlock:
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.dispatcher == "local"
         return self.block(x_TD, batch.num_decode, residual_TD), residual_TD
+
+
+class FusedLayers:
+    """All layers of a rank that holds all experts, in one call; see `models.decoder.LayerRunner`."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, batch: Batch) -> Tensor:
+        assert batch.dispatcher == "local"
+        self._layers(x_TD, residual_TD, step, batch.num_decode)
+        return x_TD
 
 
 class NativeHead:
@@ -203,8 +217,23 @@ class NativeKit:
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Step:
         """What all layers of a step share."""
-        cos_Tr, sin_Tr = rope(batch.position_T, batch.num_prompt_T)
-        return Step(batch.attention, batch.slot_T, cos_Tr, sin_Tr)
+        angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
+        return Step(batch.attention, batch.slot_T, *angles)
+
+    def argmax(self, logits_BV: Tensor) -> list[int]:
+        """The best token of each row."""
+        return self.kernels.argmax(logits_BV)
+
+    def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop | FusedLayers:
+        """In one call where all experts are here."""
+        blocks = []
+        for layer in layers:
+            attention, mlp = layer.attention, layer.mlp
+            if not isinstance(attention, NativeAttention) or not isinstance(mlp, NativeSparseBlock | NativeDenseBlock):
+                return LayerLoop(layers, cache)
+            blocks.append((attention.block, mlp.block))
+        pages = [cache.layer(index) for index in range(len(layers))]
+        return FusedLayers(Layers(blocks, [(layer.k_NBGd, layer.v_NBGd) for layer in pages]))
 
     def mlp(self, hidden_size: int, intermediate_size: int) -> NativeMLP:
         return NativeMLP(self.experts(1, hidden_size, intermediate_size))

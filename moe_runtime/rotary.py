@@ -12,6 +12,8 @@ from torch import Tensor
 
 from moe_runtime.config import RopeConfig
 
+TABLE_STEP = 4096  # positions
+
 
 class RotaryEmbedding:
     """Angles of the rotary embedding (Su et al. 2021) with the context extensions of HF's configs.
@@ -23,8 +25,25 @@ class RotaryEmbedding:
 
     def __init__(self, rope: RopeConfig, device: torch.device) -> None:
         self.rope = rope
+        self._table: tuple[Tensor, Tensor] | None = None
         self.exponent = torch.arange(0, rope.rotary_dim, 2, device=device).float() / rope.rotary_dim
         self.inv_freq, self.scale = _frequencies(rope, self.exponent)
+
+    def rows(
+        self, position_T: Tensor, num_prompt_T: Tensor, num_positions: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`cos_Nr, sin_Nr, row_T`: float32 angles, and the row of each token; None where they have a row each.
+
+        `num_positions` is above all positions. Where angles depend on the position alone, they come from a table that
+        grows with it.
+        """
+        if self.rope.kind == "dynamic":
+            return *self(position_T, num_prompt_T), None
+        if self._table is None or self._table[0].shape[0] < num_positions:
+            length = -(-num_positions // TABLE_STEP) * TABLE_STEP
+            positions = torch.arange(length, device=position_T.device)
+            self._table = self(positions, positions)
+        return *self._table, position_T
 
     def __call__(self, position_T: Tensor, num_prompt_T: Tensor) -> tuple[Tensor, Tensor]:
         """`cos_Tr, sin_Tr` in float32 for tokens at these positions of sequences with prompts of these lengths."""

@@ -6,7 +6,7 @@ Shape suffixes: B rows, V vocabulary, C candidates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,14 +27,22 @@ class SamplingRow:
     num_prompt_tokens: int
 
 
-def sample(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def first_best(logits_BV: Tensor) -> list[int]:
+    """The best token of each row."""
+    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    return tokens
+
+
+def sample(
+    logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]] = first_best
+) -> list[int]:
     """One token per row of float32 logits.
 
     Penalties come first, then temperature, min-p, top-k and top-p, each renormalising what is left, as in vLLM. Equal
     logits are taken in order of token id.
     """
     logits_BV = _penalize(logits_BV, rows)
-    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    tokens = argmax(logits_BV)
     drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
     # Two ways to lay out the candidates; a row must take its own, whatever its neighbours need.
     for truncated in (False, True):

@@ -115,6 +115,8 @@ class Worker:
         self._copies: dict[int, Iterator[int]] = {}  # by task
         num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
         self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
+        self._argmax = kit.argmax
+        self._run_layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
         self.info = RankInfo(
             rank=rank,
@@ -193,11 +195,15 @@ class Worker:
         self._admit(work)
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
         with self._torch_threads():
-            hidden_TD = self.model.forward(self._batch(work, plan, expert_work), self.cache)
+            hidden_TD = self.forward(work, plan, expert_work)
             samples = self._sample(work.chunks, hidden_TD)
             prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
         seconds = time.perf_counter() - start
         return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [])
+
+    def forward(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None = None) -> Tensor:
+        """Hidden states of the tokens of this rank's share, in its order."""
+        return self.model.forward(self._batch(work, plan, expert_work), self._run_layers)
 
     @torch.inference_mode()
     def run_task(self, task: SlotTask) -> SlotReport:
@@ -256,7 +262,7 @@ class Worker:
         for route in work.routes:
             self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
 
-    def _batch(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None = None) -> Batch:
+    def _batch(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
         num_prompt: list[int] = []
@@ -271,6 +277,7 @@ class Worker:
             num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
             slots += [sequence.blocks[position // size] * size + position % size for position in where]
         assert len(tokens) == len(positions), "a plan names positions whose tokens this rank does not have"
+        columns = self._tensor([*tokens, *positions, *num_prompt, *slots]).view(4, len(tokens))
         attention = AttentionMetadata.build(
             [chunk.num_tokens for chunk in work.chunks],
             [chunk.start + chunk.num_tokens for chunk in work.chunks],
@@ -278,10 +285,10 @@ class Worker:
             self.device,
         )
         return Batch(
-            token_T=self._tensor(tokens),
-            position_T=self._tensor(positions),
-            num_prompt_T=self._tensor(num_prompt),
-            slot_T=self._tensor(slots),
+            token_T=columns[0],
+            position_T=columns[1],
+            num_prompt_T=columns[2],
+            slot_T=columns[3],
             attention=attention,
             num_decode=work.num_decode,
             dispatcher=plan.dispatcher,
@@ -291,14 +298,20 @@ class Worker:
 
     def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:
         """Sample behind every chunk that asks for it, and append each token to its sequence."""
-        ends = np.cumsum([chunk.num_tokens for chunk in chunks]).tolist()
-        last = [(chunk.seq_id, end - 1) for chunk, end in zip(chunks, ends, strict=True) if chunk.sample]
+        last: list[int] = []  # rows behind which to sample
+        end = 0
+        for chunk in chunks:
+            end += chunk.num_tokens
+            if chunk.sample:
+                last.append(end - 1)
         if not last:
             return []
-        sequences = [self.sequences[seq_id] for seq_id, _ in last]
-        logits_BV = self.model.logits(hidden_TD[self._tensor([row for _, row in last])])
+        seq_ids = [chunk.seq_id for chunk in chunks if chunk.sample]
+        sequences = [self.sequences[seq_id] for seq_id in seq_ids]
+        # In a step of decode rows that is every row.
+        logits_BV = self.model.logits(hidden_TD if len(last) == end else hidden_TD[self._tensor(last)])
         rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
-        tokens = sample(logits_BV, rows)
+        tokens = sample(logits_BV, rows, self._argmax)
         logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
         for num_best in {row.params.logprobs for row in rows} - {None}:
             which = [index for index, row in enumerate(rows) if row.params.logprobs == num_best]
@@ -307,7 +320,7 @@ class Worker:
                 logprobs[index] = entry
         for sequence, token in zip(sequences, tokens, strict=True):
             sequence.token_ids.append(token)
-        return [Sample(seq_id, token, entry) for (seq_id, _), token, entry in zip(last, tokens, logprobs, strict=True)]
+        return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, strict=True)]
 
     def _prompt_logprobs(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[PromptLogprobs]:
         found, row = [], 0

@@ -55,6 +55,27 @@ class DecoderLayer:
     mlp: MLPBlock
 
 
+class LayerRunner(Protocol):
+    """All layers of a decoder over one cache."""
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Tensor:
+        """The rows after the last norm. `x_TD` and `residual_TD` may be overwritten."""
+
+
+class LayerLoop:
+    """Runs layers one after the other."""
+
+    def __init__(self, layers: list[DecoderLayer], cache: KVCache) -> None:
+        self.layers = layers
+        self.cache = cache
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Tensor:
+        for index, layer in enumerate(self.layers):
+            x_TD, residual_TD = layer.attention(x_TD, residual_TD, step, self.cache.layer(index))
+            x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)
+        return x_TD
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A causal language model over the paged cache.
@@ -77,15 +98,14 @@ class Decoder:
     attention_step: StepMaker
     nbytes: int
 
-    def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Hidden states `[T, D]` after the last norm. All ranks call it for the same step, also without tokens."""
+    def forward(self, batch: Batch, run_layers: LayerRunner) -> Tensor:
+        """Hidden states `[T, D]` after the last norm. All ranks call it for the same step, also without tokens.
+
+        `run_layers` is what the kit's `bind` makes of `layers` and a cache.
+        """
         step = self.attention_step(batch, self.rope)
         residual_TD = self.embed(batch.token_T)
-        x_TD = self.first_norm(residual_TD)
-        for index, layer in enumerate(self.layers):
-            x_TD, residual_TD = layer.attention(x_TD, residual_TD, step, cache.layer(index))
-            x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)
-        return x_TD
+        return run_layers(self.first_norm(residual_TD), residual_TD, step, batch)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """`[T, V]` in float32."""

@@ -18,14 +18,14 @@ from moe_runtime.batch import Batch
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.pages import release_pages
+from moe_runtime.kv_cache import KVCache
 from moe_runtime.layers import Embedding
 from moe_runtime.models import family_module
-from moe_runtime.models.decoder import Decoder, DecoderLayer
+from moe_runtime.models.decoder import Decoder, DecoderLayer, LayerRunner
 from moe_runtime.models.names import DENSE_NAMES, ExpertNames
 from moe_runtime.moe import ExpertCounter
 from moe_runtime.rotary import RotaryEmbedding
 from moe_runtime.weights import WeightSource
-
 
 WHOLE = 1 << 62  # bytes of a piece that is everything
 
@@ -59,6 +59,8 @@ class Kit(Protocol):
         self, config: ModelConfig, qkv: Any, output: Any, q_norm: Tensor | None, k_norm: Tensor | None, next_norm: Any
     ) -> Any: ...
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Any: ...
+    def argmax(self, logits_BV: Tensor) -> list[int]: ...
+    def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerRunner: ...
     def mlp(self, hidden_size: int, intermediate_size: int) -> Any: ...
     def dense_block(self, mlp: Any, next_norm: Any) -> Any: ...
     def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Any: ...

@@ -188,6 +188,16 @@ def test_combine_equals_its_twin_bit_for_bit(kernels, dtype, shape):
     assert torch.equal(kernels.combine(y.flatten(0, 1)[order], order, weights), expected)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (2, 8192), (5, 20001), (33, 129)])
+def test_argmax_is_the_first_largest(kernels, shape):
+    x = torch.randn(shape).round(decimals=1)  # with equals
+    expected = [row.tolist().index(max(row.tolist())) for row in x]
+    assert kernels.argmax(x) == expected
+    if x.numel():
+        x[0] = -torch.inf
+        assert kernels.argmax(x)[0] == 0
+
+
 def experts_of(kernels, w13, w2):
     experts = PackedExperts(kernels, len(w2), w2.shape[1], w2.shape[2], w2.dtype)
     for slot in range(len(w2)):

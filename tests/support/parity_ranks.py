@@ -84,7 +84,7 @@ def run_steps(
         for plan in steps:
             work = plan.ranks[context.rank]
             worker._admit(work)
-            rows = worker.model.logits(worker.model.forward(worker._batch(work, plan), worker.cache))
+            rows = worker.model.logits(worker.forward(work, plan))
             for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
                 logits.setdefault(chunk.seq_id, []).append(part)
     return logits

@@ -150,7 +150,6 @@ void moe_paged_attention(int is_bf16, const AttentionShape* shape, const StepLay
   });
 }
 
-// `heads` holds the step's pointers, filled before each call.
 struct AttentionBlock {
   NextNorm next;
   AttentionShape shape;
@@ -161,29 +160,70 @@ struct AttentionBlock {
   const void* output_bias;
 };
 
-// Projection, head ops, attention, projection back; then what `NextNorm` says.
-void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLayout* step, const void* x,
-                         void* key_cache, void* value_cache, void* residual, void* out) {
+}  // extern "C"
+#pragma GCC visibility pop
+
+namespace moe {
+namespace {
+
+// Projection, head ops, attention, projection back; then what `NextNorm` says. `x` and `out` may be the same.
+template <class T>
+void attention_block(const AttentionBlock& block, const StepLayout& step, const StepHeads& heads, const T* x,
+                     T* key_cache, T* value_cache, T* residual, T* out) {
+  const int64_t tokens = step.tokens, inner = block.output.inputs;
+  T* qkv = engine.qkv.get<T>(tokens * block.qkv.outputs);
+  T* attended = engine.attended.get<T>(tokens * inner);
+  linear(engine, block.qkv, static_cast<const T*>(block.qkv_bias), x, tokens, block.qkv.inputs, qkv);
+  AttentionShape shape = block.shape;
+  shape.page_size = heads.page_size;
+  finish_heads(engine, shape, block.heads, heads, tokens, qkv, key_cache, value_cache);
+  paged_attention(engine, shape, step, qkv, block.qkv.outputs, key_cache, value_cache, attended);
+  linear(engine, block.output, static_cast<const T*>(block.output_bias), attended, tokens, inner, out);
+  normalize(block.next, tokens, block.output.outputs, residual, out);
+}
+
+}  // namespace
+}  // namespace moe
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLayout* step, const StepHeads* heads,
+                         const void* x, void* key_cache, void* value_cache, void* residual, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    const int64_t tokens = step->tokens, inner = block->output.inputs;
-    T* qkv = engine.qkv.get<T>(tokens * block->qkv.outputs);
-    T* attended = engine.attended.get<T>(tokens * inner);
-    linear(engine, block->qkv, static_cast<const T*>(block->qkv_bias), static_cast<const T*>(x), tokens,
-           block->qkv.inputs, qkv);
-    finish_heads(engine, block->shape, block->heads, tokens, qkv, static_cast<T*>(key_cache),
-                 static_cast<T*>(value_cache));
-    paged_attention(engine, block->shape, *step, qkv, block->qkv.outputs, static_cast<const T*>(key_cache),
-                    static_cast<const T*>(value_cache), attended);
-    linear(engine, block->output, static_cast<const T*>(block->output_bias), attended, tokens, inner,
-           static_cast<T*>(out));
-    normalize(block->next, tokens, block->output.outputs, static_cast<T*>(residual), static_cast<T*>(out));
+    attention_block(*block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
+                    static_cast<T*>(value_cache), static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
 
 void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
   const std::lock_guard<std::mutex> lock(mutex);
   gate(engine, *config, logits, rows, weights, experts);
+}
+
+// best[i] = place of the first largest of row i, or 0 where all are NaN. A row is cut into blocks, which tasks share.
+void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
+  constexpr int64_t kBlock = 8192;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const int64_t blocks = ceil_div(size, kBlock);
+  float* largest = engine.logits.get<float>(rows * blocks);
+  engine.pool.run(rows * blocks, [&](int64_t task, int) {
+    const int64_t first = task % blocks * kBlock, count = std::min(kBlock, size - first);
+    const float* values = x + task / blocks * size + first;
+    Vec most = set1(kTaken);
+    for_lanes(count, [&](int64_t i, int n) {
+      most = max(most, select_first(n, load_first(values + i, n), set1(kTaken)));
+    });
+    largest[task] = max(most);
+  });
+  for (int64_t row = 0; row < rows; row++) {
+    const float* maxima = largest + row * blocks;
+    const int64_t block = std::max_element(maxima, maxima + blocks) - maxima;
+    const float *begin = x + row * size + block * kBlock, *end = x + std::min((row + 1) * size, row * size + (block + 1) * kBlock);
+    const float* found = std::find(begin, end, maxima[block]);
+    best[row] = found == end ? 0 : found - (x + row * size);
+  }
 }
 
 int64_t moe_group_by_slot(const int64_t* slot, int64_t size, int64_t slots, int64_t* order, int64_t* counts) {
@@ -248,6 +288,37 @@ void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_
     using T = decltype(type);
     grouped_mlp(engine, *block->mlp, static_cast<const T*>(x), tokens, nullptr, &tokens, static_cast<T*>(out));
     normalize(block->next, tokens, block->mlp->hidden, static_cast<T*>(residual), static_cast<T*>(out));
+  });
+}
+
+// A layer whose sparse or dense block is all here; the other one is null. Blocks have norms behind them.
+struct Layer {
+  const AttentionBlock* attention;
+  const SparseBlock* sparse;
+  const DenseBlock* dense;
+  void* key_cache;
+  void* value_cache;
+};
+
+// All layers of a decoder, one after the other: `x` and `residual` are changed in place.
+void moe_layers(int is_bf16, const Layer* layers, int64_t count, const StepLayout* step, const StepHeads* heads,
+                int64_t num_decode, void* residual, void* x) {
+  dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    T *rows = static_cast<T*>(x), *sums = static_cast<T*>(residual);
+    for (const Layer* layer = layers; layer < layers + count; layer++) {
+      attention_block(*layer->attention, *step, *heads, rows, static_cast<T*>(layer->key_cache),
+                      static_cast<T*>(layer->value_cache), sums, rows);
+      if (layer->sparse) {
+        const SparseBlock& block = *layer->sparse;
+        sparse_block(engine, *block.router, *block.experts, block.shared, rows, step->tokens, num_decode, rows);
+        normalize(block.next, step->tokens, block.experts->hidden, sums, rows);
+      } else {
+        const DenseBlock& block = *layer->dense;
+        grouped_mlp(engine, *block.mlp, rows, step->tokens, nullptr, &step->tokens, rows);
+        normalize(block.next, step->tokens, block.mlp->hidden, sums, rows);
+      }
+    }
   });
 }
 

@@ -8,6 +8,7 @@ those of `native`.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,7 +187,7 @@ class AttentionBlock:
             output.weight,
             pointer(output.bias),
         )
-        self._address = ctypes.addressof(self.block)
+        self.address = ctypes.addressof(self.block)
         self.next_norm = next_norm
         self._keep = (q_norm_d, k_norm_d)
         self._dtype = qkv.packed.dtype
@@ -206,15 +207,13 @@ class AttentionBlock:
     ) -> Tensor:
         """`[T, D]`; writes the tokens' keys and values into the cache."""
         assert x_TD.dtype == k_cache_NBGd.dtype == self._dtype and len(x_TD) == step.layout.tokens
-        heads = self.block.heads
-        heads.cos, heads.sin, heads.rope_row, heads.cache_slot = step.pointers
-        heads.rotated = step.rotated
-        self.block.shape.page_size = k_cache_NBGd.shape[1]
+        step.heads.page_size = k_cache_NBGd.shape[1]
         out_TD = torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
         self.kernels.library.moe_attention_block(
             self._is_bf16,
-            self._address,
+            self.address,
             step.address,
+            step.heads_address,
             pointer(x_TD),
             pointer(k_cache_NBGd),
             pointer(v_cache_NBGd),
@@ -292,7 +291,7 @@ class SparseBlock:
         self.router, self.experts, self.shared, self.next_norm = router, experts, shared, next_norm
         shared_address = None if shared is None else shared.address
         self.block = structs.SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
-        self._address = ctypes.addressof(self.block)
+        self.address = ctypes.addressof(self.block)
         self._is_bf16 = is_bf16(experts.w13)
 
     def __call__(self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None) -> Tensor:
@@ -301,7 +300,7 @@ class SparseBlock:
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         self.experts.kernels.library.moe_sparse_block(
-            self._is_bf16, self._address, pointer(x_TD), len(x_TD), num_decode, residual, out_TD.data_ptr()
+            self._is_bf16, self.address, pointer(x_TD), len(x_TD), num_decode, residual, out_TD.data_ptr()
         )
         return out_TD
 
@@ -317,7 +316,7 @@ class DenseBlock:
         assert mlp.num_slots == 1
         self.mlp, self.next_norm = mlp, next_norm
         self.block = structs.DenseBlock(_next_norm(next_norm), mlp.address)
-        self._address = ctypes.addressof(self.block)
+        self.address = ctypes.addressof(self.block)
         self._is_bf16 = is_bf16(mlp.w13)
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
@@ -326,9 +325,57 @@ class DenseBlock:
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         self.mlp.kernels.library.moe_dense_block(
-            self._is_bf16, self._address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
+            self._is_bf16, self.address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
         )
         return out_TD
+
+
+class Layers:
+    """All layers of a decoder whose experts are all here, in one call.
+
+    Args:
+        blocks: attention and MLP of each layer, with norms behind them.
+        caches: keys and values `[N, B, G, d]` of each layer.
+    """
+
+    def __init__(
+        self, blocks: Sequence[tuple[AttentionBlock, SparseBlock | DenseBlock]], caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        assert all(part.next_norm is not None for layer in blocks for part in layer)
+        self._keep = (list(blocks), list(caches))
+        self._page_size = caches[0][0].shape[1]
+        self._library = blocks[0][0].kernels.library
+        self._dtype = blocks[0][0].qkv.packed.dtype
+        self._is_bf16 = is_bf16(blocks[0][0].qkv.packed)
+        self._layers = (structs.Layer * len(blocks))(
+            *(
+                structs.Layer(
+                    attention.address,
+                    mlp.address if isinstance(mlp, SparseBlock) else None,
+                    mlp.address if isinstance(mlp, DenseBlock) else None,
+                    pointer(keys),
+                    pointer(values),
+                )
+                for (attention, mlp), (keys, values) in zip(blocks, caches, strict=True)
+            )
+        )
+        self._address = ctypes.addressof(self._layers)
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, num_decode: int) -> None:
+        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place."""
+        assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
+        assert x_TD.shape[0] == step.layout.tokens
+        step.heads.page_size = self._page_size
+        self._library.moe_layers(
+            self._is_bf16,
+            self._address,
+            len(self._layers),
+            step.address,
+            step.heads_address,
+            num_decode,
+            pointer(residual_TD),
+            pointer(x_TD),
+        )
 
 
 def _next_norm(norm: NextNorm | None) -> structs.NextNorm:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.build import NativeUnavailableError, ensure_library
 from moe_runtime.kernels.cpu.pages import HUGE_PAGE, ask_for_huge_pages
-from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepLayout
+from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepHeads, StepLayout
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
 
 logger = logging.getLogger(__name__)
@@ -135,8 +135,9 @@ class Step:
             num_seqs, meta.num_tokens, table.shape[1], start, start + 8 * (num_seqs + 1), table.data_ptr()
         )
         self.address = ctypes.addressof(self.layout)
-        self.pointers = (pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(slot_T))
-        self.rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
+        rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
+        self.heads = StepHeads(rotated, pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(slot_T))
+        self.heads_address = ctypes.addressof(self.heads)
         self._keep = (ints, table, slot_T, cos_Nr, sin_Nr, rope_row_T)
 
 
@@ -267,6 +268,14 @@ class Kernels:
             ctypes.addressof(config), logits_TE.data_ptr(), num_tokens, weights_TK.data_ptr(), experts_TK.data_ptr()
         )
         return weights_TK, experts_TK
+
+    def argmax(self, x_TV: Tensor) -> list[int]:
+        """Place of the largest float32 value of each row; of equal ones the first."""
+        assert x_TV.dtype == torch.float32 and x_TV.ndim == 2 and x_TV.shape[1] > 0
+        rows, size = x_TV.shape
+        best = (ctypes.c_int64 * rows)()
+        self.library.moe_argmax(pointer(x_TV), rows, size, best)
+        return list(best)
 
     def group_by_slot(self, slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
         """See `torch_ops.group_by_slot`."""

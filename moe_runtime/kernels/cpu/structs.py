@@ -37,11 +37,17 @@ class HeadOps(ctypes.Structure):
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("eps", c_float),
+    )
+
+
+class StepHeads(ctypes.Structure):
+    _fields_ = (
         ("rotated", c_int64),
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("rope_row", c_void_p),
         ("cache_slot", c_void_p),
+        ("page_size", c_int64),
     )
 
 
@@ -80,6 +86,16 @@ class AttentionBlock(ctypes.Structure):
         ("qkv_bias", c_void_p),
         ("output", Weight),
         ("output_bias", c_void_p),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        ("attention", c_void_p),
+        ("sparse", c_void_p),
+        ("dense", c_void_p),
+        ("key_cache", c_void_p),
+        ("value_cache", c_void_p),
     )
 
 
@@ -124,9 +140,11 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "moe_attention_block": (
         None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
+    "moe_layers": (None, (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "moe_grouped_mlp": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p)),
     "moe_combine": (
