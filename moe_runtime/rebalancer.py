@@ -40,7 +40,10 @@ MEASURE_EVERY = 8  # steps; so often ranks time their experts
 MAX_SAMPLES = 2000  # measured layers that the cost model is fitted to
 MIN_SAMPLES = 24
 FIRST_COPY_RATE = 5e8  # bytes per second, until a copy was measured
-ROUND_TIMEOUT = 60.0
+COPY_SHARE, LEAST_COPY = 0.15, 256 << 10  # of a step's time, unless it is a few bytes
+IDLE_COPY = 64 << 20
+STEP_SHARE = 0.1  # of a step in the average
+REPORT_TIMEOUT = 120.0
 KEPT_DECISIONS = 200
 
 
@@ -112,6 +115,8 @@ class Rebalancer:
         self._samples: deque[tuple[list[int], list[int], float]] = deque(maxlen=MAX_SAMPLES)
         self._payback = Payback()
         self._copy_rate = FIRST_COPY_RATE
+        self._step_seconds = 0.0  # of late
+        self._is_idle = False
         self._migration: Migration | None = None
         self._current: Rebalance | None = None
         self._next_task = 0
@@ -154,13 +159,19 @@ class Rebalancer:
 
     def note(self, results: list[RankResult]) -> None:
         """Take in what ranks measured in a step."""
+        seconds = max(result.seconds for result in results)
+        self._step_seconds += STEP_SHARE * (seconds - self._step_seconds)
         if results[0].expert_work:
             for layer in zip(*(result.expert_work for result in results), strict=True):
                 slowest = max(work.seconds for work in layer)
                 self._samples.append(([work.touched_slots for work in layer], [work.rows for work in layer], slowest))
 
-    def tick(self) -> None:
-        """Between two steps: take reports in, get on with a migration, and now and then look at the load."""
+    def tick(self, idle: bool = False) -> None:
+        """Between two steps: take reports in, get on with a migration, and now and then look at the load.
+
+        Without requests (`idle`) copies delay nobody, and go on in large pieces.
+        """
+        self._is_idle = idle
         for report in self._executor.reports():
             if isinstance(report, CountsReport):
                 self._reports[report.rank] = report.counts_2LE
@@ -277,10 +288,18 @@ class Rebalancer:
             self.placement,
             target,
             self._executor.send_task,
-            bytes_per_step=self._config.migration_bytes_per_step,
-            timeout=min(ROUND_TIMEOUT, self._config.step_timeout),
+            expert_bytes=self._expert_bytes,
+            budget=self._copy_budget,
+            timeout=REPORT_TIMEOUT,
             first_task=self._next_task,
         )
+
+    def _copy_budget(self) -> int:
+        """Bytes that a rank may copy between two steps: what was asked for, or a share of a step's time."""
+        if self._is_idle:
+            return IDLE_COPY
+        asked = self._config.migration_bytes_per_step
+        return asked if asked is not None else max(LEAST_COPY, int(COPY_SHARE * self._step_seconds * self._copy_rate))
 
     def _end_migration(self) -> None:
         assert self._migration is not None and self._current is not None
@@ -290,7 +309,7 @@ class Rebalancer:
         self._moves += len(report.moves)
         self._copied_bytes += report.copied_bytes
         self._rollbacks += len(report.failures)
-        if report.copy_seconds > 0:
+        if report.copied_bytes and report.copy_seconds > 0:
             self._copy_rate = report.copied_bytes / report.copy_seconds
         rebalance.moves = [vars(move) for move in report.moves]
         rebalance.copied_bytes = report.copied_bytes

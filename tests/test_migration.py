@@ -128,7 +128,9 @@ class Ranks:
         raise AssertionError("no end")
 
     def migrate(self, target: Placement) -> Migration:
-        return Migration(self.placement, target, self.send, bytes_per_step=10, timeout=30.0, clock=lambda: self.now)
+        return Migration(
+            self.placement, target, self.send, expert_bytes=20, budget=lambda: 10, timeout=30.0, clock=lambda: self.now
+        )
 
 
 @given(journeys(num_layers=3))
@@ -138,8 +140,7 @@ def test_a_migration_arrives(journey: tuple[Placement, Placement]) -> None:
     ranks = Ranks(start)
     migration = ranks.migrate(target)
     versions = ranks.run(migration)
-    assert versions == list(range(1, len(versions) + 1))
-    assert migration.placement.version == len(versions)
+    assert versions == sorted(set(versions)) and migration.placement.version == max(versions, default=0)
     wanted = int((target.hosts & ~start.hosts).sum())
     report = migration.report
     assert len(report.moves) + report.dropped_moves == wanted
@@ -177,5 +178,5 @@ def test_a_round_that_fails_once_is_made_again(fault: str) -> None:
     migration = ranks.migrate(target)
     assert ranks.run(migration) == [1]
     assert np.array_equal(migration.placement.hosts, target.hosts)
-    why = {"late": "no end within 30 s; waiting for rank 1", "error": "rank 1: no such file", "corrupt": "differs"}
+    why = {"late": "no report within 30 s from rank 1", "error": "rank 1: no such file", "corrupt": "differs"}
     assert len(migration.report.failures) == 1 and why[fault] in migration.report.failures[0]

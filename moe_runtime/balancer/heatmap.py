@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.image import imread, imsave
 
 from moe_runtime.balancer.heatmap_page import FAINT, LARGE, MUTED, NO_CELL, SMALL, TEXT, Page
 from moe_runtime.balancer.heatmap_panel import NUM_NAMED, Colours, Columns, Panel
@@ -52,6 +54,23 @@ def draw(load: ExpertLoad, format: str) -> bytes:
         _draw_table(page, load, phase, beside_left, MARGIN + HEADER + panels_height, half)
     file = io.BytesIO()
     page.figure.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
+    return file.getvalue()
+
+
+def draw_pair(before: ExpertLoad, after: ExpertLoad) -> bytes:
+    """Two loads of one model in one PNG, the earlier above; `after` may go on counting where `before` was taken.
+
+    Raises:
+        ValueError: they are of different models.
+    """
+    if (before.layer_ids, before.num_experts) != (after.layer_ids, after.num_experts):
+        raise ValueError("before: is a load of another model; layers and experts must be the same")
+    goes_on = all((after.tokens[phase] >= before.tokens[phase]).all() for phase in PHASES)
+    since = after - before if goes_on else after
+    named = (replace(before, model=f"{before.model}, before"), replace(since, model=f"{after.model}, after"))
+    pictures = [imread(io.BytesIO(draw(load, "png"))) for load in named]
+    file = io.BytesIO()
+    imsave(file, np.concatenate(pictures), format="png", dpi=DPI)
     return file.getvalue()
 
 

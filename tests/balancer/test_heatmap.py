@@ -10,7 +10,7 @@ from balancer_samples import random_load
 from matplotlib.image import imread
 
 from moe_runtime.balancer import ExpertLoad, Placement, heatmap_page, heatmap_panel
-from moe_runtime.balancer.heatmap import _colours
+from moe_runtime.balancer.heatmap import _colours, draw_pair
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -24,6 +24,17 @@ def even_load(seed, num_layers, num_experts, num_ranks, **fields):
 
 def pixels(load):
     return imread(io.BytesIO(load.render("png")))
+
+
+def test_before_and_after_in_one_picture():
+    before = even_load(3, 4, 8, 2)
+    more = random_load(4, 4, 8, None)
+    tokens = {phase: counts + more.tokens[phase] for phase, counts in before.tokens.items()}
+    after = ExpertLoad(tokens, before.layer_ids, before.placement, before.model, before.top_k)
+    both = imread(io.BytesIO(draw_pair(before, after)))
+    assert both.shape[1] == 1800 and both.shape[0] == 2 * pixels(before).shape[0]
+    with pytest.raises(ValueError, match="another model"):
+        draw_pair(even_load(3, 4, 6, 2), after)
 
 
 @pytest.mark.parametrize(
