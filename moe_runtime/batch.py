@@ -1,4 +1,7 @@
-"""One rank's share of a step, as tensors on its device."""
+"""One rank's share of a step, as tensors on its device.
+
+Shape suffixes: T tokens, L sparse layers, P policies, K experts per token.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,21 @@ from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.messages import ExpertWork
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """What a step asks of all gates beside the model's own routing.
+
+    Attributes:
+        policy_T: int64, which of the policies each token has, 0 for none; None: none for all.
+        policies_LP4: float32, the rows of `RoutingPolicy` for each layer and policy; the first is not read.
+        chosen_LTK: int16, which gates fill with the experts that each token uses, -1 for none; None: not kept.
+    """
+
+    policy_T: Tensor | None = None
+    policies_LP4: Tensor | None = None
+    chosen_LTK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,7 @@ class Batch:
         num_decode: so many leading tokens are decode rows.
         dispatcher, tokens_per_rank: as the plan says.
         expert_work: where sparse layers note what their experts did; None in steps that are not measured.
+        routing: policies of the tokens, and where to keep their experts; None where no token asks for either.
     """
 
     token_T: Tensor
@@ -33,3 +52,4 @@ class Batch:
     dispatcher: str
     tokens_per_rank: list[int]
     expert_work: list[ExpertWork] | None = None
+    routing: StepRouting | None = None

@@ -11,6 +11,7 @@ from moe_runtime.budget import check_budget
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.engine import Engine
 from moe_runtime.executor import Executor
+from moe_runtime.routing import CALIBRATION_NAME, DEMO_CALIBRATION, load_policies
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +38,9 @@ def build_engine(
 
     path = resolve_model(config.model)
     model_config = load_model_config(path)
-    config = fit_to_model(config, model_config)
+    config = fit_to_model(find_calibration(config, path), model_config)
     initial_placement(config, model_config, config.ep_size)  # a file that does not fit is refused before ranks start
+    load_policies(config, model_config)
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:
@@ -68,6 +70,14 @@ def _choices(engine: Engine) -> str:
         f"KV cache {cache:.2f} GB ({sum(r.num_blocks for r in ranks)} pages of {engine.config.block_size} tokens), "
         f"loaded in {max(r.load_seconds for r in ranks):.1f} s"
     )
+
+
+def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
+    """The configuration with the routing calibration that lies with the model, unless it names one."""
+    found = DEMO_CALIBRATION if config.model == "demo" else path / CALIBRATION_NAME
+    if config.routing_calibration is not None or not found.exists():
+        return config
+    return replace(config, routing_calibration=str(found))
 
 
 def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 from moe_runtime import __version__
 from moe_runtime.bench.options import BenchOptions
 from moe_runtime.cli_bench import bench
+from moe_runtime.cli_calibrate import CalibrateOptions, calibrate
 from moe_runtime.cli_generate import engine_options, generate, sampling_options
 from moe_runtime.cli_inspect import InspectOptions, inspect, inspect_engine_options
+from moe_runtime.cli_plan import PlanOptions, ProfileOptions, plan, profile
 from moe_runtime.config import EngineConfig, check_integer
 from moe_runtime.executor import RankError
 from moe_runtime.options import (
@@ -109,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_inspect(commands)
     _add_heatmap(commands)
+    _add_calibrate(commands)
+    _add_plan(commands)
+    _add_profile(commands)
     return parser
 
 
@@ -146,7 +151,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--heatmap", type=Path, metavar="FILE", help="write the experts' load: .png, .svg, .html, .csv, .json or .npz"
     )
     add_flags(parser.add_argument_group("sampling"), sampling_options())
-    add_flags(parser.add_argument_group("engine"), engine_options())
+    add_flags(parser.add_argument_group("engine"), engine_options("routing"))
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -195,6 +200,38 @@ def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="what to write: .png, .svg, .html, .csv, .json or .npz; may be repeated",
     )
     parser.add_argument("--phase", choices=("prefill", "decode"), help="only the tokens of this phase")
+    parser.add_argument(
+        "--before", type=Path, metavar="FILE", help="a saved load from before, drawn above in the same picture (.png)"
+    )
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "plan", "Predict speed and memory for numbers of ranks and replicas.", plan)
+    _add_model(parser)
+    add_flags(parser, options_of(PlanOptions, exclude=("output",)))
+    parser.add_argument(
+        "-o", "--output", action="append", metavar="FILE", help="write the plan: .json or .png; may be repeated"
+    )
+
+
+def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "profile", "Measure this machine's hardware profile, for plan.", profile)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags win over it")
+    add_flags(parser, options_of(ProfileOptions, exclude=("output",)))
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .yaml or .json")
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(
+        commands, "calibrate", "Find how to use fewer experts per token, and what it costs.", calibrate
+    )
+    _add_model(parser)
+    searched = parser.add_argument_group("calibration")
+    add_flags(searched, options_of(CalibrateOptions, exclude=("output",)))
+    searched.add_argument(
+        "-o", "--output", action="append", metavar="FILE", help="write the calibration (.json) or a plot (.png)"
+    )
+    add_flags(parser.add_argument_group("engine"), engine_options())
 
 
 def _generate(namespace: argparse.Namespace) -> int:
@@ -240,8 +277,19 @@ def _heatmap(namespace: argparse.Namespace) -> int:
 
     with user_mistakes():
         load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
+        before = None if namespace.before is None else ExpertLoad.load(namespace.before)
         if namespace.phase:
             load = _only_phase(load, namespace.phase)
+            before = before and _only_phase(before, namespace.phase)
+        if before is not None:
+            from moe_runtime.balancer.heatmap import draw_pair
+
+            if any(path.suffix != ".png" for path in namespace.output):
+                raise ValueError("output: a picture of before and after can only be a .png")
+            picture = draw_pair(before, load)
+            for path in namespace.output:
+                path.write_bytes(picture)
+            return 0
         for path in namespace.output:
             load.save(path)
     return 0

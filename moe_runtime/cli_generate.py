@@ -46,9 +46,9 @@ def sampling_options() -> list[Option]:
     ]
 
 
-def engine_options() -> list[Option]:
+def engine_options(*exclude: str) -> list[Option]:
     """Options of `EngineConfig`, less the seed: the one seed is the requests' and the engine's."""
-    return options_of(EngineConfig, exclude=("model", "seed"))
+    return options_of(EngineConfig, exclude=("model", "seed", *exclude))
 
 
 def generate(namespace: argparse.Namespace) -> int:

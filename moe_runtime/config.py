@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from moe_runtime.routing import RoutingPolicy, parse_routing
+
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -35,8 +37,13 @@ class EngineConfig:
             DeepSeek's published algorithm, as a baseline; "off" only when asked.
         balance_interval: steps between two looks of the balancer at the load.
         redundant_experts: slots per rank and layer beside those for one copy of every expert.
-        migration_bytes_per_step: how much of an expert's weights a rank copies between two steps.
+        migration_bytes_per_step: how much of experts' weights a rank copies between two steps; None takes what makes
+            steps longer by about 15 percent.
         placement: file of the placement to start with; None spreads the experts evenly, in order.
+        routing: experts per token of requests that ask for nothing: "full", "balanced", "fast", or a policy such as
+            "top_k=4", "top_p=0.8" or "threshold=0.5"; None is "full".
+        routing_calibration: file of `moe-runtime calibrate`; None takes the one that lies with the model, if any.
+        record_trace: .npz file that takes the routing of all steps when the engine ends.
         served_model_name: the name that the HTTP interface shows; None takes `model`.
         step_timeout: seconds after which a step that does not end is an error.
 
@@ -61,8 +68,11 @@ class EngineConfig:
     balance: str = "off"
     balance_interval: int = 100
     redundant_experts: int = 0
-    migration_bytes_per_step: int = 1 << 20
+    migration_bytes_per_step: int | None = None
     placement: str | None = None
+    routing: str | RoutingPolicy | None = None
+    routing_calibration: str | None = None
+    record_trace: str | None = None
     served_model_name: str | None = None
     step_timeout: float = 300.0
 
@@ -78,7 +88,8 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
-        for name in ("tokenizer", "placement", "served_model_name"):
+        object.__setattr__(self, "routing", parse_routing(self.routing))
+        for name in ("tokenizer", "placement", "routing_calibration", "record_trace", "served_model_name"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
@@ -87,9 +98,8 @@ class EngineConfig:
             raise ValueError(f"skip_tokenizer_init: {skip!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("migration_bytes_per_step", self.migration_bytes_per_step, 1)
         check_integer("redundant_experts", self.redundant_experts, 0)
-        for name in ("max_model_len", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "kv_cache_memory_bytes", "migration_bytes_per_step"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         check_integer("seed", self.seed, 0)

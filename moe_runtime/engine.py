@@ -9,16 +9,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from moe_runtime import __version__
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.detokenizer import IncrementalDecoder, OutputText
 from moe_runtime.executor import Executor
-from moe_runtime.messages import PromptLogprobs, RankResult, Sample, TokenLogprobs
+from moe_runtime.messages import PromptLogprobs, RankResult, RoutedExperts, Sample, TokenLogprobs
 from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
 from moe_runtime.request import Request
+from moe_runtime.routing import load_policies
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.scheduler import Scheduler
 
@@ -82,8 +83,12 @@ class Engine:
             set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
         )
         from moe_runtime.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
+        from moe_runtime.trace_recorder import TraceRecorder
 
         self.rebalancer = Rebalancer(config, model_config, executor)
+        self._policies = load_policies(config, model_config)
+        trace = config.record_trace
+        self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
         self._seeds = random.Random(config.seed)
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
@@ -107,6 +112,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: stop strings need a tokenizer; use stop_token_ids with skip_tokenizer_init")
         token_ids = self._prompt_token_ids(prompt)
+        params = replace(params, routing=self._policies.resolve(params.routing))
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         room = self.max_model_len - len(token_ids)
         request = Request(
@@ -135,7 +141,8 @@ class Engine:
         if request is not None:
             self._end(request, "abort")
             logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
-            self._ready.append(request.delta([], logprobs, "abort", None))
+            delta = request.delta([], logprobs, "abort", None)
+            self._ready.append(replace(delta, routed_experts=self._routed_experts(request)))
 
     @property
     def has_work(self) -> bool:
@@ -166,7 +173,7 @@ class Engine:
             RankError: a rank has died.
         """
         self.executor.check()
-        self.rebalancer.tick()
+        self.rebalancer.tick(idle=not self.has_work)
 
     def rebalance(self, dry_run: bool = False) -> Rebalance:
         """Plan a better placement for the load of late and, unless `dry_run`, start moving experts there.
@@ -267,6 +274,8 @@ class Engine:
     def close(self) -> None:
         """End the ranks. Unfinished requests get nothing more. May be called twice."""
         self.executor.close()
+        if self._recorder is not None:
+            self._recorder.save()
 
     def _prompt_token_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -308,6 +317,8 @@ class Engine:
         self._num_inflight -= 1
         self._last_step_seconds = max(result.seconds for result in results)
         self.rebalancer.note(results)
+        if self._recorder is not None:
+            self._recorder.add(results)
         for result in results:
             self._take_in(result)
 
@@ -316,6 +327,9 @@ class Engine:
         for found in result.prompt_logprobs:
             if (request := self._by_seq_id.get(found.seq_id)) is not None:
                 self._add_prompt_logprobs(request, found)
+        for routed in result.routed_experts:
+            if (request := self._by_seq_id.get(routed.seq_id)) is not None and request.params.return_routed_experts:
+                self._add_routed_experts(request, routed)
         for sample in result.samples:
             if (request := self._by_seq_id.get(sample.seq_id)) is not None:
                 self._ready.append(self._add_token(request, sample))
@@ -325,6 +339,20 @@ class Engine:
         num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt goes through the model again
         assert num_known >= 0
         request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
+
+    def _add_routed_experts(self, request: Request, found: RoutedExperts) -> None:
+        from moe_runtime.trace_recorder import read_routed
+
+        experts_TLK = read_routed(found, self.model_config)
+        num_known = request.num_routed - found.start  # a preempted sequence goes through the model again
+        assert num_known >= 0
+        if num_known < len(experts_TLK):
+            request.routed_experts.append(experts_TLK[num_known:])
+
+    def _routed_experts(self, request: Request) -> np.ndarray | None:
+        from moe_runtime.trace_recorder import compact
+
+        return compact(request.routed_experts, self.model_config) if request.params.return_routed_experts else None
 
     def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
         finish_reason, stop_reason = request.append(sample.token_id, self.model_config.eos_token_ids)
@@ -337,7 +365,8 @@ class Engine:
             logprobs = [self._position_logprobs(sample.logprobs)]
         if finish_reason is not None:
             self._end(request, finish_reason)
-        return request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
+        delta = request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
+        return delta if finish_reason is None else replace(delta, routed_experts=self._routed_experts(request))
 
     def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
         decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None

@@ -263,9 +263,9 @@ class TorchKit:
         return ExpertSlots(num_slots, hidden_size, intermediate_size, self.dtype, self.device)
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
     ) -> Gate:
-        return Gate(config, weight_ED, bias_E, counts_2E)
+        return Gate(config, weight_ED, bias_E, counts_2E, layer)
 
     def sparse_block(
         self,

@@ -280,4 +280,5 @@ def _extend(output: RequestOutput, delta: OutputDelta) -> None:
         output.prompt_token_ids = delta.prompt_token_ids
         output.prompt_logprobs = delta.prompt_logprobs
     completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+    completion.routed_experts = delta.routed_experts
     output.finished = delta.finish_reason is not None

@@ -153,6 +153,19 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that each token of a chunk used, in every sparse layer.
+
+    `experts` is uint16 [tokens, layers, experts per token] in C order, best first, 0xFFFF where a policy dropped one.
+    """
+
+    seq_id: int
+    start: int
+    is_decode: bool
+    experts: bytes
+
+
+@dataclass(frozen=True)
 class RankResult:
     """What one rank has to say of one step."""
 
@@ -162,3 +175,4 @@ class RankResult:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     seconds: float = 0.0
     expert_work: list[ExpertWork] = field(default_factory=list)
+    routed_experts: list[RoutedExperts] = field(default_factory=list)

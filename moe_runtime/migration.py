@@ -193,7 +193,7 @@ class Migration:
         return _Transfer(rank, slot, expert, leaving, task, (holder, witness))
 
     def _send_next(self) -> None:
-        """Give every rank that waits for nothing as much work as its budget allows: first copies, then sums."""
+        """Give every rank that waits for nothing as much work as its budget allows: copies first."""
         busy = {rank for rank, _ in self._waiting}
         left = [0 if rank in busy else max(1, self._budget()) for rank in range(self.placement.num_ranks)]
         transfers = [(going, transfer) for going in self._rounds.values() for transfer in going.transfers]
@@ -204,7 +204,7 @@ class Migration:
                 left[transfer.rank] -= nbytes
         for going, transfer in transfers:
             rank, task = transfer.witness
-            if transfer.checksum is not None and transfer.expected is None and left[rank] > 0:
+            if transfer.expected is None and (rank, task.task_id) not in self._waiting and left[rank] > 0:
                 self._ask(going, rank, task)
                 left[rank] -= self._expert_bytes
 

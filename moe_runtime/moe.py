@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatched, Dispatcher
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.messages import ExpertWork
 from moe_runtime.routes import ROUTE_LENGTH
@@ -26,8 +26,11 @@ class Router(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def __call__(self, x_TD: Tensor, num_decode: int) -> tuple[Tensor, Tensor]:
-        """`(weights_TK float32, experts_TK int64)`, best expert first; the first `num_decode` rows are decode rows."""
+    def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
+        """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
+
+        The first `num_decode` rows are decode rows.
+        """
 
 
 class Experts(Protocol):
@@ -97,7 +100,8 @@ class MoELayer:
         dispatchers: Mapping[str, Dispatcher],
     ) -> None:
         self.gate = gate
-        self.slot_EP = slot_E[:, None].repeat(1, ROUTE_LENGTH)
+        # The last row is that of expert -1: what a policy has dropped goes nowhere.
+        self.slot_EP = torch.cat((slot_E, slot_E.new_tensor([-1])))[:, None].repeat(1, ROUTE_LENGTH)
         self.has_replicas = False
         self.experts = experts
         self.shared = shared
@@ -111,7 +115,7 @@ class MoELayer:
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The normed rows and the residual rows. All ranks call it for the same step, also one that has no token."""
         way = self.dispatchers[batch.dispatcher]
-        weights_TK, experts_TK = self.gate(x_TD, batch.num_decode)
+        weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.routing)
 
         sent = way.dispatch(x_TD, self._slots(experts_TK), batch.tokens_per_rank)
         y_RD = self._compute(sent, batch.expert_work)
@@ -128,10 +132,10 @@ class MoELayer:
         self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
 
     def _slots(self, experts_TK: Tensor) -> Tensor:
-        """The global slot of each (token, k), `[T, K]`."""
+        """The global slot of each (token, k), `[T, K]`; -1 for expert -1."""
         if not self.has_replicas:
             return self.slot_EP[experts_TK, 0]
-        chosen = experts_TK.flatten()
+        chosen = experts_TK.flatten() % len(self.slot_EP)
         order = chosen.argsort(stable=True)
         counts_E = torch.zeros(len(self.slot_EP), dtype=torch.int64, device=chosen.device)
         counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))

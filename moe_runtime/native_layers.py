@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels import ops
@@ -24,6 +24,7 @@ from moe_runtime.kernels.cpu.blocks import (
     PackedExperts,
     PackedLinear,
     Router,
+    Routing,
     SparseBlock,
 )
 from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
@@ -102,11 +103,40 @@ class NativeDenseBlock:
         return self.block(x_TD, residual_TD), residual_TD
 
 
+class NativeGate:
+    """See `gate.Gate`."""
+
+    def __init__(self, router: Router, layer: int) -> None:
+        self.router = router
+        self.layer = layer
+
+    @property
+    def nbytes(self) -> int:
+        return self.router.nbytes
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        return self.router.logits(x_TD)
+
+    def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
+        return self.router(x_TD, num_decode, _of_layer(routing, self.layer))
+
+
+def _of_layer(routing: StepRouting | None, layer: int) -> Routing:
+    if routing is None:
+        return Routing()
+    policies, chosen = routing.policies_LP4, routing.chosen_LTK
+    return Routing(
+        routing.policy_T, None if policies is None else policies[layer], None if chosen is None else chosen[layer]
+    )
+
+
 class NativeSparseBlock:
     """The sparse block of a rank that holds all experts, and the norm behind it, in one call."""
 
-    def __init__(self, block: SparseBlock) -> None:
+    def __init__(self, block: SparseBlock, gate: NativeGate) -> None:
         self.block = block
+        self.gate = gate
+        self.experts = block.experts
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +145,8 @@ class NativeSparseBlock:
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.dispatcher == "local"
-        return self.block(x_TD, batch.num_decode, residual_TD), residual_TD
+        routing = _of_layer(batch.routing, self.gate.layer)
+        return self.block(x_TD, batch.num_decode, residual_TD, routing), residual_TD
 
 
 class FusedLayers:
@@ -126,7 +157,8 @@ class FusedLayers:
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, batch: Batch) -> Tensor:
         assert batch.dispatcher == "local"
-        self._layers(x_TD, residual_TD, step, batch.num_decode)
+        routing = batch.routing and [_of_layer(batch.routing, layer) for layer in range(self._layers.num_sparse)]
+        self._layers(x_TD, residual_TD, step, batch.num_decode, routing or ())
         return x_TD
 
 
@@ -245,8 +277,8 @@ class NativeKit:
         return PackedExperts(self.kernels, num_slots, hidden_size, intermediate_size, self.dtype)
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor
-    ) -> Router:
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
+    ) -> NativeGate:
         gate = gate_config(
             config.num_experts,
             top_k=config.top_k,
@@ -257,11 +289,11 @@ class NativeKit:
             normalize=config.normalize_topk,
             scale=config.routed_scaling_factor,
         )
-        return Router(self.kernels, gate, weight_ED, slot_E, counts_2E)
+        return NativeGate(Router(self.kernels, gate, weight_ED, slot_E, counts_2E), layer)
 
     def sparse_block(
         self,
-        gate: Router,
+        gate: NativeGate,
         slot_E: Tensor,
         experts: PackedExperts,
         shared: NativeMLP | None,
@@ -270,6 +302,6 @@ class NativeKit:
     ) -> MoELayer | NativeSparseBlock:
         all_are_here = int(slot_E.max()) < experts.num_slots
         if all_are_here and set(dispatchers) == {"local"}:
-            whole = SparseBlock(gate, experts, shared.experts if shared else None, next_norm.behind)
-            return NativeSparseBlock(whole)
+            whole = SparseBlock(gate.router, experts, shared.experts if shared else None, next_norm.behind)
+            return NativeSparseBlock(whole, gate)
         return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     `finish_reason` is "stop" or "length"; `stop_reason` is the stop string or stop id that ended it, None for the
-    model's own end of sequence.
+    model's own end of sequence. `routed_experts`, if asked for, has the experts of every token that went through the
+    model, all of prompt and output but the last: [tokens, sparse layers, experts per token], best first, in uint8 where
+    that can hold them, else uint16; the type's largest value stands where a policy dropped one.
     """
 
     index: int
@@ -32,6 +38,7 @@ class CompletionOutput:
     logprobs: list[PositionLogprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
+    routed_experts: np.ndarray | None = None
 
 
 @dataclass
@@ -52,7 +59,7 @@ class OutputDelta:
 
     The last delta of a request has a `finish_reason`: "stop", "length", or "abort". `text` may lag behind `token_ids`:
     half a character, or what may become a stop string, is held back. The prompt's tokens come with the first delta,
-    and its log-probabilities if asked for.
+    and its log-probabilities if asked for; `routed_experts` with the last (see `CompletionOutput`).
     """
 
     request_id: str
@@ -65,3 +72,4 @@ class OutputDelta:
     num_output_tokens: int
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    routed_experts: np.ndarray | None = None

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from moe_runtime.detokenizer import OutputText
 from moe_runtime.outputs import OutputDelta, PositionLogprobs
 from moe_runtime.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(eq=False)
@@ -24,6 +28,7 @@ class Request:
         max_output_tokens: where the request ends for its length.
         output_text: turns tokens to text; None without a tokenizer.
         prompt_logprobs: so far, the first is None as nothing comes before it; None if not asked for.
+        routed_experts: so far, in parts [tokens, layers, experts per token] in order of position, if asked for.
         rank: where it runs; None while it waits.
         blocks: pages it holds there, in order of position.
         num_prefill_tokens: tokens it had when the rank took it in; what comes after them are decode rows.
@@ -39,6 +44,7 @@ class Request:
     max_output_tokens: int
     output_text: OutputText | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
+    routed_experts: list[np.ndarray] = field(default_factory=list)
     rank: int | None = None
     blocks: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0
@@ -48,6 +54,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_routed(self) -> int:
+        """Positions whose experts are known."""
+        return sum(map(len, self.routed_experts))
 
     @property
     def num_future_tokens(self) -> int:

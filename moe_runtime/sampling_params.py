@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_runtime.routing import RoutingPolicy, parse_routing
+
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
 MAX_INTEGER = 2**63 - 1  # what a message between processes can carry
 
@@ -31,6 +33,9 @@ class SamplingParams:
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: do not cut the stop string off.
+        routing: experts per token: "full", "balanced", "fast", or a policy such as "top_k=4", "top_p=0.8" or
+            "threshold=0.5"; None takes the server's default.
+        return_routed_experts: give the experts that each token used, of every sparse layer, with the last token.
 
     Log-probabilities are those of the model, before penalties, temperature and truncation.
 
@@ -54,6 +59,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    routing: str | RoutingPolicy | None = None
+    return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, "strings")
@@ -78,7 +85,8 @@ class SamplingParams:
         ):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), low, high)
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        object.__setattr__(self, "routing", parse_routing(self.routing))
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
         for text in stop:

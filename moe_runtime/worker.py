@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_runtime.all2all.dispatch import Dispatcher, make_dispatchers
-from moe_runtime.batch import Batch
+from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
 from moe_runtime.experts.parts import checksum
@@ -34,6 +34,7 @@ from moe_runtime.messages import (
     PromptLogprobs,
     RankPlan,
     RankResult,
+    RoutedExperts,
     Sample,
     SlotReport,
     SlotTask,
@@ -44,6 +45,7 @@ from moe_runtime.models.loader import Kit, ModelLoader
 from moe_runtime.moe import ExpertCounter, Experts
 from moe_runtime.native_layers import NativeKit
 from moe_runtime.placements import initial_placement
+from moe_runtime.routing import RoutingPolicy
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.weights import RandomWeights, WeightSource, open_weights
@@ -92,6 +94,7 @@ class Worker:
     ) -> None:
         start = time.perf_counter()
         self.config = config
+        self._model_config = model_config
         self.rank = rank
         self.device = _choose_device(config.device, rank % local_ranks)
         self.dtype = choose_dtype(config.dtype, model_config.dtype)
@@ -195,15 +198,27 @@ class Worker:
         self._admit(work)
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
         with self._torch_threads():
-            hidden_TD = self.forward(work, plan, expert_work)
+            routing = self._routing(work)
+            hidden_TD = self.forward(work, plan, expert_work, routing)
             samples = self._sample(work.chunks, hidden_TD)
             prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
         seconds = time.perf_counter() - start
-        return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [])
+        routed = self._routed_experts(work, routing)
+        return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [], routed)
 
-    def forward(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None = None) -> Tensor:
+    def forward(
+        self,
+        work: RankPlan,
+        plan: StepPlan,
+        expert_work: list[ExpertWork] | None = None,
+        routing: StepRouting | None = None,
+    ) -> Tensor:
         """Hidden states of the tokens of this rank's share, in its order."""
-        return self.model.forward(self._batch(work, plan, expert_work), self._run_layers)
+        return self.run_batch(self._batch(work, plan, expert_work, routing))
+
+    def run_batch(self, batch: Batch) -> Tensor:
+        """Hidden states `[T, D]` of a batch."""
+        return self.model.forward(batch, self._run_layers)
 
     @torch.inference_mode()
     def run_task(self, task: SlotTask) -> SlotReport:
@@ -262,7 +277,51 @@ class Worker:
         for route in work.routes:
             self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
 
-    def _batch(self, work: RankPlan, plan: StepPlan, expert_work: list[ExpertWork] | None) -> Batch:
+    def _routing(self, work: RankPlan) -> StepRouting | None:
+        """What the sequences of this step ask of the gates; None if nothing."""
+        params = [self.sequences[chunk.seq_id].params for chunk in work.chunks]
+        keeps = self.config.record_trace is not None or any(each.return_routed_experts for each in params)
+        policies = [each.routing for each in params if not isinstance(each.routing, str)]
+        assert len(policies) == len(params), "the front has resolved all classes"
+        if not keeps and not any(policies):
+            return None
+        moe, num_layers = self._model_config.moe, len(self._model_config.moe_layers)
+        policy_T = policies_LP4 = chosen_LTK = None
+        if any(policies):
+            index = {policy: number for number, policy in enumerate(dict.fromkeys([None, *policies]))}
+            policy_T = self._tensor(
+                [
+                    number
+                    for chunk, policy in zip(work.chunks, policies, strict=True)
+                    for number in [index[policy]] * chunk.num_tokens
+                ]
+            )
+            rows = [(policy or RoutingPolicy()).rows(num_layers, moe.top_k) for policy in index]
+            policies_LP4 = torch.tensor(rows, device=self.device).transpose(0, 1).contiguous()
+        if keeps:
+            chosen_LTK = torch.empty(num_layers, work.num_tokens, moe.top_k, dtype=torch.int16, device=self.device)
+        return StepRouting(policy_T, policies_LP4, chosen_LTK)
+
+    def _routed_experts(self, work: RankPlan, routing: StepRouting | None) -> list[RoutedExperts]:
+        """The experts of the chunks whose sequences ask for them; of all where a trace is recorded."""
+        if routing is None or routing.chosen_LTK is None:
+            return []
+        experts_TLK = routing.chosen_LTK.transpose(0, 1).cpu().numpy()
+        found, row = [], 0
+        for index, chunk in enumerate(work.chunks):
+            if self.config.record_trace is not None or self.sequences[chunk.seq_id].params.return_routed_experts:
+                experts = experts_TLK[row : row + chunk.num_tokens].tobytes()
+                found.append(RoutedExperts(chunk.seq_id, chunk.start, index < work.num_decode, experts))
+            row += chunk.num_tokens
+        return found
+
+    def _batch(
+        self,
+        work: RankPlan,
+        plan: StepPlan,
+        expert_work: list[ExpertWork] | None,
+        routing: StepRouting | None,
+    ) -> Batch:
         tokens: list[int] = []
         positions: list[int] = []
         num_prompt: list[int] = []
@@ -294,6 +353,7 @@ class Worker:
             dispatcher=plan.dispatcher,
             tokens_per_rank=plan.tokens_per_rank,
             expert_work=expert_work,
+            routing=routing,
         )
 
     def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:

@@ -89,7 +89,8 @@ def make_engine(options: argparse.Namespace, way: str, placement: Path | None) -
         ep_size=options.ep_size,
         dtype="bfloat16",
         max_model_len=1024,
-        max_num_batched_tokens=1024,
+        max_num_batched_tokens=256,
+        max_num_seqs=64,
         skip_tokenizer_init=True,
         balance=way,
         balance_interval=10,
@@ -149,8 +150,12 @@ def run(options: argparse.Namespace, way: str, placement: Path) -> list[Sample]:
                     imbalance = float(rows_W.max() / rows_W.mean()) if rows_W.any() else 1.0
                     samples[-1] = Sample(end, tokens, end - now, imbalance, engine.placement().version)
         for decision in engine.decisions():
-            moves, balance = decision.get("num_moves"), decision["balancedness"]
-            print(f"  {decision['reason']}: {moves} moves, balancedness {balance:.2f}")
+            figures = {
+                name: round(value, 3) if isinstance(value, float) else value
+                for name, value in decision.items()
+                if name not in ("outcome", "at", "moves_experts") and value is not None
+            }
+            print(f"  {figures}", flush=True)
         return samples
     finally:
         engine.close()

@@ -36,6 +36,9 @@ ENGINE_FLAGS = {
     "redundant_experts": 1,
     "migration_bytes_per_step": 77,
     "placement": "placement.json",
+    "routing": "top_p=0.75",
+    "routing_calibration": "calibration.json",
+    "record_trace": "trace.npz",
     "served_model_name": "name",
     "step_timeout": 1.5,
 }
@@ -56,6 +59,8 @@ SAMPLING_FLAGS = {
     "prompt_logprobs": 0,
     "skip_special_tokens": False,
     "include_stop_str_in_output": True,
+    "routing": "fast",
+    "return_routed_experts": True,
 }
 
 
@@ -155,7 +160,7 @@ def test_every_sampling_option_is_a_flag(built, capsys):
     assert cli.main(["generate", "here", "--prompt", "hi", *flags(SAMPLING_FLAGS)]) == 0
     (engine,) = built
     assert engine.added[0][2] == SamplingParams(**SAMPLING_FLAGS)
-    assert engine.config == EngineConfig("here", seed=3)
+    assert engine.config == EngineConfig("here", seed=3, routing="fast")
     assert engine.closed
 
 

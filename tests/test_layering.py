@@ -19,11 +19,13 @@ LEAVES = {
     "all2all": {"all2all", "kernels"},
     "balancer": {"balancer"},
 }
-TOP = {"bench", "cli", "cli_bench", "cli_generate", "cli_inspect", "launch", "__main__"}
+TOP = {"bench", "cli", "cli_bench", "cli_calibrate", "cli_generate", "cli_inspect", "cli_plan", "launch", "__main__"}
 TORCH_FREE = """
-bench.options bench.workload block_pool budget build cli cli_bench cli_inspect config detokenizer engine executor host
-launch llm messages model_size models models.hf_config options outputs rank_group request sampling_params scheduler
-transport
+bench.options bench.workload block_pool budget build cli cli_bench cli_calibrate cli_inspect cli_plan config detokenizer
+engine executor host launch llm messages model_size models models.hf_config options outputs planner.choices
+planner.exchange planner.hardware planner.hardware_file planner.measure planner.measure_engine planner.plot
+planner.predict planner.report planner.routing planner.shape rank_group request routing sampling_params scheduler
+trace_recorder transport
 """.split()  # noqa: SIM905
 OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]
 

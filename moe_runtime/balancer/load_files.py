@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import io
 import json
-import struct
-import zipfile
-import zlib
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_runtime.balancer.files import field, parse_json, require_format
+from moe_runtime.balancer.files import field, read_npz, require_format
 from moe_runtime.balancer.placement import Placement
 
 if TYPE_CHECKING:
@@ -25,8 +22,6 @@ if TYPE_CHECKING:
 FORMAT = "moe_runtime.expert_load"
 FORMAT_VERSION = 1
 PHASES = ("prefill", "decode")
-# what zipfile and numpy raise where an archive is damaged
-UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, OSError, RuntimeError)
 HTML_DATA_MARK = "__EXPERT_LOAD_JSON__"
 
 
@@ -63,21 +58,8 @@ def to_npz(load: ExpertLoad) -> bytes:
 
 def from_npz(path: Path) -> dict[str, Any]:
     """The arguments of the `ExpertLoad` in the file; ValueError where it is foreign or damaged."""
-    content = path.read_bytes()
-    try:
-        # numpy parses before it has seen the checksum: check that first
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {} if damaged else dict(file)
-    except UNREADABLE as error:
-        raise ValueError("not a readable NPZ archive") from error
-    if damaged:
-        raise ValueError(f"not a readable NPZ archive, {damaged} is damaged")
-    missing = [name for name in ("metadata", "layer_ids", *PHASES) if name not in arrays]
-    if missing:
-        raise ValueError(f"the NPZ archive lacks {', '.join(missing)}")
-    metadata = require_format(parse_json(str(arrays["metadata"])), FORMAT, FORMAT_VERSION)
+    arrays, metadata = read_npz(path, ("layer_ids", *PHASES))
+    metadata = require_format(metadata, FORMAT, FORMAT_VERSION)
     tokens = {phase: arrays[phase] for phase in PHASES}
     layer_ids = tuple(arrays["layer_ids"].ravel().tolist())
     placement = None

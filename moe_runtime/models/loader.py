@@ -65,7 +65,7 @@ class Kit(Protocol):
     def dense_block(self, mlp: Any, next_norm: Any) -> Any: ...
     def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Any: ...
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
     ) -> Any: ...
     def sparse_block(
         self,
@@ -182,7 +182,7 @@ class ModelLoader:
             name = f"{prefix}.gate.e_score_correction_bias"
             bias_E = self.tensor(name, moe.num_experts, dtype=torch.float32)
         slot_E = torch.from_numpy(self.placement.first_slot[row]).to(device=self.kit.device, dtype=torch.int64)
-        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, self.counter.layer(row))
+        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, self.counter.layer(row), row)
         slots_WS = self.placement.slots[row]
         experts = self.kit.experts(slots_WS.shape[1], c.hidden_size, moe.intermediate_size)
         for slot, expert in enumerate(slots_WS[self.rank].tolist()):

@@ -12,7 +12,7 @@ from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.messages import AddRequest
 from moe_runtime.serve.prompts import encode_chat, encode_text
-from moe_runtime.serve.protocol import GenerateRequest, finite, usage
+from moe_runtime.serve.protocol import GenerateRequest, finite, routed_experts, usage
 from moe_runtime.serve.streaming import Completion, respond
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class NativeReply:
             body["logprobs"] = [_position(position) for position in part.logprobs]
         if part.prompt_logprobs is not None:
             body["prompt_logprobs"] = [position and _position(position) for position in part.prompt_logprobs]
+        if part.routed_experts is not None:
+            body["routed_experts"] = routed_experts(part.routed_experts)
         return body
 
     def _end(self, part: Completion | OutputDelta, num_output_tokens: int) -> dict[str, Any]:

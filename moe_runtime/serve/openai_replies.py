@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.serve.protocol import finite, usage
+from moe_runtime.serve.protocol import finite, routed_experts, usage
 from moe_runtime.serve.streaming import Completion
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class CompletionReply(_Reply):
             "logprobs": None if part.logprobs is None else self._logprobs(index, part.token_ids, part.logprobs),
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
+            **_routed(part),
         }
 
     def _logprobs(self, index: int, token_ids: list[int], logprobs: list[PositionLogprobs]) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class ChatReply(_Reply):
             "logprobs": None if part.logprobs is None else self._logprobs(part.token_ids, part.logprobs),
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
+            **_routed(part),
         }
 
     def _logprobs(self, token_ids: list[int], logprobs: list[PositionLogprobs]) -> dict[str, Any]:
@@ -147,6 +149,10 @@ class ChatReply(_Reply):
             ],
             "refusal": None,
         }
+
+
+def _routed(part: Completion | OutputDelta) -> dict[str, Any]:
+    return {} if part.routed_experts is None else {"routed_experts": routed_experts(part.routed_experts)}
 
 
 def _token(token_id: int, entry: Logprob) -> dict[str, Any]:

@@ -5,12 +5,16 @@ Types are checked here, ranges by `SamplingParams`, so that HTTP and Python say 
 
 from __future__ import annotations
 
+from base64 import b64encode
 from dataclasses import fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moe_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
@@ -20,6 +24,15 @@ class Body(BaseModel):
     """JSON types as they are (no "5" for 5), and no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class RoutingFields(Body):
+    """The fields of `RoutingPolicy`: a number for all sparse layers, or one for each."""
+
+    top_k: int | list[int] | None = None
+    top_p: float | list[float] | None = None
+    threshold: float | list[float] | None = None
+    temperature: float | list[float] | None = None
 
 
 class SamplingFields(Body):
@@ -40,13 +53,18 @@ class SamplingFields(Body):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    routing: str | RoutingFields | None = None
+    return_routed_experts: bool = False
 
     def sampling_params(self) -> SamplingParams:
         """Raises ValueError where a value is out of range."""
         return SamplingParams(**self._given())
 
     def _given(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in SAMPLING_NAMES & self.model_fields_set}
+        given = {name: getattr(self, name) for name in SAMPLING_NAMES & self.model_fields_set}
+        if isinstance(self.routing, RoutingFields):
+            given["routing"] = self.routing.model_dump(exclude_unset=True)
+        return given
 
 
 def without_nulls(body: Any) -> Any:
@@ -152,6 +170,11 @@ def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
     }
+
+
+def routed_experts(experts: np.ndarray) -> dict[str, Any]:
+    """Experts [tokens, sparse layers, experts per token] as JSON carries them: base64 of the array in C order."""
+    return {"data": b64encode(experts.tobytes()).decode(), "shape": list(experts.shape), "dtype": experts.dtype.name}
 
 
 def finite(logprob: float) -> float:

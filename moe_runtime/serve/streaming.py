@@ -18,6 +18,8 @@ from moe_runtime.serve.errors import error_body, json_response, user_error
 from moe_runtime.serve.messages import AddRequest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from moe_runtime.outputs import OutputDelta, PositionLogprobs
 
 T = TypeVar("T")
@@ -35,6 +37,7 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_prompt_tokens: int = 0
+    routed_experts: np.ndarray | None = None
 
     def add(self, delta: OutputDelta) -> None:
         self.text += delta.text
@@ -46,6 +49,7 @@ class Completion:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
         self.num_prompt_tokens = delta.num_prompt_tokens
+        self.routed_experts = delta.routed_experts
 
 
 class Reply(Protocol):

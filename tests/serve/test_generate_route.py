@@ -74,6 +74,8 @@ def test_all_sampling_parameters_reach_the_engine():
         "prompt_logprobs": 2,
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
+        "routing": {"top_p": 0.8, "threshold": [0.1, 0.2]},
+        "return_routed_experts": True,
     }
     assert set(given) == {field.name for field in fields(SamplingParams)}
     fake = FakeEngine()

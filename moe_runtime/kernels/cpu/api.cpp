@@ -199,7 +199,7 @@ void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLay
 
 void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
   const std::lock_guard<std::mutex> lock(mutex);
-  gate(engine, *config, logits, rows, weights, experts);
+  gate(engine, *config, Routing{}, logits, rows, weights, experts);
 }
 
 // best[i] = place of the first largest of row i, or 0 where all are NaN. A row is cut into blocks, which tasks share.
@@ -251,11 +251,11 @@ void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* or
   });
 }
 
-void moe_route(int is_bf16, const Router* router, const void* x, int64_t tokens, int64_t num_decode, float* weights,
-               int64_t* experts) {
+void moe_route(int is_bf16, const Router* router, const Routing* routing, const void* x, int64_t tokens,
+               int64_t num_decode, float* weights, int64_t* experts) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    route(engine, *router, static_cast<const T*>(x), tokens, num_decode, weights, experts);
+    route(engine, *router, *routing, static_cast<const T*>(x), tokens, num_decode, weights, experts);
   });
 }
 
@@ -267,12 +267,12 @@ struct SparseBlock {
 };
 
 // The sparse block where all experts are local; then what `NextNorm` says.
-void moe_sparse_block(int is_bf16, const SparseBlock* block, const void* x, int64_t tokens, int64_t num_decode,
-                      void* residual, void* out) {
+void moe_sparse_block(int is_bf16, const SparseBlock* block, const Routing* routing, const void* x, int64_t tokens,
+                      int64_t num_decode, void* residual, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    sparse_block(engine, *block->router, *block->experts, block->shared, static_cast<const T*>(x), tokens, num_decode,
-                 static_cast<T*>(out));
+    sparse_block(engine, *block->router, *routing, *block->experts, block->shared, static_cast<const T*>(x), tokens,
+                 num_decode, static_cast<T*>(out));
     normalize(block->next, tokens, block->experts->hidden, static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
@@ -300,9 +300,10 @@ struct Layer {
   void* value_cache;
 };
 
-// All layers of a decoder, one after the other: `x` and `residual` are changed in place.
-void moe_layers(int is_bf16, const Layer* layers, int64_t count, const StepLayout* step, const StepHeads* heads,
-                int64_t num_decode, void* residual, void* x) {
+// All layers of a decoder, one after the other: `x` and `residual` are changed in place. `routing` has one for each
+// sparse layer, in order, or is null.
+void moe_layers(int is_bf16, const Layer* layers, int64_t count, const Routing* routing, const StepLayout* step,
+                const StepHeads* heads, int64_t num_decode, void* residual, void* x) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
     T *rows = static_cast<T*>(x), *sums = static_cast<T*>(residual);
@@ -311,7 +312,8 @@ void moe_layers(int is_bf16, const Layer* layers, int64_t count, const StepLayou
                       static_cast<T*>(layer->value_cache), sums, rows);
       if (layer->sparse) {
         const SparseBlock& block = *layer->sparse;
-        sparse_block(engine, *block.router, *block.experts, block.shared, rows, step->tokens, num_decode, rows);
+        const Routing asked = routing ? *routing++ : Routing{};
+        sparse_block(engine, *block.router, asked, *block.experts, block.shared, rows, step->tokens, num_decode, rows);
         normalize(block.next, step->tokens, block.experts->hidden, sums, rows);
       } else {
         const DenseBlock& block = *layer->dense;

@@ -223,6 +223,33 @@ class AttentionBlock:
         return out_TD
 
 
+@dataclass(frozen=True)
+class Routing:
+    """What a step asks of a layer's gate beside the model's own routing.
+
+    Attributes:
+        policy_T: int64, which of `policies_P4` each token has, 0 for none; None: none for all.
+        policies_P4: float32 `[P, 4]`, a `Policy` of `gate.h` each; the first is not read.
+        chosen_TK: int16, filled with the experts that each token uses, -1 for none; None: not kept.
+    """
+
+    policy_T: Tensor | None = None
+    policies_P4: Tensor | None = None
+    chosen_TK: Tensor | None = None
+
+    def struct(self, num_tokens: int, top_k: int) -> structs.Routing:
+        """As the library takes it; the tensors must outlive the call."""
+        policy, policies, chosen = self.policy_T, self.policies_P4, self.chosen_TK
+        assert policy is None or (policy.dtype == torch.int64 and policy.shape == (num_tokens,))
+        assert (policy is None) == (policies is None)
+        assert policies is None or (policies.dtype == torch.float32 and policies.shape[1:] == (4,))
+        assert chosen is None or (chosen.dtype == torch.int16 and chosen.shape == (num_tokens, top_k))
+        return structs.Routing(pointer(policy), pointer(policies), pointer(chosen))
+
+
+NO_ROUTING = Routing()
+
+
 class Router:
     """Router product, gate and counts.
 
@@ -258,14 +285,20 @@ class Router:
     def nbytes(self) -> int:
         return self.linear.nbytes
 
-    def __call__(self, x_TD: Tensor, num_decode: int) -> tuple[Tensor, Tensor]:
-        """`(weights_TK float32, experts_TK int64)`, best first; counts the choices."""
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The router's `[T, E]` in float32, unrounded."""
+        return self.linear(x_TD.to(self.linear.packed.dtype), float32=True)
+
+    def __call__(self, x_TD: Tensor, num_decode: int, routing: Routing = NO_ROUTING) -> tuple[Tensor, Tensor]:
+        """`(weights_TK float32, experts_TK int64)`, best first, -1 where a policy drops one; counts the choices."""
         assert x_TD.shape[1] == self.linear.inputs
         weights_TK = torch.empty(len(x_TD), self.top_k)
         experts_TK = torch.empty(len(x_TD), self.top_k, dtype=torch.int64)
+        asked = routing.struct(len(x_TD), self.top_k)
         self.kernels.library.moe_route(
             is_bf16(x_TD),
             self.address,
+            ctypes.addressof(asked),
             pointer(x_TD),
             len(x_TD),
             num_decode,
@@ -294,13 +327,23 @@ class SparseBlock:
         self.address = ctypes.addressof(self.block)
         self._is_bf16 = is_bf16(experts.w13)
 
-    def __call__(self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None, routing: Routing = NO_ROUTING
+    ) -> Tensor:
         """`[T, D]`; the first `num_decode` rows are counted as decode."""
         assert x_TD.dtype == self.experts.w13.dtype and x_TD.shape[1] == self.experts.hidden_size
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
+        asked = routing.struct(len(x_TD), self.router.top_k)
         self.experts.kernels.library.moe_sparse_block(
-            self._is_bf16, self.address, pointer(x_TD), len(x_TD), num_decode, residual, out_TD.data_ptr()
+            self._is_bf16,
+            self.address,
+            ctypes.addressof(asked),
+            pointer(x_TD),
+            len(x_TD),
+            num_decode,
+            residual,
+            out_TD.data_ptr(),
         )
         return out_TD
 
@@ -344,6 +387,8 @@ class Layers:
         assert all(part.next_norm is not None for layer in blocks for part in layer)
         self._keep = (list(blocks), list(caches))
         self._page_size = caches[0][0].shape[1]
+        self._top_k = [mlp.router.top_k for _, mlp in blocks if isinstance(mlp, SparseBlock)]
+        self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
         self._dtype = blocks[0][0].qkv.packed.dtype
         self._is_bf16 = is_bf16(blocks[0][0].qkv.packed)
@@ -361,8 +406,16 @@ class Layers:
         )
         self._address = ctypes.addressof(self._layers)
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, num_decode: int) -> None:
-        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place."""
+    def __call__(
+        self, x_TD: Tensor, residual_TD: Tensor, step: Step, num_decode: int, routing: Sequence[Routing] = ()
+    ) -> None:
+        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place.
+
+        `routing` has one for each sparse layer, or none at all.
+        """
+        assert not routing or len(routing) == self.num_sparse
+        asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(routing, self._top_k, strict=False)]
+        structure = (structs.Routing * len(asked))(*asked) if asked else None
         assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
         assert x_TD.shape[0] == step.layout.tokens
         step.heads.page_size = self._page_size
@@ -370,6 +423,7 @@ class Layers:
             self._is_bf16,
             self._address,
             len(self._layers),
+            structure,
             step.address,
             step.heads_address,
             num_decode,

@@ -17,6 +17,23 @@ struct GateConfig {
   const float* correction_bias;  // takes part in choosing only; may be null
 };
 
+// How many of its chosen experts a token uses.
+struct Policy {
+  float top_k;      // at most so many
+  float top_p;      // the fewest, in order of choice, whose probabilities sum to this
+  float threshold;  // of these, none whose probability is below this share of the largest
+  float sharpness;  // a sigmoid gate's probabilities are the softmax of its logits times this
+};
+
+// What a step asks of a layer's gate beside the model's own routing.
+struct Routing {
+  const int64_t* policy;   // of each token, which of `policies`, 0 for none; null: none for all
+  const Policy* policies;  // of this layer; the first is not read
+  int16_t* chosen;         // [tokens, top_k], takes the experts that each token uses, -1 for none; or null
+
+  const Policy* of(int64_t token) const { return policy && policy[token] ? policies + policy[token] : nullptr; }
+};
+
 constexpr float kTaken = -std::numeric_limits<float>::infinity();
 
 inline int64_t whole_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
@@ -70,8 +87,36 @@ inline void keep_best_groups(const GateConfig& config, float* choice, float* gro
   }
 }
 
-// `scratch` holds 3 * whole_lanes(experts) floats.
-inline void gate_row(const GateConfig& config, const float* logits, float* scratch, float* weights, int64_t* experts) {
+// Leaves -1 and no weight where the policy drops a chosen expert; at least one is kept. `scratch` holds a row of floats.
+inline void drop_experts(const GateConfig& config, const Policy& policy, const float* logits, const float* scores,
+                         float* scratch, float* weights, int64_t* experts) {
+  const float* probabilities = scores;
+  if (config.sigmoid) {
+    const Vec sharpness = set1(policy.sharpness);
+    for_lanes(config.experts, [&](int64_t i, int n) {
+      store_first(scratch + i, load_first(logits + i, n) * sharpness, n);
+    });
+    softmax_row(scratch, config.experts, scratch);
+    probabilities = scratch;
+  }
+  float total = 0.0f, largest = 0.0f;
+  int64_t kept = 0;
+  while (kept < config.top_k && kept < policy.top_k && !(total >= policy.top_p)) {
+    const float probability = probabilities[experts[kept++]];
+    total += probability;
+    largest = std::max(largest, probability);
+  }
+  for (int64_t k = 0; k < config.top_k; k++) {
+    if (k >= kept || probabilities[experts[k]] < policy.threshold * largest) {
+      experts[k] = -1;
+      weights[k] = 0.0f;
+    }
+  }
+}
+
+// `scratch` holds 3 * whole_lanes(experts) floats; `policy` may be null.
+inline void gate_row(const GateConfig& config, const Policy* policy, const float* logits, float* scratch,
+                     float* weights, int64_t* experts) {
   const int64_t padded = whole_lanes(config.experts);
   float *scores = scratch, *choice = scratch + padded, *group_scores = scratch + 2 * padded;
   if (config.sigmoid) {
@@ -89,25 +134,27 @@ inline void gate_row(const GateConfig& config, const float* logits, float* scrat
     if (choice[i] != choice[i]) choice[i] = std::numeric_limits<float>::lowest();
   }
   if (config.groups > 1) keep_best_groups(config, choice, group_scores);
-  float total = 0.0f;
   for (int64_t k = 0; k < config.top_k; k++) {
     experts[k] = first_largest(choice, padded);
     choice[experts[k]] = kTaken;
     weights[k] = scores[experts[k]];
-    total += weights[k];
   }
+  if (policy) drop_experts(config, *policy, logits, scores, choice, weights, experts);
+  float total = 0.0f;
+  for (int64_t k = 0; k < config.top_k; k++) total += weights[k];
   const float divisor = config.normalize ? total + 1e-20f : 1.0f;
   for (int64_t k = 0; k < config.top_k; k++) weights[k] = weights[k] / divisor * config.scale;
 }
 
 // weights[rows, top_k] and experts[rows, top_k], best first.
-inline void gate(Engine& engine, const GateConfig& config, const float* logits, int64_t rows, float* weights,
-                 int64_t* experts) {
+inline void gate(Engine& engine, const GateConfig& config, const Routing& routing, const float* logits, int64_t rows,
+                 float* weights, int64_t* experts) {
   constexpr int64_t kRows = 16;
   engine.pool.run(ceil_div(rows, kRows), [&](int64_t task, int thread) {
     float* scratch = engine.scratch[thread].sums.get<float>(3 * whole_lanes(config.experts));
     for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) {
-      gate_row(config, logits + i * config.experts, scratch, weights + i * config.top_k, experts + i * config.top_k);
+      gate_row(config, routing.of(i), logits + i * config.experts, scratch, weights + i * config.top_k,
+               experts + i * config.top_k);
     }
   });
 }

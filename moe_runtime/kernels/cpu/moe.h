@@ -132,8 +132,8 @@ struct Router {
 
 // Router product and gate. Scores of a bf16 router are rounded to bf16, as its product in torch is.
 template <class T>
-void route(Engine& engine, const Router& router, const T* x, int64_t tokens, int64_t num_decode, float* weights,
-           int64_t* experts) {
+void route(Engine& engine, const Router& router, const Routing& routing, const T* x, int64_t tokens,
+           int64_t num_decode, float* weights, int64_t* experts) {
   const int64_t hidden = router.weight.inputs, num_experts = router.gate.experts;
   float* logits = engine.logits.get<float>(tokens * num_experts);
   if (router.weight_is_float32 && sizeof(T) != sizeof(float)) {
@@ -147,9 +147,12 @@ void route(Engine& engine, const Router& router, const T* x, int64_t tokens, int
                 [&](int64_t i, int n) { store_first(logits + i, rounded<T>(load_first(logits + i, n)), n); });
     }
   }
-  gate(engine, router.gate, logits, tokens, weights, experts);
+  const int64_t size = tokens * router.gate.top_k;
+  gate(engine, router.gate, routing, logits, tokens, weights, experts);
+  if (routing.chosen) std::copy_n(experts, size, routing.chosen);
   if (router.counts) {
-    for (int64_t i = 0; i < tokens * router.gate.top_k; i++) {
+    for (int64_t i = 0; i < size; i++) {
+      if (experts[i] < 0) continue;
       const int64_t phase = i < num_decode * router.gate.top_k ? 1 : 0;
       router.counts[phase * router.phase_stride + experts[i]]++;
     }
@@ -158,16 +161,17 @@ void route(Engine& engine, const Router& router, const T* x, int64_t tokens, int
 
 // The whole sparse block of a rank that holds all experts. `shared` may be null.
 template <class T>
-void sparse_block(Engine& engine, const Router& router, const Experts& experts, const Experts* shared, const T* x,
-                  int64_t tokens, int64_t num_decode, T* out) {
+void sparse_block(Engine& engine, const Router& router, const Routing& routing, const Experts& experts,
+                  const Experts* shared, const T* x, int64_t tokens, int64_t num_decode, T* out) {
   const int64_t top_k = router.gate.top_k, size = tokens * top_k;
   int64_t* chosen = engine.routing.get<int64_t>(5 * size + experts.slots);
   int64_t *order = chosen + size, *row = order + size, *place = row + size, *counts = place + size;
   float* weights = reinterpret_cast<float*>(counts + experts.slots);
-  route(engine, router, x, tokens, num_decode, weights, chosen);
-  for (int64_t i = 0; i < size; i++) chosen[i] = router.slot[chosen[i]];
-  group_by_slot(chosen, size, experts.slots, order, counts);
-  for (int64_t i = 0; i < size; i++) {
+  route(engine, router, routing, x, tokens, num_decode, weights, chosen);
+  for (int64_t i = 0; i < size; i++) chosen[i] = chosen[i] < 0 ? -1 : router.slot[chosen[i]];
+  const int64_t kept = group_by_slot(chosen, size, experts.slots, order, counts);
+  if (kept < size) std::fill_n(place, size, -1);
+  for (int64_t i = 0; i < kept; i++) {
     row[i] = order[i] / top_k;
     place[order[i]] = i;
   }

@@ -120,6 +120,10 @@ class Router(ctypes.Structure):
     )
 
 
+class Routing(ctypes.Structure):
+    _fields_ = (("policy", c_void_p), ("policies", c_void_p), ("chosen", c_void_p))
+
+
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_set_threads": (None, (c_int,)),
     "moe_num_threads": (c_int, ()),
@@ -142,7 +146,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
-    "moe_layers": (None, (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_layers": (None, (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
@@ -151,8 +155,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     ),
-    "moe_route": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_route": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "moe_dense_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_read": (c_uint64, (c_void_p, c_int64)),
 }

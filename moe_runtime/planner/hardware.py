@@ -1,0 +1,143 @@
+"""Hardware as the planner sees it: a small YAML or JSON file of rates and overheads, each with its source.
+
+A rank is a device of its own (a GPU), or a share of the cores of its node (`cores`). Rates of nodes with cores are
+tables over the number of cores that are at work; those of devices have the one entry 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Table = tuple[tuple[float, float], ...]
+Floats = npt.NDArray[np.float64]
+
+DTYPES = ("float32", "bfloat16", "float8")
+COPIES = ("expert", "rank", "node")
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way between two ranks.
+
+    Attributes:
+        bandwidth: bytes per second of one rank in one direction.
+        latency: seconds that an exchange takes however little it carries.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Seconds that a step takes beside its reading, computing and sending.
+
+    Attributes:
+        step: of a step with one rank.
+        step_ranks: of a step with several.
+        step_row: per sequence of the busiest rank in a step: sampling, bookkeeping.
+        layer: of a layer: calls, norms.
+        layer_row: per token of the busiest rank and layer: norms, rotation, gate, grouping, weighted sum.
+        slot: per expert that has rows, in each layer.
+    """
+
+    step: float
+    step_ranks: float
+    step_row: float
+    layer: float
+    layer_row: float
+    slot: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of what a rank runs on.
+
+    Attributes:
+        name: shown in reports.
+        cores: of a node, shared by its ranks; None where each rank has a device.
+        ranks_per_node: devices of a node, or most ranks that its cores are shared by; others are behind `inter_node`.
+        memory_bytes: of a device, or of a node with cores.
+        reserved_bytes: of each rank, beside weights and pages.
+        memory_bandwidth: bytes read per second by cores at work.
+        matrix_rate: per dtype, operations per second of large products by cores at work.
+        efficiency: per dtype, share of `matrix_rate` by rows of a product.
+        attention_bandwidth: share of `memory_bandwidth` at which attention reads keys and values.
+        attention_rate: share of `matrix_rate` in `attention_dtype` at which attention computes.
+        attention_dtype: what attention computes in, whatever the weights are.
+        output_multiple: outputs of a matrix are rounded up to a multiple of it.
+        intra_node, inter_node: links.
+        rows_out, rows_back: a token's row travels once per "expert", "rank" or "node" that it goes to, or comes from.
+        overlap: 1, or 2 where two halves of a batch take turns in computing and sending.
+        overheads: the rest.
+        sources: of each value, by its path in the file.
+    """
+
+    name: str
+    cores: int | None
+    ranks_per_node: int
+    memory_bytes: float
+    reserved_bytes: float
+    memory_bandwidth: Table
+    matrix_rate: Mapping[str, Table]
+    efficiency: Mapping[str, Table]
+    attention_bandwidth: float
+    attention_rate: float
+    attention_dtype: str
+    output_multiple: int
+    intra_node: Link
+    inter_node: Link
+    rows_out: str
+    rows_back: str
+    overlap: int
+    overheads: Overheads
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def cores_per_rank(self, num_ranks: int) -> float:
+        """Cores of each of so many ranks of a node; below 1 where ranks take turns, and 1 for devices."""
+        return 1.0 if self.cores is None else self.cores / min(num_ranks, self.ranks_per_node)
+
+    def turns(self, active: int) -> float:
+        """How many times as long ranks of a node take that share fewer cores than they are; at least 1."""
+        return 1.0 if self.cores is None else max(1.0, active / self.cores)
+
+    def bandwidth(self, num_ranks: int, active: int) -> float:
+        """Bytes per second that each of `active` ranks of a node reads at once, with so many ranks on all nodes."""
+        return self._rate(self.memory_bandwidth, num_ranks, active)
+
+    def rate(self, dtype: str, num_ranks: int, active: int) -> float:
+        """Operations per second in large products of each of `active` ranks of a node."""
+        return self._rate(self.table_of(self.matrix_rate, dtype), num_ranks, active)
+
+    def _rate(self, table: Table, num_ranks: int, active: int) -> float:
+        if self.cores is None:
+            return table[0][1]
+        own = max(self.cores_per_rank(num_ranks), 1.0)
+        working = min(active * own, self.cores)
+        return min(interpolate(table, own), interpolate(table, working) / (working / own))
+
+    def table_of(self, tables: Mapping[str, Table], dtype: str) -> Table:
+        """The table of a dtype.
+
+        Raises:
+            ValueError: the profile has none.
+        """
+        if dtype not in tables:
+            raise ValueError(f"dtype: {dtype!r} is not in the hardware profile {self.name!r}; it has {sorted(tables)}")
+        return tables[dtype]
+
+    def efficiency_of(self, dtype: str, rows: Floats) -> Floats:
+        """Share of the full rate that products with so many rows reach."""
+        table = self.table_of(self.efficiency, dtype)
+        known = np.log2([row for row, _ in table])
+        found: Floats = np.exp2(np.interp(np.log2(np.maximum(rows, 1e-9)), known, np.log2([y for _, y in table])))
+        return found
+
+
+def interpolate(table: Table, x: float) -> float:
+    """Linear between the entries, level beyond them."""
+    return float(np.interp(x, [entry[0] for entry in table], [entry[1] for entry in table]))

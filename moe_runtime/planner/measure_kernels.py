@@ -1,0 +1,135 @@
+"""What this machine's cores reach with the native kernels: reading, products, experts, attention. Needs torch.
+
+Weights lie in more memory than caches hold and are used in turn, as a model's are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.blocks import PackedExperts, PackedLinear
+from moe_runtime.kernels.cpu.native import Kernels
+
+BEYOND_CACHES = 256 << 20
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 512)
+OUTPUTS, INPUTS = 2048, 1024
+SLOTS, SLOT_HIDDEN, SLOT_INNER = 32, 576, 64
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 16, 4, 64, 16
+DECODE_SEQUENCES, DECODE_KEYS, PROMPT = 32, 1024, 1024
+BUDGET = 0.06  # seconds of calls for a figure, and at least three calls
+
+
+class KernelBench:
+    """Holds what is read and multiplied, and measures it as often as asked.
+
+    Attributes:
+        experts_bytes: of the weights that the call of many small experts reads.
+    """
+
+    def __init__(self, kernels: Kernels, cores: int) -> None:
+        self._kernels = kernels
+        self._threads = sorted({cores, *itertools.takewhile(lambda count: count < cores, (1 << n for n in range(20)))})
+        self._data = kernels.packed_empty(torch.float32, BEYOND_CACHES >> 12, 1 << 10).zero_()
+        self._x = {name: torch.randn(max(ROWS), INPUTS).to(dtype) for name, dtype in DTYPES.items()}
+        self._linears = {name: self._make_linears(dtype) for name, dtype in DTYPES.items()}
+        self._experts = [self._make_experts() for _ in range(SLOTS)]
+        self.experts_bytes = self._experts[0].nbytes
+        self._decode = Attention(kernels, [1] * DECODE_SEQUENCES, [DECODE_KEYS] * DECODE_SEQUENCES)
+        self._prompt = Attention(kernels, [PROMPT], [PROMPT])
+
+    def figures(self) -> dict[tuple[str, int], float]:
+        """One round of all figures, by name and number.
+
+        "read" (bytes/s) and "rate DTYPE" (operations/s of a large product) by threads; "rows DTYPE" (seconds of a
+        product on one thread, where reading hinders computing least) by rows; and with number 0: "experts" (seconds of
+        a call with a row for each of many small experts, on one thread), "decode" (bytes/s of keys and values) and
+        "prompt" (operations/s) of attention with all threads in bfloat16, "copy" (bytes/s on one thread).
+        """
+        kernels, found = self._kernels, {}
+        before, torch_threads = kernels.num_threads, torch.get_num_threads()
+        torch.set_num_threads(1)  # its threads would spin on cores that are measured
+        try:
+            for count in self._threads:
+                kernels.set_threads(count)
+                found["read", count] = self._data.nbytes / median_seconds(partial(kernels.read, self._data))
+                for name, x in self._x.items():
+                    call = partial(self._linears[name][0], x)
+                    found[f"rate {name}", count] = 2.0 * len(x) * OUTPUTS * INPUTS / median_seconds(call)
+            found["decode", 0] = self._decode.nbytes / median_seconds(self._decode)
+            found["prompt", 0] = self._prompt.flops / median_seconds(self._prompt)
+            kernels.set_threads(1)
+            for name, x in self._x.items():
+                turns = itertools.cycle(self._linears[name])
+                for rows in ROWS:
+                    found[f"rows {name}", rows] = median_seconds(partial(_call_next, turns, x[:rows]))
+            found["experts", 0] = self._experts_seconds()
+            source = self._data.view(torch.uint8).flatten()[: BEYOND_CACHES // 4]
+            target = torch.empty_like(source)
+            found["copy", 0] = source.nbytes / median_seconds(partial(target.copy_, source))
+        finally:
+            kernels.set_threads(before)
+            torch.set_num_threads(torch_threads)
+        return found
+
+    def _make_linears(self, dtype: torch.dtype) -> list[PackedLinear]:
+        weight = torch.randn(OUTPUTS, INPUTS).to(dtype)
+        return [PackedLinear.pack(self._kernels, weight) for _ in range(BEYOND_CACHES // 2 // weight.nbytes)]
+
+    def _make_experts(self) -> PackedExperts:
+        experts = PackedExperts(self._kernels, SLOTS, SLOT_HIDDEN, SLOT_INNER, torch.bfloat16)
+        experts.w13.normal_()
+        experts.w2.normal_()
+        return experts
+
+    def _experts_seconds(self) -> float:
+        x, counts = torch.randn(SLOTS, SLOT_HIDDEN).bfloat16(), torch.ones(SLOTS, dtype=torch.int64)
+        turns = itertools.cycle(self._experts)
+        return median_seconds(lambda: next(turns)(x, None, counts))
+
+
+class Attention:
+    """A call of paged attention over several caches in turn, in bfloat16.
+
+    Attributes:
+        nbytes: keys and values of a call.
+        flops: operations of a call; what is masked does not count.
+    """
+
+    def __init__(self, kernels: Kernels, queries: list[int], keys: list[int]) -> None:
+        self._kernels = kernels
+        caches = [torch.randn(2, sum(keys) // PAGE, PAGE, KV_HEADS, HEAD_DIM).bfloat16() for _ in range(4)]
+        self._turns = itertools.cycle(caches)
+        self._q = torch.randn(sum(queries), HEADS, HEAD_DIM).bfloat16()
+        ends = itertools.accumulate(count // PAGE for count in keys)
+        blocks = [list(range(end - count // PAGE, end)) for end, count in zip(ends, keys, strict=True)]
+        self._meta = AttentionMetadata.build(queries, keys, blocks, torch.device("cpu"))
+        self.nbytes = caches[0].nbytes
+        pairs = sum(count * (2 * total - count + 1) / 2 for count, total in zip(queries, keys, strict=True))
+        self.flops = 4.0 * HEADS * HEAD_DIM * pairs
+
+    def __call__(self) -> None:
+        k, v = next(self._turns)
+        self._kernels.paged_attention(self._q, k, v, self._meta, scale=HEAD_DIM**-0.5, sliding_window=None)
+
+
+def median_seconds(call: Callable[[], object]) -> float:
+    """The median time of a call; the first does not count."""
+    call()
+    samples: list[float] = []
+    while len(samples) < 3 or sum(samples) < BUDGET:
+        start = time.perf_counter()
+        call()
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples)
+
+
+def _call_next(linears: Iterator[PackedLinear], x: torch.Tensor) -> None:
+    next(linears)(x)

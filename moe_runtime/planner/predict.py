@@ -1,0 +1,240 @@
+"""How long a step takes, and what a rank holds, for a model's shape, hardware, placement and routing.
+
+docs/planner.md has the formulas. Shape suffixes: L layers, E logical experts, W ranks, S slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.choice import whole_shares
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.balancer.split import split_tokens
+from moe_runtime.planner.exchange import exchange_seconds
+from moe_runtime.planner.hardware import Hardware
+from moe_runtime.planner.routing import Routing
+from moe_runtime.planner.shape import Matrix, ModelShape
+
+Floats = npt.NDArray[np.float64]
+Phase = Literal["prefill", "decode"]
+
+NUM_STEPS = 4  # steps that are drawn and averaged
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step does.
+
+    Attributes:
+        phase: one token of each sequence ("decode"), or whole prompts ("prefill").
+        sequences: on all ranks together, spread evenly.
+        length: keys of each sequence, or tokens of each prompt.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    phase: Phase
+    sequences: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.phase not in ("prefill", "decode"):
+            raise ValueError(f"phase: {self.phase!r} is not allowed; it must be prefill or decode")
+        for name in ("sequences", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; it must be at least 1")
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        return self.length if self.phase == "prefill" else 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank: all but the routed experts, its slots, pages of its sequences, and what else it needs."""
+
+    dense: float
+    experts: float
+    kv_cache: float
+    reserved: float
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.experts + self.kv_cache + self.reserved
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of a choice.
+
+    Attributes:
+        parts: seconds of a step by part: attention, kv, dense, experts, exchange, head, overhead. They add up to the
+            step; with two halves that take turns, `exchange` is what computing does not hide.
+        busy_seconds: of all ranks together, without waiting for each other; with cores, sending is among it.
+        tokens: of a step.
+        balancedness: mean over layers and steps of mean rank rows / max rank rows.
+        rank_memory: of the fullest rank.
+        fits: whether ranks find room.
+    """
+
+    parts: dict[str, float]
+    busy_seconds: float
+    tokens: int
+    balancedness: float
+    rank_memory: Memory
+    fits: bool
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Of each rank, while so many work at once."""
+
+    hardware: Hardware
+    num_ranks: int
+    active: int
+
+    @property
+    def bandwidth(self) -> float:
+        return self.hardware.bandwidth(self.num_ranks, self.active)
+
+    def products(self, matrices: Sequence[Matrix], rows: Floats) -> Floats:
+        """Seconds of products with so many rows, each as long as its weights are read or its operations take."""
+        total = np.zeros_like(rows)
+        for matrix in matrices:
+            outputs = -(-matrix.outputs // self.hardware.output_multiple) * self.hardware.output_multiple
+            scale = outputs / matrix.outputs
+            rate = self.hardware.rate(matrix.dtype, self.num_ranks, self.active)
+            read = scale * matrix.nbytes / self.bandwidth
+            compute = 2.0 * scale * matrix.parameters * rows / (rate * self.hardware.efficiency_of(matrix.dtype, rows))
+            total += np.where(rows > 0, np.maximum(read, compute), 0.0)
+        return total
+
+    def attention(self, shape: ModelShape, work: Workload, sequences_W: Floats) -> Floats:
+        """Seconds of a layer's attention proper, keys and values read or multiplied."""
+        hardware, keys = self.hardware, min(work.length, shape.sliding_window or work.length)
+        if work.phase == "decode":
+            pairs, flops = float(keys), shape.decode_flops_per_key
+        else:
+            pairs = keys * (keys + 1) / 2 + (work.length - keys) * float(keys)
+            flops = shape.prefill_flops_per_key
+        rate = hardware.rate(hardware.attention_dtype, self.num_ranks, self.active) * hardware.attention_rate
+        read = keys * shape.kv_bytes / (self.bandwidth * hardware.attention_bandwidth)
+        found: Floats = sequences_W * max(read, pairs * flops / rate)
+        return found
+
+
+def predict(
+    shape: ModelShape, hardware: Hardware, placement: Placement, routing: Routing, work: Workload
+) -> Prediction:
+    """A step with this placement.
+
+    Args:
+        placement: of the layers that `routing` has; they stand for all of `shape`'s sparse layers.
+
+    Raises:
+        ValueError: a placement of other experts or layers, or a dtype that the hardware has no rates for.
+    """
+    num_layers = len(routing.plan_load)
+    if (placement.num_layers, placement.num_experts) != (num_layers, shape.num_experts):
+        raise ValueError(
+            f"placement: {placement.num_layers} layers of {placement.num_experts} experts are not allowed; "
+            f"it must have {num_layers} of {shape.num_experts}"
+        )
+    num_ranks = placement.num_ranks
+    halves = hardware.overlap if work.sequences >= 2 * num_ranks and num_ranks > 1 else 1
+    per_rank, rest = divmod(work.sequences, num_ranks)
+    sequences_W = per_rank + (np.arange(num_ranks) < rest).astype(np.float64)
+    half_W = sequences_W / halves
+    tokens_W = half_W * work.tokens_per_sequence
+    rates = _Rates(hardware, num_ranks, min(int((sequences_W > 0).sum()), hardware.ranks_per_node))
+    num_dense = shape.num_layers - shape.num_sparse_layers
+    beside_experts_W = rates.products((*shape.shared, shape.router), tokens_W)
+    layers_W = {
+        "attention": shape.num_layers * rates.products(shape.attention, tokens_W),
+        "kv": shape.num_layers * rates.attention(shape, work, half_W),
+        "dense": num_dense * rates.products(shape.dense_mlp, tokens_W) + shape.num_sparse_layers * beside_experts_W,
+    }
+    sparse = _sparse_layers(shape, hardware, placement, routing, tokens_W)
+    over = hardware.overheads
+    step = over.step if num_ranks == 1 else over.step_ranks
+    head_W = rates.products((shape.head,), sequences_W)
+    own_W = halves * shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.step_row * sequences_W
+
+    on_node = min(num_ranks, hardware.ranks_per_node)
+    turns, alone = hardware.turns(on_node), hardware.turns(rates.active)
+    parts = {name: alone * halves * float(seconds_W.max()) for name, seconds_W in layers_W.items()}
+    parts["experts"] = turns * halves * sparse.slowest
+    hidden = sum(parts.values()) if halves > 1 else 0.0
+    parts["exchange"] = max(turns * halves * sparse.exchange - hidden, 0.0)
+    parts["head"] = alone * float(head_W.max())
+    parts["overhead"] = step + turns * float(own_W.max())
+    busy_W = halves * (sum(layers_W.values()) + sparse.experts_W) + head_W + own_W
+    if hardware.cores is not None:  # sending is work of the rank's own cores
+        busy_W = busy_W + halves * sparse.exchange
+    memory = _memory(shape, hardware, placement, work, float(sequences_W.max()))
+    return Prediction(
+        parts=parts,
+        busy_seconds=float(busy_W.sum()) + num_ranks * over.step,
+        tokens=work.sequences * work.tokens_per_sequence,
+        balancedness=sparse.balancedness,
+        rank_memory=memory,
+        fits=memory.total * (1 if hardware.cores is None else on_node) <= hardware.memory_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """Of all sparse layers: seconds of each rank's experts, of the slowest rank's in each layer, of sending."""
+
+    experts_W: Floats
+    slowest: float
+    exchange: float
+    balancedness: float
+
+
+def _sparse_layers(
+    shape: ModelShape, hardware: Hardware, placement: Placement, routing: Routing, tokens_W: Floats
+) -> _Sparse:
+    num_ranks, num_tokens = placement.num_ranks, max(round(float(tokens_W.sum())), 1)
+    rates = _Rates(hardware, num_ranks, min(num_ranks, hardware.ranks_per_node))
+    experts_W = np.zeros(num_ranks)
+    slowest = exchange = balancedness = 0.0
+    for layer in range(placement.num_layers):
+        for draw in range(NUM_STEPS):
+            count_E = routing.counts(layer, num_tokens, draw)
+            share_EW = split_tokens(count_E, placement.slots[layer])
+            rows_EW = whole_shares(share_EW, count_E).astype(np.float64)
+            rows_W = rows_EW.sum(axis=0)
+            seconds_EW = rates.products(shape.expert, rows_EW) + hardware.overheads.slot * (rows_EW > 0)
+            experts_W += seconds_EW.sum(axis=0)
+            slowest += float(seconds_EW.sum(axis=0).max())
+            balancedness += float(rows_W.mean() / rows_W.max()) if rows_W.any() else 1.0
+            if num_ranks > 1 and draw == 0:  # it varies little
+                exchange += NUM_STEPS * exchange_seconds(shape, hardware, routing, layer, share_EW, rows_W, tokens_W)
+    samples = placement.num_layers * NUM_STEPS
+    scale = shape.num_sparse_layers / samples
+    return _Sparse(experts_W * scale, slowest * scale, exchange * scale, min(balancedness / samples, 1.0))
+
+
+def _memory(shape: ModelShape, hardware: Hardware, placement: Placement, work: Workload, sequences: float) -> Memory:
+    slots = placement.max_slots + (placement.num_ranks > 1)  # one more to copy into
+    return Memory(
+        dense=float(shape.dense_bytes),
+        experts=float(shape.num_sparse_layers * slots * shape.expert_bytes),
+        kv_cache=sequences * work.length * shape.num_layers * shape.kv_bytes,
+        reserved=hardware.reserved_bytes,
+    )

@@ -1,0 +1,226 @@
+"""The sizes of a model that its speed depends on; also of models that the runtime does not serve.
+
+Formulas use D hidden, V vocabulary, F intermediate, H query heads, G key/value heads, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_runtime.balancer.files import parse_json, read_text
+from moe_runtime.config import ModelConfig
+from moe_runtime.planner.hardware import DTYPES
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
+INTEGERS = {  # of a file, with the least that is allowed
+    "vocab_size": 2,
+    "hidden_size": 1,
+    "num_layers": 1,
+    "num_sparse_layers": 1,
+    "num_experts": 1,
+    "top_k": 1,
+    "expert_intermediate_size": 1,
+    "shared_intermediate_size": 0,
+    "dense_intermediate_size": 0,
+    "kv_bytes": 1,
+    "decode_flops_per_key": 1,
+    "prefill_flops_per_key": 1,
+    "bytes_out": 1,
+    "bytes_back": 1,
+}
+OTHERS = ("name", "source", "dtype", "head_dtype", "attention", "tied_embedding")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight `[outputs, inputs]`."""
+
+    outputs: int
+    inputs: int
+    dtype: str
+
+    @property
+    def parameters(self) -> int:
+        return self.outputs * self.inputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameters * ITEMSIZE[self.dtype]
+
+
+Matrices = tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a step of a model reads, computes and sends; norms and biases are left out.
+
+    Attributes:
+        name: shown in reports.
+        num_layers, num_sparse_layers: the others have `dense_mlp` instead of experts.
+        num_experts, top_k: per sparse layer, and per token of it.
+        attention: projections of a layer.
+        dense_mlp: of a layer without experts.
+        shared: experts of a sparse layer that every token uses.
+        router: its gate.
+        expert: one routed expert.
+        head: rows to logits.
+        embedding_bytes: of the table of tokens; 0 where it is the head.
+        kv_bytes: of the keys and values of one token in one layer.
+        sliding_window: most keys that a token sees, or None.
+        decode_flops_per_key, prefill_flops_per_key: operations of one query token with one key and value, in one layer,
+            when tokens come one by one, and in prompts.
+        bytes_out, bytes_back: of a token's row on its way to an expert's rank, and of an expert's row on its way back.
+    """
+
+    name: str
+    num_layers: int
+    num_sparse_layers: int
+    num_experts: int
+    top_k: int
+    attention: Matrices
+    dense_mlp: Matrices
+    shared: Matrices
+    router: Matrix
+    expert: Matrices
+    head: Matrix
+    embedding_bytes: int
+    kv_bytes: int
+    sliding_window: int | None
+    decode_flops_per_key: int
+    prefill_flops_per_key: int
+    bytes_out: int
+    bytes_back: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one routed expert."""
+        return sum(matrix.nbytes for matrix in self.expert)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of what every rank holds: all but the routed experts."""
+
+        def size(matrices: Matrices) -> int:
+            return sum(matrix.nbytes for matrix in matrices)
+
+        sparse = self.num_sparse_layers * (size(self.shared) + self.router.nbytes)
+        dense = (self.num_layers - self.num_sparse_layers) * size(self.dense_mlp)
+        return self.num_layers * size(self.attention) + sparse + dense + self.head.nbytes + self.embedding_bytes
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
+        """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
+        hidden, moe = config.hidden_size, config.moe
+        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        flops = 4 * query  # one product with the key, one with the value
+        item = ITEMSIZE[dtype]
+        return cls(
+            name=name,
+            num_layers=config.num_layers,
+            num_sparse_layers=len(config.moe_layers),
+            num_experts=moe.num_experts,
+            top_k=moe.top_k,
+            attention=(Matrix(query + 2 * key_value, hidden, dtype), Matrix(hidden, query, dtype)),
+            dense_mlp=_mlp(hidden, config.intermediate_size, dtype),
+            shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
+            router=Matrix(moe.num_experts, hidden, "float32" if moe.router_float32 else dtype),
+            expert=_mlp(hidden, moe.intermediate_size, dtype),
+            head=Matrix(config.vocab_size, hidden, dtype),
+            embedding_bytes=0 if config.tie_word_embeddings else config.vocab_size * hidden * item,
+            kv_bytes=2 * key_value * item,
+            sliding_window=config.sliding_window,
+            decode_flops_per_key=flops,
+            prefill_flops_per_key=flops,
+            bytes_out=hidden * item,
+            bytes_back=hidden * item,
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> ModelShape:
+        """The shape that a JSON file of sizes describes; docs/planner.md lists its fields.
+
+        Raises:
+            ValueError: no such file, or a field that is missing, unknown or wrong.
+        """
+        try:
+            return cls.parse(parse_json(read_text(path)))
+        except OSError as error:
+            raise ValueError(f"model: {str(path)!r} cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ValueError(f"model: {str(path)!r}: {error}") from None
+
+    @classmethod
+    def parse(cls, content: object) -> ModelShape:
+        """As `load`, from the file's value."""
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} is not allowed; it must be an object of sizes")
+        unknown = sorted(set(content) - {*INTEGERS, *OTHERS, "sliding_window"})
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no such field; known are {sorted({*INTEGERS, *OTHERS, 'sliding_window'})}")
+        size = {name: _integer(content, name, least) for name, least in INTEGERS.items()}
+        window = _integer(content, "sliding_window", 1) if content.get("sliding_window") is not None else None
+        name, tied = content.get("name"), content.get("tied_embedding", False)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: {name!r} is not allowed; it must be a text")
+        if not isinstance(tied, bool):
+            raise ValueError(f"tied_embedding: {tied!r} is not allowed; it must be true or false")
+        if size["num_sparse_layers"] > size["num_layers"]:
+            raise ValueError(
+                f"num_sparse_layers: {size['num_sparse_layers']} is not allowed; it must be at most num_layers, "
+                f"{size['num_layers']}"
+            )
+        if size["top_k"] > size["num_experts"]:
+            raise ValueError(
+                f"top_k: {size['top_k']} is not allowed; it must be at most num_experts, {size['num_experts']}"
+            )
+        dtype = _dtype(content, "dtype")
+        head = Matrix(size["vocab_size"], size["hidden_size"], _dtype(content, "head_dtype"))
+        hidden = size["hidden_size"]
+        return cls(
+            name=name,
+            attention=_matrices(content.get("attention"), dtype),
+            dense_mlp=_mlp(hidden, size["dense_intermediate_size"], dtype),
+            shared=_mlp(hidden, size["shared_intermediate_size"], dtype),
+            router=Matrix(size["num_experts"], hidden, head.dtype),
+            expert=_mlp(hidden, size["expert_intermediate_size"], dtype),
+            head=head,
+            embedding_bytes=0 if tied else head.nbytes,
+            sliding_window=window,
+            **{key: size[key] for key in ("num_layers", "num_sparse_layers", "num_experts", "top_k", "kv_bytes")},
+            **{key: size[key] for key in ("decode_flops_per_key", "prefill_flops_per_key", "bytes_out", "bytes_back")},
+        )
+
+
+def _mlp(hidden: int, inner: int, dtype: str) -> Matrices:
+    """SwiGLU: gate, up, down."""
+    if not inner:
+        return ()
+    return (Matrix(inner, hidden, dtype), Matrix(inner, hidden, dtype), Matrix(hidden, inner, dtype))
+
+
+def _integer(content: Mapping[str, Any], name: str, least: int) -> int:
+    value = content.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer of at least {least}")
+    return value
+
+
+def _dtype(content: Mapping[str, Any], name: str) -> str:
+    value = content.get(name)
+    if not isinstance(value, str) or value not in DTYPES:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be one of {list(DTYPES)}")
+    return value
+
+
+def _matrices(value: object, dtype: str) -> Matrices:
+    def good(pair: object) -> bool:
+        sizes = pair if isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 else (0, 0)
+        return all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes)
+
+    if not isinstance(value, list) or not value or not all(map(good, value)):
+        raise ValueError(f"attention: {value!r} is not allowed; it must be a list of [outputs, inputs]")
+    return tuple(Matrix(outputs, inputs, dtype) for outputs, inputs in value)

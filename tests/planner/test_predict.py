@@ -1,0 +1,323 @@
+"""What must hold of any prediction, and a few that can be computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.balancer.plan import plan_placement
+from moe_runtime.planner.choices import evaluate, recommend
+from moe_runtime.planner.hardware import Hardware, Link, Overheads
+from moe_runtime.planner.hardware_file import load_hardware
+from moe_runtime.planner.measure import fit_overheads
+from moe_runtime.planner.predict import Workload, predict
+from moe_runtime.planner.routing import LoadRouting
+from moe_runtime.planner.shape import Matrix, ModelShape
+
+FREE = Overheads(step=0, step_ranks=0, step_row=0, layer=0, layer_row=0, slot=0)
+IDEAL = Hardware(
+    name="ideal",
+    cores=None,
+    ranks_per_node=4,
+    memory_bytes=1e12,
+    reserved_bytes=0,
+    memory_bandwidth=((1, 1e9),),
+    matrix_rate={"bfloat16": ((1, 1e12),)},
+    efficiency={"bfloat16": ((1, 1.0),)},
+    attention_bandwidth=1,
+    attention_rate=1,
+    attention_dtype="bfloat16",
+    output_multiple=1,
+    intra_node=Link(1e9, 0),
+    inter_node=Link(1e9, 0),
+    rows_out="expert",
+    rows_back="expert",
+    overlap=1,
+    overheads=FREE,
+)
+DEEPSEEK = ModelShape.load(Path(__file__).parents[2] / "benchmarks" / "planner" / "deepseek-v3.json")
+
+
+def tiny(num_experts: int = 4, top_k: int = 1, **changes: object) -> ModelShape:
+    """Every matrix of a layer has a round number of bytes."""
+    shape = ModelShape(
+        name="tiny",
+        num_layers=2,
+        num_sparse_layers=1,
+        num_experts=num_experts,
+        top_k=top_k,
+        attention=(Matrix(100, 50, "bfloat16"),),
+        dense_mlp=(Matrix(1000, 10, "bfloat16"),),
+        shared=(),
+        router=Matrix(num_experts, 50, "bfloat16"),
+        expert=(Matrix(500, 100, "bfloat16"),),
+        head=Matrix(1000, 50, "bfloat16"),
+        embedding_bytes=0,
+        kv_bytes=200,
+        sliding_window=None,
+        decode_flops_per_key=1,
+        prefill_flops_per_key=1,
+        bytes_out=1000,
+        bytes_back=3000,
+    )
+    return replace(shape, **changes)
+
+
+def even(shape: ModelShape, ranks: int, layers: int = 1) -> Placement:
+    return Placement.even(layers, shape.num_experts, ranks)
+
+
+def certain(shape: ModelShape) -> LoadRouting:
+    """Every token uses all experts."""
+    return LoadRouting(np.ones((1, shape.num_experts)), shape.num_experts)
+
+
+def test_a_decode_step_of_one_rank_by_hand():
+    shape = tiny(top_k=4)
+    found = predict(shape, IDEAL, even(shape, 1), certain(shape), Workload("decode", 2, 30))
+    assert found.parts == pytest.approx(
+        {
+            "attention": 2 * 10_000 / 1e9,
+            "kv": 2 * 2 * 30 * 200 / 1e9,
+            "dense": (20_000 + 400) / 1e9,
+            "experts": 4 * 100_000 / 1e9,
+            "exchange": 0,
+            "head": 100_000 / 1e9,
+            "overhead": 0,
+        }
+    )
+    assert found.tokens == 2 and found.balancedness == 1.0
+    assert found.tokens_per_second == pytest.approx(2 / found.step_seconds)
+    assert found.busy_seconds == pytest.approx(found.step_seconds)
+    assert found.rank_memory.total == shape.dense_bytes + 4 * 100_000 + 2 * 30 * 2 * 200
+
+
+def test_many_rows_are_bound_by_computing():
+    shape = tiny(top_k=4)
+    slow = replace(IDEAL, matrix_rate={"bfloat16": ((1, 1e9),)})
+    found = predict(shape, slow, even(shape, 1), certain(shape), Workload("prefill", 1, 40))
+    assert found.parts["experts"] == pytest.approx(4 * 2 * 50_000 * 40 / 1e9)
+    assert found.parts["kv"] == pytest.approx(2 * max(40 * 200 / 1e9, 40 * 41 / 2 / 1e9))
+    assert found.parts["head"] == pytest.approx(100_000 / 1e9)  # one row a prompt: reading is slower
+
+
+def test_a_window_bounds_the_keys():
+    shape = tiny(top_k=4)
+    wide = predict(shape, IDEAL, even(shape, 1), certain(shape), Workload("decode", 1, 30))
+    narrow = predict(
+        replace(shape, sliding_window=10), IDEAL, even(shape, 1), certain(shape), Workload("decode", 1, 30)
+    )
+    assert narrow.parts["kv"] == pytest.approx(wide.parts["kv"] / 3)
+
+
+@pytest.mark.parametrize(("rule", "out"), [("expert", 2), ("rank", 1)])
+def test_rows_between_two_ranks_by_hand(rule, out):
+    """Each rank has 3 tokens and half of the 4 experts; every token needs all: 2 experts and 1 rank are remote."""
+    shape = tiny(top_k=4)
+    hardware = replace(IDEAL, rows_out=rule)
+    found = predict(shape, hardware, even(shape, 2), certain(shape), Workload("decode", 6, 30))
+    assert found.parts["exchange"] == pytest.approx(3 * (out * 1000 + 2 * 3000) / 1e9)
+    assert found.parts["experts"] == pytest.approx(2 * 100_000 / 1e9)
+
+
+def test_rows_travel_once_to_a_node_and_are_handed_on():
+    """Two nodes of two ranks, an expert each: a token's row crosses once, and is handed to both ranks behind."""
+    shape = tiny(top_k=4, bytes_back=1000)
+    hardware = replace(IDEAL, ranks_per_node=2, rows_out="node", rows_back="node", inter_node=Link(1e8, 0))
+    found = predict(shape, hardware, even(shape, 4), certain(shape), Workload("decode", 8, 30))
+    assert found.parts["exchange"] == pytest.approx(2 * 2 * 1000 / 1e8)  # 2 tokens a rank, out and back
+    near = replace(hardware, inter_node=Link(1e12, 0))
+    found = predict(shape, near, even(shape, 4), certain(shape), Workload("decode", 8, 30))
+    assert found.parts["exchange"] == pytest.approx(2 * (2 + 4) * 1000 / 1e9)
+
+
+def test_two_halves_hide_the_shorter_of_computing_and_sending():
+    shape, work = tiny(top_k=4), Workload("prefill", 4, 50)
+    slow = replace(IDEAL, matrix_rate={"bfloat16": ((1, 1e9),)})
+    for link in (Link(1e5, 0), Link(1e12, 0)):
+        apart = replace(slow, intra_node=link)
+        taken = predict(shape, apart, even(shape, 2), certain(shape), work)
+        both = predict(shape, replace(apart, overlap=2), even(shape, 2), certain(shape), work)
+        layers = sum(taken.parts[name] for name in ("attention", "kv", "dense", "experts"))
+        longer = max(layers, taken.parts["exchange"])
+        assert both.step_seconds - both.parts["head"] == pytest.approx(longer, rel=0.02)
+
+
+def test_ranks_that_take_turns_on_cores():
+    shape = tiny(top_k=4)
+    cores = replace(IDEAL, cores=2, ranks_per_node=8, memory_bandwidth=((1, 1e9), (2, 1.5e9)))
+    placement, routing = even(shape, 4), certain(shape)
+    found = predict(shape, cores, placement, routing, Workload("decode", 4, 30))
+    assert found.parts["attention"] == pytest.approx(2 * 2 * 10_000 / 0.75e9)  # two turns, two at work at once
+    assert found.busy_seconds > found.step_seconds
+
+
+WORK = st.builds(
+    Workload, st.sampled_from(["decode", "prefill"]), sequences=st.integers(1, 64), length=st.integers(1, 300)
+)
+
+
+def faster(hardware: Hardware, what: str) -> Hardware:
+    """One rate of it a half more."""
+
+    def more(table):
+        return tuple((x, 1.5 * y) for x, y in table)
+
+    changes: Mapping[str, dict[str, object]] = {
+        "bandwidth": {"memory_bandwidth": more(hardware.memory_bandwidth)},
+        "rate": {"matrix_rate": {dtype: more(table) for dtype, table in hardware.matrix_rate.items()}},
+        "near": {"intra_node": replace(hardware.intra_node, bandwidth=1.5 * hardware.intra_node.bandwidth)},
+        "far": {"inter_node": replace(hardware.inter_node, latency=0.5 * hardware.inter_node.latency)},
+        "overheads": {"overheads": Overheads(**{k: v / 2 for k, v in vars(hardware.overheads).items()})},
+        "rows": {"rows_back": "rank"},
+    }
+    return replace(hardware, **changes[what])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["cpu", "h200"]),
+    st.sampled_from(["bandwidth", "rate", "near", "far", "overheads", "rows"]),
+    st.sampled_from([1, 2]),
+    st.integers(1, 12),
+    st.integers(0, 3),
+    st.floats(0, 2),
+    WORK,
+)
+def test_faster_hardware_is_never_slower_and_figures_are_sound(name, what, overlap, ranks, extra, zipf, work):
+    shape = tiny(num_experts=12, top_k=3)
+    routing = LoadRouting.assume(f"zipf:{zipf}", 12, 3)
+    slots = min(-(-12 // ranks) + (extra if ranks > 1 else 0), 12)
+    placement = plan_placement(routing.plan_load, ranks, slots).placement
+    hardware = replace(load_hardware(name), overlap=overlap)
+    found = predict(shape, hardware, placement, routing, work)
+    better = predict(shape, faster(hardware, what), placement, routing, work)
+    assert better.step_seconds <= found.step_seconds * (1 + 1e-9)
+    for prediction in (found, better):
+        assert 0 < prediction.balancedness <= 1
+        assert all(seconds >= 0 for seconds in prediction.parts.values())
+        assert np.isfinite(prediction.step_seconds) and prediction.step_seconds > 0
+        assert prediction.busy_seconds > 0
+    assert better.balancedness == found.balancedness
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(["decode", "prefill"]), st.integers(1, 6), st.integers(1, 12))
+def test_more_sequences_take_longer_and_more_memory(phase, ranks, sequences):
+    shape = tiny(num_experts=12, top_k=12)  # every token uses all, so that nothing is drawn
+    few, many = (
+        predict(shape, load_hardware("cpu"), even(shape, ranks), certain(shape), Workload(phase, count * ranks, 40))
+        for count in (sequences, sequences + 1)
+    )
+    assert many.step_seconds >= few.step_seconds
+    assert many.rank_memory.total > few.rank_memory.total
+
+
+def test_memory_of_a_rank_falls_with_ranks_and_grows_with_replicas():
+    routing = LoadRouting.assume("zipf:1.0", DEEPSEEK.num_experts, DEEPSEEK.top_k)
+    found = list(
+        evaluate(
+            DEEPSEEK,
+            load_hardware("h800"),
+            routing,
+            ranks=[8, 16, 32, 64],
+            redundant=[0, 1],
+            batches=[8],
+            phase="decode",
+            length=1000,
+        )
+    )
+    memory = {(choice.ranks, choice.redundant): choice.prediction.rank_memory.total for choice in found}
+    for ranks in (8, 16, 32, 64):
+        assert memory[ranks, 1] - memory[ranks, 0] == DEEPSEEK.num_sparse_layers * DEEPSEEK.expert_bytes
+    assert memory[8, 0] > memory[16, 0] > memory[32, 0] > memory[64, 0]
+    assert not found[0].prediction.fits and found[-1].prediction.fits
+    balance = {(choice.ranks, choice.redundant): choice.prediction.balancedness for choice in found}
+    assert all(balance[ranks, 1] > balance[ranks, 0] for ranks in (16, 32, 64))
+
+
+def test_more_ranks_than_experts():
+    routing = LoadRouting.assume("uniform", 4, 1)
+    found = list(evaluate(tiny(), IDEAL, routing, ranks=[6], redundant=[0, 4], batches=[3], phase="decode", length=5))
+    assert [choice.redundant for choice in found] == [0, 3]  # no rank has more slots than there are experts
+
+
+def test_the_recommendation_fits_is_fast_enough_and_is_not_dearer_than_it_must_be():
+    shape, routing = tiny(num_experts=12, top_k=3), LoadRouting.assume("zipf:1.5", 12, 3)
+    hardware = replace(load_hardware("h200"), memory_bytes=4.1e9)
+    choices = list(
+        evaluate(
+            shape, hardware, routing, ranks=[1, 2, 4], redundant=[0, 1], batches=[1, 64], phase="decode", length=900
+        )
+    )
+    assert sum(choice.ranks == 1 for choice in choices) == 2  # one rank has nothing to replicate
+    best = recommend(choices)
+    assert best is not None and best.prediction.fits
+    rates = [choice.tokens_per_second_rank for choice in choices if choice.prediction.fits]
+    assert best.tokens_per_second_rank >= 0.99 * max(rates)
+    limit = min(choice.prediction.step_seconds for choice in choices)
+    quick = recommend(choices, limit)
+    assert quick is not None and quick.prediction.step_seconds <= limit
+    assert recommend(choices, limit / 2) is None
+    assert (
+        recommend(
+            list(
+                evaluate(
+                    shape,
+                    replace(hardware, memory_bytes=1.0),
+                    routing,
+                    ranks=[2],
+                    redundant=[0],
+                    batches=[1],
+                    phase="decode",
+                    length=9,
+                )
+            )
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranks": [0]}, "ranks: 0 is not allowed; it must be from 1 to 4096"),
+        ({"ranks": [5000]}, "ranks: 5000 is not allowed"),
+        ({"redundant": [-1]}, "redundant: -1 is not allowed; it must be from 0 to 4"),
+        ({"batches": [0]}, "batch: 0 is not allowed"),
+        ({"length": 0}, "length: 0 is not allowed"),
+        ({"phase": "train"}, "phase: 'train' is not allowed"),
+    ],
+)
+def test_what_cannot_be_evaluated(changes, message):
+    asked = {"ranks": [2], "redundant": [0], "batches": [1], "phase": "decode", "length": 5} | changes
+    with pytest.raises(ValueError, match=message):
+        list(evaluate(tiny(), IDEAL, LoadRouting.assume("uniform", 4, 1), **asked))
+
+
+def test_a_placement_or_dtype_that_does_not_fit():
+    shape, routing, work = tiny(), LoadRouting.assume("uniform", 4, 1), Workload("decode", 1, 5)
+    with pytest.raises(ValueError, match="placement: 1 layers of 4 experts are not allowed; it must have 4 of 4"):
+        predict(shape, IDEAL, even(shape, 2), routing, work)
+    with pytest.raises(ValueError, match="dtype: 'float8' is not in the hardware profile 'ideal'"):
+        float8 = replace(shape, head=Matrix(10, 10, "float8"))
+        predict(float8, IDEAL, even(shape, 2, layers=4), routing, work)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(1e-6, 1e-3), min_size=4, max_size=4), st.integers(1, 2))
+def test_overheads_are_found_again(truth, ranks):
+    step, row, layer, layer_row = truth
+    spare = {
+        (layers, batch): step + batch / ranks * row + layers * (layer + batch / ranks * layer_row)
+        for layers in (2, 12)
+        for batch in (2, 32)
+    }
+    assert fit_overheads(spare, ranks) == pytest.approx(truth, rel=1e-6)

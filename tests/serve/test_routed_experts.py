@@ -1,0 +1,65 @@
+"""Routed experts in answers, in all shapes."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+from moe_runtime.outputs import OutputDelta
+from moe_runtime.routing import parse_routing
+from moe_runtime.serve.native import NativeReply
+from moe_runtime.serve.openai_replies import ChatReply, CompletionReply
+from moe_runtime.serve.protocol import GenerateRequest
+from moe_runtime.serve.streaming import Completion
+
+
+def deltas(experts: np.ndarray | None) -> list[OutputDelta]:
+    first = OutputDelta("r", "a", [5], None, None, None, 3, 1)
+    return [first, OutputDelta("r", "b", [6], None, "length", None, 3, 2, routed_experts=experts)]
+
+
+REPLIES = [NativeReply("r"), CompletionReply("r", "m", False, ["r"]), ChatReply("r", "m", False, 0)]
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: type(reply).__name__)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_the_last_token_brings_them(reply, dtype):
+    experts = np.random.default_rng().integers(0, 200, (4, 3, 2)).astype(dtype)
+    done = Completion()
+    streamed = []
+    for delta in deltas(experts):
+        done.add(delta)
+        streamed += reply.events(delta)
+    parts = [part["choices"][0] if "choices" in part else part for part in (*streamed, reply.whole([done]))]
+    assert ["routed_experts" in part for part in parts] == [False, True, True]
+    for part in parts[1:]:
+        found = part["routed_experts"]
+        array = np.frombuffer(base64.b64decode(found["data"]), found["dtype"]).reshape(found["shape"])
+        assert array.dtype == dtype
+        assert np.array_equal(array, experts)
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=lambda reply: type(reply).__name__)
+def test_they_are_left_out_where_nobody_asked(reply):
+    done = Completion()
+    for delta in deltas(None):
+        done.add(delta)
+        assert "routed_experts" not in str(list(reply.events(delta)))
+    assert "routed_experts" not in str(reply.whole([done]))
+
+
+@pytest.mark.parametrize(
+    ("routing", "meant"),
+    [("fast", "fast"), ({"top_k": 3}, {"top_k": 3}), ({"threshold": [0.5, 1]}, {"threshold": [0.5, 1.0]})],
+)
+def test_policies_in_bodies(routing, meant):
+    body = GenerateRequest.model_validate({"prompt": "x", "routing": routing})
+    assert body.sampling_params().routing == parse_routing(meant)
+
+
+def test_a_wrong_policy_names_its_field():
+    body = GenerateRequest.model_validate({"prompt": "x", "routing": {"top_p": 2}})
+    with pytest.raises(ValueError, match=r"routing\.top_p: 2\.0 is not allowed; it must be a number above 0"):
+        body.sampling_params()
