@@ -5,6 +5,8 @@ Shape suffixes: N pages (blocks), B tokens per page, G key/value heads, d head d
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +34,7 @@ class KVCache:
     ) -> None:
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.num_blocks = num_blocks
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        for tensor in (self.keys, self.values):
-            ask_for_huge_pages(tensor)
-            tensor.zero_()
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self._layers = [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
     @property
@@ -44,6 +43,16 @@ class KVCache:
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs in huge pages, if there are any, that take no memory before they are first used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+    ask_for_huge_pages(tensor)
+    return tensor
 
 
 def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
