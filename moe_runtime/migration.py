@@ -141,11 +141,14 @@ class Migration:
             if layer not in self._rounds:
                 self._begin_round(layer)
         for late in [going for going in self._rounds.values() if self._clock() > going.deadline]:
+            if late.layer not in self._rounds:  # all was given up meanwhile
+                break
             ranks = ", ".join(f"rank {rank}" for rank in sorted({rank for rank, _ in late.keys & self._waiting}))
             self._fail(late, f"layer {late.layer}: no report within {self._timeout:g} s from {ranks}")
         self._send_next()
         for complete in [going for going in self._rounds.values() if going.is_complete]:
-            self._end_round(complete)
+            if complete.layer in self._rounds:  # not given up meanwhile
+                self._end_round(complete)
         self._finish_if_done()
         return self.placement is not before
 
@@ -242,8 +245,6 @@ class Migration:
 
     def _fail(self, going: _Round, why: str) -> None:
         """Roll a round back: nothing was committed, so it is enough to forget it. It will be tried again."""
-        if self._rounds.get(going.layer) is not going:  # all was given up meanwhile
-            return
         logger.warning("a migration was rolled back: %s", why)
         self.report.failures.append(why)
         self._waiting -= going.keys

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +33,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ep_layer.report import Result, draw, line, machine, table
-from ep_layer.sides import PEER_TIMEOUT, SHAPES, Call, DeepSpeedSide, OurSide, Shape, draw_inputs, normal
 from torch import Tensor
 
 from moe_runtime.host import divide_cores
 from moe_runtime.kernels.cpu import native
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+from ep_layer.report import Result, draw, line, machine, table
+from ep_layer.sides import (
+    PEER_TIMEOUT,
+    SHAPES,
+    Call,
+    DeepSpeedSide,
+    OurSide,
+    Shape,
+    draw_inputs,
+    normal,
+)
 
 ROUTINGS = ("balanced", "skewed")
 TOKENS = (1, 4, 8, 32, 128, 256, 1024, 4096)

@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe_runtime.kernels import ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
 from gpu_bench import timings
 from gpu_bench.checks import Check, check_all
 from gpu_bench.shapes import SHAPES, SMALL_SHAPES, SMALL_TOKENS, TOKENS
 from gpu_bench.timings import Clock, Row
-
-from moe_runtime.kernels import ops
 
 BUDGET_S = 8.5 * 60
 MODEL_S = 75.0  # kept for each whole-model process
