@@ -5,7 +5,6 @@ Started as a process of its own with `python -m moe_runtime.worker`, or used in 
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,13 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_runtime.all2all.dispatch import Dispatcher, make_dispatchers
+from moe_runtime.all2all.dispatch import make_dispatchers
 from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import RankInfo
-from moe_runtime.experts.parts import checksum
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
@@ -34,25 +31,24 @@ from moe_runtime.messages import (
     PromptLogprobs,
     RankPlan,
     RankResult,
-    RoutedExperts,
     Sample,
     SlotReport,
     SlotTask,
     StepPlan,
     TokenLogprobs,
 )
+from moe_runtime.model_size import weights_dtype
 from moe_runtime.models.loader import Kit, ModelLoader
-from moe_runtime.moe import ExpertCounter, Experts
+from moe_runtime.moe import ExpertCounter
 from moe_runtime.native_layers import NativeKit
 from moe_runtime.placements import initial_placement
-from moe_runtime.routing import RoutingPolicy
+from moe_runtime.rank_setup import choose_device, native_kernels, shared_memory
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.slot_tasks import SlotTasks
+from moe_runtime.step_routing import routed_experts, step_routing
 from moe_runtime.weights import RandomWeights, WeightSource, open_weights
 
-logger = logging.getLogger(__name__)
-
-COPY_PIECE_BYTES = 256 << 10  # of an expert: how finely a copy can stop for the next step
 PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
 
 
@@ -96,15 +92,19 @@ class Worker:
         self.config = config
         self._model_config = model_config
         self.rank = rank
-        self.device = _choose_device(config.device, rank % local_ranks)
-        self.dtype = choose_dtype(config.dtype, model_config.dtype)
+        self.device = choose_device(config.device, rank % local_ranks)
+        self.dtype: torch.dtype = getattr(torch, weights_dtype(config.dtype, model_config.dtype))
         placement = initial_placement(config, model_config, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
-        kernels = self._native_kernels(group)
+        kernels = native_kernels(self.device, group)
+        self._runs_torch = kernels is None
         kit: Kit = TorchKit(self.dtype, self.device) if kernels is None else NativeKit(kernels, self.dtype)
         dispatchers = make_dispatchers(group, placement.max_slots, kit.row_ops)
         if group is not None and config.dispatcher in ("auto", "symmetric"):
-            shared = self._shared_memory(model_config, group, local_ranks, placement.max_slots, kernels)
+            possible = kernels is not None and local_ranks == group.size()
+            shared = shared_memory(
+                config, model_config, group, num_slots=placement.max_slots, dtype=self.dtype, is_possible=possible
+            )
             if shared is not None:
                 dispatchers["symmetric"] = shared
         self.source: WeightSource = (
@@ -113,14 +113,15 @@ class Worker:
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
-            self._loader = ModelLoader(model_config, self.source, placement, rank, dispatchers, self.counter, kit)
-            self.model = self._loader.load(progress=bar.update)
-        self._copies: dict[int, Iterator[int]] = {}  # by task
+            loader = ModelLoader(model_config, self.source, placement, rank, dispatchers, self.counter, kit)
+            self.model = loader.load(progress=bar.update)
+        self.slot_tasks = SlotTasks(rank, loader, [block.experts for block in self.model.sparse_blocks])
         num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
         self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
         self._run_layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
+        self._keeps_experts = config.record_trace is not None
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),
@@ -136,60 +137,6 @@ class Worker:
             dispatchers=tuple(dispatchers),
         )
 
-    def _native_kernels(self, group: dist.ProcessGroup | None) -> Kernels | None:
-        """The native CPU kernels, if this is a CPU and all ranks have the same; with as many threads as torch has."""
-        if self.device.type != "cpu":
-            return None
-        kernels = load_or_none()
-        found = [None if kernels is None else kernels.instruction_set]
-        if group is not None:
-            found *= group.size()
-            dist.all_gather_object(found, found[0], group=group)
-        if kernels is None or len(set(found)) > 1:
-            if kernels is not None:
-                logger.warning("torch runs instead of native CPU kernels: ranks have different ones, %s", found)
-            return None
-        kernels.set_threads(torch.get_num_threads())
-        return kernels
-
-    def _shared_memory(
-        self,
-        model_config: ModelConfig,
-        group: dist.ProcessGroup,
-        local_ranks: int,
-        num_slots: int,
-        kernels: Kernels | None,
-    ) -> Dispatcher | None:
-        """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for.
-
-        Raises:
-            ValueError: "symmetric" was asked for, and there can be none.
-        """
-        asked = self.config.dispatcher == "symmetric"
-        if kernels is None or local_ranks != group.size():
-            if asked:
-                raise ValueError(
-                    'dispatcher: "symmetric" is not allowed here; it needs CPU ranks of one host and a C++ compiler'
-                )
-            return None
-        from moe_runtime.all2all.symmetric import SymmetricDispatcher
-
-        try:
-            return SymmetricDispatcher(
-                group,
-                num_slots,
-                max_tokens=self.config.max_num_batched_tokens,
-                hidden_size=model_config.hidden_size,
-                top_k=model_config.moe.top_k,
-                dtype=self.dtype,
-                timeout=self.config.step_timeout,
-            )
-        except ValueError as error:
-            if asked:
-                raise
-            logger.warning("ranks exchange rows over gloo: %s", error)
-            return None
-
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> RankResult:
         """Run this rank's share of a plan. Every rank runs every plan, also without tokens of its own."""
@@ -198,12 +145,13 @@ class Worker:
         self._admit(work)
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
         with self._torch_threads():
-            routing = self._routing(work)
+            params = [self.sequences[chunk.seq_id].params for chunk in work.chunks]
+            routing = step_routing(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
             hidden_TD = self.forward(work, plan, expert_work, routing)
             samples = self._sample(work.chunks, hidden_TD)
             prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
         seconds = time.perf_counter() - start
-        routed = self._routed_experts(work, routing)
+        routed = routed_experts(work, params, routing, keep_all=self._keeps_experts)
         return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [], routed)
 
     def forward(
@@ -223,39 +171,14 @@ class Worker:
     @torch.inference_mode()
     def run_task(self, task: SlotTask) -> SlotReport:
         """Get on with a task, between steps; see `SlotTask`. What goes wrong is reported, and serving goes on."""
-        start, copied, error, done = time.perf_counter(), 0, "", False
-        total = 0
-        experts = self.model.sparse_blocks[task.layer].experts
-        try:
-            with self._torch_threads():
-                copied, done = self._copy(experts, task)
-                if done:
-                    total = checksum(experts.stored(task.slot))
-        except (OSError, ValueError) as problem:
-            self._copies.pop(task.task_id, None)
-            error, done = str(problem), True
-        return SlotReport(self.rank, task.task_id, done, copied, time.perf_counter() - start, total, error)
-
-    def _copy(self, experts: Experts, task: SlotTask) -> tuple[int, bool]:
-        """Copy what a task allows at a time; the bytes, and whether that was the last."""
-        if task.expert < 0:
-            return 0, True
-        if task.task_id not in self._copies:
-            piece = min(task.max_bytes, COPY_PIECE_BYTES)
-            self._copies[task.task_id] = self._loader.copy_expert(experts, task.slot, task.layer, task.expert, piece)
-        copied = 0
-        for nbytes in self._copies[task.task_id]:
-            copied += nbytes
-            if copied >= task.max_bytes:
-                return copied, False
-        del self._copies[task.task_id]
-        return copied, True
+        with self._torch_threads():
+            return self.slot_tasks.run(task)
 
     @contextmanager
     def _torch_threads(self) -> Iterator[None]:
         """One torch thread beside native kernels: torch's own spin after an op, on cores that the kernels want."""
         threads = torch.get_num_threads()
-        if self.info.batch_invariant:
+        if not self._runs_torch:
             torch.set_num_threads(1)
         try:
             yield
@@ -276,44 +199,6 @@ class Worker:
             )
         for route in work.routes:
             self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
-
-    def _routing(self, work: RankPlan) -> StepRouting | None:
-        """What the sequences of this step ask of the gates; None if nothing."""
-        params = [self.sequences[chunk.seq_id].params for chunk in work.chunks]
-        keeps = self.config.record_trace is not None or any(each.return_routed_experts for each in params)
-        policies = [each.routing for each in params if not isinstance(each.routing, str)]
-        assert len(policies) == len(params), "the front has resolved all classes"
-        if not keeps and not any(policies):
-            return None
-        moe, num_layers = self._model_config.moe, len(self._model_config.moe_layers)
-        policy_T = policies_LP4 = chosen_LTK = None
-        if any(policies):
-            index = {policy: number for number, policy in enumerate(dict.fromkeys([None, *policies]))}
-            policy_T = self._tensor(
-                [
-                    number
-                    for chunk, policy in zip(work.chunks, policies, strict=True)
-                    for number in [index[policy]] * chunk.num_tokens
-                ]
-            )
-            rows = [(policy or RoutingPolicy()).rows(num_layers, moe.top_k) for policy in index]
-            policies_LP4 = torch.tensor(rows, device=self.device).transpose(0, 1).contiguous()
-        if keeps:
-            chosen_LTK = torch.empty(num_layers, work.num_tokens, moe.top_k, dtype=torch.int16, device=self.device)
-        return StepRouting(policy_T, policies_LP4, chosen_LTK)
-
-    def _routed_experts(self, work: RankPlan, routing: StepRouting | None) -> list[RoutedExperts]:
-        """The experts of the chunks whose sequences ask for them; of all where a trace is recorded."""
-        if routing is None or routing.chosen_LTK is None:
-            return []
-        experts_TLK = routing.chosen_LTK.transpose(0, 1).cpu().numpy()
-        found, row = [], 0
-        for index, chunk in enumerate(work.chunks):
-            if self.config.record_trace is not None or self.sequences[chunk.seq_id].params.return_routed_experts:
-                experts = experts_TLK[row : row + chunk.num_tokens].tobytes()
-                found.append(RoutedExperts(chunk.seq_id, chunk.start, index < work.num_decode, experts))
-            row += chunk.num_tokens
-        return found
 
     def _batch(
         self,
@@ -400,25 +285,6 @@ class Worker:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def choose_dtype(asked: str, stored: str) -> torch.dtype:
-    """The dtype of weights and activations; "auto" is the checkpoint's own."""
-    name = stored if asked == "auto" else asked
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f'dtype: the checkpoint is {name}, which is not supported; choose "bfloat16" or "float32"')
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _choose_device(asked: str, local_rank: int) -> torch.device:
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError('device: "cuda" is not allowed; this machine has no CUDA device')
-    if local_rank >= torch.cuda.device_count():
-        raise ValueError(f"ep_size: too many ranks for the {torch.cuda.device_count()} CUDA devices of this host")
-    return torch.device("cuda", local_rank)
 
 
 if __name__ == "__main__":

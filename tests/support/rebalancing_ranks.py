@@ -10,20 +10,20 @@ from moe_runtime.moe import Experts
 
 def break_copies(context: RankContext, fault: str | None) -> None:
     """From now on copies on rank 1 fail ("error"), or what was copied is damaged ("corrupt"); None heals it."""
-    worker = context.kept["worker"]
+    tasks = context.kept["worker"].slot_tasks
     if context.rank != 1 or fault is None:
-        worker.__dict__.pop("_copy", None)
+        tasks.__dict__.pop("copy", None)
         return
-    whole = type(worker)._copy
+    whole = type(tasks).copy
 
     def broken(experts: Experts, task: SlotTask) -> tuple[int, bool]:
         if task.expert < 0:
-            return whole(worker, experts, task)
+            return whole(tasks, experts, task)
         if fault == "error":
             raise OSError("the file is gone")
-        copied, done = whole(worker, experts, task)
+        copied, done = whole(tasks, experts, task)
         if done:
             experts.stored(task.slot)[1].view(-1)[0] += 1
         return copied, done
 
-    worker._copy = broken
+    tasks.copy = broken
