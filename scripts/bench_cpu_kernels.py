@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import PackedExperts, PackedLinear, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 4, 64
 EXPERTS, TOP_K, INNER, VOCAB = 64, 8, 512, 32000

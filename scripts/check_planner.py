@@ -5,6 +5,10 @@ decoding with 1, 8 and 32 sequences, and prompts. Predictions get the loads that
 ranks the time of a step is compared; with more ranks than cores, which take turns, the processor time of all ranks.
 What is beyond 20 percent is marked; the exit code is 1 then.
 
+A shared machine reads and multiplies at other rates in one minute than in the next. So both are measured before and
+after each run, and the prediction for that run gets the profile at these rates; the median of the runs' ratios counts.
+A run is repeated when the machine was much slower before or after it: others were at work then.
+
 Run it on a machine that does nothing else: python scripts/check_planner.py
 """
 
@@ -14,30 +18,51 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from make_bench_model import ensure_bench_model
 
 from moe_runtime.build import build_engine
 from moe_runtime.config import EngineConfig
-from moe_runtime.planner.hardware import Hardware
+from moe_runtime.kernels.cpu.native import load
+from moe_runtime.kernels.cpu.packed import PackedLinear
+from moe_runtime.planner.hardware import Hardware, Table
 from moe_runtime.planner.hardware_file import load_hardware, save_hardware
 from moe_runtime.planner.measure import measure
-from moe_runtime.planner.measure_engine import StepTimer
-from moe_runtime.planner.predict import Workload, predict
+from moe_runtime.planner.measure_engine import StepTimer, StepTimes
+from moe_runtime.planner.measure_kernels import median_seconds
+from moe_runtime.planner.predict import Phase, Workload, predict
 from moe_runtime.planner.routing import LoadRouting, chosen_layers
 from moe_runtime.planner.shape import ModelShape
 
 ALLOWED = 0.2
-PROMPT, PREFILLS = 32, ((1, 512), (4, 512))  # sequences, tokens of each
+HEAD = (
+    "| model | ranks | phase | sequences | length | what | predicted ms | measured ms | error | pace | most of it |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+READ_SAMPLES = 5  # bandwidth swings from one tenth of a second to the next
+LEAST_PACE, MOST_RUNS = 0.85, 3  # share of the matrix rate; runs for each that is wanted
+PROMPT = 32  # tokens, before decoding
+PREFILLS: tuple[tuple[Phase, int, int], ...] = (("prefill", 1, 512), ("prefill", 4, 512))  # sequences, tokens of each
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison, in seconds; `what` is "step" (wall clock) or "busy" (processor time of all ranks)."""
+    """One comparison, in seconds.
+
+    Attributes:
+        what: "step" (wall clock) or "busy" (processor time of all ranks).
+        error: the median of the runs' predicted / measured, less 1.
+        pace: the machine's matrix rate in these runs, as a share of the profile's; the median.
+        runs: that count.
+        disturbed: runs that do not, because the pace was low or changed; or that do, where too few others were.
+        parts: of the prediction.
+    """
 
     model: str
     ranks: int
@@ -47,14 +72,64 @@ class Row:
     what: str
     predicted: float
     measured: float
+    error: float
+    pace: float
+    runs: int
+    disturbed: int
     parts: dict[str, float]
 
-    @property
-    def error(self) -> float:
-        return self.predicted / self.measured - 1
+
+class Pace:
+    """What all cores read and multiply at the moment, beside what a profile says."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+        self._kernels = load()
+        self._data = self._kernels.packed_empty(torch.float32, 1 << 15, 1 << 11).zero_()
+        self._x = torch.randn(512, 1024).bfloat16()
+        self._weights = PackedLinear.pack(self._kernels, torch.randn(2048, 1024).bfloat16())
+        self._rates = (hardware.memory_bandwidth[-1][1], hardware.matrix_rate["bfloat16"][-1][1])
+
+    def now(self) -> tuple[float, float]:
+        """Shares of the profile's bandwidth and matrix rate."""
+        threads, torch_threads = self._kernels.num_threads, torch.get_num_threads()
+        torch.set_num_threads(1)  # its threads would spin on cores that are measured
+        self._kernels.set_threads(self._hardware.cores or 1)
+        reads = [median_seconds(partial(self._kernels.read, self._data)) for _ in range(READ_SAMPLES)]
+        read = self._data.nbytes / float(np.median(reads))
+        flops = 2.0 * self._x.numel() * self._weights.outputs
+        rate = flops / median_seconds(partial(self._weights, self._x))
+        self._kernels.set_threads(threads)
+        torch.set_num_threads(torch_threads)
+        return read / self._rates[0], rate / self._rates[1]
+
+    def at(self, *paces: tuple[float, float]) -> Hardware:
+        """The profile at the mean of paces; all that is neither read nor copied goes at that of products."""
+        read, rate = np.mean(paces, axis=0).tolist()
+
+        def scaled(table: Table, factor: float) -> Table:
+            return tuple((cores, value * factor) for cores, value in table)
+
+        over, link = self._hardware.overheads, self._hardware.intra_node
+        return replace(
+            self._hardware,
+            overheads=type(over)(**{name: seconds / rate for name, seconds in vars(over).items()}),
+            intra_node=replace(link, bandwidth=link.bandwidth * read, latency=link.latency / rate),
+            memory_bandwidth=scaled(self._hardware.memory_bandwidth, read),
+            matrix_rate={name: scaled(table, rate) for name, table in self._hardware.matrix_rate.items()},
+        )
 
 
-def check(model: str, ranks: int, hardware: Hardware, options: argparse.Namespace) -> Iterator[Row]:
+Pair = tuple[tuple[float, float], tuple[float, float]]
+
+
+def even(paces: Pair) -> bool:
+    """Whether the machine computed before and after a run as the profile says, about."""
+    rates = [rate for _, rate in paces]
+    return min(rates) > LEAST_PACE and min(rates) > LEAST_PACE * max(rates)
+
+
+def check(model: str, ranks: int, pace: Pace, cores: int, options: argparse.Namespace) -> Iterator[Row]:
     """All cases of a model and a number of ranks."""
     path = str(ensure_bench_model("bench")) if model == "bench" else model
     config = EngineConfig(
@@ -76,18 +151,25 @@ def check(model: str, ranks: int, hardware: Hardware, options: argparse.Namespac
         def prompts(count: int, length: int) -> list[list[int]]:
             return rng.integers(3, engine.model_config.vocab_size, (count, length)).tolist()
 
-        def loads() -> dict[str, np.ndarray]:
+        def loads() -> Mapping[str, np.ndarray]:
             return engine.expert_load().tokens
 
         timer.run(prompts(2, 16), 16)
-        cases = [("decode", batch, PROMPT) for batch in options.batches]
-        for phase, count, length in [*cases, *(("prefill", *case) for case in PREFILLS)]:
+        cases: list[tuple[Phase, int, int]] = [("decode", batch, PROMPT) for batch in options.batches]
+        for phase, count, length in [*cases, *PREFILLS]:
             before = {name: counts.copy() for name, counts in loads().items()}
             new_tokens = options.steps if phase == "decode" else 6
-            runs = [timer.run(prompts(count, length), new_tokens) for _ in range(options.repetitions)]
+            wanted = options.repetitions * (1 if phase == "decode" else 2)
+            ran: list[tuple[StepTimes, Pair]] = []
+            now = pace.now()
+            while len(ran) < MOST_RUNS * wanted and sum(even(around) for _, around in ran) < wanted:
+                run, before_run = timer.run(prompts(count, length), new_tokens), now
+                now = pace.now()
+                ran.append((run, (before_run, now)))
+            quiet = [each for each in ran if even(each[1])]
+            ran, disturbed = (quiet, len(ran) - len(quiet)) if len(quiet) == wanted else (ran, len(ran) - len(quiet))
+            runs, paces = zip(*ran, strict=True)
             used = loads()[phase] - before[phase]
-            seconds = float(np.median([getattr(run, phase) for run in runs]))
-            busy = [getattr(run, f"{phase}_busy") for run in runs]
             keys = length + new_tokens // 2 if phase == "decode" else length
             routing = LoadRouting(used, shape.top_k, exact=True)
             placement = engine.placement()
@@ -95,14 +177,22 @@ def check(model: str, ranks: int, hardware: Hardware, options: argparse.Namespac
             kept = type(placement)(
                 placement.slots[layers], placement.num_experts, tuple(np.array(placement.layer_ids)[layers].tolist())
             )
-            found = predict(shape, hardware, kept, routing, Workload(phase, count, keys))
-            common = (model, ranks, phase, count, keys)
-            if hardware.cores is not None and ranks > hardware.cores:
-                yield Row(*common, "busy", found.busy_seconds, float(np.median(busy)), found.parts)
-            else:
-                yield Row(*common, "step", found.step_seconds, seconds, found.parts)
+            workload, what = Workload(phase, count, keys), "busy" if ranks > cores else "step"
+            found = [predict(shape, pace.at(*around), kept, routing, workload) for around in paces]
+            predicted = [each.busy_seconds if what == "busy" else each.step_seconds for each in found]
+            measured = [getattr(run, f"{phase}_busy" if what == "busy" else phase) for run in runs]
+            ratio = float(np.median(np.divide(predicted, measured)))
+            middle = sorted(range(len(runs)), key=lambda index: predicted[index])[len(runs) // 2]
+            times = (float(np.median(predicted)), float(np.median(measured)), ratio - 1)
+            rate = float(np.median([around[1] for both in paces for around in both]))
+            yield Row(model, ranks, phase, count, keys, what, *times, rate, len(runs), disturbed, found[middle].parts)
     finally:
         engine.close()
+
+
+def case(row: Row) -> tuple[str | int, ...]:
+    """What a row is a comparison of."""
+    return row.model, row.ranks, row.phase, row.sequences, row.length
 
 
 def line(row: Row) -> str:
@@ -111,8 +201,23 @@ def line(row: Row) -> str:
     shares = ", ".join(f"{name} {row.parts[name] / sum(row.parts.values()):.0%}" for name in most)
     mark = "" if abs(row.error) <= ALLOWED else " **"
     cells = (row.model, row.ranks, row.phase, row.sequences, row.length, row.what)
-    figures = f"{row.predicted * 1e3:.2f} | {row.measured * 1e3:.2f} | {row.error:+.0%}{mark} | {shares}"
+    figures = (
+        f"{row.predicted * 1e3:.2f} | {row.measured * 1e3:.2f} | {row.error:+.0%}{mark} | {row.pace:.2f} | {shares}"
+    )
     return "| " + " | ".join(map(str, cells)) + f" | {figures} |"
+
+
+def write(rows: Sequence[Row], hardware: Hardware, folder: Path) -> int:
+    """Write check.json and check.md, and print how many are near enough; returns 1 where not all are."""
+    beyond = [row for row in rows if abs(row.error) > ALLOWED]
+    title = f"{len(rows) - len(beyond)} of {len(rows)} within {ALLOWED:.0%}"
+    print(f"\n{title}")
+    about = (
+        f"Steps predicted and measured on {hardware.name}, {load().instruction_set}: {title}, `**` marks the others."
+    )
+    (folder / "check.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    (folder / "check.md").write_text("\n".join([about, "", *HEAD, *map(line, rows)]) + "\n")
+    return 1 if beyond else 0
 
 
 def main() -> int:
@@ -121,8 +226,9 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=48, help="decode steps of a run")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=4, help="runs of a decode case; prefills run twice as often")
     parser.add_argument("--hardware", help="a profile measured before; the default measures anew")
+    parser.add_argument("--add", action="store_true", help="keep the other cases of the last run in the output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "benchmarks" / "planner")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -131,20 +237,19 @@ def main() -> int:
     else:
         hardware = measure(f"{len(os.sched_getaffinity(0))} cores", say=lambda text: print(text, file=sys.stderr))
         save_hardware(hardware, options.output / "measured.yaml")
-    print("| model | ranks | phase | sequences | length | what | predicted ms | measured ms | error | most of it |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
+    print("\n".join(HEAD))
+    rows, pace = [], Pace(hardware)
     for model in options.models:
         for ranks in options.ranks:
-            for row in check(model, ranks, hardware, options):
+            for row in check(model, ranks, pace, hardware.cores or 1, options):
                 rows.append(row)
                 print(line(row), flush=True)
-    beyond = [row for row in rows if abs(row.error) > ALLOWED]
-    print(f"\n{len(rows) - len(beyond)} of {len(rows)} within {ALLOWED:.0%}")
-    content = [asdict(row) | {"error": row.error} for row in rows]
-    (options.output / "check.json").write_text(json.dumps(content, indent=1) + "\n")
-    (options.output / "check.md").write_text("\n".join(map(line, rows)) + "\n")
-    return 1 if beyond else 0
+    earlier = options.output / "check.json"
+    if options.add and earlier.exists():
+        done = {case(row) for row in rows}
+        kept = [row for row in (Row(**each) for each in json.loads(earlier.read_text())) if case(row) not in done]
+        rows = kept + rows
+    return write(rows, hardware, options.output)
 
 
 if __name__ == "__main__":

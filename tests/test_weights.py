@@ -18,7 +18,8 @@ from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.gate import Gate
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, PackedExperts, PackedLinear, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
 from moe_runtime.models import load_model_config
 from moe_runtime.models.decoder import Decoder

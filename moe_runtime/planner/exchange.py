@@ -1,5 +1,8 @@
 """What dispatch and combine of a layer take: the rows of the busiest rank over its links.
 
+Ranks with cores copy rows within a node themselves, one after the other: on the way out a rank writes those for others
+and takes all that it computes with, its own too; on the way back it writes all that it has computed.
+
 Shape suffixes: E logical experts, W ranks, N nodes.
 """
 
@@ -43,7 +46,8 @@ def exchange_seconds(
         routing.hits(layer, share_EW @ node_NW.T) if "node" in (hardware.rows_out, hardware.rows_back) else None
     )
     seconds = 0.0
-    for rule, row_bytes in ((hardware.rows_out, shape.bytes_out), (hardware.rows_back, shape.bytes_back)):
+    ways = ((hardware.rows_out, shape.bytes_out, True), (hardware.rows_back, shape.bytes_back, False))
+    for rule, row_bytes, is_out in ways:
         hits_W = per_token_W[rule]
         inside_N, tokens_N = node_NW @ hits_W, node_NW @ tokens_W
         far_tokens_W = tokens_W.sum() - tokens_N[node_W]
@@ -58,7 +62,10 @@ def exchange_seconds(
         else:
             far_in_W = hits_W * far_tokens_W
             far_out_W = tokens_W * (hits_W.sum() - inside_N[node_W])
-        near = float(np.maximum(near_in_W, near_out_W).max()) * row_bytes / hardware.intra_node.bandwidth
+        near_W = np.maximum(near_in_W, near_out_W)
+        if hardware.cores is not None:
+            near_W = near_in_W + hits_W * tokens_W + (near_out_W if is_out else 0.0)
+        near = float(near_W.max()) * row_bytes / hardware.intra_node.bandwidth
         far = float(np.maximum(far_in_W, far_out_W).max()) * row_bytes / hardware.inter_node.bandwidth
         latency = max(hardware.intra_node.latency, hardware.inter_node.latency if len(node_NW) > 1 else 0.0)
         seconds += max(near, far) + latency

@@ -41,8 +41,11 @@ class Overheads:
         step_ranks: of a step with several.
         step_row: per sequence of the busiest rank in a step: sampling, bookkeeping.
         layer: of a layer: calls, norms.
-        layer_row: per token of the busiest rank and layer: norms, rotation, gate, grouping, weighted sum.
+        layer_row: per token of the busiest rank and layer, whatever its size: rotation, gate, grouping.
+        layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer pass over.
         slot: per expert that has rows, in each layer.
+        expert_byte: on one core, per byte of an expert's rows: gathering, activation and writing, beyond its products.
+        wait: processor time of a rank for each exchange, where ranks take turns on cores and look out for each other.
     """
 
     step: float
@@ -50,7 +53,10 @@ class Overheads:
     step_row: float
     layer: float
     layer_row: float
+    layer_byte: float
     slot: float
+    expert_byte: float
+    wait: float
 
 
 @dataclass(frozen=True)

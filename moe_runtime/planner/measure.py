@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from moe_runtime.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
-from moe_runtime.planner.predict import Workload, predict
+from moe_runtime.planner.measure_engine import PROBE_DECODE_PROMPT, StepTimes, Variant, probe_steps
+from moe_runtime.planner.predict import Prediction, Workload, predict
 from moe_runtime.planner.shape import ModelShape
 
 PROBE_LAYERS = (2, 12)
 PROBE_BATCHES = (2, 32)
-NOTHING = Overheads(step=0, step_ranks=0, step_row=0, layer=0, layer_row=0, slot=0)
+PROBE_KEYS = 32  # in the middle of a run
+PROBE_PROMPT = 512
+TURNS_RANKS, TURNS_CORES, TURNS_BATCHES = 4, 2, (1, 4)
 
 
 def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> Hardware:
@@ -59,9 +64,6 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
     bandwidth = table_of(figure, "read")
     rate = {dtype: table_of(figure, f"rate {dtype}") for dtype in kernel.DTYPES}
     efficiency = {dtype: efficiency_of(table_of(figure, f"rows {dtype}")) for dtype in kernel.DTYPES}
-    row = efficiency["bfloat16"][0][1] * rate["bfloat16"][0][1]  # of one row, on one thread
-    # two bytes and two operations for each weight
-    work = max(bench.experts_bytes / bandwidth[0][1], bench.experts_bytes / row)
     measured = f"measured, {kernels.instruction_set}"
     sources = {
         "ranks_per_node": "a rank has at least a core; more take turns",
@@ -75,7 +77,9 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         "rows_out": "this runtime: a row goes once to each rank that needs it",
         "rows_back": "this runtime: one row for each (token, k)",
         "overlap": "this runtime: computing and sending take turns",
-        "overheads.slot": f"{measured}: {kernel.SLOTS} small experts with a row each",
+        "overheads.layer_byte": f"{measured}: a weighted sum of {kernel.SUM_TOP_K} rows and two norms, one thread",
+        "overheads.slot": f"{measured}: {kernel.SLOTS} small experts with a row each, one thread",
+        "overheads.expert_byte": f"{measured}: {kernel.SLOTS} small experts, {kernel.SLOT_ROWS} rows each, one thread",
         "intra_node.bandwidth": "measured: a copy on one thread",
         "inter_node.bandwidth": "assumed: 10 Gb/s Ethernet",
         "inter_node.latency": "assumed: TCP",
@@ -102,45 +106,124 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         rows_out="rank",
         rows_back="expert",
         overlap=1,
-        overheads=replace(NOTHING, slot=max((figure["experts", 0] - work) / kernel.SLOTS, 0.0)),
+        overheads=Overheads(
+            step=0.0,
+            step_ranks=0.0,
+            step_row=0.0,
+            layer=0.0,
+            layer_row=0.0,
+            layer_byte=figure["layer byte", 0],
+            slot=figure["slot", 0],
+            expert_byte=figure["expert byte", 0],
+            wait=0.0,
+        ),
         sources=sources,
     )
 
 
 def _measure_engine(hardware: Hardware, folder: Path, rounds: int, say: Callable[[str], None]) -> Hardware:
-    """Fit step, rows and layers to steps of the probe model, and the latency of an exchange to those with two ranks."""
-    from moe_runtime.models import load_model_config
-    from moe_runtime.planner.measure_engine import probe_steps
+    """Fit what steps of the probe models take beside their work.
 
+    With two ranks a layer takes longer by two latencies, and prompts by the rows that are sent. With more ranks than
+    cores each spends processor time waiting.
+    """
+    few, many = PROBE_LAYERS
+    probe = Probe(folder, rounds, say)
+    cached = replace(hardware, memory_bandwidth=((1.0, math.inf),))  # as weights of such models are
+    variants = [Variant(ep_size, layers) for ep_size in (1, 2) for layers in PROBE_LAYERS]
     spare: dict[int, dict[tuple[int, int], float]] = {1: {}, 2: {}}
-    for ep_size, layers in ((size, layers) for size in spare for layers in PROBE_LAYERS):
-        say(f"steps of the engine, {ep_size} rank(s), {layers} layers")
-        found = probe_steps(folder, layers, ep_size, PROBE_BATCHES, rounds)
-        shape = ModelShape.of(load_model_config(folder), "bfloat16", "probe")
-        for batch, seconds in zip(PROBE_BATCHES, found, strict=True):
-            spare[ep_size][layers, batch] = seconds - _work(hardware, shape, ep_size, batch)
+    for found in probe.steps(cached, variants, [Workload("decode", batch, PROBE_KEYS) for batch in PROBE_BATCHES]):
+        seconds = found.times.decode - found.predicted.step_seconds
+        spare[found.variant.ep_size][found.variant.num_layers, found.work.sequences] = seconds
     step, step_row, layer, layer_row = fit_overheads(spare[1], 1)
     step_ranks, _, layer_ranks, _ = fit_overheads(spare[2], 2)
-    over = Overheads(step, step_ranks, step_row, layer, layer_row, hardware.overheads.slot)
-    link = replace(hardware.intra_node, latency=max(layer_ranks - layer, 0.0) / 2)
+    over = replace(
+        hardware.overheads, step=step, step_ranks=step_ranks, step_row=step_row, layer=layer, layer_row=layer_row
+    )
+    link = Link(hardware.intra_node.bandwidth, max(layer_ranks - layer, 0.0) / 2)
+    hardware = replace(hardware, overheads=over, intra_node=link)
+
+    # One rank computes the same on all cores: the difference is what is sent.
+    variants = [Variant(ep_size, many, sending=True) for ep_size in (1, 2)]
+    alone, both = probe.steps(hardware, variants, [Workload("prefill", 2, PROBE_PROMPT)])
+    beyond = (both.times.prefill - alone.times.prefill) - (both.predicted.step_seconds - alone.predicted.step_seconds)
+    copying = both.predicted.parts["exchange"] - 2 * many * link.latency
+    link = replace(link, bandwidth=link.bandwidth * copying / (copying + max(beyond, 0.0)))
+    hardware = replace(hardware, intra_node=link)
+
+    cores = min(TURNS_CORES, hardware.cores or 1)
+    cached = replace(hardware, cores=cores, memory_bandwidth=cached.memory_bandwidth)
+    variants = [Variant(TURNS_RANKS, layers) for layers in PROBE_LAYERS]
+    busy: dict[int, list[float]] = {few: [], many: []}
+    with _cores(cores):
+        for found in probe.steps(cached, variants, [Workload("decode", count, PROBE_KEYS) for count in TURNS_BATCHES]):
+            assert found.times.decode_busy is not None
+            busy[found.variant.num_layers].append(found.times.decode_busy - found.predicted.busy_seconds)
+    waited = statistics.mean(busy[many]) - statistics.mean(busy[few])
+    over = replace(over, wait=max(waited, 0.0) / ((many - few) * 2 * TURNS_RANKS))
+
     told = (
         f"measured: steps of an engine of {PROBE_LAYERS} small layers with {PROBE_BATCHES} sequences, less their work"
     )
     sources = dict(hardware.sources) | {
         f"overheads.{name}": told for name in ("step", "step_ranks", "step_row", "layer", "layer_row")
     }
+    sources["overheads.wait"] = f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores"
     sources["intra_node.latency"] = "measured: half of what a layer takes longer with two ranks"
-    return replace(hardware, overheads=over, intra_node=link, sources=sources)
+    sources["intra_node.bandwidth"] = f"measured: what two prompts of {PROBE_PROMPT} tokens take longer with two ranks"
+    return replace(hardware, overheads=over, sources=sources)
 
 
-def _work(hardware: Hardware, shape: ModelShape, ep_size: int, batch: int) -> float:
-    """What the prediction says of a step before there are overheads."""
-    from moe_runtime.balancer.placement import Placement
-    from moe_runtime.planner.routing import ASSUMED_LAYERS, LoadRouting
+@dataclass(frozen=True)
+class ProbedStep:
+    """What a step of a probe model took, and what was predicted of it."""
 
-    routing = LoadRouting.assume("uniform", shape.num_experts, shape.top_k)
-    placement = Placement.even(ASSUMED_LAYERS, shape.num_experts, ep_size)
-    return predict(shape, hardware, placement, routing, Workload("decode", batch, 32)).step_seconds
+    variant: Variant
+    work: Workload
+    times: StepTimes
+    predicted: Prediction
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Runs small models and predicts the same, with even routing; `say` is told what is being measured."""
+
+    folder: Path
+    rounds: int
+    say: Callable[[str], None]
+
+    def steps(self, hardware: Hardware, variants: Sequence[Variant], works: Sequence[Workload]) -> list[ProbedStep]:
+        """A step of each model with each work."""
+        for variant in variants:
+            self.say(f"steps of the engine, {variant.ep_size} rank(s), {variant.num_layers} layers")
+        cases = [(work.sequences, work.length if work.phase == "prefill" else PROBE_DECODE_PROMPT) for work in works]
+        all_times = probe_steps(self.folder, variants, cases, self.rounds)
+        return [
+            ProbedStep(variant, work, times, self._predict(hardware, number, variant, work))
+            for number, (variant, of_variant) in enumerate(zip(variants, all_times, strict=True))
+            for work, times in zip(works, of_variant, strict=True)
+        ]
+
+    def _predict(self, hardware: Hardware, number: int, variant: Variant, work: Workload) -> Prediction:
+        from moe_runtime.balancer.placement import Placement
+        from moe_runtime.models import load_model_config
+        from moe_runtime.planner.routing import ASSUMED_LAYERS, LoadRouting
+
+        shape = ModelShape.of(load_model_config(self.folder / f"{number}"), "bfloat16", "probe")
+        routing = LoadRouting.assume("uniform", shape.num_experts, shape.top_k)
+        placement = Placement.even(ASSUMED_LAYERS, shape.num_experts, variant.ep_size)
+        return predict(shape, hardware, placement, routing, work)
+
+
+@contextlib.contextmanager
+def _cores(most: int) -> Iterator[None]:
+    """This process, and those that it starts, on so many of its cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:most])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def fit_overheads(spare: Mapping[tuple[int, int], float], num_ranks: int) -> tuple[float, float, float, float]:

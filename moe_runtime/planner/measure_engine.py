@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from moe_runtime.config import EngineConfig
 from moe_runtime.sampling_params import SamplingParams
@@ -20,17 +23,19 @@ if TYPE_CHECKING:
 
 WARM_STEPS = 3
 PROBE_TOKENS = 60
-PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead
+PROBE_DECODE_PROMPT = 8
+PROBE_PAGES_BYTES = 128 << 20
+PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hold it
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "torch_dtype": "bfloat16",
-    "vocab_size": 32000,
-    "hidden_size": 256,
+    "vocab_size": 8192,
+    "hidden_size": 128,
     "intermediate_size": 64,
-    "num_attention_heads": 4,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 64,
-    "num_experts": 8,
+    "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
     "norm_topk_prob": True,
@@ -40,6 +45,8 @@ PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead
     "tie_word_embeddings": True,
     "eos_token_id": 0,
 }
+# Changes that send many rows, and evenly: every token uses every expert.
+PROBE_SENDING: dict[str, Any] = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 16}
 
 
 @dataclass(frozen=True)
@@ -94,30 +101,73 @@ class StepTimer:
         )
 
 
-def probe_steps(folder: Path, num_layers: int, ep_size: int, batches: Sequence[int], rounds: int) -> list[float]:
-    """Seconds of a decode step of the probe model, for each number of sequences: medians of rounds."""
+@dataclass(frozen=True)
+class Variant:
+    """A probe model: ranks, layers, and whether it is one that sends much."""
+
+    ep_size: int
+    num_layers: int
+    sending: bool = False
+
+    def config(self) -> dict[str, Any]:
+        """Of the checkpoint."""
+        return PROBE | {"num_hidden_layers": self.num_layers} | (PROBE_SENDING if self.sending else {})
+
+
+def probe_steps(
+    folder: Path, variants: Sequence[Variant], cases: Sequence[tuple[int, int]], rounds: int
+) -> list[list[StepTimes]]:
+    """Steps of each probe model for each number of sequences and length of prompts: medians of rounds.
+
+    All models run in each round, so that a change of the machine's pace meets all alike.
+
+    Args:
+        folder: for a folder of each model.
+    """
     from moe_runtime.build import build_engine
 
-    (folder / "config.json").write_text(json.dumps(PROBE | {"num_hidden_layers": num_layers}))
-    config = EngineConfig(
-        model=str(folder),
-        ep_size=ep_size,
-        device="cpu",
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_num_seqs=max(batches),
-        max_model_len=256,
-    )
-    engine = build_engine(config)
-    try:
-        timer = StepTimer(engine)
+    rng = np.random.default_rng(0)
+    with contextlib.ExitStack() as stack:
+        timers = []
+        for number, variant in enumerate(variants):
+            path = folder / f"{number}"
+            path.mkdir(exist_ok=True)
+            (path / "config.json").write_text(json.dumps(variant.config()))
+            config = EngineConfig(
+                model=str(path),
+                ep_size=variant.ep_size,
+                device="cpu",
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_num_seqs=max(count for count, _ in cases),
+                max_model_len=1024,
+                max_num_batched_tokens=4096,
+                kv_cache_memory_bytes=PROBE_PAGES_BYTES,
+            )
+            engine = build_engine(config)
+            stack.callback(engine.close)
+            timers.append(StepTimer(engine))
         found = [
-            [timer.run([[index + 1] * 8 for index in range(batch)], PROBE_TOKENS).decode for batch in batches]
+            [
+                [timer.run(rng.integers(1, PROBE["vocab_size"], case).tolist(), PROBE_TOKENS) for case in cases]
+                for timer in timers
+            ]
             for _ in range(rounds + 1)
         ][1:]  # the first round warms up
-        return [statistics.median(column) for column in zip(*found, strict=True)]
-    finally:
-        engine.close()
+    return [[_medians(times) for times in zip(*column, strict=True)] for column in zip(*found, strict=True)]
+
+
+def _medians(times: Sequence[StepTimes]) -> StepTimes:
+    def median(values: Iterator[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+    return StepTimes(
+        prefill=statistics.median(each.prefill for each in times),
+        decode=statistics.median(each.decode for each in times),
+        prefill_busy=median(each.prefill_busy for each in times),
+        decode_busy=median(each.decode_busy for each in times),
+    )
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:

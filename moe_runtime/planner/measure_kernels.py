@@ -14,25 +14,24 @@ from functools import partial
 import torch
 
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.blocks import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.native import Kernels
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.planner.predict import NORM_PASSES
 
 BEYOND_CACHES = 256 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 512)
 OUTPUTS, INPUTS = 2048, 1024
 SLOTS, SLOT_HIDDEN, SLOT_INNER = 32, 576, 64
+SLOT_ROWS = 128  # of each expert, where their products take longer than reading them
+SUM_TOKENS, SUM_TOP_K, SUM_HIDDEN = 256, 8, 1024
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 16, 4, 64, 16
 DECODE_SEQUENCES, DECODE_KEYS, PROMPT = 32, 1024, 1024
 BUDGET = 0.06  # seconds of calls for a figure, and at least three calls
 
 
 class KernelBench:
-    """Holds what is read and multiplied, and measures it as often as asked.
-
-    Attributes:
-        experts_bytes: of the weights that the call of many small experts reads.
-    """
+    """Holds what is read and multiplied, and measures it as often as asked."""
 
     def __init__(self, kernels: Kernels, cores: int) -> None:
         self._kernels = kernels
@@ -41,7 +40,7 @@ class KernelBench:
         self._x = {name: torch.randn(max(ROWS), INPUTS).to(dtype) for name, dtype in DTYPES.items()}
         self._linears = {name: self._make_linears(dtype) for name, dtype in DTYPES.items()}
         self._experts = [self._make_experts() for _ in range(SLOTS)]
-        self.experts_bytes = self._experts[0].nbytes
+        self._passes = Passes(kernels)
         self._decode = Attention(kernels, [1] * DECODE_SEQUENCES, [DECODE_KEYS] * DECODE_SEQUENCES)
         self._prompt = Attention(kernels, [PROMPT], [PROMPT])
 
@@ -49,9 +48,11 @@ class KernelBench:
         """One round of all figures, by name and number.
 
         "read" (bytes/s) and "rate DTYPE" (operations/s of a large product) by threads; "rows DTYPE" (seconds of a
-        product on one thread, where reading hinders computing least) by rows; and with number 0: "experts" (seconds of
-        a call with a row for each of many small experts, on one thread), "decode" (bytes/s of keys and values) and
-        "prompt" (operations/s) of attention with all threads in bfloat16, "copy" (bytes/s on one thread).
+        product on one thread, where reading hinders computing least) by rows; and with number 0: "decode" (bytes/s of
+        keys and values) and "prompt" (operations/s) of attention with all threads in bfloat16; on one thread "slot"
+        (seconds that each of many small experts with a row takes beyond its bytes), "expert byte" (seconds per byte of
+        their rows that a call with many takes beyond its operations), "layer byte" (seconds per byte of rows that norms
+        and the weighted sum pass over) and "copy" (bytes/s).
         """
         kernels, found = self._kernels, {}
         before, torch_threads = kernels.num_threads, torch.get_num_threads()
@@ -70,7 +71,14 @@ class KernelBench:
                 turns = itertools.cycle(self._linears[name])
                 for rows in ROWS:
                     found[f"rows {name}", rows] = median_seconds(partial(_call_next, turns, x[:rows]))
-            found["experts", 0] = self._experts_seconds()
+            reading = self._experts[0].nbytes / self._linears["bfloat16"][0].nbytes * found["rows bfloat16", min(ROWS)]
+            found["slot", 0] = max(self._experts_seconds(1) - reading, 0.0) / SLOTS
+            rate = 2.0 * max(ROWS) * OUTPUTS * INPUTS / found["rows bfloat16", max(ROWS)]
+            rows = SLOTS * SLOT_ROWS
+            products = 2.0 * rows * 3 * SLOT_HIDDEN * SLOT_INNER / rate
+            spare = max(self._experts_seconds(SLOT_ROWS) - products, 0.0)
+            found["expert byte", 0] = spare / (rows * SLOT_HIDDEN * torch.bfloat16.itemsize)
+            found["layer byte", 0] = median_seconds(self._passes) / self._passes.nbytes
             source = self._data.view(torch.uint8).flatten()[: BEYOND_CACHES // 4]
             target = torch.empty_like(source)
             found["copy", 0] = source.nbytes / median_seconds(partial(target.copy_, source))
@@ -89,10 +97,32 @@ class KernelBench:
         experts.w2.normal_()
         return experts
 
-    def _experts_seconds(self) -> float:
-        x, counts = torch.randn(SLOTS, SLOT_HIDDEN).bfloat16(), torch.ones(SLOTS, dtype=torch.int64)
+    def _experts_seconds(self, rows: int) -> float:
+        x, counts = torch.randn(SLOTS * rows, SLOT_HIDDEN).bfloat16(), torch.full((SLOTS,), rows)
         turns = itertools.cycle(self._experts)
         return median_seconds(lambda: next(turns)(x, None, counts))
+
+
+class Passes:
+    """What passes over rows between the products of a layer, in bfloat16: the weighted sum, and two norms.
+
+    Attributes:
+        nbytes: of the rows, each as often as it is read or written, but for the sum's.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        rows = SUM_TOKENS * SUM_TOP_K
+        self._y = torch.randn(rows, SUM_HIDDEN).bfloat16()
+        self._order, self._weights = torch.randperm(rows), torch.rand(SUM_TOKENS, SUM_TOP_K)
+        self._x, self._residual = torch.randn(2, SUM_TOKENS, SUM_HIDDEN).bfloat16()
+        self._norm = torch.randn(SUM_HIDDEN).bfloat16()
+        self.nbytes = self._y.nbytes + NORM_PASSES * self._x.nbytes
+
+    def __call__(self) -> None:
+        self._kernels.combine(self._y, self._order, self._weights)
+        for _ in range(2):
+            self._kernels.add_rms_norm(self._x, self._residual, self._norm, 1e-6)
 
 
 class Attention:

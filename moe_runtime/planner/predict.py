@@ -24,6 +24,7 @@ Floats = npt.NDArray[np.float64]
 Phase = Literal["prefill", "decode"]
 
 NUM_STEPS = 4  # steps that are drawn and averaged
+NORM_PASSES = 8  # over a token's row in a layer: two norms read a block's rows and the residual rows, and write both
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class _Rates:
     def bandwidth(self) -> float:
         return self.hardware.bandwidth(self.num_ranks, self.active)
 
+    @property
+    def own_cores(self) -> float:
+        """Of a rank while it is at work."""
+        return max(self.hardware.cores_per_rank(self.num_ranks), 1.0)
+
     def products(self, matrices: Sequence[Matrix], rows: Floats) -> Floats:
         """Seconds of products with so many rows, each as long as its weights are read or its operations take."""
         total = np.zeros_like(rows)
@@ -172,7 +178,10 @@ def predict(
     over = hardware.overheads
     step = over.step if num_ranks == 1 else over.step_ranks
     head_W = rates.products((shape.head,), sequences_W)
-    own_W = halves * shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.step_row * sequences_W
+    passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row for each k
+    bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
+    own_W = halves * (shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W)
+    own_W = own_W + over.step_row * sequences_W
 
     on_node = min(num_ranks, hardware.ranks_per_node)
     turns, alone = hardware.turns(on_node), hardware.turns(rates.active)
@@ -185,6 +194,8 @@ def predict(
     busy_W = halves * (sum(layers_W.values()) + sparse.experts_W) + head_W + own_W
     if hardware.cores is not None:  # sending is work of the rank's own cores
         busy_W = busy_W + halves * sparse.exchange
+    if turns > 1:
+        busy_W = busy_W + halves * 2 * shape.num_sparse_layers * over.wait
     memory = _memory(shape, hardware, placement, work, float(sequences_W.max()))
     return Prediction(
         parts=parts,
@@ -211,6 +222,8 @@ def _sparse_layers(
 ) -> _Sparse:
     num_ranks, num_tokens = placement.num_ranks, max(round(float(tokens_W.sum())), 1)
     rates = _Rates(hardware, num_ranks, min(num_ranks, hardware.ranks_per_node))
+    over = hardware.overheads
+    row_seconds = over.expert_byte * shape.bytes_back / rates.own_cores
     experts_W = np.zeros(num_ranks)
     slowest = exchange = balancedness = 0.0
     for layer in range(placement.num_layers):
@@ -219,7 +232,7 @@ def _sparse_layers(
             share_EW = split_tokens(count_E, placement.slots[layer])
             rows_EW = whole_shares(share_EW, count_E).astype(np.float64)
             rows_W = rows_EW.sum(axis=0)
-            seconds_EW = rates.products(shape.expert, rows_EW) + hardware.overheads.slot * (rows_EW > 0)
+            seconds_EW = rates.products(shape.expert, rows_EW) + over.slot * (rows_EW > 0) + row_seconds * rows_EW
             experts_W += seconds_EW.sum(axis=0)
             slowest += float(seconds_EW.sum(axis=0).max())
             balancedness += float(rows_W.mean() / rows_W.max()) if rows_W.any() else 1.0

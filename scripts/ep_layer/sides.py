@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import PackedExperts, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
+from moe_runtime.kernels.cpu.packed import PackedExperts
 
 HIDDEN, LAYERS, INPUTS = 1024, 2, 8
 SHIFT = 8.0  # of all inputs along one direction, through which router weights set the load

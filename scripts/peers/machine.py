@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import PackedLinear
+from moe_runtime.kernels.cpu.packed import PackedLinear
 from peers.protocol import serve, take_stdout
 
 READ_BYTES = 256 << 20  # far more than any cache holds

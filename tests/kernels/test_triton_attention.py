@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_cases import GPU_DTYPES, INTERPRETED_DTYPES, Case, assert_near, interpret, run_cases
+from triton_cases import Case, assert_near, kernel_tests, run_cases
 
 from moe_runtime.kernels import reference, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
@@ -90,6 +90,19 @@ def longer_grids_give_the_same_bits(device: torch.device, dtype: torch.dtype) ->
         assert torch.equal(*out)
 
 
+def decode_gives_what_its_twin_gives(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import attention
+
+    q, k_cache, v_cache, meta = random_step("mixed", device, dtype)
+    caches = (k_cache.nan_to_num(), v_cache.nan_to_num())  # the twin reads padding, with a weight of 0
+    places = (meta.block_table, meta.on_device.sequence_T, meta.on_device.position_T)
+    for window in (None, 7):
+        options = {"max_context": 270, "scale": 0.3, "sliding_window": window}
+        table = torch.nn.functional.pad(meta.block_table, (0, 70 - meta.block_table.shape[1]))
+        actual = attention.decode_attention(q, *caches, *places, **options)
+        assert_near(actual, torch_attention.decode_attention(q, *caches, table, *places[1:], **options))
+
+
 def norms_give_what_their_twins_give(device: torch.device, dtype: torch.dtype) -> None:
     from moe_runtime.kernels.triton import norms
 
@@ -168,6 +181,7 @@ CASES: dict[str, Case] = {
         for check in (
             decode_bits_do_not_depend_on_the_batch,
             longer_grids_give_the_same_bits,
+            decode_gives_what_its_twin_gives,
             norms_give_what_their_twins_give,
             silu_mul_gives_what_its_twin_gives,
             rotary_gives_the_bits_of_its_twin,
@@ -177,24 +191,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return interpret(__file__)
-
-
-@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted(interpreted: dict[str, str], case: str, dtype: torch.dtype) -> None:
-    error = interpreted[f"{case} {dtype}"]
-    if error:
-        pytest.fail(error, pytrace=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_on_gpu(case: str, dtype: torch.dtype) -> None:
-    CASES[case](torch.device("cuda"), dtype)
+interpreted, test_interpreted, test_on_gpu = kernel_tests(__file__, CASES)
 
 
 if __name__ == "__main__":

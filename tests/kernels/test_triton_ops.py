@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional as F
-from triton_cases import GPU_DTYPES, INTERPRETED_DTYPES, TOLERANCE, Case, assert_near, interpret, run_cases
+from triton_cases import TOLERANCE, Case, assert_near, kernel_tests, run_cases
 
 from moe_runtime.kernels import ops, reference, torch_ops
 
@@ -266,24 +266,7 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    return interpret(__file__)
-
-
-@pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_interpreted(interpreted: dict[str, str], case: str, dtype: torch.dtype) -> None:
-    error = interpreted[f"{case} {dtype}"]
-    if error:
-        pytest.fail(error, pytrace=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_on_gpu(case: str, dtype: torch.dtype) -> None:
-    CASES[case](torch.device("cuda"), dtype)
+interpreted, test_interpreted, test_on_gpu = kernel_tests(__file__, CASES)
 
 
 @pytest.mark.gpu

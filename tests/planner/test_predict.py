@@ -21,7 +21,7 @@ from moe_runtime.planner.predict import Workload, predict
 from moe_runtime.planner.routing import LoadRouting
 from moe_runtime.planner.shape import Matrix, ModelShape
 
-FREE = Overheads(step=0, step_ranks=0, step_row=0, layer=0, layer_row=0, slot=0)
+FREE = Overheads(step=0, step_ranks=0, step_row=0, layer=0, layer_row=0, layer_byte=0, slot=0, expert_byte=0, wait=0)
 IDEAL = Hardware(
     name="ideal",
     cores=None,
@@ -157,6 +157,29 @@ def test_ranks_that_take_turns_on_cores():
     found = predict(shape, cores, placement, routing, Workload("decode", 4, 30))
     assert found.parts["attention"] == pytest.approx(2 * 2 * 10_000 / 0.75e9)  # two turns, two at work at once
     assert found.busy_seconds > found.step_seconds
+    waiting = replace(cores, overheads=replace(FREE, wait=0.01))
+    spent = predict(shape, waiting, placement, routing, Workload("decode", 4, 30)).busy_seconds - found.busy_seconds
+    assert spent == pytest.approx(4 * 2 * 0.01)  # ranks, exchanges of the one sparse layer
+
+
+def test_ranks_with_cores_copy_their_own_rows_too():
+    """Each of 2 ranks has 3 tokens, which go to both, and computes 2 rows of each of all 6."""
+    shape = tiny(top_k=4)
+    cores = replace(IDEAL, cores=2, rows_out="rank")
+    found = predict(shape, cores, even(shape, 2), certain(shape), Workload("decode", 6, 30))
+    assert found.parts["exchange"] == pytest.approx(((3 + 6) * 1000 + 6 * 2 * 3000) / 1e9)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "each"), [(None, 1, 1), (4, 1, 4), (4, 2, 2), (4, 4, 1)])
+def test_passes_over_rows_are_shared_by_the_cores_of_a_rank(cores, ranks, each):
+    shape, work = tiny(top_k=4), Workload("decode", 4 * ranks, 30)
+    free = replace(IDEAL, cores=cores)
+    paid = replace(free, overheads=replace(FREE, layer_byte=1e-9, expert_byte=1e-8))
+    without, found = (predict(shape, hardware, even(shape, ranks), certain(shape), work) for hardware in (free, paid))
+    passes = 8 * 2 + 4  # two norms in each of two layers, a sum in the sparse one
+    assert found.parts["overhead"] == pytest.approx(4 * passes * 3000 * 1e-9 / each)
+    rows = 4 * ranks * 4 / ranks  # of a rank: tokens by experts
+    assert found.parts["experts"] - without.parts["experts"] == pytest.approx(rows * 3000 * 1e-8 / each)
 
 
 WORK = st.builds(

@@ -11,7 +11,9 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 Case = Callable[[torch.device, torch.dtype], None]
@@ -54,3 +56,27 @@ def interpret(file: str) -> dict[str, str]:
     assert child.returncode == 0, child.stderr
     results: dict[str, str] = json.loads(child.stdout)
     return results
+
+
+def kernel_tests(file: str, cases: Mapping[str, Case]) -> tuple[Any, Any, Any]:
+    """For a test file to bind as `interpreted`, `test_interpreted` and `test_on_gpu`: each case interpreted, all in one
+    child that the fixture runs, and each case on a GPU."""
+
+    @pytest.fixture(scope="module")
+    def interpreted() -> dict[str, str]:
+        return interpret(file)
+
+    @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
+    @pytest.mark.parametrize("case", cases)
+    def test_interpreted(interpreted: dict[str, str], case: str, dtype: torch.dtype) -> None:
+        error = interpreted[f"{case} {dtype}"]
+        if error:
+            pytest.fail(error, pytrace=False)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+    @pytest.mark.parametrize("case", cases)
+    def test_on_gpu(case: str, dtype: torch.dtype) -> None:
+        cases[case](torch.device("cuda"), dtype)
+
+    return interpreted, test_interpreted, test_on_gpu

@@ -3,6 +3,7 @@
 #include <mutex>
 
 #include "attention.h"
+#include "heads.h"
 #include "moe.h"
 
 namespace moe {
@@ -220,9 +221,9 @@ void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   for (int64_t row = 0; row < rows; row++) {
     const float* maxima = largest + row * blocks;
     const int64_t block = std::max_element(maxima, maxima + blocks) - maxima;
-    const float *begin = x + row * size + block * kBlock, *end = x + std::min((row + 1) * size, row * size + (block + 1) * kBlock);
-    const float* found = std::find(begin, end, maxima[block]);
-    best[row] = found == end ? 0 : found - (x + row * size);
+    const float *values = x + row * size, *end = values + std::min(size, (block + 1) * kBlock);
+    const float* found = std::find(values + block * kBlock, end, maxima[block]);
+    best[row] = found == end ? 0 : found - values;
   }
 }
 

@@ -54,9 +54,10 @@ struct PanelTask {
   int64_t slot, panel, first_row, rows;
 };
 
-// Queries of one sequence and some of its key/value heads that are attended together.
+// Queries of one sequence, some of its key/value heads, and some of its keys, from a whole span on.
 struct AttentionTask {
-  int64_t sequence, first_group, num_groups, first_query, num_queries;
+  int64_t sequence, first_group, num_groups, first_query, num_queries, first_key, end_key;
+  int64_t part;  // of those that are put together afterwards; -1: all keys are here
 };
 
 struct Engine {
@@ -64,7 +65,7 @@ struct Engine {
   std::vector<Scratch> scratch = std::vector<Scratch>(1);
   std::vector<PanelTask> panel_tasks;
   std::vector<AttentionTask> attention_tasks;
-  Buffer padded, widened, logits, qkv, attended, hidden, expert_rows, shared_rows, routing;
+  Buffer padded, widened, logits, qkv, attended, hidden, expert_rows, shared_rows, routing, parts;
 };
 
 // A packed weight; plain data, filled by the caller.

@@ -41,11 +41,13 @@ class Exchange {
 
   // Puts each token, once, into the segments of the ranks that have its slots (`slot[tokens, top_k]`, global, -1 for
   // none), and takes what the peers put here: rows into `received`; into `row` and `counts` the row of each
-  // computation, grouped by slot. `most_tokens` is the largest number of tokens of any rank.
+  // computation, grouped by slot. `most_tokens` is the largest number of tokens of any rank. Each rank brings a number,
+  // `own`, and gets the largest of all in `largest`.
   // Returns the number of computations, or -1 - r if rank r did not arrive in time.
-  int64_t dispatch(Engine& engine, const char* x, const int64_t* slot, int64_t tokens, int64_t most_tokens,
-                   int64_t timeout_ns, char* received, int64_t* row, int64_t* counts) {
+  int64_t dispatch(Engine& engine, const char* x, const int64_t* slot, int64_t tokens, int64_t most_tokens, int64_t own,
+                   int64_t timeout_ns, char* received, int64_t* row, int64_t* counts, int64_t* largest) {
     tokens_ = tokens;
+    *largest = own;
     round_tokens_ = most_tokens <= shape_.capacity ? shape_.capacity : shape_.capacity / 2;
     rounds_ = ceil_div(most_tokens, round_tokens_);
     place_.resize(tokens * shape_.top_k);
@@ -56,10 +58,14 @@ class Exchange {
     for (int64_t round = 0; round < rounds_; round++) {
       number_++;
       put_tokens(engine.pool, x, slot, round);
+      for (int64_t owner = 0; owner < shape_.ranks; owner++) flag(owner, shape_.rank).brought[number_ % 2] = own;
       set_flags();
       const int64_t late = wait(timeout_ns);
       if (late >= 0) return -1 - late;
       num_received = take_tokens(engine.pool, x, round, num_received, received);
+      for (int64_t source = 0; source < shape_.ranks; source++) {
+        *largest = std::max(*largest, flag(shape_.rank, source).brought[number_ % 2]);
+      }
     }
     const int64_t total = pairs_.size();
     int64_t* order = engine.routing.get<int64_t>(total);
@@ -76,25 +82,26 @@ class Exchange {
   template <class T>
   int64_t combine(Engine& engine, const T* y, const float* weights, int64_t timeout_ns, T* out) {
     const int64_t top_k = shape_.top_k;
-    for (int64_t round = 0; round < rounds_; round++) {
-      number_++;
-      const int64_t half = round % 2 * round_tokens_ * top_k;
+    return way_back(engine.pool, reinterpret_cast<const char*>(y), timeout_ns,
+                    [&](int64_t first, int64_t count, const char* rows) {
+                      moe::combine(engine, reinterpret_cast<const T*>(rows), place_.data() + first * top_k,
+                                   weights + first * top_k, count, top_k, shape_.hidden,
+                                   static_cast<const T*>(nullptr), out + first * shape_.hidden);
+                    });
+  }
+
+  // The same way back without the sum: the row of each (token, k) goes to its place in `out[tokens, top_k, hidden]`;
+  // where there is none, nothing is written.
+  int64_t bring_back(Engine& engine, const char* y, int64_t timeout_ns, char* out) {
+    const int64_t top_k = shape_.top_k;
+    return way_back(engine.pool, y, timeout_ns, [&](int64_t first, int64_t count, const char* rows) {
       copies_.clear();
-      for (int64_t i = round ? round_end_[round - 1] : 0; i < round_end_[round]; i++) {
-        const Pair& pair = pairs_[i];
-        copies_.push_back({reinterpret_cast<const char*>(y + pair.computation * shape_.hidden),
-                           returned(pair.source, half + pair.position)});
+      for (int64_t pair = first * top_k; pair < (first + count) * top_k; pair++) {
+        if (place_[pair] < 0) continue;
+        copies_.push_back({rows + place_[pair] * shape_.row_bytes, out + pair * shape_.row_bytes});
       }
       copy_rows(engine.pool);
-      set_flags();
-      const int64_t late = wait(timeout_ns);
-      if (late >= 0) return late;
-      const int64_t first = round * round_tokens_, count = tokens_of(round);
-      moe::combine(engine, reinterpret_cast<const T*>(returned(shape_.rank, half)), place_.data() + first * top_k,
-                   weights + first * top_k, count, top_k, shape_.hidden, static_cast<const T*>(nullptr),
-                   out + first * shape_.hidden);
-    }
-    return -1;
+    });
   }
 
  private:
@@ -104,10 +111,12 @@ class Exchange {
     std::atomic<uint32_t> sleeping;
   };
 
-  // From one peer. The number of rows is that of an exchange with an even and of one with an odd number.
+  // From one peer. The number of rows, and the number it brought, are those of an exchange with an even and of one with
+  // an odd number.
   struct alignas(64) Flag {
     std::atomic<uint64_t> number;
     int64_t rows[2];
+    int64_t brought[2];
   };
 
   // A (token, k) that is computed here: whose, where its row goes back to, which received row, which computation.
@@ -148,6 +157,26 @@ class Exchange {
 
   int64_t tokens_of(int64_t round) const {
     return std::clamp<int64_t>(tokens_ - round * round_tokens_, 0, round_tokens_);
+  }
+
+  // Sends the rows of `y` back; calls `take` with the first token, the tokens and the rows of each round.
+  template <class Take>
+  int64_t way_back(Pool& pool, const char* y, int64_t timeout_ns, const Take& take) {
+    for (int64_t round = 0; round < rounds_; round++) {
+      number_++;
+      const int64_t half = round % 2 * round_tokens_ * shape_.top_k;
+      copies_.clear();
+      for (int64_t i = round ? round_end_[round - 1] : 0; i < round_end_[round]; i++) {
+        const Pair& pair = pairs_[i];
+        copies_.push_back({y + pair.computation * shape_.row_bytes, returned(pair.source, half + pair.position)});
+      }
+      copy_rows(pool);
+      set_flags();
+      const int64_t late = wait(timeout_ns);
+      if (late >= 0) return late;
+      take(round * round_tokens_, tokens_of(round), returned(shape_.rank, half));
+    }
+    return -1;
   }
 
   // A rank's own rows stay where they are.
@@ -289,9 +318,15 @@ moe::Exchange* moe_exchange_open(const moe::ExchangeShape* shape, char* const* s
 void moe_exchange_close(moe::Exchange* exchange) { delete exchange; }
 
 int64_t moe_exchange_dispatch(moe::Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
-                              int64_t most_tokens, int64_t timeout_ns, char* received, int64_t* row, int64_t* counts) {
+                              int64_t most_tokens, int64_t own, int64_t timeout_ns, char* received, int64_t* row,
+                              int64_t* counts, int64_t* largest) {
   const std::lock_guard<std::mutex> lock(moe::mutex);
-  return exchange->dispatch(moe::engine, x, slot, tokens, most_tokens, timeout_ns, received, row, counts);
+  return exchange->dispatch(moe::engine, x, slot, tokens, most_tokens, own, timeout_ns, received, row, counts, largest);
+}
+
+int64_t moe_exchange_bring_back(moe::Exchange* exchange, const char* y, int64_t timeout_ns, char* out) {
+  const std::lock_guard<std::mutex> lock(moe::mutex);
+  return exchange->bring_back(moe::engine, y, timeout_ns, out);
 }
 
 int64_t moe_exchange_combine(int is_bf16, moe::Exchange* exchange, const void* y, const float* weights,

@@ -87,7 +87,8 @@ inline void keep_best_groups(const GateConfig& config, float* choice, float* gro
   }
 }
 
-// Leaves -1 and no weight where the policy drops a chosen expert; at least one is kept. `scratch` holds a row of floats.
+// Leaves -1 and no weight where the policy drops a chosen expert; at least one is kept. `scratch` holds a row of
+// floats.
 inline void drop_experts(const GateConfig& config, const Policy& policy, const float* logits, const float* scores,
                          float* scratch, float* weights, int64_t* experts) {
   const float* probabilities = scores;

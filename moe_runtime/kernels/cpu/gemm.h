@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -36,8 +37,9 @@ constexpr int kTileOutputs = kTileVecs * kLanes;
 
 // Rows that pass over a panel in one task.
 constexpr int kChunkRows = 96;
-// Where rows need several tiles, they pass over so many steps of a panel at a time.
-constexpr int kBlockSteps = 256;
+// Where rows need several tiles, they pass over so many steps of a panel at a time: two passes wait for memory, and do
+// better with what the first level of the caches holds; more wait for their products.
+constexpr int64_t block_steps_of(int64_t passes) { return passes == 2 ? 64 : 256; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -51,10 +53,11 @@ int64_t panel_elements(int64_t inputs) {
   return num_steps<T>(inputs) * kStepElements<T>;
 }
 
-inline IntVec broadcast_pair(const bf16* x) {
-  int32_t pair;
-  std::memcpy(&pair, x, 4);
-  return set1_bits(pair);
+// One float32 or a pair of bf16 in every lane.
+inline IntVec broadcast_word(const void* x) {
+  int32_t word;
+  std::memcpy(&word, x, 4);
+  return set1_bits(word);
 }
 
 // Adds the products of one step to kRows x kTileVecs accumulators. `w` is the step of this tile's outputs.
@@ -74,7 +77,7 @@ inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows
   __m512bh weights[kTileVecs];
   for (int j = 0; j < kTileVecs; j++) weights[j] = (__m512bh)load_bits(w + j * 2 * kLanes);
   for (int r = 0; r < kRows; r++) {
-    const __m512bh input = (__m512bh)broadcast_pair(x[r] + 2 * step);
+    const __m512bh input = (__m512bh)broadcast_word(x[r] + 2 * step);
     for (int j = 0; j < kTileVecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], weights[j], input);
   }
 #else
@@ -82,12 +85,23 @@ inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows
     Vec weights[kTileVecs];
     for (int j = 0; j < kTileVecs; j++) weights[j] = half(load_bits(w + j * 2 * kLanes));
     for (int r = 0; r < kRows; r++) {
-      const Vec input = half(broadcast_pair(x[r] + 2 * step));
+      const Vec input = half(broadcast_word(x[r] + 2 * step));
       for (int j = 0; j < kTileVecs; j++) sums[r][j] = fma(input, weights[j], sums[r][j]);
     }
   };
   add_half([](IntVec pairs) { return even_bf16(pairs); });
   add_half([](IntVec pairs) { return odd_bf16(pairs); });
+#endif
+}
+
+// One lane of each output: the products of a word of weights with a word of inputs, in the order of `add_step`.
+inline Vec add_word(float, Vec sum, IntVec weights, IntVec input) { return fma(vec_of(input), vec_of(weights), sum); }
+
+inline Vec add_word(bf16, Vec sum, IntVec weights, IntVec input) {
+#if defined(__AVX512BF16__)
+  return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)input);
+#else
+  return fma(odd_bf16(input), odd_bf16(weights), fma(even_bf16(input), even_bf16(weights), sum));
 #endif
 }
 
@@ -119,19 +133,27 @@ void multiply_tile(const T* const* rows, int64_t first_input, const T* w, int64_
   }
 }
 
+// Calls `body` with a number of rows, at most kTileRows, as a constant.
+template <class Body>
+void with_rows(int64_t rows, const Body& body) {
+  switch (rows) {
+    case 1: return body(std::integral_constant<int, 1>{});
+    case 2: return body(std::integral_constant<int, 2>{});
+    case 3: return body(std::integral_constant<int, 3>{});
+    case 4: return body(std::integral_constant<int, 4>{});
+#if defined(__AVX512F__)
+    case 5: return body(std::integral_constant<int, 5>{});
+    case 6: return body(std::integral_constant<int, 6>{});
+#endif
+  }
+}
+
 template <bool kAhead, class T>
 void multiply_tile(int rows, const T* const* x, int64_t first_input, const T* w, int64_t steps, Prefetch ahead,
                    float* out, bool resume) {
-  switch (rows) {
-    case 1: return multiply_tile<1, kAhead>(x, first_input, w, steps, ahead, out, resume);
-    case 2: return multiply_tile<2, kAhead>(x, first_input, w, steps, ahead, out, resume);
-    case 3: return multiply_tile<3, kAhead>(x, first_input, w, steps, ahead, out, resume);
-    case 4: return multiply_tile<4, kAhead>(x, first_input, w, steps, ahead, out, resume);
-#if defined(__AVX512F__)
-    case 5: return multiply_tile<5, kAhead>(x, first_input, w, steps, ahead, out, resume);
-    case 6: return multiply_tile<6, kAhead>(x, first_input, w, steps, ahead, out, resume);
-#endif
-  }
+  with_rows(rows, [&](auto constant) {
+    multiply_tile<decltype(constant)::value, kAhead>(x, first_input, w, steps, ahead, out, resume);
+  });
 }
 
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with `steps` steps of a panel.
@@ -143,11 +165,11 @@ template <bool kStreamed = true, class T>
 void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t steps, float* out, bool resume = false) {
   constexpr int64_t kStepBytes = kPanel * 4;
   const int64_t tiles = ceil_div(rows, kTileRows), passes = tiles * (kPanel / kTileOutputs);
-  const int64_t block_size = passes == 1 ? steps : kBlockSteps;
+  const int64_t block_size = passes == 1 ? steps : block_steps_of(passes);
   for (int64_t block = 0; block < steps; block += block_size) {
     const int64_t block_steps = std::min(block_size, steps - block);
     const T* w = panel + block * kStepElements<T>;
-    Prefetch ahead{reinterpret_cast<const char*>(w) + kBlockSteps * kStepBytes, kStepBytes / passes};
+    Prefetch ahead{reinterpret_cast<const char*>(w) + block_size * kStepBytes, kStepBytes / passes};
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int tile_rows = static_cast<int>(ceil_div(rows - row, tiles - tile));  // 7 rows: 4 and 3, not 6 and 1

@@ -1,8 +1,8 @@
 """The native CPU kernels as calls that take torch tensors; their meanings are those of the torch twins.
 
 A call checks what costs nothing to check; pointers and sizes that do not change are kept in C structs by the classes of
-`moe_runtime.kernels.cpu.blocks`. Sums are in float32 and in one order per output: a row's result has the same bits
-alone, in a batch, and for any number of threads.
+`packed` and `blocks`. Sums are in float32 and in one order per output: a row's result has the same bits alone, in a
+batch, and for any number of threads.
 
 Shape suffixes: T tokens, D hidden, F expert intermediate, E logical experts, S local slots, K experts per token,
 N input rows, R received rows, H query heads, G key/value heads, d head size, r rotated dimensions, B page size.

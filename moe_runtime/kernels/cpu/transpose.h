@@ -1,4 +1,4 @@
-// What packing moves: square blocks of 32-bit words transposed, and rows of bf16 interleaved.
+// What attention moves: square blocks of 32-bit words transposed, and rows of bf16 interleaved.
 #pragma once
 
 #include "vec.h"
@@ -7,8 +7,8 @@ namespace moe {
 
 #if defined(__AVX512F__)
 
-// out[i * stride + r] = word i of rows[r] + offset, for 16 words of 16 rows.
-inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
+// Lane r of out[i] = word i of rows[r] + offset, for 16 words of 16 rows.
+inline void transpose_words(const char* const* rows, int64_t offset, IntVec (&out)[kLanes]) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i] + offset);
   // Within each 128-bit lane: 4 x 4 words of four neighbouring rows.
@@ -28,15 +28,15 @@ inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* o
     const __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
     const __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_storeu_si512(out + c * stride, _mm512_shuffle_i32x4(even01, even23, 0x88));
-    _mm512_storeu_si512(out + (c + 4) * stride, _mm512_shuffle_i32x4(odd01, odd23, 0x88));
-    _mm512_storeu_si512(out + (c + 8) * stride, _mm512_shuffle_i32x4(even01, even23, 0xdd));
-    _mm512_storeu_si512(out + (c + 12) * stride, _mm512_shuffle_i32x4(odd01, odd23, 0xdd));
+    out[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+    out[c + 4] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+    out[c + 8] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+    out[c + 12] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
   }
 }
 
-// out = even[0], odd[0], even[1], odd[1], ... for 32 values of each.
-inline void interleave(const bf16* even, const bf16* odd, bf16* out) {
+// The pairs (even[i], odd[i]) of 32 values of each.
+inline void interleave(const bf16* even, const bf16* odd, IntVec (&out)[2]) {
   static constexpr auto kOrder = [] {
     struct alignas(64) Order {
       uint16_t from[64];
@@ -45,14 +45,14 @@ inline void interleave(const bf16* even, const bf16* odd, bf16* out) {
     return order;
   }();
   const __m512i a = load_bits(even), b = load_bits(odd);
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, load_bits(kOrder.from), b));
-  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(a, load_bits(kOrder.from + 32), b));
+  out[0] = _mm512_permutex2var_epi16(a, load_bits(kOrder.from), b);
+  out[1] = _mm512_permutex2var_epi16(a, load_bits(kOrder.from + 32), b);
 }
 
 #else
 
 // The same for 8 words of 8 rows.
-inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
+inline void transpose_words(const char* const* rows, int64_t offset, IntVec (&out)[kLanes]) {
   __m256i a[8], b[8];
   for (int i = 0; i < 8; i++) a[i] = load_bits(rows[i] + offset);
   for (int i = 0; i < 8; i += 2) {
@@ -66,19 +66,17 @@ inline void transpose_words(const char* const* rows, int64_t offset, uint32_t* o
     a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
   }
   for (int c = 0; c < 4; c++) {
-    const __m256i low = _mm256_permute2x128_si256(a[c], a[4 + c], 0x20);
-    const __m256i high = _mm256_permute2x128_si256(a[c], a[4 + c], 0x31);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * stride), low);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (c + 4) * stride), high);
+    out[c] = _mm256_permute2x128_si256(a[c], a[4 + c], 0x20);
+    out[c + 4] = _mm256_permute2x128_si256(a[c], a[4 + c], 0x31);
   }
 }
 
-// out = even[0], odd[0], even[1], odd[1], ... for 16 values of each.
-inline void interleave(const bf16* even, const bf16* odd, bf16* out) {
+// The same for 16 values of each.
+inline void interleave(const bf16* even, const bf16* odd, IntVec (&out)[2]) {
   const __m256i a = load_bits(even), b = load_bits(odd);
   const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(low, high, 0x20));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(low, high, 0x31));
+  out[0] = _mm256_permute2x128_si256(low, high, 0x20);
+  out[1] = _mm256_permute2x128_si256(low, high, 0x31);
 }
 
 #endif

@@ -69,6 +69,7 @@ inline Vec round_to_int(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NE
 inline IntVec bits_of(Vec v) { return _mm512_castps_si512(v); }
 inline Vec vec_of(IntVec v) { return _mm512_castsi512_ps(v); }
 inline IntVec load_bits(const void* p) { return _mm512_loadu_si512(p); }
+inline void store_bits(void* p, IntVec v) { _mm512_storeu_si512(p, v); }
 inline IntVec set1_bits(int32_t x) { return _mm512_set1_epi32(x); }
 inline Vec even_bf16(IntVec pairs) { return vec_of(_mm512_slli_epi32(pairs, 16)); }
 inline Vec odd_bf16(IntVec pairs) { return vec_of(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))); }
@@ -127,6 +128,7 @@ inline Vec round_to_int(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST
 inline IntVec bits_of(Vec v) { return _mm256_castps_si256(v); }
 inline Vec vec_of(IntVec v) { return _mm256_castsi256_ps(v); }
 inline IntVec load_bits(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store_bits(void* p, IntVec v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline IntVec set1_bits(int32_t x) { return _mm256_set1_epi32(x); }
 inline Vec even_bf16(IntVec pairs) { return vec_of(_mm256_slli_epi32(pairs, 16)); }
 inline Vec odd_bf16(IntVec pairs) { return vec_of(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }

@@ -1,0 +1,137 @@
+// What attention reads: the shapes of a step, and the keys and values of 64 positions of a sequence.
+#pragma once
+
+#include "engine.h"
+#include "transpose.h"
+
+namespace moe {
+
+constexpr int64_t kKeys = kPanel;  // keys of a block
+
+struct AttentionShape {
+  int64_t heads;
+  int64_t kv_heads;
+  int64_t head_size;
+  int64_t page_size;
+  int64_t window;  // 0: none
+  float scale;
+};
+
+// A step's sequences; all arrays are int64.
+struct StepLayout {
+  int64_t sequences;
+  int64_t tokens;
+  int64_t max_pages;
+  const int64_t* query_start;  // [sequences + 1]
+  const int64_t* context_len;  // [sequences], this step's keys included
+  const int64_t* page_table;   // [sequences, max_pages]
+};
+
+// 64 keys of a sequence, at the task's first key/value head, from their pages. Places behind the context repeat its
+// last key: they get weight 0.
+template <class T>
+struct KeyBlock {
+  const T* keys[kKeys];
+  const T* values[kKeys];
+
+  KeyBlock() = default;
+
+  KeyBlock(const AttentionShape& shape, const StepLayout& step, const AttentionTask& task, int64_t first_key,
+           const T* key_cache, const T* value_cache) {
+    const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
+    const int64_t* page = step.page_table + task.sequence * step.max_pages + first_key / shape.page_size;
+    const int64_t key_size = shape.kv_heads * shape.head_size, group = task.first_group * shape.head_size;
+    int64_t in_page = first_key % shape.page_size;
+    for (int64_t i = 0; i < count; page++, in_page = 0) {
+      int64_t offset = (*page * shape.page_size + in_page) * key_size + group;
+      const int64_t end = std::min(count, i + shape.page_size - in_page);
+      for (; i < end; i++, offset += key_size) {
+        keys[i] = key_cache + offset;
+        values[i] = value_cache + offset;
+      }
+    }
+    std::fill(keys + count, keys + kKeys, keys[count - 1]);
+    std::fill(values + count, values + kKeys, values[count - 1]);
+  }
+
+  // One head's keys as the outputs of a panel, head dimensions as its inputs: a step is a word of each key.
+  void pack_keys(int64_t group, int64_t head_size, T* packed) const {
+    uint32_t* out = reinterpret_cast<uint32_t*>(packed);
+    const int64_t words = head_size / kStepInputs<T>;
+    int64_t word = 0;
+    for (; word + kLanes <= words; word += kLanes) {
+      for (int64_t i = 0; i < kKeys; i += kLanes) {
+        IntVec columns[kLanes];
+        transpose_words(reinterpret_cast<const char* const*>(keys + i), group * head_size * sizeof(T) + word * 4,
+                        columns);
+        for (int j = 0; j < kLanes; j++) store_bits(out + (word + j) * kPanel + i, columns[j]);
+      }
+    }
+    for (; word < num_steps<T>(head_size); word++) {
+      const int64_t bytes = std::min<int64_t>(4, (head_size - word * kStepInputs<T>) * sizeof(T));
+      for (int64_t i = 0; i < kKeys; i++) {
+        uint32_t value = 0;
+        std::memcpy(&value, keys[i] + group * head_size + word * kStepInputs<T>, bytes);
+        out[word * kPanel + i] = value;
+      }
+    }
+  }
+
+  // The same of values, with head dimensions as outputs, in panels of 64, and keys as inputs.
+  void pack_values(int64_t group, int64_t head_size, T* packed) const {
+    for (int64_t first = 0; first < head_size; first += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, head_size - first), offset = group * head_size + first;
+      for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
+        // A step of float32 is one key, and has no odd one.
+        const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;
+        if (width == kPanel) {
+          pack_step(even, odd, packed);
+        } else {
+          T padded[2][kPanel] = {};
+          std::copy_n(even, width, padded[0]);
+          std::copy_n(odd, width, padded[1]);
+          pack_step(padded[0], padded[1], packed);
+        }
+      }
+    }
+  }
+
+ private:
+  static void pack_step(const float* values, const float*, float* out) { std::copy_n(values, kPanel, out); }
+
+  static void pack_step(const bf16* even, const bf16* odd, bf16* out) {
+    for (int i = 0; i < kPanel; i += 2 * kLanes) {
+      IntVec pairs[2];
+      interleave(even + i, odd + i, pairs);
+      store_bits(out + 2 * i, pairs[0]);
+      store_bits(out + 2 * i + 2 * kLanes, pairs[1]);
+    }
+  }
+};
+
+// Asks for the rows of a block a few cache lines at a time: they are too far apart for the processor to guess, and too
+// many to ask for at once.
+template <class T>
+class Ahead {
+ public:
+  // Nothing where `block` is null. All lines have been asked for after `calls` calls.
+  Ahead(const KeyBlock<T>* block, int64_t row_elements, int64_t calls)
+      : block_(block), lines_(ceil_div(row_elements * sizeof(T), kLine)), count_(ceil_div(2 * kKeys * lines_, calls)) {}
+
+  void ask() {
+    if (block_ == nullptr) return;
+    for (int64_t i = 0; i < count_ && row_ < 2 * kKeys; i++) {
+      const T* row = row_ < kKeys ? block_->keys[row_] : block_->values[row_ - kKeys];
+      _mm_prefetch(reinterpret_cast<const char*>(row) + line_ * kLine, _MM_HINT_T1);
+      if (++line_ == lines_) line_ = 0, row_++;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const KeyBlock<T>* block_;
+  const int64_t lines_, count_;
+  int64_t row_ = 0, line_ = 0;
+};
+
+}  // namespace moe

@@ -1,0 +1,22 @@
+"""The native CPU kernels on every instruction set that this machine has, with one thread and with two."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_runtime.kernels.cpu import build, native
+
+
+@pytest.fixture(scope="module", params=build.supported_instruction_sets() or ["none"])
+def kernels(request):
+    if request.param == "none":
+        pytest.skip("no instruction set for the native kernels")
+    try:
+        return native.load(request.param)
+    except build.NativeUnavailableError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request, kernels):
+    kernels.set_threads(request.param)

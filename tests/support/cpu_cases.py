@@ -1,0 +1,43 @@
+"""Operands of the native CPU kernels, and how near to its twin a result must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.packed import PackedExperts
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+
+
+def assert_close(actual, expected, scale=1.0):
+    """Within `scale` times what rounding leaves, relative to the largest value."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    if actual.numel():
+        unit = 2e-6 if actual.dtype == torch.float32 else 2**-8
+        limit = scale * unit * max(1e-3, float(expected.double().abs().max()))
+        assert float((actual.double() - expected.double()).abs().max()) <= limit
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+def experts_of(kernels, w13, w2):
+    experts = PackedExperts(kernels, len(w2), w2.shape[1], w2.shape[2], w2.dtype)
+    for slot in range(len(w2)):
+        for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
+            experts.load(slot, part, 0, rows)
+        for actual, expected in zip(experts.unpack(slot), (*w13[slot].chunk(2), w2[slot]), strict=True):
+            assert torch.equal(actual, expected)
+    return experts
+
+
+def cache_and_meta(num_query, contexts, groups, head_size, dtype, page=16):
+    pages = [-(-context // page) for context in contexts]
+    order = (torch.randperm(sum(pages)) + 1).tolist()
+    blocks = [[order.pop() for _ in range(count)] for count in pages]
+    shape = (sum(pages) + 1, page, groups, head_size)
+    meta = AttentionMetadata.build(num_query, contexts, blocks, torch.device("cpu"))
+    return normal(*shape, dtype=dtype), normal(*shape, dtype=dtype), meta, blocks
