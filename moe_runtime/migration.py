@@ -135,8 +135,15 @@ class Migration:
         return self.report.seconds is not None
 
     def tick(self) -> bool:
-        """Get on, once between two steps; True if this committed a change of `placement`."""
+        """Get on, once between two steps; True if this committed a change of `placement`, for the next plan to carry.
+
+        A slot that a commit gives up may be asked to be overwritten at once: ranks do that after the steps that they
+        were given so far, and all later ones have the new routes.
+        """
         before = self.placement
+        for complete in [going for going in self._rounds.values() if going.is_complete]:
+            if complete.layer in self._rounds:  # not given up meanwhile
+                self._end_round(complete)
         for layer in list(self._layers):
             if layer not in self._rounds:
                 self._begin_round(layer)
@@ -146,9 +153,6 @@ class Migration:
             ranks = ", ".join(f"rank {rank}" for rank in sorted({rank for rank, _ in late.keys & self._waiting}))
             self._fail(late, f"layer {late.layer}: no report within {self._timeout:g} s from {ranks}")
         self._send_next()
-        for complete in [going for going in self._rounds.values() if going.is_complete]:
-            if complete.layer in self._rounds:  # not given up meanwhile
-                self._end_round(complete)
         self._finish_if_done()
         return self.placement is not before
 

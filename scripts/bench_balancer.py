@@ -27,8 +27,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.balancer import Placement, plan_eplb, plan_placement, split_tokens
+from moe_runtime.balancer import Placement, plan_eplb, plan_placement, quotas, rank_loads, split_tokens
 from moe_runtime.balancer.synthetic import BURST, SYNTHETIC, drifted
+from moe_runtime.rebalancer import ROUTE_STEPS
+from moe_runtime.routes import Routes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "balancer"
@@ -37,6 +39,11 @@ SEED = 20
 NUM_LAYERS, NUM_EXPERTS, NUM_RANKS, NUM_SLOTS = 16, 256, 32, 9
 RECORDED_RANKS, RECORDED_SLOTS = 8, 5
 RECORDED_TOP_K = (20, 4)  # the demo model's own, and one with more skew
+LARGE_RANKS, LARGE_SLOTS = (144, 320), 320
+ROUTE_SHAPES = {  # layers, experts, ranks, slots of a rank, rows of a rank in a layer and step
+    "48 layers, 128 experts, 4 ranks": (48, 128, 4, 33, 256),
+    "58 layers, 256 experts, 32 ranks": (58, 256, 32, 9, 256),
+}
 MOVES = 4  # a layer
 NUM_WINDOWS = 16
 DRIFT = 0.4  # between planning and measuring
@@ -76,10 +83,8 @@ class Quality:
 
 
 def balancedness(load_LE: Floats, placement: Placement) -> Floats:
-    busiest = [
-        (load_E @ split_tokens(load_E, slots)).max() for load_E, slots in zip(load_LE, placement.slots, strict=True)
-    ]
-    return load_LE.sum(axis=1) / placement.num_ranks / np.array(busiest)
+    load_LW = rank_loads(load_LE, placement.slots)
+    return load_LW.mean(axis=1) / load_LW.max(axis=1)
 
 
 def compare(setting: Setting) -> Quality:
@@ -229,6 +234,77 @@ def times() -> dict[str, dict[str, float]]:
     return table
 
 
+def large_times() -> dict[str, dict[str, float]]:
+    """Milliseconds a layer of planning for many ranks: 256 experts in 320 slots, medians of 3 loads of 2 layers."""
+    table: dict[str, dict[str, float]] = {}
+    for num_ranks in LARGE_RANKS:
+        num_slots = [LARGE_SLOTS // num_ranks + (rank < LARGE_SLOTS % num_ranks) for rank in range(num_ranks)]
+        size = (num_ranks, num_slots)
+        for number, (name, make) in enumerate(SYNTHETIC.items()):
+            milliseconds = []
+            for repeat in range(3):
+                rng = np.random.default_rng([SEED, number, repeat])
+                load_LE = np.stack([make(rng, NUM_EXPERTS) for _ in range(2)])
+                later_LE = drifted(rng, load_LE, DRIFT)
+                start = time.perf_counter()
+                current = plan_placement(load_LE, *size).placement
+                middle = time.perf_counter()
+                plan_placement(later_LE, *size, current, max_moves=2 * MOVES)
+                milliseconds.append(np.diff([start, middle, time.perf_counter()]) / 2 * 1e3)
+            first, later = np.median(milliseconds, axis=0).tolist()
+            table[f"{name}, {num_ranks} ranks"] = {"plan_placement": first, f"plan_placement, {MOVES} moves": later}
+    return table
+
+
+def route_times() -> dict[str, dict[str, float]]:
+    """What replica choice costs the front between steps, in milliseconds, and how many routes it has to tell.
+
+    Zipf loads, each rank with its own drift; the counts of ROUTE_STEPS steps are drawn anew each time.
+    """
+    table = {}
+    for name, (num_layers, num_experts, num_ranks, num_slots, rows) in ROUTE_SHAPES.items():
+        rng = np.random.default_rng(SEED)
+        load_LE = np.stack([SYNTHETIC["zipf"](rng, num_experts) for _ in range(num_layers)])
+        placement = plan_placement(load_LE, num_ranks, num_slots).placement.in_slots(num_slots + 1)
+        routes = Routes(placement)
+        load_VLE = drifted(rng, np.repeat(load_LE[None], num_ranks, axis=0))
+        load_VLE *= rows * ROUTE_STEPS / load_VLE.sum(axis=2, keepdims=True)
+        seconds, news = [], []
+        for step in range(20 * ROUTE_STEPS):
+            counts_VLE = rng.poisson(load_VLE) if step % ROUTE_STEPS == 0 else None
+            start = time.perf_counter()
+            if counts_VLE is not None:
+                routes.weigh(counts_VLE)
+            routes.advance()
+            told = routes.take_news()
+            seconds.append(time.perf_counter() - start)
+            news.append(sum(map(len, told)) / num_ranks if told else 0)
+        table[name] = {
+            "milliseconds a step": statistics.mean(seconds[ROUTE_STEPS:]) * 1e3,
+            "most": max(seconds[ROUTE_STEPS:]) * 1e3,
+            "routes told to a rank, a step": statistics.mean(news[ROUTE_STEPS:]),
+        }
+    return table
+
+
+def at_home() -> dict[str, float]:
+    """The part of replicated experts' tokens that stay on their rank if it has a replica: ours, and by shares alone."""
+    rng = np.random.default_rng(SEED)
+    ours = shares = total = 0.0
+    load_LE = np.stack([SYNTHETIC["zipf"](rng, NUM_EXPERTS) for _ in range(NUM_LAYERS)])
+    placement = plan_placement(load_LE, NUM_RANKS, NUM_SLOTS).placement
+    for load_E, hosts_WE, slots_WS in zip(load_LE, placement.hosts, placement.slots, strict=True):
+        count_VE = rng.poisson(drifted(rng, np.repeat(load_E[None], NUM_RANKS, axis=0)) * 1e3)
+        share_EW = split_tokens(count_VE.sum(axis=0), slots_WS)
+        has_replica_VE = hosts_WE & (hosts_WE.sum(axis=0) > 1)
+        quota_VEW = quotas(count_VE, share_EW)
+        rank = np.arange(NUM_RANKS)
+        ours += float(quota_VEW[rank, :, rank][has_replica_VE].sum())
+        shares += float((count_VE * share_EW.T)[has_replica_VE].sum())
+        total += float(count_VE[has_replica_VE].sum())
+    return {"quotas": ours / total, "shares alone": shares / total}
+
+
 def _milliseconds(run: Callable[[int], object], number: int) -> float:
     start = time.perf_counter()
     run(number)
@@ -295,7 +371,12 @@ def main() -> None:
     draw(series, OUT / "balancer.png")
     print(table_of(qualities))
     if arguments.times:
-        measured = {"machine": platform.processor() or platform.machine(), "milliseconds_a_layer": times()}
+        measured = {
+            "machine": platform.processor() or platform.machine(),
+            "milliseconds_a_layer": times() | large_times(),
+            "replica_choice": route_times(),
+            "tokens_at_home": at_home(),
+        }
         (OUT / "times.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(measured, indent=1))
 

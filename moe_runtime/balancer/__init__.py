@@ -7,7 +7,7 @@ from moe_runtime.balancer.eplb import plan_eplb
 from moe_runtime.balancer.load import ExpertLoad, HotExpert
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.balancer.plan import Move, Plan, plan_placement
-from moe_runtime.balancer.split import split_tokens
+from moe_runtime.balancer.split import rank_loads, split_tokens
 
 __all__ = [
     "Decision",
@@ -24,6 +24,7 @@ __all__ = [
     "plan_eplb",
     "plan_placement",
     "quotas",
+    "rank_loads",
     "replica_table",
     "slots_by_rank",
     "split_tokens",

@@ -1,14 +1,13 @@
-"""Which replica computes a (token, k): shares become quotas, quotas become a table, and a step only looks things up.
+"""Which replica computes a (token, k): shares become quotas, quotas become tables, and a step only looks things up.
 
-Every rank knows how many tokens each rank sent to each expert in the last step that was counted. From that, all of them
-compute the same quotas, each its own part, so no step needs a collective for it: quotas are whole tokens, add up to the
-shares of `split_tokens` over all ranks, and keep tokens on their own rank as far as these shares allow. The table
-of a rank interleaves its quotas. Its i-th token for an expert takes entry i (modulo the table's length). A token of
-another rank never matters, nor does anything but its number among the rank's tokens for the expert; and which replica
-computes it does not change the token.
+From how many tokens each rank sent to each expert in the last steps that were counted follow quotas: whole tokens, that
+add up to the shares of `split_tokens` over all ranks, and keep tokens on their own rank as far as these shares allow.
+The table of a rank interleaves its quotas. Its i-th token for an expert takes entry i (modulo the table's length), so
+no step needs a collective for it. A token of another rank never matters, nor does anything but its number among the
+rank's tokens for the expert; and which replica computes it does not change the token.
 
-Shape suffixes: E logical experts (rows are independent: the experts of several layers may be stacked), W ranks,
-P entries of the table, H experts with replicas, J replicas, T tokens, K experts per token.
+Shape suffixes: E logical experts (rows are independent: the experts of several layers may be stacked), V ranks that
+send, W ranks that compute, P entries of the table, H experts with replicas, J replicas, T tokens, K experts per token.
 """
 
 from __future__ import annotations
@@ -31,32 +30,31 @@ def whole_shares(share_EW: Floats, count_E: Ints) -> Ints:
     return whole_EW
 
 
-def quotas(count_WE: npt.NDArray[np.integer], share_EW: Floats, rank: int) -> Ints:
-    """How many of a rank's tokens for each expert go to each rank.
+def quotas(count_VE: npt.NDArray[np.integer], share_EW: Floats) -> Ints:
+    """How many of each rank's tokens for each expert go to each rank.
 
     What a rank's own replica may take stays there, first. What is left is laid out in order of the ranks that send and
     of those that have room, and each part goes where it comes to lie.
 
     Args:
-        count_WE: [W, E], tokens per rank and expert in the last step.
+        count_VE: [V, E], tokens per rank and expert in the last steps.
         share_EW: [E, W], each replica's share of its expert's tokens.
-        rank: the one whose quotas are wanted.
 
     Returns:
-        int64 [E, W]. Over the columns they add up to `count_WE[rank]`; over all ranks, to the shares of all tokens in
+        int64 [V, E, W]. Over the last axis they add up to `count_VE`; over the first, to the shares of all tokens in
         whole tokens (`whole_shares`).
     """
-    sent_EW: Ints = count_WE.T.astype(np.int64)
-    room_EW = whole_shares(share_EW, sent_EW.sum(axis=1))
-    stays_EW = np.minimum(sent_EW, room_EW)
-    sent_EW, room_EW = sent_EW - stays_EW, room_EW - stays_EW
-    end_E = sent_EW[:, : rank + 1].sum(axis=1)
-    start_E = end_E - sent_EW[:, rank]
-    ends_EW = room_EW.cumsum(axis=1)
-    quota_EW: Ints = np.minimum(ends_EW, end_E[:, None]) - np.maximum(ends_EW - room_EW, start_E[:, None])
-    np.maximum(quota_EW, 0, out=quota_EW)
-    quota_EW[:, rank] += stays_EW[:, rank]
-    return quota_EW
+    sent_VE = count_VE.astype(np.int64)
+    room_EW = whole_shares(share_EW, sent_VE.sum(axis=0))
+    stays_EW = np.minimum(sent_VE.T, room_EW)
+    sent_VE, room_EW = sent_VE - stays_EW.T, room_EW - stays_EW
+    to_VE, to_EW = sent_VE.cumsum(axis=0), room_EW.cumsum(axis=1)
+    from_VE, from_EW = to_VE - sent_VE, to_EW - room_EW
+    quota_VEW: Ints = np.minimum(to_VE[:, :, None], to_EW) - np.maximum(from_VE[:, :, None], from_EW)
+    np.maximum(quota_VEW, 0, out=quota_VEW)
+    rank = np.arange(len(sent_VE))
+    quota_VEW[rank, :, rank] += stays_EW.T
+    return quota_VEW
 
 
 def replica_table(
@@ -71,7 +69,7 @@ def replica_table(
     An expert of which the rank had no token goes by the shares, from a place that differs from rank to rank.
 
     Args:
-        quota_EW: [E, W], from `quotas`.
+        quota_EW: [E, W], the rank's own part of `quotas`.
         share_EW: [E, W], from `split_tokens`.
         slot_EW: [E, W], the global slot of each expert on each rank, -1 where it has none.
         rank: whose table it is.

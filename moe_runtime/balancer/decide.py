@@ -1,6 +1,6 @@
 """Whether to move experts now: only where that pays back.
 
-Shape suffixes: L MoE layers, E logical experts.
+Shape suffixes: L MoE layers, W ranks, E logical experts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from moe_runtime.balancer.cost import LayerTime
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.balancer.plan import Plan
-from moe_runtime.balancer.split import split_tokens
+from moe_runtime.balancer.split import rank_loads
 
 Reason = Literal["pays back", "cooldown", "no load", "balanced", "nothing to move", "slower", "does not pay back"]
 
@@ -158,7 +158,7 @@ class Payback:
             rows_LE += phase.rows * phase.num_steps
         if not rows_LE.any():
             return Decision(False, "no load", now, 1.0)
-        before = balancedness(rows_LE, current, rank_speed)
+        before = balancedness(rank_loads(rows_LE, current.slots, rank_speed), rank_speed)
         left = 0.0 if self._moved_at is None else max(self._moved_at + self.cooldown - now, 0.0)
         if left > 0:
             return Decision(False, "cooldown", now, before, cooldown_seconds=left)
@@ -190,7 +190,7 @@ class Payback:
             reason=reason,
             at=now,
             balancedness=before,
-            planned_balancedness=balancedness(rows_LE, plan.placement, rank_speed),
+            planned_balancedness=balancedness(rank_loads(rows_LE, plan.placement.slots, rank_speed), rank_speed),
             num_moves=len(plan.moves),
             num_bytes=num_bytes,
             cost_seconds=cost,
@@ -203,15 +203,13 @@ class Payback:
         )
 
 
-def balancedness(rows_LE: npt.NDArray[np.float64], placement: Placement, rank_speed: npt.ArrayLike | None) -> float:
+def balancedness(load_LW: npt.NDArray[np.float64], rank_speed: npt.ArrayLike | None = None) -> float:
     """Mean rank load / max rank load over all layers, which run one after the other: both are summed over them.
 
-    Loads are shared as `split_tokens` does, and divided by the ranks' speeds.
+    Args:
+        load_LW: `split.rank_loads`.
+        rank_speed: [W], by which loads are divided; None: all alike.
     """
-    speed_W = np.ones(placement.num_ranks) if rank_speed is None else np.asarray(rank_speed, np.float64)
-    most = mean = 0.0
-    for rows_E, slots_WS in zip(rows_LE, placement.slots, strict=True):
-        load_W = rows_E @ split_tokens(rows_E, slots_WS, rank_speed)
-        most += float((load_W / speed_W).max())
-        mean += float(load_W.sum() / speed_W.sum())
-    return min(mean / most, 1.0) if most > 0 else 1.0
+    speed_W = np.ones(load_LW.shape[1]) if rank_speed is None else np.asarray(rank_speed, np.float64)
+    most = float((load_LW / speed_W).max(axis=1).sum())
+    return min(float(load_LW.sum() / speed_W.sum()) / most, 1.0) if most > 0 else 1.0

@@ -146,25 +146,24 @@ class _Network:
         cut: list[int] = []
         for source in above:
             while load[source] > level * (1 + TOLERANCE) * speed[source]:
-                target, step_to = self._find_room(source, level)
-                if target is not None:
-                    self._send(source, target, step_to, level)
-                else:
-                    cut = list(step_to)
+                reached, has_sent = self._spread(source, level)
+                if not has_sent:
+                    cut = reached
                     cut_level = sum([load[r] for r in cut]) / sum([speed[r] for r in cut])
                     level = max(cut_level, level * (1 + TOLERANCE / 8))
         return level, cut
 
-    def _find_room(self, source: int, level: float) -> tuple[int | None, dict[int, tuple[int, int]]]:
-        """The nearest rank below the level that load of `source` can reach, if any; how each rank seen is reached.
+    def _spread(self, source: int, level: float) -> tuple[list[int], bool]:
+        """Send load of `source` to every rank with room that it reaches, the nearest first, until it is at the level.
 
-        That is by moving load of an expert from another rank: (other rank, expert).
+        A rank is reached by moving load of an expert to it from another that is. Returns those reached, all of them if
+        nothing could be sent, and whether anything was.
         """
         speed, load, sent, experts_of = self.speed, self.load, self.sent, self.experts_of
-        step_to = {source: (-1, -1)}
-        seen = [source]
+        step_to = {source: (-1, -1)}  # rank -> (the one before, expert)
+        reached, has_sent = [source], False
         room = level * (1 - FULL)
-        for here in seen:  # grows while it is walked: breadth first
+        for here in reached:  # grows while it is walked: breadth first
             least = FULL * level * speed[here]
             for e in experts_of[here]:
                 sent_e = sent[e]
@@ -172,13 +171,18 @@ class _Network:
                     for there in sent_e:
                         if there not in step_to:
                             step_to[there] = (here, e)
+                            reached.append(there)
                             if load[there] < room * speed[there]:
-                                return there, step_to
-                            seen.append(there)
-        return None, step_to
+                                has_sent |= self._send(source, there, step_to, level)
+                                if load[source] <= level * (1 + TOLERANCE) * speed[source]:
+                                    return reached, has_sent
+        return reached, has_sent
 
-    def _send(self, source: int, target: int, step_to: dict[int, tuple[int, int]], level: float) -> None:
-        """As much load as the source has too much, the target has room for, and the steps between let through."""
+    def _send(self, source: int, target: int, step_to: dict[int, tuple[int, int]], level: float) -> bool:
+        """As much load as the source has too much, the target has room for, and the steps between let through.
+
+        False if a step lets nothing through any more.
+        """
         speed, load, sent = self.speed, self.load, self.sent
         amount = min(load[source] - level * speed[source], level * speed[target] - load[target])
         there = target
@@ -187,6 +191,8 @@ class _Network:
             if sent[e][here] < amount:
                 amount = sent[e][here]
             there = here
+        if amount == 0:
+            return False
         there = target
         while there != source:
             here, e = step_to[there]
@@ -195,3 +201,4 @@ class _Network:
             there = here
         load[source] -= amount
         load[target] += amount
+        return True

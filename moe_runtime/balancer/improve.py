@@ -28,7 +28,7 @@ NUM_EXCHANGE_RANKS = 4  # ranks outside it that are tried for an exchange
 NUM_TRIALS = 2  # exact evaluations for a step
 NEARLY_EVEN = 1.03  # a level above which it is worth to look twice for a step
 MAX_CUTS = 32  # sets remembered, besides the single ranks
-MAX_BOUNDS = 24  # of them, those that bound the steps: the ones with the highest levels
+MAX_BOUNDS = 24  # of them all, those that bound the steps: the ones with the highest levels
 MAX_IDLE_STEPS = 3  # without a gain, because several sets are at the same level
 CROWDED = 1e-3  # weight of what only decides between equal bounds
 GOOD = 0.01  # a replica that gains this much is taken without a look at exchanges
@@ -90,7 +90,7 @@ class Layer:
         self.hosts_EW = np.zeros((len(self.load_E), num_ranks))
         rank, slot = (slots_WS != EMPTY).nonzero()
         self.hosts_EW[slots_WS[rank, slot], rank] = 1
-        self.cuts_KW = np.eye(num_ranks)
+        self.cuts_KW = np.zeros((0, num_ranks))
         self.sent_EW = np.zeros_like(self.hosts_EW)
         self.flow = self._flow(self.hosts_EW, None)
         self._accept(self.hosts_EW, self.flow)
@@ -149,10 +149,21 @@ class Layer:
         return self._flow(hosts_EW, (sent_EW, *bound))
 
     def _remember(self, flow: Flow) -> None:
-        if not (self.cuts_KW == flow.busiest_W).all(axis=1).any():
-            num_ranks = len(self.speed_W)
-            latest_KW = self.cuts_KW[num_ranks:][-MAX_CUTS + 1 :]
-            self.cuts_KW = np.concatenate([self.cuts_KW[:num_ranks], latest_KW, flow.busiest_W[None]])
+        if flow.busiest_W.sum() > 1 and not (self.cuts_KW == flow.busiest_W).all(axis=1).any():
+            self.cuts_KW = np.concatenate([self.cuts_KW[-MAX_CUTS + 1 :], flow.busiest_W[None]])
+
+    def _highest_cuts(self) -> Floats:
+        """[K, W]: the sets with the highest levels, of single ranks and those remembered; MAX_BOUNDS at most."""
+        num_ranks = len(self.speed_W)
+        single_W = (self.load_E * (self.count_E == 1)) @ self.hosts_EW / self.speed_W
+        held_K = ((1 - self.cuts_KW) @ self.hosts_EW.T == 0) @ self.load_E
+        level = np.concatenate([single_W, held_K / (self.cuts_KW @ self.speed_W)])
+        highest = np.argsort(-level, kind="stable")[:MAX_BOUNDS]
+        cuts_KW = np.zeros((len(highest), num_ranks))
+        is_single = highest < num_ranks
+        cuts_KW[is_single.nonzero()[0], highest[is_single]] = 1
+        cuts_KW[~is_single] = self.cuts_KW[highest[~is_single] - num_ranks]
+        return cuts_KW
 
     def _replications(self, hot_A: Ints) -> Candidates:
         """Replicas outside the busiest set, in empty slots and in those of experts that have others."""
@@ -184,7 +195,8 @@ class Layer:
         """The candidate with the lowest level, as far as a few trials in order of their bounds can tell."""
         if not candidates.allowed_AP.any():
             return None
-        cuts_KW, bound_KAP = self._bounds(self.cuts_KW, candidates)
+        cuts_KW = self._highest_cuts()
+        bound_KAP = self._bounds(cuts_KW, candidates)
         # of equal bounds the one that leaves the least above the mean, in all sets together
         crowded_AP = CROWDED * (np.maximum(bound_KAP - 1, 0) ** 2).mean(axis=0)
         crowded_AP[~candidates.allowed_AP] = np.inf
@@ -203,31 +215,28 @@ class Layer:
             self._remember(flow)
             if trial < NUM_TRIALS - 1:
                 crowded_AP[row, place] = np.inf
-                cut_KW, cut_KAP = self._bounds(flow.busiest_W[None].astype(np.float64), candidates)
-                cuts_KW, bound_KAP = np.concatenate([cuts_KW, cut_KW]), np.concatenate([bound_KAP, cut_KAP])
+                cut_KW = flow.busiest_W[None].astype(np.float64)
+                cuts_KW = np.concatenate([cuts_KW, cut_KW])
+                bound_KAP = np.concatenate([bound_KAP, self._bounds(cut_KW, candidates)])
         return best if best is not None and best.flow.level <= self.level * (1 + TOLERANCE) else None
 
-    def _bounds(self, cuts_KW: Floats, candidates: Candidates) -> tuple[Floats, Floats]:
-        """The sets with the highest levels, MAX_BOUNDS at most; [K, A, P]: their levels after each candidate."""
+    def _bounds(self, cuts_KW: Floats, candidates: Candidates) -> Floats:
+        """[K, A, P]: the levels of sets after each candidate."""
         outside_KE = (1 - cuts_KW) @ self.hosts_EW.T  # how many of an expert's ranks are outside the set
         within_KE = (outside_KE == 0) * self.load_E
         held_K, speed_K = within_KE @ np.ones(len(self.load_E)), cuts_KW @ self.speed_W
-        if len(held_K) > MAX_BOUNDS:
-            highest = np.argsort(held_K / -speed_K, kind="stable")[:MAX_BOUNDS]
-            cuts_KW, outside_KE, within_KE = cuts_KW[highest], outside_KE[highest], within_KE[highest]
-            held_K, speed_K = held_K[highest], speed_K[highest]
         outside_KW = 1 - cuts_KW
         to_KP = outside_KW[:, candidates.to_P]
         from_KA = np.where(candidates.from_A < 0, 0, outside_KW[:, candidates.from_A])
         more_KAP = to_KP[:, None, :] - from_KA[:, :, None]  # ranks outside for the one, fewer for the other
-        held_KAP = (outside_KE[:, candidates.expert_A, None] + more_KAP == 0) * self.load_E[candidates.expert_A][
-            :, None
-        ]
+        held_KAP: Floats = (outside_KE[:, candidates.expert_A, None] + more_KAP == 0) * self.load_E[
+            candidates.expert_A
+        ][:, None]
         held_KAP += (outside_KE[:, None, candidates.yields_P] - more_KAP == 0) * self.load_E[candidates.yields_P]
         held_KAP += (held_K[:, None] - within_KE[:, candidates.expert_A])[:, :, None]
         held_KAP -= within_KE[:, None, candidates.yields_P]
         held_KAP /= speed_K[:, None, None]
-        return cuts_KW, held_KAP
+        return held_KAP
 
     def _changes(self, candidates: Candidates, row: int, place: int) -> tuple[Change, ...]:
         expert, from_ = int(candidates.expert_A[row]), int(candidates.from_A[row])

@@ -5,6 +5,8 @@ Shape suffixes: E logical experts, W ranks, S slots per rank.
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 import numpy.typing as npt
 
@@ -50,8 +52,12 @@ def pack_layer(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Ints:
         for rank in ring:
             put(expert, rank)
         start = ring[-1]
+    lightest = [(load[rank], rank) for rank in range(num_ranks) if free[rank]]
+    heapq.heapify(lightest)
     for expert in _by_load(part_E, (count_E == 1).nonzero()[0]):
-        put(expert, min((rank for rank in range(num_ranks) if free[rank]), key=load.__getitem__))
+        rank = lightest[0][1]
+        put(expert, rank)
+        _put_back(lightest, load[rank], free[rank])
     slots_WS = np.full((num_ranks, int(num_slots_W.max())), EMPTY, np.int64)
     for rank, experts in enumerate(held):
         slots_WS[rank, : len(experts)] = experts
@@ -72,14 +78,23 @@ def pack_heaviest_first(load_E: Floats, num_slots_W: Ints) -> Ints:
     part_E = load_E / count_E
     replicas = np.repeat(np.arange(len(load_E)), count_E)
     slots_WS = np.full((len(num_slots_W), int(num_slots_W.max())), EMPTY, np.int64)
-    load, free = [0.0] * len(num_slots_W), num_slots_W.tolist()
+    free = num_slots_W.tolist()
+    lightest = [(0.0, rank) for rank in range(len(free))]  # a heap
     for expert in replicas[np.argsort(-part_E[replicas], kind="stable")].tolist():
-        rank = min((rank for rank, slots in enumerate(free) if slots), key=load.__getitem__)
+        load, rank = lightest[0]
         free[rank] -= 1
-        load[rank] += float(part_E[expert])
+        _put_back(lightest, load + float(part_E[expert]), free[rank])
         if expert not in slots_WS[rank]:
             slots_WS[rank, free[rank]] = expert
     return slots_WS
+
+
+def _put_back(lightest: list[tuple[float, int]], load: float, free: int) -> None:
+    """The first rank of a heap has another load now; without a free slot it leaves the heap."""
+    if free:
+        heapq.heapreplace(lightest, (load, lightest[0][1]))
+    else:
+        heapq.heappop(lightest)
 
 
 def num_replicas(load_E: Floats, num_slots: int, num_ranks: int) -> Ints:

@@ -1,6 +1,6 @@
-"""How an expert's tokens are shared among its replicas.
+"""How an expert's tokens are shared among its replicas, and the load of each rank that follows.
 
-Shape suffixes: E logical experts, W ranks, S slots per rank, H experts that have replicas.
+Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank, H experts that have replicas.
 """
 
 from __future__ import annotations
@@ -57,6 +57,19 @@ def split_tokens(
     sent_HW[weight_H == 0] = hosts_HW[weight_H == 0]
     share_EW[replicated_H] = sent_HW / sent_HW.sum(axis=1)[:, None]
     return share_EW
+
+
+def rank_loads(
+    load_LE: npt.NDArray[Any], slots_LWS: npt.NDArray[np.integer], rank_speed: npt.ArrayLike | None = None
+) -> Floats:
+    """float64 [L, W]: the load of each rank in each layer, tokens shared as `split_tokens` does.
+
+    Arguments and errors are those of `split_tokens`, for several layers.
+    """
+    load_LW = np.empty(slots_LWS.shape[:2])
+    for load_W, load_E, slots_WS in zip(load_LW, load_LE, slots_LWS, strict=True):
+        load_W[:] = load_E @ split_tokens(load_E, slots_WS, rank_speed)
+    return load_LW
 
 
 def _pairs(

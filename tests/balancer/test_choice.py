@@ -36,7 +36,7 @@ def test_whole_shares_add_up_and_are_near(seed, num_ranks):
 @given(steps())
 def test_quotas_of_all_ranks_make_up_the_shares(step):
     counts, share, _, _ = step
-    each = np.stack([quotas(counts, share, rank) for rank in range(len(counts))])
+    each = quotas(counts, share)
     assert (each >= 0).all()
     assert (each.sum(axis=2) == counts).all()
     room = whole_shares(share, counts.sum(axis=0))
@@ -52,8 +52,7 @@ def test_a_step_like_the_last_meets_the_quotas_exactly(step):
     num_experts = counts.shape[1]
     slot_EW = slots_by_rank(slots, num_experts)
     computed = np.zeros(slots.size, np.int64)
-    for rank, count in enumerate(counts):
-        quota = quotas(counts, share, rank)
+    for rank, (count, quota) in enumerate(zip(counts, quotas(counts, share), strict=True)):
         table = replica_table(quota, share, slot_EW, rank)
         experts = rng.permutation(np.repeat(np.arange(num_experts), count))[:, None]
         chosen = choose_slots(table, experts)
@@ -71,7 +70,7 @@ def test_any_number_of_tokens_keeps_near_the_quotas(step, num_tokens):
     counts, share, slots, _ = step
     num_experts = counts.shape[1]
     slot_EW = slots_by_rank(slots, num_experts)
-    quota = quotas(counts, share, 0)
+    quota = quotas(counts, share)[0]
     table = replica_table(quota, share, slot_EW, 0)
     rounds = -(-num_tokens // table.shape[1])
     for expert in np.flatnonzero(quota.sum(axis=1)):
@@ -91,9 +90,8 @@ def test_ranks_that_had_no_token_do_not_all_begin_with_the_same_replica():
 
 def test_locality_comes_within_the_quotas():
     counts = np.array([[10], [2]])
-    assert quotas(counts, np.array([[0.5, 0.5]]), 0).tolist() == [[6, 4]]
-    assert quotas(counts, np.array([[0.5, 0.5]]), 1).tolist() == [[0, 2]]
-    assert quotas(counts, np.array([[1.0, 0.0]]), 1).tolist() == [[2, 0]]
+    assert quotas(counts, np.array([[0.5, 0.5]])).tolist() == [[[6, 4]], [[0, 2]]]
+    assert quotas(counts, np.array([[1.0, 0.0]])).tolist() == [[[10, 0]], [[2, 0]]]
 
 
 def test_equal_replicas_begin_at_home():
@@ -117,9 +115,10 @@ def test_experts_of_several_layers_may_be_stacked():
     counts = rng.integers(0, 9, (2, 2, 4))  # layers, ranks, experts
     share = [split_tokens(count.sum(axis=0), slots) for count in counts]
     slot_EW = slots_by_rank(slots, 4)
-    apart = [replica_table(quotas(counts[n], share[n], 1), share[n], slot_EW, 1) for n in range(2)]
+    apart = [replica_table(quotas(counts[n], share[n])[1], share[n], slot_EW, 1) for n in range(2)]
     both = np.concatenate(share)
-    together = replica_table(quotas(np.concatenate(list(counts), axis=1), both, 1), both, np.tile(slot_EW, (2, 1)), 1)
+    quota = quotas(np.concatenate(list(counts), axis=1), both)[1]
+    together = replica_table(quota, both, np.tile(slot_EW, (2, 1)), 1)
     assert (together == np.concatenate(apart)).all()
 
 
