@@ -17,6 +17,7 @@ from moe_runtime.model_size import (
 CPU_DEFAULT_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.5
 PROCESS_BYTES = 150 << 20  # of a rank's own: interpreter and libraries
+DECODE_CHUNK = 256  # keys that decode attention takes at a time on GPUs
 SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulated copies
 CUDA_DRIVER = Path("/dev/nvidiactl")
 CGROUP = Path("/sys/fs/cgroup")
@@ -136,7 +137,8 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
         free = max(available - local_ranks * (dense + experts), 0)
         memory = max(default_kv_bytes(free, local_ranks), per_sequence)
     num_blocks = num_kv_blocks(engine, model, ITEMSIZE[dtype], memory)
-    rank = RankMemory(dense, experts, num_blocks * page, buffer_bytes(engine, model), num_slots, num_blocks)
+    buffers = buffer_bytes(engine, model) + (graph_bytes(engine, model) if may_use_cuda(engine.device) else 0)
+    rank = RankMemory(dense, experts, num_blocks * page, buffers, num_slots, num_blocks)
     return Budget(rank, local_ranks, available)
 
 
@@ -155,6 +157,21 @@ def buffer_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     dense = 3 * max(moe.shared_intermediate_size, model.intermediate_size)
     rows = engine.max_num_batched_tokens * (attention + max(experts, dense)) * ITEMSIZE[dtype]
     return PROCESS_BYTES + rows + engine.max_num_seqs * model.vocab_size * SAMPLER_BYTES
+
+
+def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """What decode steps that a GPU captures take, an estimate: that of the largest, whose memory the others share.
+
+    All ranks' rows go to every rank and back, and the longest context is attended in chunks that are merged behind.
+    """
+    from moe_runtime.scheduler import buckets_of
+
+    rows = max(buckets_of(engine, engine.ep_size), default=0)
+    pairs = rows * engine.ep_size * model.moe.top_k
+    exchange = pairs * (3 * model.hidden_size + model.moe.intermediate_size)
+    chunks = -(-(engine.max_model_len or model.max_model_len) // DECODE_CHUNK)
+    merged = rows * model.num_heads * chunks * (model.head_dim + 2)
+    return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 
 def num_kv_blocks(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:

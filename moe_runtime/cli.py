@@ -19,6 +19,7 @@ from moe_runtime.cli_calibrate import CalibrateOptions, calibrate
 from moe_runtime.cli_generate import engine_options, generate, sampling_options
 from moe_runtime.cli_inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.cli_plan import PlanOptions, ProfileOptions, plan, profile
+from moe_runtime.cli_tune import tune, tune_options
 from moe_runtime.config import EngineConfig, check_integer
 from moe_runtime.executor import RankError
 from moe_runtime.options import (
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_plan(commands)
     _add_profile(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -221,6 +223,12 @@ def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .yaml or .json")
 
 
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "tune", "Measure kernel tiles for a model on this machine's GPU, once.", _tune)
+    _add_model(parser)
+    add_flags(parser, [option for option in tune_options() if option.name != "model"])
+
+
 def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add_command(
         commands, "calibrate", "Find how to use fewer experts per token, and what it costs.", calibrate
@@ -266,6 +274,12 @@ def _bench(namespace: argparse.Namespace) -> int:
     except RequestError as error:
         _complain(str(error))
         return EXIT_FAILED
+
+
+def _tune(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("moe_runtime.kernels").setLevel(logging.INFO)
+    return tune(namespace)
 
 
 def _inspect(namespace: argparse.Namespace) -> int:

@@ -66,6 +66,8 @@ def calibrate(namespace: argparse.Namespace) -> int:
         config = EngineConfig(**only_fields(EngineConfig, values))
         if config.ep_size != 1:
             raise ValueError(f"ep_size: {config.ep_size} is not allowed; a calibration runs on one rank")
+        if config.capacity_factor is not None:
+            raise ValueError(f"capacity_factor: {config.capacity_factor} is not allowed; a calibration has no limits")
         rows = _run(options, config)
     print(table(rows))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 BALANCE = ("off", "auto", "eplb")
+OVERFLOWS = ("queue", "reroute", "drop")
 DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
 
@@ -32,6 +34,9 @@ class EngineConfig:
         load_format: "dummy" makes random weights and reads none.
         skip_tokenizer_init: token ids in, token ids out.
         seed: of dummy weights and of the seeds drawn for requests that have none.
+        batch_invariant: give every token the same bits in any batch, on any number of ranks, at some cost in speed; the
+            native CPU kernels do so anyway.
+        enforce_eager: run decode steps on GPUs without CUDA graphs.
         dispatcher: "auto" lets each step's plan choose by its tokens; "symmetric" is for CPU ranks of one host.
         balance: "auto" moves and replicates hot experts while serving, where that pays back; "eplb" does so by
             DeepSeek's published algorithm, as a baseline; "off" only when asked.
@@ -43,6 +48,12 @@ class EngineConfig:
         routing: experts per token of requests that ask for nothing: "full", "balanced", "fast", or a policy such as
             "top_k=4", "top_p=0.8" or "threshold=0.5"; None is "full".
         routing_calibration: file of `moe-runtime calibrate`; None takes the one that lies with the model, if any.
+        capacity_factor: most assignments that an expert takes of a rank's tokens at a time, as a multiple of the mean;
+            None has no limit.
+        overflow: where assignments beyond the capacity go: "queue" to further rounds of the layer, which changes no
+            token; "reroute" to the next-best expert with room, and "drop" nowhere, so that tokens depend on the batch.
+        balance_epsilon: let a token use an expert on a lighter rank in place of one whose score is better by at most
+            this share, by the load of an earlier step; tokens depend on the batch then. None never does.
         record_trace: .npz file that takes the routing of all steps when the engine ends.
         served_model_name: the name that the HTTP interface shows; None takes `model`.
         step_timeout: seconds after which a step that does not end is an error.
@@ -64,6 +75,8 @@ class EngineConfig:
     load_format: str = "auto"
     skip_tokenizer_init: bool = False
     seed: int = 0
+    batch_invariant: bool = False
+    enforce_eager: bool = False
     dispatcher: str = "auto"
     balance: str = "off"
     balance_interval: int = 100
@@ -72,6 +85,9 @@ class EngineConfig:
     placement: str | None = None
     routing: str | RoutingPolicy | None = None
     routing_calibration: str | None = None
+    capacity_factor: float | None = None
+    overflow: str = "queue"
+    balance_epsilon: float | None = None
     record_trace: str | None = None
     served_model_name: str | None = None
     step_timeout: float = 300.0
@@ -85,6 +101,7 @@ class EngineConfig:
             ("load_format", LOAD_FORMATS),
             ("dispatcher", DISPATCHERS),
             ("balance", BALANCE),
+            ("overflow", OVERFLOWS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
@@ -93,9 +110,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
-        skip = self.skip_tokenizer_init
-        if not isinstance(skip, bool):
-            raise ValueError(f"skip_tokenizer_init: {skip!r} is not allowed; it must be true or false")
+        for name in ("skip_tokenizer_init", "batch_invariant", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
             check_integer(name, getattr(self, name), 1)
         check_integer("redundant_experts", self.redundant_experts, 0)
@@ -118,6 +135,27 @@ class EngineConfig:
             raise ValueError(
                 "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
             )
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        factor, epsilon = self.capacity_factor, self.balance_epsilon
+        if factor is not None:
+            if not (is_number(factor) and 0 < factor <= sys.float_info.max):
+                raise ValueError(f"capacity_factor: {factor!r} is not allowed; it must be a finite number above 0")
+            object.__setattr__(self, "capacity_factor", float(factor))
+        elif self.overflow != "queue":
+            raise ValueError(f"overflow: {self.overflow!r} is not allowed; without capacity_factor nothing overflows")
+        if epsilon is not None:
+            if not (is_number(epsilon) and 0 < epsilon < 1):
+                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; it must be a number between 0 and 1")
+            if self.ep_size == 1:
+                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; ep_size 1 has nothing to balance")
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether the experts that a token uses may depend on the batch and on the ranks' load."""
+        drops = self.capacity_factor is not None and self.overflow != "queue"
+        return drops or self.balance_epsilon is not None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
@@ -127,6 +165,11 @@ class EngineConfig:
             if name not in known:
                 raise ValueError(f"{name}: no such option; known options are {known}")
         return cls(**values)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_integer(name: str, value: object, least: int) -> None:

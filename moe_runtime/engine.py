@@ -6,17 +6,23 @@ recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moe_runtime import __version__
 from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.detokenizer import IncrementalDecoder, OutputText
 from moe_runtime.executor import Executor
-from moe_runtime.messages import PromptLogprobs, RankResult, RoutedExperts, Sample, TokenLogprobs
+from moe_runtime.intake import Intake
+from moe_runtime.messages import (
+    ExpertChanges,
+    PromptLogprobs,
+    RankResult,
+    RoutedExperts,
+    Sample,
+    StepPlan,
+    TokenLogprobs,
+)
 from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
 from moe_runtime.request import Request
 from moe_runtime.routing import load_policies
@@ -28,7 +34,8 @@ if TYPE_CHECKING:
 
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
-    from moe_runtime.rebalancer import BalancerStats, Rebalance
+    from moe_runtime.mover import Rebalance
+    from moe_runtime.rebalancer import BalancerStats
     from moe_runtime.tokenizer import Tokenizer
 
 
@@ -39,6 +46,8 @@ class EngineStats:
     `kv_cache_usage` is the share of pages held, 0 to 1. `prompt_tokens` and `generation_tokens` count tokens of
     prompts that gave a first token, and tokens generated. `dispatcher_steps` says how many steps each dispatcher ran,
     `finished` how many requests ended for which reason. `last_step_seconds` is that of the slowest rank.
+    `expert_changes` is what capacity and load-aware routing did, `extra_rounds` the rounds of dispatch beyond one per
+    layer that `overflow="queue"` took.
     """
 
     num_running: int
@@ -52,6 +61,8 @@ class EngineStats:
     finished: dict[str, int]
     last_step_seconds: float
     balancer: BalancerStats
+    expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
+    extra_rounds: int = 0
 
 
 class Engine:
@@ -81,15 +92,16 @@ class Engine:
             config.max_num_batched_tokens,
             config.dispatcher,
             set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
+            sorted(set.intersection(*(set(rank.buckets) for rank in executor.ranks))),
         )
         from moe_runtime.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
         from moe_runtime.trace_recorder import TraceRecorder
 
         self.rebalancer = Rebalancer(config, model_config, executor)
         self._policies = load_policies(config, model_config)
+        self._intake = Intake(tokenizer, model_config.vocab_size, self.max_model_len, config.seed)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
-        self._seeds = random.Random(config.seed)
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, Request] = {}
@@ -100,6 +112,9 @@ class Engine:
         self._dispatcher_steps: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._last_step_seconds = 0.0
+        self._rank_rows: list[list[int]] = []  # of the last step that is known
+        self._expert_changes = ExpertChanges()
+        self._extra_rounds = 0
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
         """Enqueue a request; its tokens come out of `step`.
@@ -109,24 +124,8 @@ class Engine:
         """
         if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
             raise ValueError(f"request_id: {request_id!r} is in use")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop: stop strings need a tokenizer; use stop_token_ids with skip_tokenizer_init")
-        token_ids = self._prompt_token_ids(prompt)
         params = replace(params, routing=self._policies.resolve(params.routing))
-        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        room = self.max_model_len - len(token_ids)
-        request = Request(
-            request_id=request_id,
-            seq_id=self._num_requests,
-            prompt=prompt if isinstance(prompt, str) else None,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            params=params,
-            seed=seed,
-            max_output_tokens=min(room, params.max_tokens or room),
-            output_text=self._output_text(token_ids, params),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-        )
+        request = self._intake.request(request_id, self._num_requests, prompt, params)
         self._num_requests += 1
         self._requests[request_id] = request
         self._by_seq_id[request.seq_id] = request
@@ -142,7 +141,7 @@ class Engine:
             self._end(request, "abort")
             logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
             delta = request.delta([], logprobs, "abort", None)
-            self._ready.append(replace(delta, routed_experts=self._routed_experts(request)))
+            self._ready.append(self._last_delta(request, delta))
 
     @property
     def has_work(self) -> bool:
@@ -156,7 +155,7 @@ class Engine:
             RankError: a rank died, reported an error or did not answer in time.
         """
         while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
-            self.executor.submit(self.rebalancer.prepare(plan))
+            self.executor.submit(self._with_loads(self.rebalancer.prepare(plan)))
             self._num_inflight += 1
             self._dispatcher_steps[plan.dispatcher] += 1
         assert self._num_inflight or not self._requests, "there are requests, and none can run"
@@ -201,6 +200,8 @@ class Engine:
             finished=dict(self._finished),
             last_step_seconds=self._last_step_seconds,
             balancer=self.rebalancer.stats(),
+            expert_changes=self._expert_changes,
+            extra_rounds=self._extra_rounds,
         )
 
     def expert_load(self) -> ExpertLoad:
@@ -252,6 +253,11 @@ class Engine:
             "dispatcher": self.config.dispatcher,
             "dispatchers": sorted(ranks[0].dispatchers),
             "dispatcher_steps": dict(self._dispatcher_steps),
+            "capacity_factor": self.config.capacity_factor,
+            "overflow": self.config.overflow,
+            "balance_epsilon": self.config.balance_epsilon,
+            "expert_changes": asdict(self._expert_changes),
+            "extra_rounds": self._extra_rounds,
             "max_model_len": self.max_model_len,
             "block_size": self.config.block_size,
             "num_blocks": [rank.num_blocks for rank in ranks],
@@ -261,6 +267,8 @@ class Engine:
 
     def _placement_invariance(self) -> str:
         """How far batches, chunks, ranks and placements leave a request's tokens alone."""
+        if self.config.changes_experts:
+            return "none"
         if all(rank.batch_invariant for rank in self.executor.ranks):
             return "bitwise"
         return "greedy tokens, float32" if self.executor.ranks[0].dtype == "float32" else "none"
@@ -277,39 +285,8 @@ class Engine:
         if self._recorder is not None:
             self._recorder.save()
 
-    def _prompt_token_ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("prompt: text needs a tokenizer; give token ids with skip_tokenizer_init")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = list(prompt)
-        if not token_ids:
-            raise ValueError("prompt: it is empty; at least one token is needed")
-        vocab_size = self.model_config.vocab_size
-        for token in token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"prompt: token id {token!r} is not allowed; it must be an integer from 0 to {vocab_size - 1}"
-                )
-        if len(token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt: {len(token_ids)} tokens, but max_model_len is {self.max_model_len} "
-                "and at least one must be left for the output"
-            )
-        return token_ids
-
-    def _output_text(self, prompt: Sequence[int], params: SamplingParams) -> OutputText | None:
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return None
-        skip = params.skip_special_tokens
-
-        def decode(token_ids: list[int]) -> str:
-            return tokenizer.decode(token_ids, skip_special_tokens=skip)
-
-        decoder = IncrementalDecoder(decode, prompt, tokenizer.special_ids if skip else frozenset())
-        return OutputText(decoder, tuple(params.stop), params.include_stop_str_in_output)
+    def _with_loads(self, plan: StepPlan) -> StepPlan:
+        return plan if self.config.balance_epsilon is None else replace(plan, rank_rows=self._rank_rows)
 
     def _collect(self) -> None:
         """Take in the oldest step's results."""
@@ -317,6 +294,8 @@ class Engine:
         self._num_inflight -= 1
         self._last_step_seconds = max(result.seconds for result in results)
         self.rebalancer.note(results)
+        self._rank_rows = [result.expert_rows for result in results]
+        self._extra_rounds += results[0].extra_rounds
         if self._recorder is not None:
             self._recorder.add(results)
         for result in results:
@@ -327,6 +306,7 @@ class Engine:
         for found in result.prompt_logprobs:
             if (request := self._by_seq_id.get(found.seq_id)) is not None:
                 self._add_prompt_logprobs(request, found)
+        self._add_expert_changes(result)
         for routed in result.routed_experts:
             if (request := self._by_seq_id.get(routed.seq_id)) is not None and request.params.return_routed_experts:
                 self._add_routed_experts(request, routed)
@@ -339,6 +319,12 @@ class Engine:
         num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt goes through the model again
         assert num_known >= 0
         request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
+
+    def _add_expert_changes(self, result: RankResult) -> None:
+        for found in result.expert_changes:
+            self._expert_changes += found.changes
+            if (request := self._by_seq_id.get(found.seq_id)) is not None:
+                request.expert_changes += found.changes
 
     def _add_routed_experts(self, request: Request, found: RoutedExperts) -> None:
         from moe_runtime.trace_recorder import read_routed
@@ -366,7 +352,12 @@ class Engine:
         if finish_reason is not None:
             self._end(request, finish_reason)
         delta = request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
-        return delta if finish_reason is None else replace(delta, routed_experts=self._routed_experts(request))
+        return delta if finish_reason is None else self._last_delta(request, delta)
+
+    def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
+        """With what comes at a request's end."""
+        changes = request.expert_changes if self.config.changes_experts else None
+        return replace(delta, routed_experts=self._routed_experts(request), expert_changes=changes)
 
     def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
         decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None

@@ -21,7 +21,8 @@ class RankInfo:
 
     `num_blocks` is the size of its KV cache in pages, `weight_bytes` what it holds of the model, `kernels` which
     implementation each operation uses, `pid` its process. `batch_invariant` promises that a row has the same bits in
-    any batch, chunk and rank; `dispatchers` are those that a plan may name.
+    any batch, chunk and rank; `dispatchers` and `buckets` are those that a plan may name. `graph_bytes` is what the
+    buckets' graphs and tensors take.
     """
 
     rank: int
@@ -36,6 +37,8 @@ class RankInfo:
     kernels: dict[str, str]
     batch_invariant: bool
     dispatchers: tuple[str, ...]
+    buckets: tuple[int, ...] = ()
+    graph_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_runtime.batch import StepRouting
 from moe_runtime.config import MoEConfig
 from moe_runtime.kernels import ops
+from moe_runtime.kernels.forms import USUAL, Forms
 
 
 class Gate:
@@ -22,12 +23,21 @@ class Gate:
         weight_ED: the router; float32 where the family computes it so.
         correction_bias_E: float32 bias that takes part in choosing only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         counts_2E: int64, tokens of each expert in prefill and decode; grows with every call, without a device sync.
+            None counts nothing.
         layer: number of the sparse layer.
+        forms: of the router's product.
     """
 
     def __init__(
-        self, config: MoEConfig, weight_ED: Tensor, correction_bias_E: Tensor | None, counts_2E: Tensor, layer: int
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        correction_bias_E: Tensor | None,
+        counts_2E: Tensor | None,
+        layer: int,
+        forms: Forms = USUAL,
     ) -> None:
+        self.forms = forms
         self.config = config
         self.weight_ED = weight_ED
         self.correction_bias_E = correction_bias_E
@@ -40,7 +50,7 @@ class Gate:
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's `[T, E]`."""
-        return F.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED)
+        return self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, None)
 
     def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
@@ -62,13 +72,21 @@ class Gate:
             if routing.policy_T is not None and routing.policies_LP4 is not None:
                 policy_T4 = routing.policies_LP4[self.layer][routing.policy_T]
                 weights_TK, experts_TK = drop_experts(self.config, policy_T4, logits_TE, weights_TK, experts_TK)
+            if routing.live_T is not None:
+                experts_TK = experts_TK.masked_fill(~routing.live_T[:, None], -1)
             if routing.chosen_LTK is not None:
                 routing.chosen_LTK[self.layer] = experts_TK
-        for phase, chosen in ((1, experts_TK[:num_decode]), (0, experts_TK[num_decode:])):
-            if chosen.numel():
-                used = (chosen >= 0).long().flatten()
-                self.counts_2E[phase].scatter_add_(0, chosen.clamp(min=0).flatten(), used)
+        if self.counts_2E is not None:
+            count_choices(self.counts_2E, experts_TK, num_decode)
         return weights_TK, experts_TK
+
+
+def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> None:
+    """Add to the tokens of each expert in prefill and decode. The first `num_decode` rows are decode; -1 is none."""
+    for phase, chosen in ((1, experts_TK[:num_decode]), (0, experts_TK[num_decode:])):
+        if chosen.numel():
+            used = (chosen >= 0).long().flatten()
+            counts_2E[phase].scatter_add_(0, chosen.clamp(min=0).flatten(), used)
 
 
 def drop_experts(

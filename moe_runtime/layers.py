@@ -19,11 +19,14 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
 from moe_runtime.batch import Batch
+from moe_runtime.capacity import LayerLimits
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.gate import Gate
 from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import DecodeRows
+from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
 from moe_runtime.kv_cache import KVCache, LayerCache
 from moe_runtime.models.decoder import DecoderLayer, LayerLoop
 from moe_runtime.moe import Experts, MoELayer, Router, Shared
@@ -34,9 +37,10 @@ from moe_runtime.sampler import first_best
 class Linear:
     """`x @ weight.T + bias` with the weight `[outputs, inputs]`, whose rows are loaded piece by piece."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, forms: Forms = USUAL) -> None:
         self.weight = weight
         self.bias = bias
+        self.forms = forms
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +51,7 @@ class Linear:
         self.weight[first_row : first_row + len(weight_ND)] = weight_ND
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.forms.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class AttentionStep:
     cos_Tr: Tensor
     sin_Tr: Tensor
     slot_T: Tensor
-    metadata: ops.AttentionMetadata
+    metadata: ops.AttentionMetadata | DecodeRows
 
 
 class Attention:
@@ -122,6 +126,7 @@ class Attention:
         output: projection back.
         q_norm, k_norm: weights `[d]`, or None.
         next_norm: the norm behind.
+        forms: of the attention itself.
     """
 
     def __init__(
@@ -132,6 +137,7 @@ class Attention:
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         next_norm: RMSNorm,
+        forms: Forms,
     ) -> None:
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
@@ -142,6 +148,7 @@ class Attention:
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.next_norm = next_norm
+        self.forms = forms
 
     @property
     def nbytes(self) -> int:
@@ -156,17 +163,21 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None:
             q_THd = ops.rms_norm(q_THd, self.q_norm, self.eps)
             k_TGd = ops.rms_norm(k_TGd, self.k_norm, self.eps)
-        q_THd, k_TGd = ops.apply_rotary(q_THd, k_TGd, step.cos_Tr, step.sin_Tr)
-        ops.store_kv(k_TGd, v_TGd, cache.k_NBGd, cache.v_NBGd, step.slot_T)
-        out_THd = ops.paged_attention(
-            q_THd,
-            cache.k_NBGd,
-            cache.v_NBGd,
-            step.metadata,
-            scale=self.head_dim**-0.5,
-            sliding_window=self.sliding_window,
-        )
+        pages = (cache.k_NBGd, cache.v_NBGd)
+        q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, step.cos_Tr, step.sin_Tr, *pages, step.slot_T)
+        out_THd = self._attend(q_THd, *pages, step.metadata)
         return self.next_norm.add(self.output(out_THd.flatten(1)), residual_TD)
+
+    def _attend(
+        self, q_THd: Tensor, k_NBGd: Tensor, v_NBGd: Tensor, meta: ops.AttentionMetadata | DecodeRows
+    ) -> Tensor:
+        scale, window = self.head_dim**-0.5, self.sliding_window
+        if isinstance(meta, DecodeRows):
+            where = (meta.block_table, meta.sequence_T, meta.position_T)
+            return ops.decode_attention(
+                q_THd, k_NBGd, v_NBGd, *where, max_context=meta.max_context, scale=scale, sliding_window=window
+            )
+        return self.forms.paged_attention(q_THd, k_NBGd, v_NBGd, meta, scale=scale, sliding_window=window)
 
 
 class Embedding:
@@ -203,21 +214,34 @@ class Head:
 
 @dataclass(frozen=True)
 class TorchKit:
-    """Makes the parts of a decoder in torch; weights are loaded into them afterwards."""
+    """Makes the parts of a decoder in torch; weights are loaded into them afterwards.
+
+    With `batch_invariant` a row has the same bits in any batch, however its prompt is cut.
+    """
 
     dtype: torch.dtype
     device: torch.device
+    batch_invariant: bool = False
+
+    @property
+    def forms(self) -> Forms:
+        return INVARIANT if self.batch_invariant else USUAL
 
     @property
     def row_ops(self) -> RowOps:
         return TORCH_ROWS
 
     def describe(self) -> dict[str, str]:
-        """The implementation of each op."""
-        return ops.describe(self.device)
+        """The implementation of each op, and how many tiles were tuned on this kind of GPU, which are read now."""
+        found = ops.describe(self.device)
+        if ops.uses_triton(self.device):
+            from moe_runtime.kernels.triton.tune import tuned_tiles
+
+            found["tuned tiles"] = str(len(tuned_tiles(self.device)))
+        return found
 
     def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> Linear:
-        return Linear(torch.empty(outputs, inputs, dtype=self.dtype, device=self.device), bias)
+        return Linear(torch.empty(outputs, inputs, dtype=self.dtype, device=self.device), bias, self.forms)
 
     def head(self, vocab_size: int, hidden_size: int) -> tuple[Head, Linear]:
         """The head, and what loads it."""
@@ -236,7 +260,7 @@ class TorchKit:
         k_norm: Tensor | None,
         next_norm: RMSNorm,
     ) -> Attention:
-        return Attention(config, qkv, output, q_norm, k_norm, next_norm)
+        return Attention(config, qkv, output, q_norm, k_norm, next_norm, self.forms)
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> AttentionStep:
         """What all layers of a step share."""
@@ -260,12 +284,18 @@ class TorchKit:
         return DenseBlock(mlp, next_norm)
 
     def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> ExpertSlots:
-        return ExpertSlots(num_slots, hidden_size, intermediate_size, self.dtype, self.device)
+        return ExpertSlots(num_slots, hidden_size, intermediate_size, self.dtype, self.device, self.forms)
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        slot_E: Tensor,
+        counts_2E: Tensor | None,
+        layer: int,
     ) -> Gate:
-        return Gate(config, weight_ED, bias_E, counts_2E, layer)
+        return Gate(config, weight_ED, bias_E, counts_2E, layer, self.forms)
 
     def sparse_block(
         self,
@@ -275,5 +305,6 @@ class TorchKit:
         shared: Shared | None,
         next_norm: RMSNorm,
         dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None,
     ) -> MoELayer:
-        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
+        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)

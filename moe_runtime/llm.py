@@ -21,7 +21,7 @@ from moe_runtime.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
-    from moe_runtime.rebalancer import Rebalance
+    from moe_runtime.mover import Rebalance
 
 REBALANCE_POLL_SECONDS = 0.001
 
@@ -280,5 +280,5 @@ def _extend(output: RequestOutput, delta: OutputDelta) -> None:
         output.prompt_token_ids = delta.prompt_token_ids
         output.prompt_logprobs = delta.prompt_logprobs
     completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
-    completion.routed_experts = delta.routed_experts
+    completion.routed_experts, completion.expert_changes = delta.routed_experts, delta.expert_changes
     output.finished = delta.finish_reason is not None

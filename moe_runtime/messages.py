@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from moe_runtime.sampling_params import SamplingParams
 
+PADDED = "padded"  # the dispatcher of steps that name a bucket
+
 
 @dataclass(frozen=True)
 class NewSequence:
@@ -73,7 +75,9 @@ class StepPlan:
     """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
 
     A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `routes`, then runs `chunks`.
-    `measure` asks for the `expert_work` of the step.
+    `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each rank
+    computed in the last step that the front knows, where load-aware routing asks for them. With a `bucket` there are
+    decode rows alone, and every rank runs so many, padding included; the dispatcher is `PADDED`. See `decode_graphs`.
     """
 
     step: int
@@ -83,6 +87,8 @@ class StepPlan:
     placement_version: int = 0
     generation: int = 0
     measure: bool = False
+    rank_rows: list[list[int]] = field(default_factory=list)
+    bucket: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,8 +172,35 @@ class RoutedExperts:
 
 
 @dataclass(frozen=True)
+class ExpertChanges:
+    """Assignments (a token's k-th expert in a layer) that limits of experts and ranks have changed.
+
+    Moved to a near-equal expert of a lighter rank, rerouted from an expert that was full, dropped.
+    """
+
+    moved: int = 0
+    rerouted: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: ExpertChanges) -> ExpertChanges:
+        return ExpertChanges(self.moved + other.moved, self.rerouted + other.rerouted, self.dropped + other.dropped)
+
+
+@dataclass(frozen=True)
+class SequenceChanges:
+    """What was changed in a sequence's share of a step."""
+
+    seq_id: int
+    changes: ExpertChanges
+
+
+@dataclass(frozen=True)
 class RankResult:
-    """What one rank has to say of one step."""
+    """What one rank has to say of one step.
+
+    `expert_rows` [L] are the rows that its experts computed, where `StepPlan.rank_rows` wants them; `extra_rounds` are
+    the rounds of dispatch beyond one in each layer, the same on all ranks.
+    """
 
     step: int
     rank: int
@@ -176,3 +209,6 @@ class RankResult:
     seconds: float = 0.0
     expert_work: list[ExpertWork] = field(default_factory=list)
     routed_experts: list[RoutedExperts] = field(default_factory=list)
+    expert_changes: list[SequenceChanges] = field(default_factory=list)
+    expert_rows: list[int] = field(default_factory=list)
+    extra_rounds: int = 0

@@ -13,11 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe_runtime.all2all.dispatch import Dispatched, Dispatcher
+from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, RoundDispatcher
+from moe_runtime.all2all.rounds import place_among_equals
 from moe_runtime.batch import Batch, StepRouting
+from moe_runtime.capacity import LayerLimits
 from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.messages import ExpertWork
+from moe_runtime.messages import PADDED, ExpertWork
 from moe_runtime.routes import ROUTE_LENGTH
+from moe_runtime.side_stream import SideStream
 
 
 class Router(Protocol):
@@ -25,6 +28,9 @@ class Router(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """The router's `[T, E]`."""
 
     def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
@@ -88,6 +94,7 @@ class MoELayer:
         shared: the experts that every token uses, or None.
         next_norm: the norm behind.
         dispatchers: by the name that a plan uses.
+        limits: of experts and ranks, or None.
     """
 
     def __init__(
@@ -98,6 +105,7 @@ class MoELayer:
         shared: Shared | None,
         next_norm: Norm,
         dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None = None,
     ) -> None:
         self.gate = gate
         # The last row is that of expert -1: what a policy has dropped goes nowhere.
@@ -107,6 +115,8 @@ class MoELayer:
         self.shared = shared
         self.next_norm = next_norm
         self.dispatchers = dispatchers
+        self.limits = limits
+        self._beside = SideStream(slot_E.device)
 
     @property
     def nbytes(self) -> int:
@@ -116,13 +126,23 @@ class MoELayer:
         """The normed rows and the residual rows. All ranks call it for the same step, also one that has no token."""
         way = self.dispatchers[batch.dispatcher]
         weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.routing)
+        if self.limits is not None and self.limits.changes_experts:
+            logits_TE = self.gate.logits(x_TD)
+            weights_TK, experts_TK = self.limits.choose(logits_TE, weights_TK, experts_TK, self.slot_EP[:-1], batch)
 
-        sent = way.dispatch(x_TD, self._slots(experts_TK), batch.tokens_per_rank)
-        y_RD = self._compute(sent, batch.expert_work)
-        out_TD = way.combine(y_RD, sent, weights_TK)
+        shared_TD = self._beside.start(self.shared, x_TD) if self.shared is not None else None
 
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+        # A captured step is repeated under routes that are not known yet.
+        slot_TK = self._slots(experts_TK, any_routes=batch.dispatcher == PADDED and "local" not in self.dispatchers)
+        if self.limits is not None and self.limits.queues:
+            out_TD = self._in_rounds(way, self.limits, x_TD, slot_TK, weights_TK, batch)
+        else:
+            sent = way.dispatch(x_TD, slot_TK, batch.tokens_per_rank)
+            y_RD = self._compute(sent, batch)
+            out_TD = way.combine(y_RD, sent, weights_TK)
+
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD()
         return self.next_norm.add(out_TD, residual_TD)
 
     def route(self, expert: int, slots: list[int]) -> None:
@@ -131,20 +151,31 @@ class MoELayer:
         self.slot_EP[expert] = turns
         self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
 
-    def _slots(self, experts_TK: Tensor) -> Tensor:
+    def _slots(self, experts_TK: Tensor, any_routes: bool = False) -> Tensor:
         """The global slot of each (token, k), `[T, K]`; -1 for expert -1."""
-        if not self.has_replicas:
+        if not (self.has_replicas or any_routes):
             return self.slot_EP[experts_TK, 0]
-        chosen = experts_TK.flatten() % len(self.slot_EP)
-        order = chosen.argsort(stable=True)
-        counts_E = torch.zeros(len(self.slot_EP), dtype=torch.int64, device=chosen.device)
-        counts_E.scatter_add_(0, chosen, torch.ones_like(chosen))
-        first_E = counts_E.cumsum(0) - counts_E
-        turn = torch.empty_like(chosen)
-        turn[order] = torch.arange(len(chosen), device=chosen.device) - first_E[chosen[order]]
+        chosen = experts_TK.flatten()
+        turn = place_among_equals(chosen, len(self.slot_EP) - 1)
         return self.slot_EP[chosen, turn % ROUTE_LENGTH].view_as(experts_TK)
 
-    def _compute(self, sent: Dispatched, work: list[ExpertWork] | None) -> Tensor:
+    def _in_rounds(
+        self, way: Dispatcher, limits: LayerLimits, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch
+    ) -> Tensor:
+        """Dispatch, experts and way back in as many rounds as the fullest slot of any rank needs, then the sum."""
+        assert batch.limits is not None and isinstance(way, RoundDispatcher)
+        capacities = limits.capacities(batch.tokens_per_rank)
+        rounds = [
+            way.bring_back(self._compute(sent, batch), sent)
+            for sent in way.dispatch_rounds(x_TD, slot_TK, batch.tokens_per_rank, capacities)
+        ]
+        batch.limits.extra_rounds += len(rounds) - 1
+        return way.combine_rounds(rounds, weights_TK)
+
+    def _compute(self, sent: Dispatched, batch: Batch) -> Tensor:
+        work = batch.expert_work
+        if self.limits is not None and batch.limits is not None:
+            batch.limits.rows_L[self.limits.layer] += sent.counts_S.sum()
         if work is None:
             return self.experts(sent.x_ND, sent.row_R, sent.counts_S)
         counts = sent.counts_S.tolist()  # waits for the device, as the second synchronize does

@@ -13,21 +13,22 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.batch import Batch, StepRouting
+from moe_runtime.capacity import LayerLimits
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import (
     AttentionBlock,
     DenseBlock,
     Layers,
     NextNorm,
-    PackedExperts,
-    PackedLinear,
     Router,
     Routing,
     SparseBlock,
 )
 from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kv_cache import KVCache, LayerCache
 from moe_runtime.models.decoder import DecoderLayer, LayerLoop
 from moe_runtime.moe import MoELayer
@@ -249,6 +250,7 @@ class NativeKit:
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Step:
         """What all layers of a step share."""
+        assert isinstance(batch.attention, AttentionMetadata)
         angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
         return Step(batch.attention, batch.slot_T, *angles)
 
@@ -277,7 +279,13 @@ class NativeKit:
         return PackedExperts(self.kernels, num_slots, hidden_size, intermediate_size, self.dtype)
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        slot_E: Tensor,
+        counts_2E: Tensor | None,
+        layer: int,
     ) -> NativeGate:
         gate = gate_config(
             config.num_experts,
@@ -299,9 +307,10 @@ class NativeKit:
         shared: NativeMLP | None,
         next_norm: NativeNorm,
         dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None,
     ) -> MoELayer | NativeSparseBlock:
         all_are_here = int(slot_E.max()) < experts.num_slots
-        if all_are_here and set(dispatchers) == {"local"}:
+        if all_are_here and set(dispatchers) == {"local"} and limits is None:
             whole = SparseBlock(gate.router, experts, shared.experts if shared else None, next_norm.behind)
             return NativeSparseBlock(whole, gate)
-        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
+        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from moe_runtime.messages import ExpertChanges
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -29,7 +31,8 @@ class CompletionOutput:
     `finish_reason` is "stop" or "length"; `stop_reason` is the stop string or stop id that ended it, None for the
     model's own end of sequence. `routed_experts`, if asked for, has the experts of every token that went through the
     model, all of prompt and output but the last: [tokens, sparse layers, experts per token], best first, in uint8 where
-    that can hold them, else uint16; the type's largest value stands where a policy dropped one.
+    that can hold them, else uint16; the type's largest value stands where one was dropped. `expert_changes` counts what
+    capacity and load-aware routing have changed of them, where the engine's options let them.
     """
 
     index: int
@@ -39,6 +42,7 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None
     routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None
 
 
 @dataclass
@@ -59,7 +63,7 @@ class OutputDelta:
 
     The last delta of a request has a `finish_reason`: "stop", "length", or "abort". `text` may lag behind `token_ids`:
     half a character, or what may become a stop string, is held back. The prompt's tokens come with the first delta,
-    and its log-probabilities if asked for; `routed_experts` with the last (see `CompletionOutput`).
+    and its log-probabilities if asked for; `routed_experts` and `expert_changes` with the last, see `CompletionOutput`.
     """
 
     request_id: str
@@ -73,3 +77,4 @@ class OutputDelta:
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None

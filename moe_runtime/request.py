@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_runtime.detokenizer import OutputText
+from moe_runtime.messages import ExpertChanges
 from moe_runtime.outputs import OutputDelta, PositionLogprobs
 from moe_runtime.sampling_params import SamplingParams
 
@@ -29,6 +30,7 @@ class Request:
         output_text: turns tokens to text; None without a tokenizer.
         prompt_logprobs: so far, the first is None as nothing comes before it; None if not asked for.
         routed_experts: so far, in parts [tokens, layers, experts per token] in order of position, if asked for.
+        expert_changes: so far; what a preempted request computes again counts again.
         rank: where it runs; None while it waits.
         blocks: pages it holds there, in order of position.
         num_prefill_tokens: tokens it had when the rank took it in; what comes after them are decode rows.
@@ -45,6 +47,7 @@ class Request:
     output_text: OutputText | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: list[np.ndarray] = field(default_factory=list)
+    expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     rank: int | None = None
     blocks: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0

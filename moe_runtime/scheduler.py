@@ -19,12 +19,24 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.block_pool import BlockPool
-from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.config import EngineConfig
+from moe_runtime.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
 from moe_runtime.request import Request
 
 # With few rows a step waits for messages, not for bytes. `all_gather` sends every row to every rank, but needs no
 # exchange of counts first, and so one round of messages less than `all_to_all`.
 ALL_GATHER_MAX_TOKENS = 64
+
+
+def buckets_of(config: EngineConfig, num_ranks: int) -> tuple[int, ...]:
+    """Rows of steps that GPUs capture: powers of two, and the most there may be; none where the options forbid it.
+
+    With several ranks, as with `all_gather`, at most `ALL_GATHER_MAX_TOKENS`: all ranks get all rows.
+    """
+    if config.enforce_eager or config.record_trace or config.dispatcher not in ("auto", "local", "all_gather"):
+        return ()
+    most = config.max_num_seqs if num_ranks == 1 else min(config.max_num_seqs, ALL_GATHER_MAX_TOKENS)
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
 
 
 @dataclass(eq=False)
@@ -38,9 +50,13 @@ class RankState:
 
 @dataclass(eq=False)
 class Draft:
-    """A rank's share of the step that is being planned. `prompt_budget` tokens are left for prompts."""
+    """A rank's share of the step that is being planned.
+
+    `prompt_budget` tokens are left for prompts. `asks_gates`: a request has a routing policy or wants its experts.
+    """
 
     prompt_budget: int
+    asks_gates: bool = False
     decode: list[Chunk] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
     new_sequences: list[NewSequence] = field(default_factory=list)
@@ -57,6 +73,7 @@ class Scheduler:
         max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
         dispatcher: of all steps; "auto" chooses among `available` by their tokens.
         available: dispatchers that all ranks have.
+        buckets: numbers of rows, ascending, that all ranks have ready for steps of decode rows alone.
     """
 
     def __init__(
@@ -67,6 +84,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         dispatcher: str = "auto",
         available: Collection[str] = ("local", "all_gather", "all_to_all"),
+        buckets: Sequence[int] = (),
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
@@ -78,6 +96,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._dispatcher = dispatcher
         self._available = frozenset(available)
+        self._buckets = tuple(buckets)
 
     @property
     def num_running(self) -> int:
@@ -117,7 +136,16 @@ class Scheduler:
             plans.append(RankPlan(draft.new_sequences, rank.dropped, chunks, num_decode=len(draft.decode)))
             rank.dropped = []
         self.num_steps += 1
-        return StepPlan(self.num_steps, self._choose_dispatcher(tokens_per_rank), tokens_per_rank, plans)
+        bucket = self._choose_bucket(drafts)
+        dispatcher = PADDED if bucket else self._choose_dispatcher(tokens_per_rank)
+        return StepPlan(self.num_steps, dispatcher, tokens_per_rank, plans, bucket=bucket)
+
+    def _choose_bucket(self, drafts: list[Draft]) -> int:
+        """The least that holds the rows of every rank; 0 where a rank has other work than plain decode rows."""
+        if any(draft.prefill or draft.asks_gates for draft in drafts):
+            return 0
+        most = max(draft.num_tokens for draft in drafts)
+        return next((bucket for bucket in self._buckets if bucket >= most), 0)
 
     def _choose_dispatcher(self, tokens_per_rank: list[int]) -> str:
         if self._dispatcher != "auto":
@@ -204,6 +232,8 @@ class Scheduler:
         request.num_pending += sample
         chunk = Chunk(request.seq_id, start, num_tokens, new_blocks, sample)
         draft.num_tokens += num_tokens
+        params = request.params
+        draft.asks_gates |= params.routing is not None or params.return_routed_experts
         if is_decoding:
             draft.decode.append(chunk)
         else:

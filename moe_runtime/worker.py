@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_runtime.all2all.dispatch import make_dispatchers
-from moe_runtime.batch import Batch, StepRouting
+from moe_runtime.all2all.padded import make_padded
+from moe_runtime.batch import Batch, StepLimits, StepRouting
+from moe_runtime.capacity import Limits, step_limits, with_limits
 from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
+    PADDED,
     Chunk,
     ExpertWork,
     PromptLogprobs,
@@ -45,6 +50,7 @@ from moe_runtime.placements import initial_placement
 from moe_runtime.rank_setup import choose_device, native_kernels, shared_memory
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.scheduler import buckets_of
 from moe_runtime.slot_tasks import SlotTasks
 from moe_runtime.step_routing import routed_experts, step_routing
 from moe_runtime.weights import RandomWeights, WeightSource, open_weights
@@ -93,13 +99,24 @@ class Worker:
         self._model_config = model_config
         self.rank = rank
         self.device = choose_device(config.device, rank % local_ranks)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton and NCCL take the current one
         self.dtype: torch.dtype = getattr(torch, weights_dtype(config.dtype, model_config.dtype))
         placement = initial_placement(config, model_config, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
         kernels = native_kernels(self.device, group)
         self._runs_torch = kernels is None
-        kit: Kit = TorchKit(self.dtype, self.device) if kernels is None else NativeKit(kernels, self.dtype)
+        kit: Kit = (
+            TorchKit(self.dtype, self.device, config.batch_invariant)
+            if kernels is None
+            else NativeKit(kernels, self.dtype)
+        )
         dispatchers = make_dispatchers(group, placement.max_slots, kit.row_ops)
+        self._limits = Limits.of(config)
+        buckets = buckets_of(config, num_ranks) if self._limits is None else ()
+        capture = capture_on(self.device) if kernels is None and buckets else None
+        if capture is not None:
+            dispatchers[PADDED] = make_padded(group, placement.max_slots)
         if group is not None and config.dispatcher in ("auto", "symmetric"):
             possible = kernels is not None and local_ranks == group.size()
             shared = shared_memory(
@@ -113,15 +130,33 @@ class Worker:
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
-            loader = ModelLoader(model_config, self.source, placement, rank, dispatchers, self.counter, kit)
+            loader = ModelLoader(
+                model_config, self.source, placement, rank, dispatchers, self.counter, kit, self._limits
+            )
             self.model = loader.load(progress=bar.update)
         self.slot_tasks = SlotTasks(rank, loader, [block.experts for block in self.model.sparse_blocks])
         num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
-        self.cache = KVCache(model_config, num_blocks, config.block_size, self.dtype, self.device)
+        # What padding writes goes to one page more.
+        num_pages = num_blocks + (capture is not None)
+        self.cache = KVCache(model_config, num_pages, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
         self._run_layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
         self._keeps_experts = config.record_trace is not None
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                partial(self.model.forward, run_layers=self._run_layers),
+                buckets,
+                num_ranks=num_ranks,
+                max_context=config.max_model_len or model_config.max_model_len,
+                block_size=config.block_size,
+                spare_page=num_blocks,
+                hidden_size=model_config.hidden_size,
+                dtype=self.dtype,
+                device=self.device,
+                capture=capture,
+            )
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),
@@ -133,8 +168,10 @@ class Worker:
             weight_bytes=self.model.nbytes,
             load_seconds=time.perf_counter() - start,
             kernels=kit.describe(),
-            batch_invariant=kernels is not None,
+            batch_invariant=kernels is not None or config.batch_invariant,
             dispatchers=tuple(dispatchers),
+            buckets=() if self._graphs is None else buckets,
+            graph_bytes=0 if self._graphs is None else self._graphs.nbytes,
         )
 
     @torch.inference_mode()
@@ -147,12 +184,14 @@ class Worker:
         with self._torch_threads():
             params = [self.sequences[chunk.seq_id].params for chunk in work.chunks]
             routing = step_routing(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
-            hidden_TD = self.forward(work, plan, expert_work, routing)
+            limits = self._step_limits(work, plan)
+            hidden_TD = self.forward(work, plan, expert_work, routing, limits)
             samples = self._sample(work.chunks, hidden_TD)
             prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
         seconds = time.perf_counter() - start
         routed = routed_experts(work, params, routing, keep_all=self._keeps_experts)
-        return RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [], routed)
+        result = RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [], routed)
+        return result if limits is None else with_limits(result, work, limits)
 
     def forward(
         self,
@@ -160,9 +199,14 @@ class Worker:
         plan: StepPlan,
         expert_work: list[ExpertWork] | None = None,
         routing: StepRouting | None = None,
+        limits: StepLimits | None = None,
     ) -> Tensor:
         """Hidden states of the tokens of this rank's share, in its order."""
-        return self.run_batch(self._batch(work, plan, expert_work, routing))
+        rows = self._rows(work)
+        if plan.bucket:
+            assert self._graphs is not None and routing is None and work.num_decode == len(work.chunks)
+            return self._graphs(rows, plan.bucket, expert_work)
+        return self.run_batch(self._batch(work, plan, rows, expert_work, routing, limits))
 
     def run_batch(self, batch: Batch) -> Tensor:
         """Hidden states `[T, D]` of a batch."""
@@ -200,32 +244,41 @@ class Worker:
         for route in work.routes:
             self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
 
-    def _batch(
-        self,
-        work: RankPlan,
-        plan: StepPlan,
-        expert_work: list[ExpertWork] | None,
-        routing: StepRouting | None,
-    ) -> Batch:
-        tokens: list[int] = []
-        positions: list[int] = []
-        num_prompt: list[int] = []
-        slots: list[int] = []
+    def _step_limits(self, work: RankPlan, plan: StepPlan) -> StepLimits | None:
+        if self._limits is None:
+            return None
+        return step_limits(plan.rank_rows, work.num_tokens, len(self._model_config.moe_layers), self.device)
+
+    def _rows(self, work: RankPlan) -> StepRows:
+        """The rows of this rank's share; its sequences take their new pages."""
+        rows = StepRows()
         size = self.config.block_size
         for chunk in work.chunks:
             sequence = self.sequences[chunk.seq_id]
             sequence.blocks.extend(chunk.new_blocks)
             where = range(chunk.start, chunk.start + chunk.num_tokens)
-            tokens += sequence.token_ids[chunk.start : where.stop]
-            positions += where
-            num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
-            slots += [sequence.blocks[position // size] * size + position % size for position in where]
-        assert len(tokens) == len(positions), "a plan names positions whose tokens this rank does not have"
-        columns = self._tensor([*tokens, *positions, *num_prompt, *slots]).view(4, len(tokens))
+            rows.tokens += sequence.token_ids[chunk.start : where.stop]
+            rows.positions += where
+            rows.num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
+            rows.slots += [sequence.blocks[position // size] * size + position % size for position in where]
+            rows.blocks.append(sequence.blocks)
+        assert len(rows.tokens) == len(rows.positions), "a plan names positions whose tokens this rank does not have"
+        return rows
+
+    def _batch(
+        self,
+        work: RankPlan,
+        plan: StepPlan,
+        rows: StepRows,
+        expert_work: list[ExpertWork] | None,
+        routing: StepRouting | None,
+        limits: StepLimits | None,
+    ) -> Batch:
+        columns = self._tensor([*rows.tokens, *rows.positions, *rows.num_prompt, *rows.slots]).view(4, len(rows.tokens))
         attention = AttentionMetadata.build(
             [chunk.num_tokens for chunk in work.chunks],
             [chunk.start + chunk.num_tokens for chunk in work.chunks],
-            [self.sequences[chunk.seq_id].blocks for chunk in work.chunks],
+            rows.blocks,
             self.device,
         )
         return Batch(
@@ -239,6 +292,7 @@ class Worker:
             tokens_per_rank=plan.tokens_per_rank,
             expert_work=expert_work,
             routing=routing,
+            limits=limits,
         )
 
     def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:

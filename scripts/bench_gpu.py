@@ -36,6 +36,7 @@ from moe_runtime.kernels import ops
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
 from gpu_bench import timings
 from gpu_bench.checks import Check, check_all
+from gpu_bench.model import ENGINES
 from gpu_bench.shapes import SHAPES, SMALL_SHAPES, SMALL_TOKENS, TOKENS
 from gpu_bench.timings import Clock, Row
 
@@ -97,32 +98,34 @@ def time_ops(budget: Budget, device: torch.device, keep: float) -> tuple[list[Ro
 
 
 def time_models(budget: Budget, device: torch.device) -> list[dict[str, Any]]:
-    """Both engines on each model."""
+    """Both engines on each model, and last what batch invariance and running without graphs cost."""
     small = device.type != "cuda"
+    shapes = ("tiny",) if small else ("bench", "qwen3-30b-a3b-6-layers")
+    runs = [(shape, engine) for shape in shapes for engine in ("ours", "transformers")]
+    runs += [(shapes[0], engine) for engine in ENGINES[1:-1]]
     sizes = ["--batch", "2", "--prompt", "5", "--new-tokens", "3", "--repeats", "1"] if small else []
     found = []
-    for shape in ("tiny",) if small else ("bench", "qwen3-30b-a3b-6-layers"):
-        for engine in ("ours", "transformers"):
-            name = f"{shape} with {engine}"
-            command = [sys.executable, "-m", "gpu_bench.model", engine, shape, "--device", device.type, *sizes]
-            # The child finds this folder by PYTHONPATH, and the package wherever this process does.
-            path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
-            try:
-                child = subprocess.run(
-                    command,
-                    env=os.environ | {"PYTHONPATH": path},
-                    capture_output=True,
-                    text=True,
-                    timeout=max(1.0, min(budget.left, 2 * MODEL_S)),
-                )
-            except subprocess.TimeoutExpired:
-                budget.left_out.append(name)
-                continue
-            if child.returncode:
-                last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-                budget.left_out.append(f"{name} (failed: {last})")
-                continue
-            found.append(json.loads(child.stdout.strip().splitlines()[-1]))
+    for shape, engine in runs:
+        name = f"{shape} with {engine}"
+        command = [sys.executable, "-m", "gpu_bench.model", engine, shape, "--device", device.type, *sizes]
+        # The child finds this folder by PYTHONPATH, and the package wherever this process does.
+        path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
+        try:
+            child = subprocess.run(
+                command,
+                env=os.environ | {"PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                timeout=max(1.0, min(budget.left, 2 * MODEL_S)),
+            )
+        except subprocess.TimeoutExpired:
+            budget.left_out.append(name)
+            continue
+        if child.returncode:
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            budget.left_out.append(f"{name} (failed: {last})")
+            continue
+        found.append(json.loads(child.stdout.strip().splitlines()[-1]))
     return found
 
 

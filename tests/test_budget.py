@@ -137,3 +137,16 @@ def test_free_memory_in_a_control_group(monkeypatch, tmp_path: Path) -> None:
 def test_readable_bytes() -> None:
     assert [budgets.gigabytes(n) for n in (4e6, 1.344e9, 22.44e9)] == ["0.00 GB", "1.34 GB", "22.4 GB"]
     assert Budget(plan_budget(EngineConfig("m"), MODEL, 1, None).rank, 1, None).fits is None
+
+
+def test_captured_decode_steps_count_on_gpus_alone(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(budgets, "CUDA_DRIVER", tmp_path / "none")
+    graphs = [budgets.graph_bytes(EngineConfig("m", ep_size=ranks, max_num_seqs=100), MODEL) for ranks in (1, 2, 4)]
+    assert 0 < graphs[1] < graphs[2] and graphs[0] > 0
+    assert budgets.graph_bytes(EngineConfig("m", enforce_eager=True), MODEL) == 0
+
+    def buffers(**options: object) -> int:
+        return plan_budget(EngineConfig("m", max_num_seqs=100, **options), MODEL, 1, None).rank.buffers
+
+    assert buffers(device="cuda") - buffers(device="cuda", enforce_eager=True) == graphs[0]
+    assert buffers(device="auto") == buffers(device="cpu") == buffers(device="cuda", enforce_eager=True)

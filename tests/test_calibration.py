@@ -122,6 +122,7 @@ def test_the_command_writes_what_the_engine_reads(tmp_path: Path, capsys: Any) -
         (["--text", "x", "--mean-k", "0.5"], r"mean_k: \[0.5\] is not allowed"),
         (["--text", "x", "--mean-k", "2", "-o", "x.txt"], "output: 'x.txt' is not allowed"),
         (["--text", "x", "--mean-k", "2", "--ep-size", "2"], "ep_size: 2 is not allowed"),
+        (["--text", "x", "--mean-k", "2", "--capacity-factor", "2"], r"capacity_factor: 2\.0 is not allowed"),
         (["--text", "x", "--mean-k", "2", "--max-tokens", "600"], "max_tokens: 600 is not allowed"),
         (["--text", "x", "--mean-k", "9"], "mean_k: 9 is not allowed; the model uses 4 experts"),
         (["--text", "none.txt", "--mean-k", "2"], "none.txt"),

@@ -21,8 +21,13 @@ BAD = [
     ("kv_cache_memory_bytes", [0, 1e9]),
     ("load_format", ["gguf", None]),
     ("skip_tokenizer_init", [1, None, "yes"]),
+    ("batch_invariant", [1, None, "yes"]),
+    ("enforce_eager", [0, None, "no"]),
     ("seed", [-1, None, "x", 0.5]),
     ("dispatcher", ["nccl", None]),
+    ("capacity_factor", [0, -1.5, math.inf, math.nan, 10**400, True, "2"]),
+    ("overflow", ["wait", None, 5, "drop", "reroute"]),
+    ("balance_epsilon", [0, 1, -0.1, math.nan, True, "0.1", 0.1]),
     ("served_model_name", [""]),
     ("step_timeout", [0, -1, math.nan, None, "5"]),
 ]
@@ -39,6 +44,13 @@ def test_options_that_contradict_each_other():
         EngineConfig("demo", max_num_batched_tokens=8, max_num_seqs=9)
     with pytest.raises(ValueError, match=r'^dispatcher: "local" is not allowed'):
         EngineConfig("demo", dispatcher="local", ep_size=2)
+
+
+def test_limits_say_whether_tokens_depend_on_the_batch():
+    assert not EngineConfig("demo").changes_experts
+    assert not EngineConfig("demo", capacity_factor=1).changes_experts
+    for options in ({"capacity_factor": 1.5, "overflow": "drop"}, {"balance_epsilon": 0.1, "ep_size": 2}):
+        assert EngineConfig("demo", **options).changes_experts
 
 
 def test_from_dict_refuses_unknown_names():

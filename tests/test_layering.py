@@ -19,13 +19,25 @@ LEAVES = {
     "all2all": {"all2all", "kernels"},
     "balancer": {"balancer"},
 }
-TOP = {"bench", "cli", "cli_bench", "cli_calibrate", "cli_generate", "cli_inspect", "cli_plan", "launch", "__main__"}
+TOP = {
+    "bench",
+    "cli",
+    "cli_bench",
+    "cli_calibrate",
+    "cli_generate",
+    "cli_inspect",
+    "cli_plan",
+    "cli_tune",
+    "launch",
+    "__main__",
+}
 TORCH_FREE = """
-bench.options bench.workload block_pool budget build cli cli_bench cli_calibrate cli_inspect cli_plan config detokenizer
-engine executor host launch llm messages model_size models models.hf_config options outputs planner.choices
-planner.exchange planner.hardware planner.hardware_file planner.measure planner.measure_engine planner.plot
-planner.predict planner.report planner.routing planner.shape rank_group request routing sampling_params scheduler
-trace_recorder transport
+bench.options bench.workload block_pool budget build cli cli_bench cli_calibrate cli_inspect cli_plan cli_tune config
+detokenizer engine executor host launch llm load_monitor messages migration migration_rounds model_size models
+models.hf_config mover options outputs placements planner.choices planner.exchange planner.hardware
+planner.hardware_file planner.measure planner.measure_engine planner.plot planner.predict planner.report
+planner.routing planner.shape rank_group rebalancer request routes routing sampling_params scheduler trace_recorder
+transport
 """.split()  # noqa: SIM905
 OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]
 
@@ -94,14 +106,19 @@ def test_importing_the_package_is_light() -> None:
     run("import moe_runtime, sys; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)")
 
 
-def test_one_rank_in_process_needs_no_server_packages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("load_format", ["safetensors", "dummy"])
+def test_one_rank_in_process_needs_no_server_packages(tmp_path: Path, load_format: str) -> None:
     from tiny_models import make_model, save
 
     save(make_model("qwen3"), tmp_path)
+    if load_format == "dummy":
+        for file in [*tmp_path.iterdir()]:
+            if file.name != "config.json":
+                file.unlink()
     run(
         f"import sys\nfor name in {OPTIONAL_IN_PROCESS}: sys.modules[name] = None\n"
         "from moe_runtime import LLM, SamplingParams\n"
-        f"with LLM({str(tmp_path)!r}, skip_tokenizer_init=True) as llm:\n"
+        f"with LLM({str(tmp_path)!r}, skip_tokenizer_init=True, load_format={load_format!r}) as llm:\n"
         "    params = SamplingParams(max_tokens=4, ignore_eos=True)\n"
         "    out = llm.generate({'prompt_token_ids': [3, 4, 5]}, params, use_tqdm=False)\n"
         "    assert len(out[0].outputs[0].token_ids) == 4\n"

@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rank_pool import PoolExecutor, RankPool
+from engines import Pools, generate, pool_engine
 from rebalancing_ranks import break_copies
 from tiny_models import VOCAB, make_model, save
 
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
 from moe_runtime.engine import Engine
-from moe_runtime.rebalancer import Rebalance
+from moe_runtime.mover import Rebalance
 from moe_runtime.sampling_params import SamplingParams
 
-Pools = Callable[[int], RankPool]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-
-
-@contextmanager
-def engine(pools: Pools, path: Path, ep_size: int, **options: Any) -> Iterator[Engine]:
-    config = EngineConfig(str(path), ep_size=ep_size, skip_tokenizer_init=True, device="cpu", **options)
-    made = build_engine(config, lambda config, model, where: PoolExecutor(pools(ep_size), config, model, where))
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def generate(made: Engine, prompts: list[list[int]], at_step: dict[int, Callable[[], None]]) -> list[list[int]]:
-    for index, prompt in enumerate(prompts):
-        made.add_request(str(index), prompt, PARAMS)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    step = 0
-    while made.has_work:
-        if step in at_step:
-            at_step[step]()
-        for delta in made.step():
-            tokens[int(delta.request_id)] += delta.token_ids
-        step += 1
-    return tokens
 
 
 def finish(made: Engine, rebalance: Rebalance) -> None:
@@ -68,14 +38,14 @@ def test_tokens_are_the_same_before_while_and_after_experts_move(
     rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], case: str, ep_size: int, redundant: int, dtype: str
 ) -> None:
     path = save(make_model(case).bfloat16(), tmp_path)
-    with engine(rank_pool, path, 1, dtype=dtype) as made:
-        expected = generate(made, prompts, {})
+    with pool_engine(rank_pool, path, 1, dtype=dtype) as made:
+        expected = generate(made, prompts, PARAMS)
     options = {"redundant_experts": redundant, "migration_bytes_per_step": 2000, "dtype": dtype}
-    with engine(rank_pool, path, ep_size, **options) as made:
-        assert generate(made, prompts, {}) == expected
+    with pool_engine(rank_pool, path, ep_size, **options) as made:
+        assert generate(made, prompts, PARAMS) == expected
         start = made.placement()
         started: list[Rebalance] = []
-        found = generate(made, prompts, {3: lambda: started.append(made.rebalance())})
+        found = generate(made, prompts, PARAMS, lambda step: step == 3 and started.append(made.rebalance()))
         assert found == expected
         finish(made, started[0])
         assert started[0].rollbacks == [] and made.placement().version > 0
@@ -84,7 +54,7 @@ def test_tokens_are_the_same_before_while_and_after_experts_move(
         assert not np.array_equal(made.placement().hosts, start.hosts)
         if redundant:
             assert (made.placement().hosts.sum(axis=1) > 1).any(), "replicas"
-        assert generate(made, prompts, {}) == expected
+        assert generate(made, prompts, PARAMS) == expected
         load = made.expert_load()
         rows = (sum(map(len, prompts)) + 39 * len(prompts)) * made.model_config.moe.top_k
         assert (load.tokens["prefill"] + load.tokens["decode"]).sum(axis=1).min() >= 3 * rows
@@ -95,26 +65,26 @@ def test_a_copy_that_fails_changes_nothing_and_the_next_try_succeeds(
     rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], fault: str
 ) -> None:
     path = save(make_model("qwen3"), tmp_path)
-    with engine(rank_pool, path, 2, redundant_experts=1, migration_bytes_per_step=2000) as made:
-        expected = generate(made, prompts, {})
+    with pool_engine(rank_pool, path, 2, redundant_experts=1, migration_bytes_per_step=2000) as made:
+        expected = generate(made, prompts, PARAMS)
         pool = rank_pool(2)
         pool.run(break_copies, fault)
         failed: list[Rebalance] = []
         start = made.placement()
-        assert generate(made, prompts, {2: lambda: failed.append(made.rebalance())}) == expected
+        assert generate(made, prompts, PARAMS, lambda step: step == 2 and failed.append(made.rebalance())) == expected
         finish(made, failed[0])
         assert failed[0].rollbacks and made.placement() == start and made.rebalancer.stats().rollbacks > 0
         pool.run(break_copies, None)
         again = made.rebalance()
         finish(made, again)
         assert again.rollbacks == [] and again.moves
-        assert generate(made, prompts, {}) == expected
+        assert generate(made, prompts, PARAMS) == expected
 
 
 def test_dry_run_moves_nothing(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
     path = save(make_model("qwen3"), tmp_path)
-    with engine(rank_pool, path, 2) as made:
-        generate(made, prompts, {})
+    with pool_engine(rank_pool, path, 2) as made:
+        generate(made, prompts, PARAMS)
         planned = made.rebalance(dry_run=True)
         assert planned.done and planned.planned_moves and made.placement().version == 0
         assert planned.balancedness_planned > planned.balancedness_before
@@ -122,30 +92,30 @@ def test_dry_run_moves_nothing(rank_pool: Pools, tmp_path: Path, prompts: list[l
 
 def test_a_placement_file_is_the_start_and_must_fit(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
     path = save(make_model("qwen3"), tmp_path)
-    with engine(rank_pool, path, 1) as made:
-        expected = generate(made, prompts, {})
+    with pool_engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, PARAMS)
         config = made.model_config
     slots = np.array([[[6, 5, 0, 1], [2, 0, 4, 3]]] * len(config.moe_layers))
     file = tmp_path / "placement.json"
     Placement(slots, 7, config.moe_layers).save(file)
-    with engine(rank_pool, path, 2, placement=str(file)) as made:
+    with pool_engine(rank_pool, path, 2, placement=str(file)) as made:
         assert np.array_equal(made.placement().slots[:, :, :4], slots)
-        assert generate(made, prompts, {}) == expected  # expert 0 has a replica from the start
+        assert generate(made, prompts, PARAMS) == expected  # expert 0 has a replica from the start
     with (
         pytest.raises(ValueError, match=r"is for ranks 2, but here are 4"),
-        engine(rank_pool, path, 4, placement=str(file)),
+        pool_engine(rank_pool, path, 4, placement=str(file)),
     ):
         pass
 
 
 def test_the_balancer_acts_by_itself_where_it_pays(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
     path = save(make_model("glm4"), tmp_path)
-    with engine(rank_pool, path, 1) as made:
-        expected = generate(made, prompts, {})
+    with pool_engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, PARAMS)
     for policy in ("auto", "eplb"):
-        with engine(rank_pool, path, 2, balance=policy, balance_interval=10, redundant_experts=2) as made:
+        with pool_engine(rank_pool, path, 2, balance=policy, balance_interval=10, redundant_experts=2) as made:
             for _ in range(6):
-                assert generate(made, prompts, {}) == expected
+                assert generate(made, prompts, PARAMS) == expected
             if policy == "auto":
                 reasons = {decision["reason"] for decision in made.rebalancer.decisions}
                 assert reasons <= {

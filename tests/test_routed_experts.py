@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rank_pool import PoolExecutor, RankPool
+from engines import WAYS, Pools, in_bytes, pool_engine, run, tokens
 from tiny_models import VOCAB, make_model, save
 
 from moe_runtime import LLM
 from moe_runtime.balancer.trace import UNUSED, RoutingTrace
-from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
-from moe_runtime.engine import Engine
 from moe_runtime.outputs import OutputDelta
 from moe_runtime.routing import RoutingPolicy
 from moe_runtime.sampling_params import SamplingParams
 
-Pools = Callable[[int], RankPool]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=3, return_routed_experts=True)
 POLICIES = {
     "qwen3 normalised": [
@@ -39,47 +32,6 @@ POLICIES = {
         RoutingPolicy(threshold=0.4, temperature=(0.7, 2.0)),
     ],
 }
-# pages of the cache in `kv_cache_memory_bytes`
-WAYS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
-    "one rank, chunks": (1, {"max_num_batched_tokens": 7, "max_num_seqs": 5}),
-    "one rank, preempted": (1, {"block_size": 8, "kv_cache_memory_bytes": 13}),
-    "two ranks, symmetric": (2, {"dispatcher": "symmetric"}),
-    "two ranks, all_to_all": (2, {"dispatcher": "all_to_all"}),
-    "two ranks, all_gather, chunks": (2, {"dispatcher": "all_gather", "max_num_batched_tokens": 9, "max_num_seqs": 3}),
-    "two ranks, preempted": (2, {"block_size": 8, "kv_cache_memory_bytes": 13}),
-}
-
-
-@contextmanager
-def engine(pools: Pools, path: Path, model: Any, ep_size: int, **options: Any) -> Iterator[Engine]:
-    if "kv_cache_memory_bytes" in options:
-        c = model.config
-        page = 2 * c.num_hidden_layers * options["block_size"] * c.num_key_value_heads * c.head_dim * 4
-        options["kv_cache_memory_bytes"] *= page
-    config = EngineConfig(
-        str(path), ep_size=ep_size, dtype="float32", skip_tokenizer_init=True, device="cpu", **options
-    )
-    made = build_engine(config, lambda config, model, where: PoolExecutor(pools(ep_size), config, model, where))
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def run(made: Engine, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[OutputDelta]]:
-    """The deltas of each prompt, run together."""
-    for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
-        made.add_request(str(index), prompt, p)
-    found: list[list[OutputDelta]] = [[] for _ in prompts]
-    while made.has_work:
-        for delta in made.step():
-            found[int(delta.request_id)].append(delta)
-    return found
-
-
-def tokens_of(deltas: list[OutputDelta]) -> list[int]:
-    return [token for delta in deltas for token in delta.token_ids]
 
 
 def experts_of(deltas: list[OutputDelta]) -> np.ndarray:
@@ -95,11 +47,11 @@ def test_policies_and_experts_are_the_same_however_requests_run(rank_pool: Pools
     save(model, tmp_path)
     prompts = [torch.randint(2, VOCAB, (length,)).tolist() for length in (3, 17, 30, 45, 9, 50, 40, 40)]
     params = [replace(GREEDY, max_tokens=20, routing=POLICIES[case][index % 4]) for index in range(len(prompts))]
-    with engine(rank_pool, tmp_path, model, 1) as made:
+    with pool_engine(rank_pool, tmp_path, 1, dtype="float32") as made:
         alone = [run(made, [prompt], [p])[0] for prompt, p in zip(prompts, params, strict=True)]
         config = made.model_config
-        full = [tokens_of(run(made, [prompt], [replace(GREEDY, max_tokens=20)])[0]) for prompt in prompts]
-    assert full != [tokens_of(deltas) for deltas in alone], "the policies change something"
+        full = [tokens(run(made, [prompt], [replace(GREEDY, max_tokens=20)])[0]) for prompt in prompts]
+    assert full != [tokens(deltas) for deltas in alone], "the policies change something"
     for prompt, p, deltas in zip(prompts, params, alone, strict=True):
         experts = experts_of(deltas)
         assert experts.shape == (len(prompt) + 19, len(config.moe_layers), config.moe.top_k)
@@ -108,9 +60,9 @@ def test_policies_and_experts_are_the_same_however_requests_run(rank_pool: Pools
         assert (experts[:, :, :1] != 0xFF).any()
         assert (experts == 0xFF).any() == (p.routing is not None)
     for name, (ep_size, options) in WAYS.items():
-        with engine(rank_pool, tmp_path, model, ep_size, **options) as made:
+        with pool_engine(rank_pool, tmp_path, ep_size, dtype="float32", **in_bytes(options, model)) as made:
             for found, expected in zip(run(made, prompts, params), alone, strict=True):
-                assert tokens_of(found) == tokens_of(expected), name
+                assert tokens(found) == tokens(expected), name
                 assert np.array_equal(experts_of(found), experts_of(expected)), name
             assert (made.stats().num_preemptions > 0) == ("preempted" in name)
 
@@ -134,19 +86,19 @@ def test_a_token_that_overshoots_a_stop_leaves_nothing(rank_pool: Pools, tmp_pat
     model = make_model("mixtral")
     save(model, tmp_path)
     prompts = [torch.randint(2, VOCAB, (length,)).tolist() for length in (4, 20, 33)]
-    with engine(rank_pool, tmp_path, model, 2) as made:
-        whole = run(made, prompts, [GREEDY] * 3)
-        stops = [replace(GREEDY, stop_token_ids=[tokens_of(deltas)[5]]) for deltas in whole]
+    with pool_engine(rank_pool, tmp_path, 2, dtype="float32") as made:
+        whole = run(made, prompts, GREEDY)
+        stops = [replace(GREEDY, stop_token_ids=[tokens(deltas)[5]]) for deltas in whole]
         for prompt, before, after in zip(prompts, whole, run(made, prompts, stops), strict=True):
-            length = tokens_of(before).index(tokens_of(before)[5]) + 1
-            assert tokens_of(after) == tokens_of(before)[:length]
+            length = tokens(before).index(tokens(before)[5]) + 1
+            assert tokens(after) == tokens(before)[:length]
             assert np.array_equal(experts_of(after), experts_of(before)[: len(prompt) + length - 1])
 
 
 def test_an_aborted_request_gets_what_is_known(rank_pool: Pools, tmp_path: Path) -> None:
     model = make_model("mixtral")
     save(model, tmp_path)
-    with engine(rank_pool, tmp_path, model, 2) as made:
+    with pool_engine(rank_pool, tmp_path, 2, dtype="float32") as made:
         made.add_request("0", [5, 6, 7], GREEDY)
         made.step()
         made.abort("0")
@@ -198,7 +150,9 @@ def test_a_trace_holds_every_step(rank_pool: Pools, tmp_path: Path) -> None:
     path = tmp_path / "routing.npz"
     prompts = [torch.randint(2, VOCAB, (length,)).tolist() for length in (5, 30, 12)]
     params = [replace(GREEDY, routing=policy) for policy in (None, RoutingPolicy(top_k=1), None)]
-    with engine(rank_pool, tmp_path, model, 2, record_trace=str(path), max_num_batched_tokens=64) as made:
+    with pool_engine(
+        rank_pool, tmp_path, 2, dtype="float32", record_trace=str(path), max_num_batched_tokens=64
+    ) as made:
         found = run(made, prompts, params)
         load = made.expert_load()
         num_steps = made.stats().steps

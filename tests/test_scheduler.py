@@ -207,6 +207,47 @@ def test_the_plan_chooses_the_dispatcher(num_ranks, length, dispatcher, expected
     assert plan.tokens_per_rank == [length] + [0] * (num_ranks - 1)
 
 
+def planned(scheduler: Scheduler, requests: list[Request]) -> tuple[str, int, list[int]]:
+    """Dispatcher, bucket and tokens per rank of the next step."""
+    plan = scheduler.schedule()
+    for chunk in (chunk for rank in plan.ranks for chunk in rank.chunks if chunk.sample):
+        requests[chunk.seq_id].append(1, [])
+    return plan.dispatcher, plan.bucket, plan.tokens_per_rank
+
+
+def test_steps_of_decode_rows_alone_take_the_least_bucket_that_holds_every_rank():
+    scheduler, requests = make_scheduler([64, 64], [5, 5, 5, 5, 5], buckets=(1, 2, 4))
+    assert planned(scheduler, requests) == ("all_gather", 0, [15, 10])
+    assert planned(scheduler, requests) == ("padded", 4, [3, 2])
+    scheduler.remove(requests[0])
+    assert planned(scheduler, requests) == ("padded", 2, [2, 2])
+    for request in requests[2:4]:
+        scheduler.remove(request)
+    assert planned(scheduler, requests) == ("padded", 1, [1, 1])
+    requests.append(make_request(5, 6))
+    scheduler.add(requests[5])
+    assert planned(scheduler, requests)[:2] == ("all_gather", 0)
+    assert planned(scheduler, requests)[:2] == ("padded", 2)
+
+
+def test_more_rows_than_the_largest_bucket_take_an_ordinary_step():
+    scheduler, requests = make_scheduler([64], [3, 3, 3], buckets=(1, 2))
+    assert planned(scheduler, requests) == ("local", 0, [9])
+    assert planned(scheduler, requests) == ("local", 0, [3])
+    scheduler.remove(requests[1])
+    assert planned(scheduler, requests) == ("padded", 2, [2])
+
+
+@pytest.mark.parametrize("asked", [{"return_routed_experts": True}, {"routing": "top_k=2"}])
+def test_a_request_that_asks_more_of_the_gates_takes_all_into_ordinary_steps(asked):
+    scheduler, requests = make_scheduler([64], [3, 3], buckets=(1, 2))
+    requests[1].params = SamplingParams(**asked)
+    assert planned(scheduler, requests) == ("local", 0, [6])
+    assert planned(scheduler, requests) == ("local", 0, [2])
+    scheduler.remove(requests[1])
+    assert planned(scheduler, requests) == ("padded", 1, [1])
+
+
 def test_imports_no_torch():
     code = (
         "import sys; from moe_runtime import scheduler, request, block_pool, messages, sampling_params; "

@@ -23,11 +23,13 @@ from moe_runtime.config import EngineConfig
 from moe_runtime.executor import RankInfo
 from moe_runtime.messages import (
     Chunk,
+    ExpertChanges,
     NewSequence,
     PromptLogprobs,
     RankPlan,
     RankResult,
     Sample,
+    SequenceChanges,
     SlotReport,
     SlotTask,
     StepPlan,
@@ -75,7 +77,16 @@ PARAMS = st.builds(
 SEQUENCES = st.builds(NewSequence, INTEGERS, FEW, INTEGERS, PARAMS, INTEGERS)
 CHUNKS = st.builds(Chunk, INTEGERS, INTEGERS, INTEGERS, FEW, st.booleans())
 RANK_PLANS = st.builds(RankPlan, st.lists(SEQUENCES, max_size=2), FEW, st.lists(CHUNKS, max_size=3), INTEGERS)
-PLANS = st.builds(StepPlan, INTEGERS, st.text(), FEW, st.lists(RANK_PLANS, max_size=2), INTEGERS, INTEGERS)
+PLANS = st.builds(
+    StepPlan,
+    INTEGERS,
+    st.text(),
+    FEW,
+    st.lists(RANK_PLANS, max_size=2),
+    INTEGERS,
+    INTEGERS,
+    rank_rows=st.lists(FEW, max_size=2),
+)
 LOGPROBS = st.builds(TokenLogprobs, FEW, st.lists(FLOATS, max_size=3), FEW)
 RESULTS = st.builds(
     RankResult,
@@ -84,6 +95,11 @@ RESULTS = st.builds(
     st.lists(st.builds(Sample, INTEGERS, INTEGERS, st.none() | LOGPROBS), max_size=3),
     st.lists(st.builds(PromptLogprobs, INTEGERS, INTEGERS, st.lists(LOGPROBS, max_size=2)), max_size=2),
     FLOATS,
+    expert_changes=st.lists(
+        st.builds(SequenceChanges, INTEGERS, st.builds(ExpertChanges, *[INTEGERS] * 3)), max_size=2
+    ),
+    expert_rows=FEW,
+    extra_rounds=INTEGERS,
 )
 CONFIGS = st.builds(EngineConfig, st.text(min_size=1), ep_size=st.integers(1, 64), step_timeout=st.just(3))
 KERNELS = st.dictionaries(st.text(), st.text(), max_size=2)

@@ -6,18 +6,22 @@ Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S 
 A slot's number is global: `rank * S + local slot`; -1 sends nothing. `dispatch` gives the rows that this rank's experts
 must compute, grouped by slot; `combine` takes the experts' rows in that order. One row comes back for every (token, k)
 and the token's own rank sums them in order of k, so the sum does not depend on where the experts were.
+
+`dispatch_rounds` does the same in rounds that bound what a slot gets at a time. The rows of each round are brought back
+before the next; they are summed when all are there, so that the sum does not depend on the rounds either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_runtime.all2all.rounds import counts_of, in_round, num_rounds, place_among_equals, round_of
 from moe_runtime.kernels import ops
 
 # Renamed in torch 2.13; the old name warns there.
@@ -66,6 +70,26 @@ class Dispatched:
     handle: Any
 
 
+@dataclass(frozen=True)
+class Returned:
+    """Experts' rows that are back at their tokens' rank.
+
+    Attributes:
+        y_RD: the rows.
+        pair_R: which (token, k), `token * K + k`, each is for.
+    """
+
+    y_RD: Tensor
+    pair_R: Tensor
+
+    @classmethod
+    def join(cls, rounds: list[Returned]) -> Returned:
+        """The rows of all rounds."""
+        if len(rounds) == 1:
+            return rounds[0]
+        return cls(torch.cat([part.y_RD for part in rounds]), torch.cat([part.pair_R for part in rounds]))
+
+
 class Dispatcher(Protocol):
     """One way to bring rows to experts and back. All ranks of the group must call in the same order."""
 
@@ -74,6 +98,23 @@ class Dispatcher(Protocol):
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
         """Bring the experts' rows back and sum each token's, weighted, in order of k: `[T, D]`."""
+
+
+@runtime_checkable
+class RoundDispatcher(Dispatcher, Protocol):
+    """One that can also go in rounds."""
+
+    def dispatch_rounds(
+        self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
+    ) -> Iterator[Dispatched]:
+        """As `dispatch`, in rounds, the same number on all ranks: in each a slot gets at most `capacity_W[w]` rows of
+        rank `w`, in order of (token, k). `bring_back` must be called for a round before the next is taken."""
+
+    def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
+        """Bring the experts' rows of one round back."""
+
+    def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
+        """Sum the rows of all rounds as `combine` does."""
 
 
 class LocalDispatcher:
@@ -89,6 +130,21 @@ class LocalDispatcher:
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
         return self.row_ops.combine(y_RD, sent.handle, weights_TK)
+
+    def dispatch_rounds(
+        self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
+    ) -> Iterator[Dispatched]:
+        round_TK = round_of(slot_TK, self.num_slots, capacity_W[0])
+        counts_WS = counts_of(slot_TK.flatten(), self.num_slots)[None]
+        for number in range(num_rounds(counts_WS, torch.tensor(capacity_W, device=slot_TK.device))):
+            yield self.dispatch(x_TD, in_round(slot_TK, round_TK, number), tokens_per_rank)
+
+    def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
+        return Returned(y_RD, sent.handle)
+
+    def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
+        rows = Returned.join(rounds)
+        return self.row_ops.combine(rows.y_RD, rows.pair_R, weights_TK)
 
 
 @dataclass(frozen=True)
@@ -117,12 +173,19 @@ class _GroupDispatcher:
         self.num_ranks = group.size()
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
+        return self.combine_rounds([self.bring_back(y_RD, sent)], weights_TK)
+
+    def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
         route: _Route = sent.handle
         y_send = torch.empty_like(y_RD)
         y_send[route.order_R] = y_RD
         y_back = y_RD.new_empty(sum(route.send_splits), y_RD.shape[1])
         dist.all_to_all_single(y_back, y_send, route.send_splits, route.recv_splits, group=self.group)
-        return self.row_ops.combine(y_back, route.sent_to, weights_TK)
+        return Returned(y_back, route.sent_to)
+
+    def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
+        rows = Returned.join(rounds)
+        return self.row_ops.combine(rows.y_RD, rows.pair_R, weights_TK)
 
 
 class AllToAllDispatcher(_GroupDispatcher):
@@ -134,14 +197,51 @@ class AllToAllDispatcher(_GroupDispatcher):
         send_WS = counts.view(W, S)
         recv_WS = torch.empty_like(send_WS)
         dist.all_to_all_single(recv_WS, send_WS, group=self.group)
+        return self._send(x_TD[sent_to // slot_TK.shape[1]], sent_to, send_WS, recv_WS)
+
+    def dispatch_rounds(
+        self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
+    ) -> Iterator[Dispatched]:
+        """The counts of all ranks are gathered once, where `dispatch` exchanges them; the rest follows from them."""
+        W, S, rank = self.num_ranks, self.num_slots, self.group.rank()
+        capacity_W1 = torch.tensor(capacity_W, device=slot_TK.device)[:, None]
+        round_TK = round_of(slot_TK, W * S, capacity_W[rank])
+        gathered = slot_TK.new_empty(W * W * S)
+        all_gather(gathered, counts_of(slot_TK.flatten(), W * S), group=self.group)
+        counts_WG = gathered.view(W, W * S)
+        for number in range(num_rounds(counts_WG, capacity_W1[:, 0])):
+            now_WG = (counts_WG - number * capacity_W1).clamp(min=0).minimum(capacity_W1)
+            sent_to, _ = self.row_ops.group_by_slot(in_round(slot_TK, round_TK, number).flatten(), W * S)
+            x_send = x_TD[sent_to // slot_TK.shape[1]]
+            yield self._send(x_send, sent_to, now_WG[rank].view(W, S), now_WG[:, rank * S : (rank + 1) * S])
+
+    def _send(self, x_send: Tensor, sent_to: Tensor, send_WS: Tensor, recv_WS: Tensor) -> Dispatched:
+        W, S = self.num_ranks, self.num_slots
         send_splits: list[int] = send_WS.sum(1).tolist()
         recv_splits: list[int] = recv_WS.sum(1).tolist()
-        x_ND = x_TD.new_empty(sum(recv_splits), x_TD.shape[1])
-        x_send = x_TD[sent_to // slot_TK.shape[1]]
+        x_ND = x_send.new_empty(sum(recv_splits), x_send.shape[1])
         dist.all_to_all_single(x_ND, x_send, recv_splits, send_splits, group=self.group)
-        slot_N = torch.arange(S, device=x_TD.device).repeat(W).repeat_interleave(recv_WS.flatten())
+        slot_N = torch.arange(S, device=x_send.device).repeat(W).repeat_interleave(recv_WS.flatten())
         order_R, counts_S = self.row_ops.group_by_slot(slot_N, S)
         return Dispatched(x_ND, order_R, counts_S, _Route(order_R, sent_to, send_splits, recv_splits))
+
+
+def gather_rows(x_TD: Tensor, slot_TK: Tensor, P: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """All ranks' tokens `[W * P, D]` and their slots `[W * P, K]` in one collective.
+
+    Args:
+        P: rows of every rank, at least T; what is more is padding, whose slots are -1.
+    """
+    (T, D), K, W = x_TD.shape, slot_TK.shape[1], group.size()
+    x_bytes, slot_bytes = D * x_TD.element_size(), K * 4
+    packed = torch.empty(P, x_bytes + slot_bytes, dtype=torch.uint8, device=x_TD.device)
+    packed[:T, :x_bytes] = x_TD.contiguous().view(torch.uint8)
+    packed[:, x_bytes:] = 0xFF  # int32 -1
+    packed[:T, x_bytes:] = slot_TK.to(torch.int32).contiguous().view(torch.uint8)
+    gathered = packed.new_empty(W * P, packed.shape[1])
+    all_gather(gathered, packed, group=group)
+    x_ND = gathered[:, :x_bytes].contiguous().view(x_TD.dtype)
+    return x_ND, gathered[:, x_bytes:].contiguous().view(torch.int32).long()
 
 
 class AllGatherDispatcher(_GroupDispatcher):
@@ -149,18 +249,29 @@ class AllGatherDispatcher(_GroupDispatcher):
     where each collective costs its latency."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
-        (T, D), K, W, S = x_TD.shape, slot_TK.shape[1], self.num_ranks, self.num_slots
-        P, rank = max(tokens_per_rank), self.group.rank()
-        x_bytes, slot_bytes = D * x_TD.element_size(), K * 4
-        packed = torch.empty(P, x_bytes + slot_bytes, dtype=torch.uint8, device=x_TD.device)
-        packed[:T, :x_bytes] = x_TD.contiguous().view(torch.uint8)
-        packed[:, x_bytes:] = 0xFF  # int32 -1: rows of padding go nowhere
-        packed[:T, x_bytes:] = slot_TK.to(torch.int32).contiguous().view(torch.uint8)
-        gathered = packed.new_empty(W * P, packed.shape[1])
-        all_gather(gathered, packed, group=self.group)
-        x_ND = gathered[:, :x_bytes].contiguous().view(x_TD.dtype)
-        slot_NK = gathered[:, x_bytes:].contiguous().view(torch.int32).long()
+        x_ND, slot_NK = gather_rows(x_TD, slot_TK, max(tokens_per_rank), self.group)
+        return self._arrange(x_ND, slot_NK, slot_TK)
 
+    def dispatch_rounds(
+        self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
+    ) -> Iterator[Dispatched]:
+        """Tokens travel once; rounds bound what is computed and sent back at a time."""
+        W, G, rank = self.num_ranks, self.num_ranks * self.num_slots, self.group.rank()
+        x_ND, slot_NK = gather_rows(x_TD, slot_TK, max(tokens_per_rank), self.group)
+        capacity_W1 = torch.tensor(capacity_W, device=slot_TK.device)[:, None]
+        slot_WP = slot_NK.view(W, -1)
+        source_W1 = torch.arange(W, device=slot_TK.device)[:, None]
+        own_slot_WP = torch.where(slot_WP < 0, -1, slot_WP + source_W1 * G)  # a slot, told apart by who sends to it
+        place_WP = place_among_equals(own_slot_WP.flatten(), W * G).view_as(slot_WP)
+        round_NK = (place_WP // capacity_W1).view_as(slot_NK)
+        round_TK = round_of(slot_TK, G, capacity_W[rank])
+        counts_WG = counts_of(own_slot_WP.flatten(), W * G).view(W, G)
+        for number in range(num_rounds(counts_WG, capacity_W1[:, 0])):
+            yield self._arrange(x_ND, in_round(slot_NK, round_NK, number), in_round(slot_TK, round_TK, number))
+
+    def _arrange(self, x_ND: Tensor, slot_NK: Tensor, slot_TK: Tensor) -> Dispatched:
+        """What is computed here, and how rows come back: by what slots all tokens, and this rank's, go to."""
+        K, W, S, rank = slot_TK.shape[1], self.num_ranks, self.num_slots, self.group.rank()
         local = torch.where(slot_NK // S == rank, slot_NK - rank * S, -1)
         order, counts_S = self.row_ops.group_by_slot(local.flatten(), S)
         # Rows go back in the order of (token, k), which both sides know.

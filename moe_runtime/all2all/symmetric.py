@@ -14,6 +14,7 @@ import mmap
 import os
 import secrets
 import weakref
+from collections.abc import Iterator
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import TypeVar
@@ -22,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_runtime.all2all.dispatch import Dispatched
+from moe_runtime.all2all.dispatch import Dispatched, Returned
+from moe_runtime.all2all.rounds import counts_of, in_round, round_of
 from moe_runtime.kernels.cpu import native
 
 Value = TypeVar("Value")
@@ -50,8 +52,9 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_exchange_close": (None, (c_void_p,)),
     "moe_exchange_dispatch": (
         c_int64,
-        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
+    "moe_exchange_bring_back": (c_int64, (c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_exchange_combine": (c_int64, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
 }
 
@@ -61,7 +64,7 @@ class SymmetricDispatcher:
 
     A token's row travels once to each rank that has slots of it; the way back is one row per (token, k). A step in
     which a rank has more tokens than the buffers take goes in several rounds, with the same result. A dispatch must be
-    combined before the next one. After a TimeoutError the dispatcher can't be used any more.
+    combined, or brought back, before the next one. After a TimeoutError the dispatcher can't be used any more.
 
     Args:
         group: the ranks, all on this host; used at the start only.
@@ -96,7 +99,8 @@ class SymmetricDispatcher:
         self._timeout_ns = int(timeout * 1e9)
         self._is_bf16 = dtype == torch.bfloat16
         self._number = 0
-        self._library = native.load().library
+        self._kernels = native.load()
+        self._library = self._kernels.library
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.restype, function.argtypes = result, arguments
@@ -135,6 +139,22 @@ class SymmetricDispatcher:
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         """See `dispatch.Dispatcher`; `slot_TK` is int64."""
+        return self._dispatch(x_TD, slot_TK, tokens_per_rank, 0)[0]
+
+    def dispatch_rounds(
+        self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
+    ) -> Iterator[Dispatched]:
+        """Beside its first flag a rank says how many rounds its own rows need; all make the most that any needs."""
+        num_slots, capacity = len(tokens_per_rank) * self.num_slots, capacity_W[self.rank]
+        round_TK = round_of(slot_TK, num_slots, capacity)
+        own = -(-int(counts_of(slot_TK.flatten(), num_slots).max()) // capacity)
+        sent, num_rounds = self._dispatch(x_TD, in_round(slot_TK, round_TK, 0), tokens_per_rank, own)
+        yield sent
+        for number in range(1, num_rounds):
+            yield self._dispatch(x_TD, in_round(slot_TK, round_TK, number), tokens_per_rank, own)[0]
+
+    def _dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], own: int) -> tuple[Dispatched, int]:
+        """Dispatch, and the largest of the numbers `own` of all ranks."""
         num_tokens, all_tokens = tokens_per_rank[self.rank], sum(tokens_per_rank)
         assert x_TD.dtype == self.dtype and x_TD.shape == (num_tokens, self.hidden_size)
         assert slot_TK.dtype == torch.int64 and slot_TK.shape == (num_tokens, self.top_k)
@@ -142,27 +162,29 @@ class SymmetricDispatcher:
         x_ND = x_TD.new_empty(all_tokens, self.hidden_size)
         row_R = slot_TK.new_empty(all_tokens * self.top_k)
         counts_S = slot_TK.new_empty(self.num_slots)
+        largest = c_int64()
         total = self._library.moe_exchange_dispatch(
             self._exchange,
             x_TD.data_ptr(),
             slot_TK.data_ptr(),
             num_tokens,
             max(tokens_per_rank),
+            own,
             self._timeout_ns,
             x_ND.data_ptr(),
             row_R.data_ptr(),
             counts_S.data_ptr(),
+            ctypes.addressof(largest),
         )
         if total < 0:
             raise self._late(-1 - total)
         self._number += 1
-        return Dispatched(x_ND, row_R[:total], counts_S, (self._number, num_tokens))
+        return Dispatched(x_ND, row_R[:total], counts_S, (self._number, slot_TK)), largest.value
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
         """See `dispatch.Dispatcher`; `weights_TK` is float32."""
-        assert sent.handle == (self._number, len(weights_TK)), "a dispatch must be combined before the next"
-        assert y_RD.dtype == self.dtype and y_RD.shape == (len(sent.row_R), self.hidden_size)
-        assert weights_TK.dtype == torch.float32 and weights_TK.shape[1] == self.top_k
+        slot_TK = self._check(y_RD, sent)
+        assert weights_TK.dtype == torch.float32 and weights_TK.shape == slot_TK.shape
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
         out_TD = y_RD.new_empty(len(weights_TK), self.hidden_size)
         late = self._library.moe_exchange_combine(
@@ -176,6 +198,30 @@ class SymmetricDispatcher:
         if late >= 0:
             raise self._late(late)
         return out_TD
+
+    def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
+        """See `dispatch.Dispatcher`."""
+        slot_TK = self._check(y_RD, sent)
+        y_RD = y_RD.contiguous()
+        y_ND = y_RD.new_empty(slot_TK.numel(), self.hidden_size)
+        late = self._library.moe_exchange_bring_back(self._exchange, y_RD.data_ptr(), self._timeout_ns, y_ND.data_ptr())
+        if late >= 0:
+            raise self._late(late)
+        pair_R = (slot_TK.flatten() >= 0).nonzero().flatten()
+        return Returned(y_ND[pair_R], pair_R)
+
+    def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
+        """See `dispatch.Dispatcher`; `weights_TK` is float32."""
+        rows = Returned.join(rounds)
+        return self._kernels.combine(rows.y_RD, rows.pair_R, weights_TK)
+
+    def _check(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
+        """The slots that were dispatched."""
+        number, slot_TK = sent.handle
+        assert number == self._number, "a dispatch must be combined before the next"
+        assert y_RD.dtype == self.dtype and y_RD.shape == (len(sent.row_R), self.hidden_size)
+        slots: Tensor = slot_TK
+        return slots
 
     def _late(self, rank: int) -> TimeoutError:
         return TimeoutError(f"symmetric: no rows from rank {rank} within {self.timeout:g} s")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.kernels import ops
+from moe_runtime.kernels.forms import USUAL, Forms
 
 
 class ExpertSlots:
@@ -18,11 +18,19 @@ class ExpertSlots:
     Args:
         num_slots, hidden_size, intermediate_size: S, D, F.
         dtype, device: of the weights.
+        forms: of the products.
     """
 
     def __init__(
-        self, num_slots: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        num_slots: int,
+        hidden_size: int,
+        intermediate_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        forms: Forms = USUAL,
     ) -> None:
+        self.forms = forms
         self.w13_SGD = torch.empty(num_slots, 2 * intermediate_size, hidden_size, dtype=dtype, device=device)
         self.w2_SDF = torch.empty(num_slots, hidden_size, intermediate_size, dtype=dtype, device=device)
 
@@ -42,4 +50,4 @@ class ExpertSlots:
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """`w2 @ (silu(gate @ x) * (up @ x))` of the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order."""
-        return ops.grouped_mlp(x_ND, row_R, counts_S, self.w13_SGD, self.w2_SDF)
+        return self.forms.grouped_mlp(x_ND, row_R, counts_S, self.w13_SGD, self.w2_SDF)

@@ -46,6 +46,22 @@ class DeviceLengths:
 
 
 @dataclass(frozen=True)
+class DecodeRows:
+    """Rows that attend one by one, of which the host knows only their number and the longest context there may be.
+
+    Attributes:
+        block_table: int64 `[S, max_blocks]`, pages of each sequence.
+        sequence_T, position_T: int64, of each row; a row sees the keys up to its own position.
+        max_context: at least the largest position plus one.
+    """
+
+    block_table: Tensor
+    sequence_T: Tensor
+    position_T: Tensor
+    max_context: int
+
+
+@dataclass(frozen=True)
 class AttentionMetadata:
     """A step's sequences on one rank, decodes first; rows of `q_THd` are in the same order.
 

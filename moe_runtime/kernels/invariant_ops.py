@@ -18,13 +18,9 @@ from moe_runtime.kernels import ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 
 
-def _uses_triton(device: torch.device) -> bool:
-    return ops.describe(device)["grouped_mlp"] == "triton"
-
-
 def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, rounded once, `[N, O]`."""
-    if _uses_triton(x_NI.device):
+    if ops.uses_triton(x_NI.device):
         from moe_runtime.kernels.triton import grouped_gemm
 
         return grouped_gemm.linear(x_NI, weight_OI, bias_O)
@@ -36,7 +32,7 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
 def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
     """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
-    if _uses_triton(x_ND.device):
+    if ops.uses_triton(x_ND.device):
         from moe_runtime.kernels.triton import grouped_gemm, tiles
 
         tile = tiles.invariant_tile(x_ND.dtype)
@@ -61,7 +57,7 @@ def paged_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
-    if _uses_triton(q_THd.device):
+    if ops.uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import attention
 
         return attention.invariant_paged_attention(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "apply_rotary",
     "combine_grouped",
     "combine_topk",
+    "decode_attention",
     "describe",
     "group_by_slot",
     "group_by_slot_padded",
@@ -38,10 +40,11 @@ __all__ = [
 def describe(device: torch.device) -> dict[str, str]:
     """The implementation, "triton" or "torch", that each op has on a device."""
     names = [name for name in __all__ if name.islower() and name != "describe"]
-    return dict.fromkeys(names, "triton" if _uses_triton(device) else "torch")
+    return dict.fromkeys(names, "triton" if uses_triton(device) else "torch")
 
 
-def _uses_triton(device: torch.device) -> bool:
+def uses_triton(device: torch.device) -> bool:
+    """Whether ops on a device are Triton's."""
     return device.type == "cuda" and _triton_is_installed()
 
 
@@ -52,7 +55,7 @@ def _triton_is_installed() -> bool:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm over the last dimension; see `torch_ops.rms_norm`."""
-    if _uses_triton(x_TD.device):
+    if uses_triton(x_TD.device):
         from moe_runtime.kernels.triton import norms
 
         return norms.rms_norm(x_TD, weight_D, eps)
@@ -61,7 +64,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`(normed, residual + x)`; see `torch_ops.add_rms_norm`."""
-    if _uses_triton(x_TD.device):
+    if uses_triton(x_TD.device):
         from moe_runtime.kernels.triton import norms
 
         return norms.add_rms_norm(x_TD, residual_TD, weight_D, eps)
@@ -70,7 +73,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """`silu(gate) * up`; see `torch_ops.silu_mul`."""
-    if _uses_triton(gate_up_T2F.device):
+    if uses_triton(gate_up_T2F.device):
         from moe_runtime.kernels.triton import norms
 
         return norms.silu_mul(gate_up_T2F)
@@ -79,7 +82,7 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
 def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys; see `torch_ops.apply_rotary`."""
-    if _uses_triton(q_THd.device):
+    if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import rotary
 
         return rotary.apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
@@ -88,7 +91,7 @@ def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -
 
 def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
     """Write keys and values into their cache slots; see `torch_attention.store_kv`."""
-    if _uses_triton(k_TGd.device):
+    if uses_triton(k_TGd.device):
         from moe_runtime.kernels.triton import rotary
 
         return rotary.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
@@ -107,7 +110,7 @@ def rotary_store_kv(
 ) -> Tensor:
     """`apply_rotary` and `store_kv` in one; returns the turned queries; see `torch_attention.rotary_store_kv`."""
     operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, slot_T)
-    if _uses_triton(q_THd.device):
+    if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import rotary
 
         return rotary.rotary_store_kv(*operands)
@@ -124,13 +127,35 @@ def paged_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
-    if _uses_triton(q_THd.device):
+    if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import attention
 
         implementation = attention.paged_attention
     else:
         implementation = torch_attention.paged_attention
     return implementation(q_THd, k_cache_NBGd, v_cache_NBGd, meta, scale=scale, sliding_window=sliding_window)
+
+
+def decode_attention(
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    block_table: Tensor,
+    sequence_T: Tensor,
+    position_T: Tensor,
+    *,
+    max_context: int,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of single rows; waits for nothing; see `torch_attention.decode_attention`."""
+    operands = (q_THd, k_cache_NBGd, v_cache_NBGd, block_table, sequence_T, position_T)
+    options: dict[str, Any] = {"max_context": max_context, "scale": scale, "sliding_window": sliding_window}
+    if uses_triton(q_THd.device):
+        from moe_runtime.kernels.triton.decode_attention import decode_attention as implementation
+
+        return implementation(*operands, **options)
+    return torch_attention.decode_attention(*operands, **options)
 
 
 def topk_gate(
@@ -145,7 +170,7 @@ def topk_gate(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Choose each token's experts: `(weights_TK float32, experts_TK int64)`; see `torch_ops.topk_gate`."""
-    if _uses_triton(logits_TE.device):
+    if uses_triton(logits_TE.device):
         from moe_runtime.kernels.triton import gate
 
         implementation = gate.topk_gate
@@ -165,7 +190,7 @@ def topk_gate(
 
 def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """`(order, counts_S)`; waits for the device; see `torch_ops.group_by_slot`."""
-    if _uses_triton(slot_R.device):
+    if uses_triton(slot_R.device):
         from moe_runtime.kernels.triton import group
 
         return group.group_by_slot(slot_R, num_slots)
@@ -174,7 +199,7 @@ def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
 
 def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(order_R, place_R, counts_S)`; waits for nothing; see `torch_ops.group_by_slot_padded`."""
-    if _uses_triton(slot_R.device):
+    if uses_triton(slot_R.device):
         from moe_runtime.kernels.triton import group
 
         return group.group_by_slot_padded(slot_R, num_slots)
@@ -183,7 +208,7 @@ def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor
 
 def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
     """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
-    if _uses_triton(x_ND.device):
+    if uses_triton(x_ND.device):
         from moe_runtime.kernels.triton import grouped_gemm
 
         return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
@@ -192,7 +217,7 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
 
 def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
     """Weighted sum of each token's expert rows, in order of `k`; see `torch_ops.combine_topk`."""
-    if _uses_triton(y_TKD.device):
+    if uses_triton(y_TKD.device):
         from moe_runtime.kernels.triton import group
 
         return group.combine_topk(y_TKD, weights_TK)
@@ -201,7 +226,7 @@ def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 def combine_grouped(y_RD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """`combine_topk` of rows in the grouped order; see `torch_ops.combine_grouped`."""
-    if _uses_triton(y_RD.device):
+    if uses_triton(y_RD.device):
         from moe_runtime.kernels.triton import group
 
         return group.combine_grouped(y_RD, place_TK, weights_TK)

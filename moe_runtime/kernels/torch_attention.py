@@ -6,6 +6,7 @@ S sequences read together, Q query rows of each, C gathered keys, R query heads 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,10 +68,44 @@ def paged_attention(
     return out_THd
 
 
+def decode_attention(
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    block_table: Tensor,
+    sequence_T: Tensor,
+    position_T: Tensor,
+    *,
+    max_context: int,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of rows that may be of any sequence and position; all that depends on the step is on the device.
+
+    Args:
+        block_table: int64 `[S, max_blocks]`, pages of each sequence.
+        sequence_T: int32 or int64, which row of the block table each token uses.
+        position_T: int32 or int64; a row sees the keys up to its own position.
+        max_context: at least the largest position plus one; so many keys are gathered for each row.
+
+    Returns:
+        `[T, H, d]` in the dtype of `q_THd`.
+    """
+    num_pages = -(-max_context // k_cache_NBGd.shape[1])
+    block_TM = block_table[sequence_T.long(), :num_pages]
+    k_TGCd = k_cache_NBGd[block_TM].flatten(1, 2).transpose(1, 2)
+    v_TGCd = v_cache_NBGd[block_TM].flatten(1, 2).transpose(1, 2)
+    key_C = torch.arange(k_TGCd.shape[2], device=q_THd.device)
+    visible_TC = key_C <= position_T[:, None]
+    if sliding_window is not None:
+        visible_TC &= key_C > position_T[:, None] - sliding_window
+    return _attend_one(q_THd[:, None], k_TGCd, v_TGCd, visible_TC[:, None], scale)[:, 0]
+
+
 def _attend_one(q_S1Hd: Tensor, k_SGCd: Tensor, v_SGCd: Tensor, visible_S1C: Tensor | None, scale: float) -> Tensor:
     """One query row per sequence: the heads of a group become query rows, so that no key is repeated."""
     (num_seqs, _, _, head_size), num_groups = q_S1Hd.shape, k_SGCd.shape[1]
-    q_SGRd = q_S1Hd.view(num_seqs, num_groups, -1, head_size)
+    q_SGRd = q_S1Hd.reshape(num_seqs, num_groups, -1, head_size)
     visible_S11C = None if visible_S1C is None else visible_S1C[:, None]
     out_SGRd = F.scaled_dot_product_attention(q_SGRd, k_SGCd, v_SGCd, attn_mask=visible_S11C, scale=scale)
     return out_SGRd.flatten(1, 2).unsqueeze(1)

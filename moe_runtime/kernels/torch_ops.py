@@ -120,16 +120,39 @@ def topk_gate(
         ValueError: the groups do not divide the experts, or `top_k` exceeds the experts of the kept groups.
     """
     check_gate(logits_TE.shape[1], top_k, scoring, num_groups, topk_groups)
-    logits_TE = logits_TE.float()
-    scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.sigmoid()
-    choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
-    if num_groups > 1:
-        choice_TE = _mask_groups(choice_TE, num_groups, topk_groups)
+    scores_TE, choice_TE = gate_scores(
+        logits_TE,
+        scoring=scoring,
+        correction_bias_E=correction_bias_E,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+    )
     experts_TK = _stable_topk(choice_TE, top_k)
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * scale, experts_TK
+
+
+def gate_scores(
+    logits_TE: Tensor,
+    *,
+    scoring: Scoring,
+    correction_bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`(scores_TE, choice_TE)` in float32: what `topk_gate` weights experts by, and what it chooses them by.
+
+    The choice is `-inf` for experts of groups that are not kept.
+    """
+    logits_TE = logits_TE.float()
+    # In float64: in float32, torch's loops on CPUs give other last bits at their ends than before.
+    scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.double().sigmoid().float()
+    choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
+    if num_groups > 1:
+        choice_TE = _mask_groups(choice_TE, num_groups, topk_groups)
+    return scores_TE, choice_TE
 
 
 def _stable_topk(scores: Tensor, k: int) -> Tensor:

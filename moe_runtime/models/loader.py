@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.batch import Batch
+from moe_runtime.capacity import LayerLimits, Limits
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.pages import release_pages
@@ -65,7 +66,13 @@ class Kit(Protocol):
     def dense_block(self, mlp: Any, next_norm: Any) -> Any: ...
     def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Any: ...
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, slot_E: Tensor, counts_2E: Tensor, layer: int
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        slot_E: Tensor,
+        counts_2E: Tensor | None,
+        layer: int,
     ) -> Any: ...
     def sparse_block(
         self,
@@ -75,6 +82,7 @@ class Kit(Protocol):
         shared: Any,
         next_norm: Any,
         dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None,
     ) -> Any: ...
 
 
@@ -88,6 +96,7 @@ class ModelLoader:
         dispatchers: by the name that a plan uses.
         counter: where choices of experts are counted.
         kit: makes the parts.
+        limits: of experts and ranks, or None.
     """
 
     config: ModelConfig
@@ -97,6 +106,7 @@ class ModelLoader:
     dispatchers: Mapping[str, Dispatcher]
     counter: ExpertCounter
     kit: Kit
+    limits: Limits | None = None
 
     def load(self, progress: Callable[[], object]) -> Decoder:
         """Read the model. Calls `progress` after every layer."""
@@ -182,8 +192,12 @@ class ModelLoader:
             name = f"{prefix}.gate.e_score_correction_bias"
             bias_E = self.tensor(name, moe.num_experts, dtype=torch.float32)
         slot_E = torch.from_numpy(self.placement.first_slot[row]).to(device=self.kit.device, dtype=torch.int64)
-        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, self.counter.layer(row), row)
         slots_WS = self.placement.slots[row]
+        counts_2E, limits = self.counter.layer(row), None
+        if self.limits is not None:
+            limits = LayerLimits(self.limits, moe, bias_E, counts_2E, row, slots_WS.shape[1])
+        gate_counts = limits is None or not limits.changes_experts
+        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, counts_2E if gate_counts else None, row)
         experts = self.kit.experts(slots_WS.shape[1], c.hidden_size, moe.intermediate_size)
         for slot, expert in enumerate(slots_WS[self.rank].tolist()):
             if expert >= 0:
@@ -192,7 +206,7 @@ class ModelLoader:
         shared = None
         if moe.shared_intermediate_size:
             shared = self.mlp(f"{prefix}.shared_experts", moe.shared_intermediate_size)
-        return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers)
+        return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers, limits)
 
     def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, Tensor]]:
         """The matrices of one logical expert, stored by itself or fused with the others of its layer."""

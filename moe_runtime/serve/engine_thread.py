@@ -28,7 +28,7 @@ from moe_runtime.serve.messages import (
 
 if TYPE_CHECKING:
     from moe_runtime.engine import Engine
-    from moe_runtime.rebalancer import Rebalance
+    from moe_runtime.mover import Rebalance
 
 IDLE_CHECK_SECONDS = 0.5  # how often an idle engine looks whether its ranks still live
 MIGRATION_CHECK_SECONDS = 0.002  # and how often while experts move

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -94,9 +95,19 @@ class Metrics(Collector):
         for dispatcher, count in stats.dispatcher_steps.items():
             steps.add_metric([dispatcher], count)
         yield steps
+        changes = CounterMetricFamily(
+            "moe_runtime_expert_changes",
+            "Assignments of tokens to experts that capacity and load-aware routing changed",
+            labels=["change"],
+        )
+        for change, count in asdict(stats.expert_changes).items():
+            changes.add_metric([change], count)
+        yield changes
+        yield _counter("dispatch_extra_rounds", "Rounds of dispatch beyond one per layer", stats.extra_rounds)
         balancer = stats.balancer
         yield _gauge("placement_version", "Changes of the placement since the start", balancer.placement_version)
         yield _gauge("expert_balancedness_recent", "Mean rank load / max rank load of late", balancer.balancedness)
+        yield _gauge("expert_balancedness_slow", "The same of the slow average of the load", balancer.balancedness_slow)
         yield _gauge("expert_migration_running", "1 while experts move", balancer.is_migrating)
         yield _counter("expert_moves", "Experts copied to another slot", balancer.moves)
         yield _counter("expert_copied_bytes", "Bytes of experts' weights copied", balancer.copied_bytes)

@@ -58,7 +58,8 @@ class NativeReply:
         return body
 
     def _end(self, part: Completion | OutputDelta, num_output_tokens: int) -> dict[str, Any]:
-        return {"stop_reason": part.stop_reason, "usage": usage(part.num_prompt_tokens, num_output_tokens)}
+        counts = usage(part.num_prompt_tokens, num_output_tokens, part.expert_changes)
+        return {"stop_reason": part.stop_reason, "usage": counts}
 
 
 def _position(position: PositionLogprobs) -> dict[str, dict[str, Any]]:

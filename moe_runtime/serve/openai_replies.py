@@ -10,6 +10,7 @@ from moe_runtime.serve.protocol import finite, routed_experts, usage
 from moe_runtime.serve.streaming import Completion
 
 if TYPE_CHECKING:
+    from moe_runtime.messages import ExpertChanges
     from moe_runtime.outputs import Logprob, OutputDelta, PositionLogprobs
 
 
@@ -26,6 +27,7 @@ class _Reply:
         self._include_usage = include_usage
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._changes: ExpertChanges | None = None
 
     def _frame(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -37,22 +39,30 @@ class _Reply:
         }
 
     def _whole(self, completions: Sequence[Completion], choices: list[dict[str, Any]]) -> dict[str, Any]:
-        num_prompt_tokens = sum(completion.num_prompt_tokens for completion in completions)
-        num_output_tokens = sum(len(completion.token_ids) for completion in completions)
-        return {**self._frame(self.object_name, choices), "usage": usage(num_prompt_tokens, num_output_tokens)}
+        for done in completions:
+            self._count(done, len(done.token_ids))
+        return {**self._frame(self.object_name, choices), "usage": self._usage()}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         no_usage = {"usage": None} if self._include_usage else {}
         return {**self._frame(self.chunk_name, choices), **no_usage}
 
-    def _count(self, delta: OutputDelta) -> None:
+    def _count_last(self, delta: OutputDelta) -> None:
         if delta.finish_reason is not None:
-            self._num_prompt_tokens += delta.num_prompt_tokens
-            self._num_output_tokens += delta.num_output_tokens
+            self._count(delta, delta.num_output_tokens)
+
+    def _count(self, part: Completion | OutputDelta, num_output_tokens: int) -> None:
+        self._num_prompt_tokens += part.num_prompt_tokens
+        self._num_output_tokens += num_output_tokens
+        if part.expert_changes is not None:
+            self._changes = part.expert_changes if self._changes is None else self._changes + part.expert_changes
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._num_prompt_tokens, self._num_output_tokens, self._changes)
 
     def last_events(self) -> Iterable[dict[str, Any]]:
         if self._include_usage:
-            yield {**self._chunk([]), "usage": usage(self._num_prompt_tokens, self._num_output_tokens)}
+            yield {**self._chunk([]), "usage": self._usage()}
 
 
 class CompletionReply(_Reply):
@@ -72,7 +82,7 @@ class CompletionReply(_Reply):
         return ()
 
     def events(self, delta: OutputDelta) -> Iterable[dict[str, Any]]:
-        self._count(delta)
+        self._count_last(delta)
         yield self._chunk([self._choice(self._indices[delta.request_id], delta)])
 
     def _choice(self, index: int, part: Completion | OutputDelta) -> dict[str, Any]:
@@ -121,7 +131,7 @@ class ChatReply(_Reply):
         yield self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def events(self, delta: OutputDelta) -> Iterable[dict[str, Any]]:
-        self._count(delta)
+        self._count_last(delta)
         yield self._chunk([self._choice("delta", {"content": delta.text}, delta)])
 
     def _choice(self, name: str, content: dict[str, Any], part: Completion | OutputDelta) -> dict[str, Any]:

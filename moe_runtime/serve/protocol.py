@@ -6,7 +6,7 @@ Types are checked here, ranges by `SamplingParams`, so that HTTP and Python say 
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,6 +15,8 @@ from moe_runtime.sampling_params import MAX_LOGPROBS, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from moe_runtime.messages import ExpertChanges
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
@@ -164,11 +166,13 @@ class ChatCompletionRequest(SamplingFields, OpenAIFields):
         return SamplingParams(**given)
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int) -> dict[str, int]:
+def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges | None) -> dict[str, Any]:
+    """`changes` is None where the engine's options leave the gates' choices alone."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
+        **({} if changes is None else {"expert_changes": asdict(changes)}),
     }
 
 

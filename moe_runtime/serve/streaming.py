@@ -20,6 +20,7 @@ from moe_runtime.serve.messages import AddRequest
 if TYPE_CHECKING:
     import numpy as np
 
+    from moe_runtime.messages import ExpertChanges
     from moe_runtime.outputs import OutputDelta, PositionLogprobs
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Completion:
     stop_reason: int | str | None = None
     num_prompt_tokens: int = 0
     routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None
 
     def add(self, delta: OutputDelta) -> None:
         self.text += delta.text
@@ -49,7 +51,7 @@ class Completion:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
         self.num_prompt_tokens = delta.num_prompt_tokens
-        self.routed_experts = delta.routed_experts
+        self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
 
 
 class Reply(Protocol):

@@ -1,7 +1,9 @@
 """Whole-model tokens per second of one engine, as a process of its own: `python -m gpu_bench.model ENGINE SHAPE ...`.
 
-`ours` is `LLM` with dummy weights; `transformers` has random weights in the same shape and the fastest of its experts
-implementations. Prompts are random token ids, decoding is greedy. Prints one line of JSON.
+`ours` is `LLM` with dummy weights; `ours-batch-invariant` and `ours-eager` are the same with `batch_invariant` and with
+`enforce_eager`, and show what the one costs and what graphs bring. `transformers` has random weights in the same shape
+and the fastest of its experts implementations. Prompts are random token ids, decoding is greedy. Prints one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 128,
     },
 }  # fmt: skip
+OURS: dict[str, dict[str, bool]] = {
+    "ours": {},
+    "ours-batch-invariant": {"batch_invariant": True},
+    "ours-eager": {"enforce_eager": True},
+}
+ENGINES = (*OURS, "transformers")
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
 
 
@@ -70,14 +78,14 @@ def decode_bytes(shape: str, batch: int, context: int) -> float:
 class Ours:
     """`LLM` in this process."""
 
-    def __init__(self, shape: str, device: str, batch: int, length: int) -> None:
+    def __init__(self, shape: str, device: str, batch: int, length: int, **options: bool) -> None:
         from moe_runtime import LLM
 
         folder = Path(tempfile.mkdtemp())
         (folder / "config.json").write_text(json.dumps(config_of(shape)))
         self.llm = LLM(
             folder, device=device, dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True,
-            max_num_seqs=batch, max_model_len=length,
+            max_num_seqs=batch, max_model_len=length, **options,
         )  # fmt: skip
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:
@@ -129,7 +137,12 @@ class Transformers:
 
 def measure(engine: str, shape: str, device: str, batch: int, prompt: int, new_tokens: int, repeats: int) -> Any:
     """Tokens per second of prefill and decode, medians; decode's time is what longer outputs take beside short ones."""
-    made = (Ours if engine == "ours" else Transformers)(shape, device, batch, prompt + new_tokens + 16)
+    length = prompt + new_tokens + 16
+    made = (
+        Transformers(shape, device, batch, length)
+        if engine == "transformers"
+        else Ours(shape, device, batch, length, **OURS[engine])
+    )
     torch.manual_seed(0)
     vocab = SHAPES[shape]["vocab_size"]
 
@@ -143,7 +156,7 @@ def measure(engine: str, shape: str, device: str, batch: int, prompt: int, new_t
     short = statistics.median(seconds(1) for _ in range(repeats))
     long = statistics.median(seconds(new_tokens + 1) for _ in range(repeats))
     return {
-        "engine": engine if engine == "ours" else f"transformers {made.implementation}",
+        "engine": f"transformers {made.implementation}" if isinstance(made, Transformers) else engine,
         "shape": shape,
         "batch": batch,
         "prefill_tokens_per_s": batch * prompt / short,
@@ -154,7 +167,7 @@ def measure(engine: str, shape: str, device: str, batch: int, prompt: int, new_t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", choices=("ours", "transformers"))
+    parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--device", default="cuda")
     for name, default in (("batch", 32), ("prompt", 128), ("new-tokens", 64), ("repeats", 3)):

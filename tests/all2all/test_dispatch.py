@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dispatch_ranks import HIDDEN, SLOTS, expert, run_rank
+from dispatch_ranks import HIDDEN, SLOTS, expert, run_rank, run_rank_in_rounds
 from rank_pool import RankPool
 from torch import Tensor
 
@@ -49,16 +49,16 @@ def skip_without_native_kernels(name: str) -> None:
 KINDS = ["even", "skewed", "a rank without tokens", "all to one rank", "some dropped"]
 
 
+WAYS = [
+    (1, "local"),
+    (1, "all_to_all"),
+    *((num_ranks, name) for num_ranks in (2, 4) for name in ("all_to_all", "all_gather", "symmetric")),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("num_ranks", "name"),
-    [
-        (1, "local"),
-        (1, "all_to_all"),
-        *((num_ranks, name) for num_ranks in (2, 4) for name in ("all_to_all", "all_gather", "symmetric")),
-    ],
-)
+@pytest.mark.parametrize(("num_ranks", "name"), WAYS)
 def test_equals_reference(
     rank_pool: Callable[[int], RankPool], num_ranks: int, name: str, kind: str, dtype: torch.dtype
 ) -> None:
@@ -74,6 +74,30 @@ def test_equals_reference(
     computed = torch.tensor([counts for _, counts in results]).flatten()
     wanted = torch.cat([slot.flatten() for _, slot, _ in work])
     assert torch.equal(computed, torch.bincount(wanted[wanted >= 0], minlength=num_ranks * SLOTS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_ranks", "name"), WAYS)
+def test_rounds_sum_to_the_same_bits_and_bound_what_a_slot_gets(
+    rank_pool: Callable[[int], RankPool], num_ranks: int, name: str, kind: str, dtype: torch.dtype
+) -> None:
+    skip_without_native_kernels(name)
+    work = [routing(kind, num_ranks, rank) for rank in range(num_ranks)]
+    work = [(x.to(dtype), slot, weight) for x, slot, weight in work]
+    capacities = torch.randint(1, 4, (num_ranks,)).tolist()
+    results = rank_pool(num_ranks).run(run_rank_in_rounds, name, work, capacities)
+    for (x, slot, weight), (out, _) in zip(work, results, strict=True):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, reference(x, slot, weight), rtol=0, atol=0)
+    own = [torch.bincount(slot[slot >= 0], minlength=num_ranks * SLOTS).tolist() for _, slot, _ in work]
+    needed = max(-(-count // most) for counts, most in zip(own, capacities, strict=True) for count in counts)
+    assert {len(counts) for _, counts in results} == {max(1, needed)}
+    for rank, (_, rounds) in enumerate(results):
+        for number, counts in enumerate(rounds):
+            for slot, count in enumerate(counts, rank * SLOTS):
+                wanted = [min(max(own[w][slot] - number * most, 0), most) for w, most in enumerate(capacities)]
+                assert count == sum(wanted)
 
 
 @pytest.mark.parametrize("name", ["all_to_all", "all_gather", "symmetric"])

@@ -1,4 +1,5 @@
-"""With native kernels a token's logits have the same bits in any batch, in any chunks, on any number of ranks."""
+"""A token's logits have the same bits in any batch, in any chunks, on any number of ranks: with native kernels, and
+with torch where `batch_invariant` asks for it."""
 
 from __future__ import annotations
 
@@ -60,3 +61,28 @@ def test_logits_do_not_depend_on_company_chunks_ranks_or_dispatcher(
                 steps = plan_steps(prompts, ranks, num_ranks, cuts, (way,) if isinstance(way, str) else way)
                 for length, ours, theirs in zip(LENGTHS, logits(num_ranks, steps), expected, strict=True):
                     assert torch.equal(ours, theirs), (num_ranks, name, way, length)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("case", ["qwen3 window", "glm4 groups"])
+def test_batch_invariant_torch(rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, dtype: str) -> None:
+    """The forms that compute each row by itself, on CPUs; what the option chooses on GPUs has the same signatures."""
+    save(make_model(case).bfloat16(), tmp_path)
+    lengths = [1, 2, 5, 9, 19, 24]
+    prompts = [torch.randint(0, VOCAB, (length,)).tolist() for length in lengths]
+
+    def logits(num_ranks: int, steps: list[StepPlan], batch_invariant: bool) -> list[Tensor]:
+        results = rank_pool(num_ranks).run(run_steps, tmp_path, dtype, steps, False, batch_invariant)
+        return gather(results, len(prompts))
+
+    own = [plan_steps([p], [0], 1, [[len(p)]])[0] for p in prompts]
+    expected = [gather(rank_pool(1).run(run_steps, tmp_path, dtype, [step], False, True), 1)[0] for step in own]
+    usual_differs = False
+    for num_ranks in (1, 2, 4):
+        ranks = [int(rank) for rank in torch.randint(num_ranks, (len(prompts),))]
+        for name, cut in CUTS.items():
+            steps = plan_steps(prompts, ranks, num_ranks, [cut(n) for n in lengths], ("all_gather", "all_to_all"))
+            for length, ours, theirs in zip(lengths, logits(num_ranks, steps, True), expected, strict=True):
+                assert torch.equal(ours, theirs), (num_ranks, name, length)
+            usual_differs |= not all(map(torch.equal, logits(num_ranks, steps, False), expected))
+    assert usual_differs, "or the option would do nothing here"

@@ -6,7 +6,7 @@ import torch
 from rank_pool import RankContext
 from torch import Tensor
 
-from moe_runtime.all2all.dispatch import Dispatcher, LocalDispatcher, make_dispatchers
+from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, LocalDispatcher, make_dispatchers
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
 
 SLOTS, HIDDEN = 3, 8
@@ -26,11 +26,27 @@ def make(context: RankContext, name: str, dtype: torch.dtype) -> Dispatcher:
     return make_dispatchers(context.group, SLOTS)[name]
 
 
+def compute(context: RankContext, sent: Dispatched) -> Tensor:
+    slots = torch.arange(SLOTS).repeat_interleave(sent.counts_S).tolist()
+    rows = [expert(sent.x_ND[row], context.rank * SLOTS + s) for row, s in zip(sent.row_R, slots, strict=True)]
+    return torch.stack(rows) if rows else sent.x_ND.new_empty(0, HIDDEN)
+
+
 def run_rank(context: RankContext, name: str, work: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, list[int]]:
     x_TD, slot_TK, weights_TK = work[context.rank]
     way = make(context, name, x_TD.dtype)
     sent = way.dispatch(x_TD, slot_TK, [len(x) for x, _, _ in work])
-    slots = torch.arange(SLOTS).repeat_interleave(sent.counts_S).tolist()
-    rows = [expert(sent.x_ND[row], context.rank * SLOTS + s) for row, s in zip(sent.row_R, slots, strict=True)]
-    y_RD = torch.stack(rows) if rows else x_TD.new_empty(0, HIDDEN)
-    return way.combine(y_RD, sent, weights_TK), sent.counts_S.tolist()
+    return way.combine(compute(context, sent), sent, weights_TK), sent.counts_S.tolist()
+
+
+def run_rank_in_rounds(
+    context: RankContext, name: str, work: list[tuple[Tensor, Tensor, Tensor]], capacities: list[int]
+) -> tuple[Tensor, list[list[int]]]:
+    """The sums, and what each slot here computed in each round."""
+    x_TD, slot_TK, weights_TK = work[context.rank]
+    way = make(context, name, x_TD.dtype)
+    rounds, counts = [], []
+    for sent in way.dispatch_rounds(x_TD, slot_TK, [len(x) for x, _, _ in work], capacities):
+        rounds.append(way.bring_back(compute(context, sent), sent))
+        counts.append(sent.counts_S.tolist())
+    return way.combine_rounds(rounds, weights_TK), counts

@@ -9,7 +9,7 @@ import torch
 from rank_pool import RankContext
 from torch import Tensor
 
-import moe_runtime.worker
+import moe_runtime.rank_setup
 from moe_runtime.config import EngineConfig
 from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
 from moe_runtime.models import load_model_config
@@ -54,7 +54,7 @@ def plan_steps(
 
 
 def run_steps(
-    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], native: bool
+    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], native: bool, batch_invariant: bool = False
 ) -> dict[int, list[Tensor]]:
     """Logits of every token of every sequence of this rank, in order, with native kernels or with torch."""
     config = EngineConfig(
@@ -65,10 +65,11 @@ def run_steps(
         max_model_len=MODEL_LEN,
         max_num_batched_tokens=128,
         device="cpu",
+        batch_invariant=batch_invariant,
     )
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr(moe_runtime.worker, "load_or_none", lambda: None)
+            patch.setattr(moe_runtime.rank_setup, "load_or_none", lambda: None)
         worker = Worker(
             config,
             load_model_config(path),
@@ -78,7 +79,7 @@ def run_steps(
             group=context.group if context.num_ranks > 1 else None,
             local_ranks=context.num_ranks,
         )
-    assert worker.info.batch_invariant == native
+    assert worker.info.batch_invariant == (native or batch_invariant)
     logits: dict[int, list[Tensor]] = {}
     with torch.inference_mode():
         for plan in steps:

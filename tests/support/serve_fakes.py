@@ -13,8 +13,10 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config import EngineConfig
 from moe_runtime.engine import EngineStats
 from moe_runtime.executor import RankError
+from moe_runtime.messages import ExpertChanges
+from moe_runtime.mover import Rebalance
 from moe_runtime.outputs import Logprob, OutputDelta
-from moe_runtime.rebalancer import BalancerStats, Rebalance
+from moe_runtime.rebalancer import BalancerStats
 
 VOCAB = 1000
 MAX_MODEL_LEN = 200
@@ -57,7 +59,10 @@ class FakeRequest:
 
 @dataclass
 class FakeEngine:
-    """`allow` steps only as often as it is released, if given; dies at step `die_at`; a step takes `step_seconds`."""
+    """`allow` steps only as often as it is released, if given; dies at step `die_at`; a step takes `step_seconds`.
+
+    Each request has `expert_changes`.
+    """
 
     config: EngineConfig = field(
         default_factory=lambda: EngineConfig("fake-model", ep_size=2, skip_tokenizer_init=False)
@@ -68,6 +73,7 @@ class FakeEngine:
     die_with: BaseException = field(default_factory=lambda: RankError(RANK_ERROR))
     step_seconds: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
+    expert_changes: ExpertChanges | None = None
 
     def __post_init__(self):
         self.running = {}
@@ -145,6 +151,7 @@ class FakeEngine:
             num_output_tokens=request.num_output_tokens,
             prompt_token_ids=[0] if is_first else None,
             prompt_logprobs=prompt_logprobs,
+            expert_changes=self.expert_changes if finish_reason else None,
         )
 
     def stats(self):
@@ -159,7 +166,9 @@ class FakeEngine:
             dispatcher_steps={"all_to_all": self.num_steps},
             finished={},
             last_step_seconds=self.step_seconds,
-            balancer=BalancerStats(2, 3, 4000, 1, 0.75, [6.0, 2.0], self.is_migrating),
+            expert_changes=self.expert_changes or ExpertChanges(),
+            extra_rounds=5,
+            balancer=BalancerStats(2, 3, 4000, 1, 0.75, 0.875, [6.0, 2.0], self.is_migrating),
         )
 
     def expert_load(self):

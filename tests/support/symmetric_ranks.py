@@ -59,7 +59,7 @@ def draw(tokens: int, num_ranks: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def run_many(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: int, steps: int) -> tuple[int, list[int]]:
-    """Steps of random sizes; returns the capacity and those whose result is wrong."""
+    """Steps of random sizes, some with a limit for each slot; returns the capacity and those whose result is wrong."""
     way = make(context.group, dtype, max_bytes=max_bytes)
     same, wrong = random.Random(seed), []
     random.seed(seed + context.rank)
@@ -71,8 +71,16 @@ def run_many(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: int
             x_TD, slot_TK, weights_TK = draw(tokens_per_rank[context.rank], context.num_ranks, dtype)
             if random.random() < 0.01:
                 time.sleep(0.001)  # the others fall asleep
-            sent = way.dispatch(x_TD, slot_TK, tokens_per_rank)
-            out_TD = way.combine(compute(sent, context.rank), sent, weights_TK)
+            if same.random() < 0.3:
+                limits = [same.randint(1, 6) for _ in range(context.num_ranks)]
+                rounds = [
+                    way.bring_back(compute(sent, context.rank), sent)
+                    for sent in way.dispatch_rounds(x_TD, slot_TK, tokens_per_rank, limits)
+                ]
+                out_TD = way.combine_rounds(rounds, weights_TK)
+            else:
+                sent = way.dispatch(x_TD, slot_TK, tokens_per_rank)
+                out_TD = way.combine(compute(sent, context.rank), sent, weights_TK)
             if not torch.equal(out_TD, expected(x_TD, slot_TK, weights_TK)):
                 wrong.append(step)
     return way.capacity, wrong

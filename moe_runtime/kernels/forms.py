@@ -1,0 +1,41 @@
+"""The ops that have two forms: the usual one, and a batch-invariant one, which costs some speed (`invariant_ops`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_runtime.kernels import invariant_ops, ops
+from moe_runtime.kernels.attention import AttentionMetadata
+
+
+class PagedAttention(Protocol):
+    """See `ops.paged_attention`."""
+
+    def __call__(
+        self,
+        q_THd: Tensor,
+        k_cache_NBGd: Tensor,
+        v_cache_NBGd: Tensor,
+        meta: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Forms:
+    """One form of each: `linear` as `torch.nn.functional.linear` of rows, the others as in `ops`."""
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    grouped_mlp: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+    paged_attention: PagedAttention
+
+
+USUAL = Forms(F.linear, ops.grouped_mlp, ops.paged_attention)
+INVARIANT = Forms(invariant_ops.linear, invariant_ops.grouped_mlp, invariant_ops.paged_attention)

@@ -1,0 +1,117 @@
+"""Run as a script in a process that interprets Triton kernels: decode steps of one rank, under `NoSync`, as JSON.
+
+`decode_step.py MODEL usual` compares them with ordinary steps in torch, `decode_step.py MODEL invariant` with ordinary
+steps in Triton, both with `batch_invariant`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from no_sync import NoSync
+
+from moe_runtime import decode_graphs, worker
+from moe_runtime.config import EngineConfig
+from moe_runtime.kernels import ops
+from moe_runtime.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.models import load_model_config
+from moe_runtime.sampling_params import SamplingParams
+
+BLOCK, STEPS = 8, 4
+PROMPTS = [[3, 4, 5], [7] * 17, [9, 8, 2, 1, 6, 4]]
+
+
+class Capture:
+    """Repeats the call, under the proof that it waits for nothing."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self.calls += 1
+            with NoSync():
+                run()
+
+        return replay
+
+
+def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Tokens of each prompt, and the logits of every decode step, in steps of a bucket or, with 0, ordinary ones."""
+    config = EngineConfig(
+        str(path), dtype="float32", max_num_seqs=4, block_size=BLOCK, max_model_len=64, batch_invariant=batch_invariant
+    )
+    rank = worker.Worker(config, load_model_config(path), path)
+    params = SamplingParams(temperature=0.0)
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    logits = []
+    for step in range(STEPS):
+        chunks = []
+        for seq_id, prompt in enumerate(PROMPTS):
+            start = 0 if step == 0 else len(prompt) + step - 1
+            end = len(prompt) + step
+            pages = range(-(-start // BLOCK), -(-end // BLOCK))
+            chunks.append(Chunk(seq_id, start, end - start, [seq_id * 8 + page for page in pages], True))
+        new = [NewSequence(i, list(p), len(p), params, 0) for i, p in enumerate(PROMPTS)] if step == 0 else []
+        chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
+        work = RankPlan(new, [], chunks, num_decode=len(chunks) if step else 0)
+        named = bucket if step else 0
+        plan = StepPlan(step, PADDED if named else "local", [work.num_tokens], [work], bucket=named)
+        with torch.inference_mode():
+            rank._admit(work)
+            hidden_TD = rank.forward(work, plan)
+            logits.append(rank.model.logits(hidden_TD))
+            for sample in rank._sample(work.chunks, hidden_TD):
+                tokens[sample.seq_id].append(sample.token_id)
+    return tokens, logits[1:]
+
+
+def launches() -> list[str]:
+    """Names of the kernels that are launched from now on; grows."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    names: list[str] = []
+    launch = InterpretedFunction.run
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.__name__)
+        return launch(self, *args, **kwargs)
+
+    InterpretedFunction.run = noted
+    return names
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    assert triton.knobs.runtime.interpret
+    worker.native_kernels = lambda device, group: None
+    invariant = sys.argv[2] == "invariant"
+    if invariant:
+        ops.uses_triton = lambda device: True
+    ordinary_tokens, ordinary = run(path, 0, invariant)
+    capture, kernels = Capture(), launches()
+    ops.uses_triton = lambda device: True
+    worker.capture_on = lambda device: capture
+    decode_graphs.SHORTEST_CONTEXT = 16
+    tokens, logits = run(path, 4, invariant)
+    difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(logits, ordinary, strict=True))
+    json.dump(
+        {
+            "tokens": tokens,
+            "ordinary tokens": ordinary_tokens,
+            "largest difference": difference,
+            "captured steps": capture.calls,
+            "kernels": sorted(set(kernels)),
+        },
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    main()

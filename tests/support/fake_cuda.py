@@ -1,0 +1,60 @@
+"""A `torch.cuda` of streams, events and graphs that only notes what is asked of it, in order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+
+class FakeCuda:
+    """`log` holds what happened; work that tests do themselves notes itself with `note`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.current = FakeStream(self, "main")
+        fakes = {
+            "current_stream": lambda device=None: self.current,
+            "Stream": lambda device=None: FakeStream(self, "side"),
+            "stream": self.stream,
+            "graph_pool_handle": lambda: "pool",
+            "CUDAGraph": lambda: FakeGraph(self),
+            "graph": self.graph,
+        }
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+
+    def note(self, what: str) -> None:
+        self.log.append(f"{what} on {self.current.name}")
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: FakeGraph, **options: Any) -> Iterator[None]:
+        assert options["pool"] == "pool"
+        self.log.append("capture begins")
+        yield
+        self.log.append("capture ends")
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def replay(self) -> None:
+        self.cuda.note("replay")
