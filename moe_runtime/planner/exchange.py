@@ -37,11 +37,9 @@ def exchange_seconds(
     num_ranks = len(tokens_W)
     node_W = np.arange(num_ranks) // hardware.ranks_per_node
     node_NW = node_W == np.arange(node_W[-1] + 1)[:, None]
-    per_token_W = {
-        "expert": rows_W / tokens_W.sum(),
-        "rank": routing.hits(layer, share_EW),
-        "node": routing.hits(layer, share_EW),  # within a node; between nodes see below
-    }
+    pairs_W = rows_W / tokens_W.sum()
+    once_W = np.minimum(routing.hits(layer, share_EW), pairs_W)  # what is expected may exceed what a step has
+    per_token_W = {"expert": pairs_W, "rank": once_W, "node": once_W}  # "node" between nodes: see below
     node_hits_N = (
         routing.hits(layer, share_EW @ node_NW.T) if "node" in (hardware.rows_out, hardware.rows_back) else None
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.balancer.placement import Placement
@@ -205,6 +205,7 @@ def faster(hardware: Hardware, what: str) -> Hardware:
 
 
 @settings(max_examples=40, deadline=None)
+@example("cpu", "rows", 1, 6, 1, 0.0, Workload("prefill", sequences=3, length=4))
 @given(
     st.sampled_from(["cpu", "h200"]),
     st.sampled_from(["bandwidth", "rate", "near", "far", "overheads", "rows"]),
