@@ -7,9 +7,11 @@ import logging
 import torch
 import torch.distributed as dist
 
-from moe_runtime.all2all.dispatch import Dispatcher
+from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
+from moe_runtime.all2all.padded import make_padded
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.messages import PADDED
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +48,48 @@ def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Ker
     return kernels
 
 
-def shared_memory(
+def choose_dispatchers(
     config: EngineConfig,
     model: ModelConfig,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     *,
     num_slots: int,
+    row_ops: RowOps,
     dtype: torch.dtype,
-    is_possible: bool,
-) -> Dispatcher | None:
-    """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for.
+    can_share_memory: bool,
+    has_buckets: bool,
+) -> dict[str, Dispatcher]:
+    """The dispatchers that a plan may name, the same on all ranks.
 
     Args:
         num_slots: on every rank.
+        row_ops: the local work.
         dtype: of the rows.
-        is_possible: whether all ranks are on one host and have native kernels.
+        can_share_memory: whether all ranks are on one host and have native kernels.
+        has_buckets: whether plans may name a bucket.
 
     Raises:
         ValueError: "symmetric" was asked for, and there can be none.
     """
+    found = make_dispatchers(group, num_slots, row_ops)
+    if has_buckets:
+        found[PADDED] = make_padded(group, num_slots)
+    if group is not None and config.dispatcher in ("auto", "symmetric"):
+        shared = _shared_memory(config, model, group, num_slots, dtype, can_share_memory)
+        if shared is not None:
+            found["symmetric"] = shared
+    return found
+
+
+def _shared_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    group: dist.ProcessGroup,
+    num_slots: int,
+    dtype: torch.dtype,
+    is_possible: bool,
+) -> Dispatcher | None:
+    """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for."""
     asked = config.dispatcher == "symmetric"
     if not is_possible:
         if asked:

@@ -19,8 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_runtime.all2all.dispatch import make_dispatchers
-from moe_runtime.all2all.padded import make_padded
 from moe_runtime.batch import Batch, StepLimits, StepRouting
 from moe_runtime.capacity import Limits, step_limits, with_limits
 from moe_runtime.config import EngineConfig, ModelConfig
@@ -30,7 +28,6 @@ from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
-    PADDED,
     Chunk,
     ExpertWork,
     PromptLogprobs,
@@ -47,7 +44,7 @@ from moe_runtime.models.loader import Kit, ModelLoader
 from moe_runtime.moe import ExpertCounter
 from moe_runtime.native_layers import NativeKit
 from moe_runtime.placements import initial_placement
-from moe_runtime.rank_setup import choose_device, native_kernels, shared_memory
+from moe_runtime.rank_setup import choose_device, choose_dispatchers, native_kernels
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.scheduler import buckets_of
@@ -111,19 +108,19 @@ class Worker:
             if kernels is None
             else NativeKit(kernels, self.dtype)
         )
-        dispatchers = make_dispatchers(group, placement.max_slots, kit.row_ops)
         self._limits = Limits.of(config)
         buckets = buckets_of(config, num_ranks) if self._limits is None else ()
         capture = capture_on(self.device) if kernels is None and buckets else None
-        if capture is not None:
-            dispatchers[PADDED] = make_padded(group, placement.max_slots)
-        if group is not None and config.dispatcher in ("auto", "symmetric"):
-            possible = kernels is not None and local_ranks == group.size()
-            shared = shared_memory(
-                config, model_config, group, num_slots=placement.max_slots, dtype=self.dtype, is_possible=possible
-            )
-            if shared is not None:
-                dispatchers["symmetric"] = shared
+        dispatchers = choose_dispatchers(
+            config,
+            model_config,
+            group,
+            num_slots=placement.max_slots,
+            row_ops=kit.row_ops,
+            dtype=self.dtype,
+            can_share_memory=kernels is not None and local_ranks == num_ranks,
+            has_buckets=capture is not None,
+        )
         self.source: WeightSource = (
             RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
         )
