@@ -16,7 +16,9 @@ from moe_runtime.model_size import (
 
 CPU_DEFAULT_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.5
-PROCESS_BYTES = 150 << 20  # of a rank's own: interpreter and libraries
+PROCESS_BYTES = 190 << 20  # of a rank: interpreter and libraries
+SHARED_BYTES = 150 << 20  # of these, what the ranks of a host share
+EXPERT_ROWS = 128  # of an expert on average, at a time
 DECODE_CHUNK = 256  # keys that decode attention takes at a time on GPUs
 SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulated copies
 CUDA_DRIVER = Path("/dev/nvidiactl")
@@ -56,18 +58,21 @@ class Budget:
     """Memory of the ranks that share a host.
 
     Attributes:
-        rank: what each of them takes.
-        num_ranks: how many they are.
+        ranks: what each of them takes; they differ in their slots at most.
         available: free bytes of the host; None where the ranks are on GPUs, whose memory only they can see.
     """
 
-    rank: RankMemory
-    num_ranks: int
+    ranks: tuple[RankMemory, ...]
     available: int | None
 
     @property
+    def largest(self) -> RankMemory:
+        """Of the rank that takes most."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
     def total(self) -> int:
-        return self.num_ranks * self.rank.total
+        return sum(rank.total for rank in self.ranks)
 
     @property
     def left(self) -> int | None:
@@ -80,8 +85,9 @@ class Budget:
         return None if self.left is None else self.left >= 0
 
     def __str__(self) -> str:
-        rank = self.rank
-        ranks = "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks, each"
+        rank = self.largest
+        each = "each" if len(set(self.ranks)) == 1 else "the largest"
+        ranks = "1 rank" if len(self.ranks) == 1 else f"{len(self.ranks)} ranks, {each}"
         figures = (
             f"{ranks} with weights {gigabytes(rank.weights)}, KV cache {gigabytes(rank.kv_cache)} "
             f"({rank.num_blocks} pages), buffers {gigabytes(rank.buffers)}"
@@ -98,7 +104,7 @@ def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
 
     Args:
         engine, model: what the user asked for and what the checkpoint is.
-        local_ranks: how many of the `ep_size` ranks run on this host.
+        local_ranks: how many of the `ep_size` ranks run on this host, which is that of the first rank.
 
     Raises:
         ValueError: the ranks need more than is free. Ranks on GPUs are not refused: they see their memory themselves.
@@ -113,7 +119,7 @@ def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
 
 
 def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, available: int | None) -> Budget:
-    """What the ranks of a host with so many free bytes will take; None free bytes for ranks on GPUs.
+    """What the first ranks, on a host with so many free bytes, will take; None free bytes for ranks on GPUs.
 
     The KV cache is what a rank will choose once its weights are loaded (`num_kv_blocks`): on GPUs at most that, where
     memory is short still one sequence of `max_model_len`, without which a rank does not start.
@@ -124,9 +130,9 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     from moe_runtime.placements import slots_per_rank  # brings numpy
 
     dtype = weights_dtype(engine.dtype, model.dtype)
-    num_slots = slots_per_rank(engine, model, engine.ep_size)
+    num_slots = slots_per_rank(engine, model, engine.ep_size)[:local_ranks]
     dense = dense_bytes(model, dtype)
-    experts = len(model.moe_layers) * num_slots * expert_bytes(model, dtype)
+    slot = len(model.moe_layers) * expert_bytes(model, dtype)
     page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
     per_sequence = _blocks_of_one(engine, model) * page
     if engine.kv_cache_memory_bytes is not None:
@@ -134,29 +140,47 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     elif available is None:
         memory = engine.max_num_seqs * per_sequence
     else:
-        free = max(available - local_ranks * (dense + experts), 0)
+        free = max(available - local_ranks * dense - sum(num_slots) * slot, 0)
         memory = max(default_kv_bytes(free, local_ranks), per_sequence)
     num_blocks = num_kv_blocks(engine, model, ITEMSIZE[dtype], memory)
-    buffers = buffer_bytes(engine, model) + (graph_bytes(engine, model) if may_use_cuda(engine.device) else 0)
-    rank = RankMemory(dense, experts, num_blocks * page, buffers, num_slots, num_blocks)
-    return Budget(rank, local_ranks, available)
+    buffers = buffer_bytes(engine, model, local_ranks)
+    if may_use_cuda(engine.device):
+        buffers += graph_bytes(engine, model)
+    ranks = tuple(RankMemory(dense, n * slot, num_blocks * page, buffers, n, num_blocks) for n in num_slots)
+    return Budget(ranks, available)
 
 
-def buffer_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> int:
     """Bytes beside weights and pages, estimated: the process, and in its largest step `max_num_batched_tokens` rows
     through a layer and `max_num_seqs` rows through the sampler.
 
-    Per token: hidden states, queries, keys, values and their product; then, for balanced experts, for each of its K
-    choices the row that is sent, the two projections, their product and the row that comes back. What a dispatcher
-    keeps for itself (at most 48 MiB of all ranks with "symmetric") is not counted.
+    Per token: hidden states, queries, keys, values and their product, and the projections of a dense MLP. Then, for
+    balanced experts, per token of those that pass a sparse layer at a time, for each of its K choices the row that is
+    sent, the two projections, their product and the row that comes back; and with several ranks the rows of the
+    "symmetric" dispatcher, one from each rank and one for each choice.
     """
-    dtype = weights_dtype(engine.dtype, model.dtype)
-    moe, hidden = model.moe, model.hidden_size
-    attention = 4 * hidden + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    moe, hidden, tokens = model.moe, model.hidden_size, engine.max_num_batched_tokens
+    at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
+    if may_use_cuda(engine.device):
+        at_once = tokens
+    attention = 7 * hidden + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    inner = model.intermediate_size if len(model.moe_layers) < model.num_layers else 0
+    dense = 3 * max(moe.shared_intermediate_size, inner)
     experts = moe.top_k * (2 * hidden + 3 * moe.intermediate_size)
-    dense = 3 * max(moe.shared_intermediate_size, model.intermediate_size)
-    rows = engine.max_num_batched_tokens * (attention + max(experts, dense)) * ITEMSIZE[dtype]
-    return PROCESS_BYTES + rows + engine.max_num_seqs * model.vocab_size * SAMPLER_BYTES
+    exchange = (engine.ep_size + moe.top_k) * hidden if engine.ep_size > 1 else 0
+    elements = tokens * (attention + dense) + at_once * (experts + exchange)
+    rows = elements * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)]
+    process = PROCESS_BYTES - SHARED_BYTES + SHARED_BYTES // local_ranks
+    return process + rows + engine.max_num_seqs * model.vocab_size * SAMPLER_BYTES
+
+
+def tokens_at_once(num_experts: int, top_k: int, num_ranks: int) -> int:
+    """Tokens of each rank that pass a sparse layer at a time on CPUs, at most.
+
+    An expert then has `EXPERT_ROWS` rows on average, which use its weights as well as more would, and the rows between
+    dispatch and combine take no more memory however many tokens a step has.
+    """
+    return max(1, EXPERT_ROWS * num_experts // (top_k * num_ranks))
 
 
 def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:

@@ -63,7 +63,7 @@ class LayerLimits:
         counts_2E: takes the tokens of each expert, as for `gate.Gate`, where the limits change experts: then the gate
             must not count.
         layer: number of the sparse layer.
-        num_slots: slots of a rank.
+        num_slots: the most slots that any rank has, by which the slots of all are numbered.
     """
 
     def __init__(

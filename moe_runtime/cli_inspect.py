@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moe_runtime.budget import Budget, available_host_memory, gigabytes, may_use_cuda, plan_budget
-from moe_runtime.config import EngineConfig, ModelConfig, check_integer
+from moe_runtime.config import EngineConfig, ModelConfig, check_integer, parse_redundant
 from moe_runtime.model_size import (
     count_parameters,
     decode_bytes,
@@ -40,7 +40,8 @@ class InspectOptions:
 
     Attributes:
         batch_size: sequences in a decode step.
-        ep_size: numbers of ranks, all of them on this host; the default is 1, 2, 4 and 8.
+        ep_size: numbers of ranks, all of them on this host; the default is 1, 2, 4 and 8, or as many as ranks have
+            redundant experts of their own.
         json: print JSON, with sizes in bytes.
 
     Raises:
@@ -79,7 +80,8 @@ def inspect(namespace: argparse.Namespace) -> int:
         values = option_values(namespace, [*model_option, *options_of(InspectOptions), *inspect_engine_options()])
         options = InspectOptions(**only_fields(InspectOptions, values))
         chosen = {name: value for name, value in values.items() if name in ("model", *ENGINE)}
-        engine = EngineConfig(**chosen, ep_size=MOST_RANKS)
+        redundant = parse_redundant(values.get("redundant_experts", 0))
+        engine = EngineConfig(**chosen, ep_size=MOST_RANKS if isinstance(redundant, int) else len(redundant))
         from moe_runtime.models import load_model_config
         from moe_runtime.weights import resolve_model
 
@@ -90,7 +92,9 @@ def inspect(namespace: argparse.Namespace) -> int:
 
 
 def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) -> dict[str, Any]:
-    """All figures, as JSON can hold them; bytes where the name ends so. `engine.ep_size` has no effect.
+    """All figures, as JSON can hold them; bytes where the name ends so.
+
+    `engine.ep_size` has no effect unless its ranks have redundant experts of their own.
 
     Raises:
         ValueError: an option does not fit the model.
@@ -99,7 +103,8 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
 
     dtype = weights_dtype(engine.dtype, model.dtype)
     count, moe = count_parameters(model), model.moe
-    sizes = options.ep_size or [n for n in (1, 2, 4, 8) if n <= min(MOST_RANKS, moe.num_experts)]
+    usual = [n for n in (1, 2, 4, 8) if n <= min(MOST_RANKS, moe.num_experts)]
+    sizes = options.ep_size or (usual if isinstance(engine.redundant_experts, int) else [engine.ep_size])
     available = None if may_use_cuda(engine.device) else available_host_memory()
     budgets = [plan_budget(fit_to_model(_with_ranks(engine, size), model), model, size, available) for size in sizes]
     return {
@@ -140,10 +145,10 @@ def _decode(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
 
 
 def _memory(ep_size: int, budget: Budget) -> dict[str, Any]:
-    rank = budget.rank
+    rank, num_slots = budget.largest, [rank.num_slots for rank in budget.ranks]
     return {
         "ep_size": ep_size,
-        "slots_per_layer": rank.num_slots,
+        "slots_per_layer": num_slots if len(set(num_slots)) > 1 else rank.num_slots,
         "dense_bytes": rank.dense,
         "expert_bytes": rank.experts,
         "kv_cache_bytes": rank.kv_cache,
@@ -187,8 +192,10 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
     memory = [["ep_size", "slots/layer", "dense", "experts", "KV cache", "buffers", "per rank", "all ranks", "fits"]]
     keys = ("dense_bytes", "expert_bytes", "kv_cache_bytes", "buffer_bytes", "rank_bytes", "all_ranks_bytes")
     for row in found["ranks"]:
+        slots = row["slots_per_layer"]
+        slots = ",".join(map(str, slots if isinstance(slots, list) else [slots]))
         fits = {True: "yes", False: "no", None: "?"}[row["fits"]]
-        memory.append([str(row["ep_size"]), str(row["slots_per_layer"]), *(gigabytes(row[key]) for key in keys), fits])
+        memory.append([str(row["ep_size"]), slots, *(gigabytes(row[key]) for key in keys), fits])
     free = "" if found["available_bytes"] is None else f"; {gigabytes(found['available_bytes'])} are free"
     unknown = "\nWhether ranks fit on GPUs is seen when they start." if found["available_bytes"] is None else ""
     return "\n".join(

@@ -57,13 +57,15 @@ def tune_model(engine: EngineConfig, model: ModelConfig) -> tuple[str, list[str]
 
     moe = model.moe
     most = engine.max_num_batched_tokens * moe.top_k
-    found = tuner.tune(
-        slots_per_rank(engine, model, engine.ep_size),
-        model.hidden_size,
-        moe.intermediate_size,
-        getattr(torch, weights_dtype(engine.dtype, model.dtype)),
-        [1 << power for power in range((most - 1).bit_length() + 1)],
-        device=device,
-    )
+    found: dict[str, object] = {}
+    for num_slots in sorted(set(slots_per_rank(engine, model, engine.ep_size))):
+        found |= tuner.tune(
+            num_slots,
+            model.hidden_size,
+            moe.intermediate_size,
+            getattr(torch, weights_dtype(engine.dtype, model.dtype)),
+            [1 << power for power in range((most - 1).bit_length() + 1)],
+            device=device,
+        )
     file = tuner.cache_file(torch.cuda.get_device_name(device))
     return str(file), [f"{key}: {tile}" for key, tile in found.items()]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from moe_runtime.routing import RoutingPolicy, parse_routing
 
@@ -41,7 +42,8 @@ class EngineConfig:
         balance: "auto" moves and replicates hot experts while serving, where that pays back; "eplb" does so by
             DeepSeek's published algorithm, as a baseline; "off" only when asked.
         balance_interval: steps between two looks of the balancer at the load.
-        redundant_experts: slots per rank and layer beside those for one copy of every expert.
+        redundant_experts: slots per rank and layer beside those for one copy of every expert: one number for all ranks,
+            or one per rank, as in 2,0,1,0.
         migration_bytes_per_step: how much of experts' weights a rank copies between two steps; None takes what makes
             steps longer by about 15 percent.
         placement: file of the placement to start with; None spreads the experts evenly, in order.
@@ -80,7 +82,7 @@ class EngineConfig:
     dispatcher: str = "auto"
     balance: str = "off"
     balance_interval: int = 100
-    redundant_experts: int = 0
+    redundant_experts: int | Sequence[int] = 0
     migration_bytes_per_step: int | None = None
     placement: str | None = None
     routing: str | RoutingPolicy | None = None
@@ -115,7 +117,7 @@ class EngineConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("redundant_experts", self.redundant_experts, 0)
+        object.__setattr__(self, "redundant_experts", parse_redundant(self.redundant_experts, self.ep_size))
         for name in ("max_model_len", "kv_cache_memory_bytes", "migration_bytes_per_step"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
@@ -131,7 +133,8 @@ class EngineConfig:
             )
         if self.dispatcher == "local" and self.ep_size > 1:
             raise ValueError('dispatcher: "local" is not allowed with ep_size above 1; use "auto"')
-        if self.ep_size == 1 and (self.redundant_experts or self.placement or self.balance != "off"):
+        redundant = self.redundant_experts not in (0, (0,))
+        if self.ep_size == 1 and (redundant or self.placement or self.balance != "off"):
             raise ValueError(
                 "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
             )
@@ -176,6 +179,34 @@ def check_integer(name: str, value: object, least: int) -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer of at least {least}")
+
+
+def parse_redundant(value: object, ep_size: int | None = None) -> int | tuple[int, ...]:
+    """Redundant experts of all ranks alike, or a number for each rank; as text, with commas between.
+
+    Args:
+        ep_size: ranks that there are; None where there may be any number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found: Any = value
+    if isinstance(value, str) and all(word.strip().isdecimal() for word in value.split(",")):
+        numbers = [int(word) for word in value.split(",")]
+        found = numbers if len(numbers) > 1 else numbers[0]
+    if _is_count(found):
+        return found
+    is_list = isinstance(found, Sequence) and not isinstance(found, bytes)
+    if is_list and len(found) == (ep_size or max(1, len(found))) and all(map(_is_count, found)):
+        return tuple(found)
+    ranks = "rank" if ep_size is None else f"rank ({ep_size})"
+    raise ValueError(
+        f"redundant_experts: {value!r} is not allowed; it must be an integer of at least 0, or one per {ranks}"
+    )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 from moe_runtime.transport import RankExited
@@ -19,6 +19,7 @@ from moe_runtime.transport import RankExited
 logger = logging.getLogger(__name__)
 
 RANK_COMMAND = (sys.executable, "-P", "-m", "moe_runtime.worker")
+START_DEADLINE = 60.0
 STOP_GRACE = 5.0
 KILL_GRACE = 5.0
 
@@ -52,15 +53,16 @@ class FrontAddress:
 
 
 class Host:
-    """Starts one process per rank of `ranks` and keeps it until it ends.
+    """Starts the processes of `ranks`, by one process that forks into them, and keeps them until they end.
 
     Args:
         shares: cores of each rank in `ranks`, as from `divide_cores`.
         local_ranks: number of ranks on this machine.
-        command: starts a rank's process; the rank's arguments are appended.
+        command: starts the process that forks; the ranks' arguments are appended.
 
     Raises:
         ValueError: MOE_RUNTIME_NUM_THREADS is not a number of threads.
+        OSError: the command can't be run.
     """
 
     def __init__(
@@ -74,86 +76,94 @@ class Host:
         command: Sequence[str] = RANK_COMMAND,
     ) -> None:
         self.exits: list[RankExited] = []  # in the order in which the processes ended
-        self._processes: list[_RankProcess] = []
-        environments = [_environment(len(cores), front) for cores in shares]
-        try:
-            for rank, cores, environment in zip(ranks, shares, environments, strict=True):
-                arguments = ["--rank", rank, "--generation", generation, "--local-ranks", local_ranks]
-                arguments += ["--control", front.control, "--store-host", front.store_host]
-                process = _RankProcess(rank, [*command, *map(str, arguments)], cores, environment, self.exits)
-                self._processes.append(process)
-        except OSError:
-            self.stop(grace=0.0)
-            raise
+        self._ranks = tuple(ranks)
+        self._pids: dict[int, int] = {}
+        self._forked = threading.Event()
+        arguments = ["--generation", generation, "--local-ranks", local_ranks]
+        arguments += ["--control", front.control, "--store-host", front.store_host]
+        for rank, cores in zip(ranks, shares, strict=True):
+            arguments += ["--rank", f"{rank}:{_num_threads(len(cores))}:{','.join(map(str, cores))}"]
+        started: Future[subprocess.Popen[bytes]] = Future()
+        self._thread = threading.Thread(
+            target=self._keep,
+            args=([*command, *map(str, arguments)], _environment(front), started),
+            name="host of ranks",
+            daemon=True,
+        )
+        self._thread.start()
+        self._process = started.result()
 
     @property
     def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
+        """Process ids of the ranks, once all have been started; of one that could not be, that of what should have."""
+        self._forked.wait(START_DEADLINE)
+        return [self._pids.get(rank, self._process.pid) for rank in self._ranks]
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Wait up to `grace` seconds for the processes to end, which the front has asked for, then kill the rest."""
-        deadline = time.monotonic() + grace
-        for process in self._processes:
-            process.wait(deadline)
-        for process in self._processes:
-            if process.running and grace > 0:
-                logger.warning("%s did not end within %g s and is killed", process.name, grace)
-            process.kill()
-        deadline = time.monotonic() + KILL_GRACE
-        for process in self._processes:
-            process.wait(deadline)
+        self._thread.join(grace)
+        if self._thread.is_alive() and self._forked.is_set():
+            for rank in sorted(self._pids.keys() - {exited.rank for exited in self.exits}):
+                if grace > 0:
+                    logger.warning(
+                        "rank %d (pid %d) did not end within %g s and is killed", rank, self._pids[rank], grace
+                    )
+                with suppress(ProcessLookupError):
+                    os.kill(self._pids[rank], signal.SIGKILL)
+            self._thread.join(KILL_GRACE)
+        if self._thread.is_alive():
+            self._process.kill()  # the ranks go with it
+            self._thread.join(KILL_GRACE)
+
+    def _keep(self, command: list[str], environment: dict[str, str], started: Future[subprocess.Popen[bytes]]) -> None:
+        """Start the process that forks, and take in what it reports until all have ended.
+
+        It inherits this thread's signal mask: a Ctrl-C cannot hit it before it has said that it ignores one. It asks
+        to be killed when its parent goes, which Linux takes to be the parent's thread; this one lives as long.
+        """
+        reports, write_end = os.pipe()
+        command += ["--reports", str(write_end)]
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=[write_end])
+        except OSError as error:
+            os.close(reports)
+            started.set_exception(error)
+            return
+        finally:
+            os.close(write_end)
+        started.set_result(process)
+        running = set(self._ranks)
+        with os.fdopen(reports) as lines:  # ends when all that could write are gone
+            for line in lines:
+                number, pid, what = line.split()
+                rank = int(number)
+                if what == "started":
+                    self._pids[rank] = int(pid)
+                    if len(self._pids) == len(self._ranks):
+                        self._forked.set()
+                else:
+                    self.exits.append(RankExited(rank, int(pid), int(what)))
+                    running.remove(rank)
+        process.wait()
+        self._forked.set()
+        assert process.stdin is not None
+        process.stdin.close()
+        for rank in sorted(running):  # with it, or never started
+            self.exits.append(RankExited(rank, self._pids.get(rank, process.pid), process.returncode))
 
 
-class _RankProcess:
-    """A process, and the thread that starts it and waits for its end.
-
-    The process inherits the thread's cores and signal mask: it is pinned from its first instruction, and a Ctrl-C
-    cannot hit it before it has said that it ignores one. It asks to be killed when its parent goes, which Linux takes
-    to be the parent's thread; this one lives as long as the process.
-    """
-
-    def __init__(
-        self, rank: int, command: list[str], cores: Sequence[int], environment: dict[str, str], exits: list[RankExited]
-    ) -> None:
-        started: Future[subprocess.Popen[bytes]] = Future()
-
-        def run() -> None:
-            try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-                os.sched_setaffinity(0, cores)
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
-            except OSError as error:
-                started.set_exception(error)
-                return
-            started.set_result(process)
-            process.wait()
-            assert process.stdin is not None
-            process.stdin.close()
-            exits.append(RankExited(rank, process.pid, process.returncode))
-
-        self._thread = threading.Thread(target=run, name=f"host of rank {rank}", daemon=True)
-        self._thread.start()
-        self._process = started.result()
-        self.pid = self._process.pid
-        self.name = f"rank {rank} (pid {self.pid})"
-
-    @property
-    def running(self) -> bool:
-        return self._thread.is_alive()
-
-    def wait(self, deadline: float) -> None:
-        """Wait for the end until `deadline`, a time of `time.monotonic`."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-
-    def kill(self) -> None:
-        self._process.kill()
-
-
-def _environment(num_cores: int, front: FrontAddress) -> dict[str, str]:
+def _num_threads(num_cores: int) -> int:
+    """Threads of a rank with so many cores."""
     threads = os.environ.get("MOE_RUNTIME_NUM_THREADS", str(num_cores))
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f"MOE_RUNTIME_NUM_THREADS: {threads!r} is not allowed; it must be an integer of at least 1")
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    return int(threads)
+
+
+def _environment(front: FrontAddress) -> dict[str, str]:
+    """Of the process that forks: no library may start threads in it. A rank sets its own number."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if front.store_host == "127.0.0.1":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment

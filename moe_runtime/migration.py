@@ -86,9 +86,10 @@ class Migration:
     """From one placement to another, both on the same ranks; all layers at the same time.
 
     Args:
-        placement: where the experts are, with an empty slot on every rank in each layer.
+        placement: where the experts are.
         target: where they shall be; which of a rank's slots an expert takes does not matter.
         send: gives a rank a task; its report comes through `take`.
+        num_slots: slots that each rank has; in each layer it holds one expert less at most, now and by `target`.
         expert_bytes: of one expert's weights.
         budget: bytes that a rank may copy or sum up between two steps, as of now.
         timeout: seconds within which a rank must report.
@@ -107,6 +108,7 @@ class Migration:
         target: Placement,
         send: Callable[[int, SlotTask], None],
         *,
+        num_slots: Sequence[int],
         expert_bytes: int,
         budget: Callable[[], int],
         timeout: float,
@@ -117,6 +119,7 @@ class Migration:
         self.report = MigrationReport()
         self.next_task = first_task
         self._send = send
+        self._num_slots = num_slots
         self._expert_bytes = expert_bytes
         self._budget = budget
         self._timeout = timeout
@@ -178,7 +181,7 @@ class Migration:
     def _begin_round(self, layer: int) -> None:
         """Start a layer's next round; experts that only go are a commit by itself."""
         slots_WS = self.placement.slots[layer]
-        changes = next_round(slots_WS, self._wanted[layer])
+        changes = next_round(slots_WS, self._wanted[layer], self._num_slots)
         if changes is None:
             if missing := self._missing(layer):
                 self.report.failures.append(f"layer {layer}: {missing} moves have no order in which they can be made")
@@ -192,7 +195,7 @@ class Migration:
 
     def _transfer(self, layer: int, rank: int, expert: int, leaving: int) -> _Transfer:
         slots_WS = self.placement.slots[layer]
-        slot = _slot_of(slots_WS[rank], EMPTY)
+        slot = _slot_of(slots_WS[rank, : self._num_slots[rank]], EMPTY)
         holder, held = (int(index) for index in np.argwhere(slots_WS == expert)[0])
         task = SlotTask(self.next_task, layer, slot, expert, self._expert_bytes)
         witness = SlotTask(self.next_task + 1, layer, held, EMPTY, 0)

@@ -5,6 +5,8 @@ Shape suffixes: W ranks, S slots per rank, E logical experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,7 +15,9 @@ from moe_runtime.balancer.placement import EMPTY
 Change = tuple[int, int, int]  # rank, expert that comes, expert that leaves; EMPTY for none
 
 
-def next_round(slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_]) -> list[Change] | None:
+def next_round(
+    slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_], num_slots_W: Sequence[int]
+) -> list[Change] | None:
     """The changes of the next round on the way to `wanted_WE`; None when there is nothing, or nothing possible, left.
 
     On a rank at most one expert comes, into an empty slot, and at most one leaves; then the rank has an empty slot
@@ -21,16 +25,19 @@ def next_round(slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool
     move together. Experts that only leave go in a round of their own at the end.
 
     Args:
-        slots_WS: the expert in each slot, EMPTY for none; every rank has an empty slot.
+        slots_WS: the expert in each slot, EMPTY for none.
         wanted_WE: which rank shall hold which expert; every expert at least one.
+        num_slots_W: slots that each rank has, one more at least than experts that it holds or shall hold.
     """
-    return _Round(slots_WS, wanted_WE).plan()
+    return _Round(slots_WS, wanted_WE, num_slots_W).plan()
 
 
 class _Round:
-    def __init__(self, slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_]) -> None:
+    def __init__(
+        self, slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_], num_slots_W: Sequence[int]
+    ) -> None:
         self.holds = [set(row[row != EMPTY].tolist()) for row in slots_WS]
-        self.num_empty = (slots_WS == EMPTY).sum(axis=1).tolist()
+        self.num_empty = [count - len(held) for count, held in zip(num_slots_W, self.holds, strict=True)]
         wanted = [set(np.nonzero(row)[0].tolist()) for row in wanted_WE]
         self.coming = [sorted(want - held) for want, held in zip(wanted, self.holds, strict=True)]
         self.leaving = [sorted(held - want) for want, held in zip(wanted, self.holds, strict=True)]

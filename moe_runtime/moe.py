@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, RoundDispatcher
 from moe_runtime.all2all.rounds import place_among_equals
 from moe_runtime.batch import Batch, StepRouting
+from moe_runtime.budget import tokens_at_once
 from moe_runtime.capacity import LayerLimits
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.messages import PADDED, ExpertWork
@@ -43,6 +44,9 @@ class Experts(Protocol):
     """This rank's slots of a layer."""
 
     @property
+    def num_slots(self) -> int: ...
+
+    @property
     def nbytes(self) -> int: ...
 
     def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
@@ -68,7 +72,7 @@ class Norm(Protocol):
     """The norm behind a block."""
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum."""
+        """The norm of `residual + x`, and that sum; they may take the places of `x` and `residual`."""
 
 
 class ExpertCounter:
@@ -137,9 +141,7 @@ class MoELayer:
         if self.limits is not None and self.limits.queues:
             out_TD = self._in_rounds(way, self.limits, x_TD, slot_TK, weights_TK, batch)
         else:
-            sent = way.dispatch(x_TD, slot_TK, batch.tokens_per_rank)
-            y_RD = self._compute(sent, batch)
-            out_TD = way.combine(y_RD, sent, weights_TK)
+            out_TD = self._in_parts(way, x_TD, slot_TK, weights_TK, batch)
 
         if shared_TD is not None:
             out_TD = out_TD + shared_TD()
@@ -159,6 +161,34 @@ class MoELayer:
         turn = place_among_equals(chosen, len(self.slot_EP) - 1)
         return self.slot_EP[chosen, turn % ROUTE_LENGTH].view_as(experts_TK)
 
+    def _in_parts(self, way: Dispatcher, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch) -> Tensor:
+        """Dispatch, experts and combine; on CPUs for `tokens_at_once` tokens of each rank at a time."""
+        most, num_parts = max(batch.tokens_per_rank), 1
+        if x_TD.device.type == "cpu":
+            num_experts, top_k = len(self.slot_EP) - 1, slot_TK.shape[1]
+            num_parts = -(-most // tokens_at_once(num_experts, top_k, len(batch.tokens_per_rank)))
+        if num_parts <= 1:
+            return self._pass(way, x_TD, slot_TK, weights_TK, batch, batch.tokens_per_rank)
+        out_TD, size = torch.empty_like(x_TD), -(-most // num_parts)
+        for first in range(0, most, size):
+            part = slice(first, first + size)
+            tokens_per_rank = [len(range(tokens)[part]) for tokens in batch.tokens_per_rank]
+            out_TD[part] = self._pass(way, x_TD[part], slot_TK[part], weights_TK[part], batch, tokens_per_rank)
+        return out_TD
+
+    def _pass(
+        self,
+        way: Dispatcher,
+        x_TD: Tensor,
+        slot_TK: Tensor,
+        weights_TK: Tensor,
+        batch: Batch,
+        tokens_per_rank: list[int],
+    ) -> Tensor:
+        """Dispatch, experts and combine."""
+        sent = way.dispatch(x_TD, slot_TK, tokens_per_rank)
+        return way.combine(self._compute(sent, batch), sent, weights_TK)
+
     def _in_rounds(
         self, way: Dispatcher, limits: LayerLimits, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch
     ) -> Tensor:
@@ -173,14 +203,15 @@ class MoELayer:
         return way.combine_rounds(rounds, weights_TK)
 
     def _compute(self, sent: Dispatched, batch: Batch) -> Tensor:
+        counts_S = sent.counts_S[: self.experts.num_slots]  # behind them those that only other ranks have
         work = batch.expert_work
         if self.limits is not None and batch.limits is not None:
             batch.limits.rows_L[self.limits.layer] += sent.counts_S.sum()
         if work is None:
-            return self.experts(sent.x_ND, sent.row_R, sent.counts_S)
-        counts = sent.counts_S.tolist()  # waits for the device, as the second synchronize does
+            return self.experts(sent.x_ND, sent.row_R, counts_S)
+        counts = counts_S.tolist()  # waits for the device, as the second synchronize does
         start = time.perf_counter()
-        y_RD = self.experts(sent.x_ND, sent.row_R, sent.counts_S)
+        y_RD = self.experts(sent.x_ND, sent.row_R, counts_S)
         if y_RD.is_cuda:
             torch.cuda.synchronize(y_RD.device)
         seconds = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ class Mover:
 
     Args:
         executor: its ranks.
+        num_slots: slots of each rank in a layer; one is empty but while an expert moves.
         expert_bytes: of one expert's weights.
         bytes_per_step: that a rank may copy between two steps; None: a share of a step's time.
 
@@ -56,10 +58,13 @@ class Mover:
         copy_rate: bytes per second, as measured last.
     """
 
-    def __init__(self, executor: Executor, expert_bytes: int, bytes_per_step: int | None) -> None:
+    def __init__(
+        self, executor: Executor, num_slots: Sequence[int], expert_bytes: int, bytes_per_step: int | None
+    ) -> None:
         self.moves = self.copied_bytes = self.rollbacks = 0
         self.copy_rate = FIRST_COPY_RATE
         self._executor = executor
+        self._num_slots = num_slots
         self._expert_bytes = expert_bytes
         self._bytes_per_step = bytes_per_step
         self._budget = 0
@@ -79,6 +84,7 @@ class Mover:
             placement,
             target,
             self._executor.send_task,
+            num_slots=self._num_slots,
             expert_bytes=self._expert_bytes,
             budget=lambda: self._budget,
             timeout=REPORT_TIMEOUT,

@@ -52,8 +52,8 @@ class NativeNorm:
         return self.kernels.rms_norm(x_TD, self.weight_D, self.eps)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum."""
-        return self.kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
+        """The norm of `residual + x`, and that sum, in the places of `x` and `residual`."""
+        return self.kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps, in_place=True)
 
 
 class NativeAttention:

@@ -43,11 +43,13 @@ class Option:
     Attributes:
         kind: type of the value, or of each of several.
         many: whether it holds several values.
+        alone: whether it may hold one value as well, which is not one of several then.
     """
 
     name: str
     kind: type
     many: bool
+    alone: bool
     default: Any
     help: str
 
@@ -68,7 +70,8 @@ def options_of(cls: type, exclude: Iterable[str] = ()) -> list[Option]:
         kinds = _alternatives(hints[field.name])
         many = [kind for kind in kinds if typing.get_origin(kind) is not None]
         kind = typing.get_args(many[0])[0] if many else next(kind for kind in kinds if kind is not type(None))
-        options.append(Option(field.name, kind, bool(many), field.default, helps.get(field.name, "")))
+        text = helps.get(field.name, "")
+        options.append(Option(field.name, kind, bool(many), bool(many) and kind in kinds, field.default, text))
     return options
 
 
@@ -93,7 +96,7 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> 
             arguments |= {"action": "append", "metavar": "TEXT"}
         elif option.many:
             convert, metavar = {int: (integers, "N,N,..."), float: (numbers, "X,X,...")}[option.kind]
-            arguments |= {"type": convert, "metavar": metavar}
+            arguments |= {"type": _one_or_several(option.kind) if option.alone else convert, "metavar": metavar}
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
             arguments |= {"type": _converter(option.kind), "metavar": metavar}
@@ -116,6 +119,12 @@ def _converter(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(message) from error
 
     return convert
+
+
+def _one_or_several(kind: type) -> Callable[[str], Any]:
+    """One value where there is no comma, else a list."""
+    convert = _converter(kind)
+    return lambda text: [convert(word) for word in text.split(",")] if "," in text else convert(text)
 
 
 def integers(text: str) -> list[int]:

@@ -1,12 +1,14 @@
-"""A rank's process: says hello to the front, loads the model, then runs the plans it is sent until it is told to stop.
+"""Rank processes: each says hello to the front, loads the model, then runs the plans it is sent until told to stop.
 
-It ends when the front says so or when the pipe from its host closes, so that no rank outlives its host.
+The ranks of a host are forked from one process, so that they share the memory of the libraries that it has imported.
+They end when the front says so or when the pipe from their host closes, so that no rank outlives its host.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe_runtime.executor import RankInfo
+from moe_runtime.kernels.cpu.pages import release_library_pages
 from moe_runtime.messages import RankPlan, RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.transport import (
     Counts,
@@ -44,26 +47,44 @@ logger = logging.getLogger(__name__)
 
 COLLECTIVE_MARGIN = 10.0  # seconds by which the front's deadline for a step comes before that of a collective
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+MMAP_THRESHOLD = 1 << 20  # bytes from which on an allocation is given back to the system when it is freed
 
 
 @dataclass(frozen=True)
 class RankArguments:
-    """What the host tells a rank on its command line. `local_ranks` is the number of ranks on the machine."""
+    """What the host tells a rank on the command line.
+
+    Attributes:
+        cores: what the rank is pinned to.
+        num_threads: of its computations.
+        local_ranks: the number of ranks on the machine.
+    """
 
     rank: int
+    cores: tuple[int, ...]
+    num_threads: int
     generation: int
     local_ranks: int
     control: str
     store_host: str
 
-    @classmethod
-    def parse(cls, arguments: Sequence[str]) -> RankArguments:
-        parser = argparse.ArgumentParser("moe_runtime.worker", description="A rank's process; started by its host.")
-        for name in ("--rank", "--generation", "--local-ranks"):
-            parser.add_argument(name, type=int, required=True)
-        for name in ("--control", "--store-host"):
-            parser.add_argument(name, required=True)
-        return cls(**vars(parser.parse_args(arguments)))
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[list[RankArguments], int]:
+    """The ranks of the host, and the file descriptor by which it learns how they start and end."""
+    parser = argparse.ArgumentParser("moe_runtime.worker", description="The ranks of a host, which starts them.")
+    parser.add_argument("--rank", action="append", required=True, metavar="RANK:THREADS:CORE,CORE")
+    for name in ("--generation", "--local-ranks", "--reports"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--control", "--store-host"):
+        parser.add_argument(name, required=True)
+    given = vars(parser.parse_args(arguments))
+    reports = given.pop("reports")
+    ranks = []
+    for seat in given.pop("rank"):
+        rank, num_threads, cores = seat.split(":")
+        ranks.append(RankArguments(int(rank), tuple(map(int, cores.split(","))), int(num_threads), **given))
+    return ranks, reports
 
 
 class RankWorker(Protocol):
@@ -80,22 +101,27 @@ class RankWorker(Protocol):
 
 
 def main() -> None:
-    """Be a rank: the entry point of `python -m moe_runtime.worker`."""
-    run_rank(load_worker)
+    """Be the ranks of a host: the entry point of `python -m moe_runtime.worker`."""
     import torch.distributed as dist
 
+    import moe_runtime.all2all.symmetric
+    import moe_runtime.worker  # noqa: F401  before the fork, so that the ranks share it
+
+    release_library_pages()
+    run_rank(load_worker)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
-    """Serve the front, with the worker that `make_worker` loads, until it says stop.
+    """Fork into the ranks that the command line names. Each serves the front, with the worker that `make_worker` loads,
+    until it says stop.
 
-    An exception ends the process with code 1, after the front has been told. One ValueError while loading is the
+    An exception ends a rank with code 1, after the front has been told. One ValueError while loading is the
     user's mistake, which the front reports; it leaves no traceback here.
     """
-    seat = RankArguments.parse(sys.argv[1:])
-    _end_with_host()
+    seat = fork_ranks(sys.argv[1:])
+    _watch_host()
     logging.basicConfig(format=f"[rank {seat.rank}] %(levelname)s %(name)s: %(message)s")
     front = Dealer(seat.control, rank_name(seat.rank))
     loaded = False
@@ -138,11 +164,54 @@ def _serve(front: Dealer, worker: RankWorker, rank: int, num_ranks: int) -> None
                 raise AssertionError(f"the front sent a rank {message!r}")
 
 
-def _end_with_host() -> None:
-    """Leave Ctrl-C and SIGTERM to the front, and die with the host: when its pipe closes, or by the kernel's hand."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def fork_ranks(arguments: Sequence[str]) -> RankArguments:
+    """Fork into the ranks that the arguments name; returns in each of them, on its cores.
+
+    The process itself stays until all have ended, tells the host of each start and end, and exits with 0. What it has
+    imported by now the ranks share, so it must have no threads, and must not have used what does not survive a fork.
+    """
+    seats, reports = parse_arguments(arguments)
+    os.set_inheritable(reports, False)  # by what the ranks start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the front
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_parent()
+    gc.collect()
+    gc.freeze()  # what the collector does not visit stays shared
+    rank_of: dict[int, int] = {}
+    for seat in seats:
+        parent, pid = os.getpid(), os.fork()
+        if pid == 0:
+            _die_with_parent()
+            if os.getppid() != parent:  # it ended before
+                os._exit(1)
+            os.sched_setaffinity(0, seat.cores)
+            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(seat.num_threads)
+            _give_memory_back()
+            return seat
+        rank_of[pid] = seat.rank
+        os.write(reports, b"%d %d started\n" % (seat.rank, pid))
+    while rank_of:
+        pid, status = os.wait()
+        os.write(reports, b"%d %d %d\n" % (rank_of.pop(pid), pid, os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _give_memory_back() -> None:
+    """Have malloc give large pieces back when they are freed, for the rows of a step are needed a short time each.
+
+    Left to itself it keeps more and more of them, each in the size that it once had.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
+
+
+def _watch_host() -> None:
+    """End when the host is gone: then the pipe from it closes."""
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the host has closed its end
@@ -172,8 +241,11 @@ def join_group(seat: RankArguments, init: Init) -> ProcessGroup | None:
 
 def load_worker(seat: RankArguments, init: Init) -> RankWorker:
     """Join the other ranks and load this rank's share of the model."""
+    import torch
+
     from moe_runtime.worker import Worker
 
+    torch.set_num_threads(seat.num_threads)
     return Worker(
         init.config,
         init.model_config,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
 from moe_runtime.all2all.padded import make_padded
+from moe_runtime.budget import tokens_at_once
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.messages import PADDED
@@ -62,7 +63,7 @@ def choose_dispatchers(
     """The dispatchers that a plan may name, the same on all ranks.
 
     Args:
-        num_slots: on every rank.
+        num_slots: the most that any rank has, by which the slots of all are numbered.
         row_ops: the local work.
         dtype: of the rows.
         can_share_memory: whether all ranks are on one host and have native kernels.
@@ -103,7 +104,9 @@ def _shared_memory(
         return SymmetricDispatcher(
             group,
             num_slots,
-            max_tokens=config.max_num_batched_tokens,
+            max_tokens=min(
+                config.max_num_batched_tokens, tokens_at_once(model.moe.num_experts, model.moe.top_k, group.size())
+            ),
             hidden_size=model.hidden_size,
             top_k=model.moe.top_k,
             dtype=dtype,

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from moe_runtime.balancer.decide import Decision, MoveCost, Payback, balancedness
 from moe_runtime.balancer.eplb import plan_eplb
 from moe_runtime.balancer.plan import Plan, plan_placement
+from moe_runtime.balancer.shift import Shift, ShiftDetector
 from moe_runtime.balancer.split import rank_loads
 from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.executor import CountsReport, Executor
@@ -28,7 +29,7 @@ from moe_runtime.load_monitor import LoadMonitor, Window
 from moe_runtime.messages import RankResult, StepPlan
 from moe_runtime.model_size import expert_bytes
 from moe_runtime.mover import Mover, Rebalance
-from moe_runtime.placements import initial_placement
+from moe_runtime.placements import initial_placement, slots_per_rank
 from moe_runtime.routes import Routes
 
 Ints = npt.NDArray[np.int64]
@@ -36,7 +37,7 @@ Floats = npt.NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 
-HORIZON_SECONDS = 60.0  # within which a move must pay back
+HORIZON_SECONDS = 60.0  # within which a move must pay back, at most
 FAST_INTERVALS, SLOW_INTERVALS = 2, 20  # time constants of the averages, in looks at the load
 ROUTE_STEPS = 8  # steps between two looks at how replicas share their tokens
 MEASURE_EVERY = 8  # steps; so often ranks time their experts
@@ -77,14 +78,18 @@ class Rebalancer:
         self._config, self._executor = config, executor
         self._num_ranks = len(executor.ranks)
         self._expert_bytes = expert_bytes(model, executor.ranks[0].dtype)
+        self._num_slots = slots_per_rank(config, model, self._num_ranks)
         self.placement = initial_placement(config, model, self._num_ranks)
         self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
         shape = (self.placement.num_layers, self.placement.num_experts)
         interval = config.balance_interval
         self._monitor = LoadMonitor(executor, shape, FAST_INTERVALS * interval, SLOW_INTERVALS * interval)
-        self._looked = self._monitor.total  # when it was last decided whether to move experts
+        self._looked = self._monitor.total  # as of the last look
+        self._known_LE = np.zeros(shape)  # rows per step of late, as of then
+        self._began = 0.0  # seconds, on the monitor's clock: since then this load, and nobody told to move
+        self._shifts = ShiftDetector(SLOW_INTERVALS)
         self._payback = Payback()
-        self._mover = Mover(executor, self._expert_bytes, config.migration_bytes_per_step)
+        self._mover = Mover(executor, self._num_slots, self._expert_bytes, config.migration_bytes_per_step)
         self._routes = Routes(self.placement)
         # of each rank in each layer, by the averages; worked out anew where one of them changes
         self._fast_LW, self._slow_LW = np.zeros((2, shape[0], self._num_ranks))
@@ -182,17 +187,32 @@ class Rebalancer:
                 self._routes.weigh(window.counts_W2LE.sum(axis=1))
 
     def _look(self) -> None:
-        """Once in an interval: how even the load is, and whether experts should move."""
-        window, self._looked = self._monitor.total.since(self._looked), self._monitor.total
+        """Once in an interval: whether the load is a new one, how even it is, and whether experts should move."""
+        before, self._looked = self._looked, self._monitor.total
+        window = self._looked.since(before)
+        shift = self._shifts.compare(self._known_LE, window.counts_W2LE.sum(axis=(0, 1)))
+        if shift.is_new:
+            self._monitor.averages.restart_fast(window.counts_W2LE.sum(axis=0), window.num_steps)
+            self._began = before.seconds
         self._weigh()
         self._routes.refresh()
         if self._watches and not self._mover.is_moving:
-            self._decide(window)
+            self._decide(window, shift)
+        self._known_LE = self._rows()
 
-    def _decide(self, window: Window) -> None:
-        """Weigh a plan, and carry it out where it pays back."""
-        rows_LE = self._rows()
+    def _decide(self, window: Window, shift: Shift) -> None:
+        """Weigh a plan, and carry it out where it pays back.
+
+        The plan is made for the load as of the last look, and its saving is that on the steps since then, which it does
+        not know: on those it was made for it would promise too much, for it fits their noise as well.
+
+        The horizon is as long as there has been this load and nobody was told to move, a minute at most: so experts
+        move once as much could have been saved as the margin wants. Whatever comes next, what is lost by waiting and by
+        moving in vain is at most 1 + margin times the least that anybody could lose who knew it (the ski rental
+        problem; Karlin et al. 1988).
+        """
         if self._config.balance == "eplb":
+            rows_LE = self._rows()
             plan = self._plan(rows_LE)
             if plan.moves:
                 self._mover.start(self.placement, plan.placement, self._rebalance(plan, rows_LE))
@@ -200,20 +220,26 @@ class Rebalancer:
         layer_time = self._monitor.layer_time()
         if layer_time is None:
             return
+        horizon = min(self._looked.seconds - self._began, HORIZON_SECONDS)
         decision = self._payback.decide(
             self.placement,
-            lambda: self._plan(rows_LE),
-            window.demand(HORIZON_SECONDS),
+            lambda: self._plan(self._known_LE),
+            window.demand(horizon),
             layer_time,
             MoveCost(self._expert_bytes, self._mover.copy_rate),
+            is_new=shift.is_new,
         )
-        self._log(decision)
+        self._log(decision, shift, horizon)
         if decision.moves_experts:
             assert decision.plan is not None
-            self._mover.start(self.placement, decision.plan.placement, self._rebalance(decision.plan, rows_LE))
+            self._began = self._looked.seconds
+            self._mover.start(self.placement, decision.plan.placement, self._rebalance(decision.plan, self._rows()))
 
-    def _log(self, decision: Decision) -> None:
+    def _log(self, decision: Decision, shift: Shift, horizon: float) -> None:
         figures = decision.to_dict() | {
+            "horizon_seconds": horizon,
+            "shift": shift.distance,
+            "shift_limit": shift.limit,
             "balancedness_slow": balancedness(self._slow_LW),
             "step": self._monitor.num_steps,
             "version": self.placement.version,
@@ -232,7 +258,7 @@ class Rebalancer:
 
     def _plan(self, rows_LE: Floats) -> Plan:
         """A plan from here, for all slots but the shadows."""
-        num_slots = self.placement.max_slots - 1
+        num_slots = [count - 1 for count in self._num_slots]
         current = self.placement.in_slots(num_slots)
         if self._config.balance == "eplb":
             return plan_eplb(rows_LE, self._num_ranks, num_slots, current)

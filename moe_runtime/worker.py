@@ -25,6 +25,7 @@ from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.pages import release_library_pages
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
@@ -43,7 +44,7 @@ from moe_runtime.model_size import weights_dtype
 from moe_runtime.models.loader import Kit, ModelLoader
 from moe_runtime.moe import ExpertCounter
 from moe_runtime.native_layers import NativeKit
-from moe_runtime.placements import initial_placement
+from moe_runtime.placements import initial_placement, slots_per_rank
 from moe_runtime.rank_setup import choose_device, choose_dispatchers, native_kernels
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.sampling_params import SamplingParams
@@ -100,6 +101,7 @@ class Worker:
             torch.cuda.set_device(self.device)  # Triton and NCCL take the current one
         self.dtype: torch.dtype = getattr(torch, weights_dtype(config.dtype, model_config.dtype))
         placement = initial_placement(config, model_config, num_ranks)
+        num_slots = slots_per_rank(config, model_config, num_ranks)[rank]
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
         kernels = native_kernels(self.device, group)
         self._runs_torch = kernels is None
@@ -128,7 +130,7 @@ class Worker:
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
             loader = ModelLoader(
-                model_config, self.source, placement, rank, dispatchers, self.counter, kit, self._limits
+                model_config, self.source, placement, rank, num_slots, dispatchers, self.counter, kit, self._limits
             )
             self.model = loader.load(progress=bar.update)
         self.slot_tasks = SlotTasks(rank, loader, [block.experts for block in self.model.sparse_blocks])
@@ -154,6 +156,8 @@ class Worker:
                 device=self.device,
                 capture=capture,
             )
+        if self.device.type == "cpu":
+            release_library_pages()
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),

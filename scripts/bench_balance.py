@@ -7,10 +7,13 @@ Prefill-heavy, so that a layer takes as long as its busiest rank computes. Two r
 more ranks than cores the system shares the cores among them: rows and busy (CPU) time per rank tell of balance there,
 tokens per second do not.
 
-Every way is a run of its own, on the same prompts; `--ways off` measures only that and keeps what the folder has of the
-others. Figures are of the last third of each traffic, of steps in which no experts move.
+Every way is a run of its own, on the same prompts; `off`, which nothing changes but the machine, is run for half as
+long before the others and again after them. `--ways off` measures only that and keeps what the folder has of the
+others.
 
-    python scripts/bench_balance.py MODEL --seconds 120 --out benchmarks/balance/2-ranks
+    python scripts/bench_balance.py MODEL --seconds 100 --out benchmarks/balance/2-ranks
+
+takes 11 minutes: 200 seconds of each way, and some seconds for each start.
 """
 
 from __future__ import annotations
@@ -44,13 +47,15 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=Tr
 # EPLB plans anew at every look, so it must have the time to make its moves before the next one.
 INTERVAL = {"off": 10, "eplb": 80, "auto": 10}
 STEPS_A_SAMPLE = 10  # of rows and busy time
+NEARLY_EVEN = 1.1  # max/mean rows over ranks, of which the table says how long it took to get there
+PROGRESS_SECONDS = 10.0
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One step: when it ended, its tokens, how long it took, and whether experts moved.
+    """One step: when it ended, the tokens since the step before, how long it was awaited, and whether experts moved.
 
     Every few steps also `rows`, those of the busiest rank of each layer since the last time, of the next busiest, and
     so on, summed over layers; and `busy`, the CPU seconds of each rank since then.
@@ -62,6 +67,26 @@ class Sample:
     is_moving: bool
     rows: list[float] | None = None
     busy: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The samples of both kinds of traffic, of so many seconds each, and what the balancer decided."""
+
+    seconds: float
+    samples: list[Sample]
+    decisions: list[dict[str, Any]]
+
+    @classmethod
+    def from_dict(cls, run: dict[str, Any]) -> Run:
+        return cls(run["seconds"], [Sample(**sample) for sample in run["samples"]], run["decisions"])
+
+    def part(self, begin: float, end: float | None = None) -> list[tuple[float, Sample]]:
+        """Steps that ended between two times, in lengths of a traffic, with the seconds since the step before."""
+        begin, end = begin * self.seconds, (begin + 1 if end is None else end) * self.seconds
+        seconds = np.diff([0.0] + [sample.at for sample in self.samples]).tolist()
+        steps = zip(seconds, self.samples, strict=True)
+        return [(since, sample) for since, sample in steps if begin <= sample.at < end]
 
 
 class Traffic:
@@ -101,7 +126,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a rank in a step (default 256)")
     parser.add_argument("--concurrency", type=int, default=4, help="requests at a time for each rank (default 4)")
     parser.add_argument("--hot-tokens", type=int, default=16, help="token ids that prompts are made of (default 16)")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of each of the two kinds of traffic")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of each of the two kinds of traffic")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/balance/2-ranks"))
     options = parser.parse_args()
@@ -109,22 +134,21 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     setting = {name: getattr(options, name) for name in ("ep_size", "redundant_experts", "chunk", "seconds")}
     setting |= {"model": Path(options.model).name, "cores": os.cpu_count()}
-    results: dict[str, Any] = {"setting": setting, "samples": {}}
     file = options.out / "balance.json"
-    if file.exists() and json.loads(file.read_text())["setting"] == setting:
-        results = json.loads(file.read_text())
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    results = saved.get("runs", {}) if saved.get("setting") == setting else {}
+    measured: dict[str, list[Run]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory() as folder:
         start = adverse_placement(options, Path(folder) / "placement.json")
-        for way in options.ways:
-            print(f"{way} ...", flush=True)
-            results["samples"][way] = [asdict(sample) for sample in run(options, way, start)]
-    results["samples"] = {way: results["samples"][way] for way in WAYS if way in results["samples"]}
-    file.write_text(json.dumps(results) + "\n")
-    runs = {way: [Sample(**sample) for sample in samples] for way, samples in results["samples"].items()}
-    table = table_of(runs, setting)
+        for way in sorted(options.ways, key=WAYS.index) + ["off"] * ("off" in options.ways):
+            measured[way].append(run(options, way, start))
+    results |= {way: [asdict(run) for run in runs] for way, runs in measured.items()}
+    file.write_text(json.dumps({"setting": setting, "runs": results}) + "\n")
+    ways = {way: [Run.from_dict(run) for run in results[way]] for way in WAYS if way in results}
+    table = table_of(ways, setting)
     print(table)
     (options.out / "balance.md").write_text(table)
-    plot(runs, setting, options.out / "balance.png")
+    plot(ways, options.out / "balance.png")
 
 
 def make_engine(options: argparse.Namespace, way: str, placement: Path | None) -> Engine:
@@ -173,26 +197,29 @@ def adverse_placement(options: argparse.Namespace, file: Path) -> Path:
     return file
 
 
-def run(options: argparse.Namespace, way: str, placement: Path) -> list[Sample]:
+def run(options: argparse.Namespace, way: str, placement: Path) -> Run:
+    seconds = options.seconds / (2 if way == "off" else 1)
+    print(f"{way}: loading, then twice {seconds:g} s", flush=True)
     engine = make_engine(options, way, placement)
     try:
         traffic = make_traffic(options, engine)
         pids = [rank.pid for rank in engine.executor.ranks]
         samples: list[Sample] = []
-        number = running = 0
+        number = running = num_tokens = 0
+        reported = 0.0
         counts_LE, busy_W = engine.expert_load().total, cpu_seconds(pids)
         begin = time.perf_counter()
         for kind in range(2):
-            prompts, end = traffic.prompts(kind), (kind + 1) * options.seconds
+            prompts, end = traffic.prompts(kind), (kind + 1) * seconds
             while (now := time.perf_counter() - begin) < end or running:
                 while running < options.concurrency * options.ep_size and now < end:
                     engine.add_request(str(number), next(prompts), PARAMS)
                     number, running = number + 1, running + 1
-                before, is_moving = engine.stats(), engine.is_migrating
+                is_moving = engine.is_migrating
                 running -= sum(delta.finish_reason is not None for delta in engine.step())
-                after = engine.stats()
-                at = time.perf_counter() - begin
-                tokens = after.prompt_tokens - before.prompt_tokens + after.generation_tokens - before.generation_tokens
+                at, stats = time.perf_counter() - begin, engine.stats()
+                tokens, num_tokens = -num_tokens, stats.prompt_tokens + stats.generation_tokens
+                tokens += num_tokens
                 rows = busy = None
                 if len(samples) % STEPS_A_SAMPLE == 0:
                     counts_before, busy_before = counts_LE, busy_W
@@ -202,8 +229,13 @@ def run(options: argparse.Namespace, way: str, placement: Path) -> list[Sample]:
                     rows = rows_LW.sum(axis=0)[::-1].round().tolist()
                     busy = (busy_W - busy_before).round(2).tolist()
                 samples.append(Sample(round(at, 4), tokens, round(at - now, 4), is_moving, rows, busy))
+                if at >= reported + PROGRESS_SECONDS:
+                    reported = at
+                    even = next((max_over_mean([s.rows]) for s in reversed(samples) if s.rows and any(s.rows)), 0.0)
+                    moving = ", experts move" if is_moving else ""
+                    print(f"  {at:.0f} s: {num_tokens} tokens, rows max/mean {even:.2f}{moving}", flush=True)
         print_decisions(engine)
-        return samples
+        return Run(seconds, samples, engine.decisions())
     finally:
         engine.close()
 
@@ -213,7 +245,7 @@ def print_decisions(engine: Engine) -> None:
         figures = {
             name: round(value, 3) if isinstance(value, float) else value
             for name, value in decision.items()
-            if name not in ("outcome", "at", "moves_experts") and value is not None
+            if name not in ("outcome", "at", "moves_experts", "margin") and value is not None
         }
         print(f"  {figures}", flush=True)
 
@@ -225,31 +257,49 @@ def cpu_seconds(pids: list[int]) -> Floats:
     return np.array([(int(fields[11]) + int(fields[12])) / ticks for fields in found])
 
 
-def table_of(runs: dict[str, list[Sample]], setting: dict[str, Any]) -> str:
-    seconds = setting["seconds"]
+def table_of(ways: dict[str, list[Run]], setting: dict[str, Any]) -> str:
     lines = [
         f"{setting['model']}, {setting['ep_size']} ranks on {setting['cores']} cores, {setting['redundant_experts']} "
         f"redundant experts a rank. Prompts of {PROMPT_TOKENS} tokens with {OUTPUT_TOKENS} new ones, "
-        f"{setting['chunk']} tokens of a rank in a step. Of the last third of each {seconds:g} s, steps in which no "
-        "experts move; the p99 are of all steps of the traffic.",
+        f"{setting['chunk']} tokens of a rank in a step, {setting['seconds']:g} s of each traffic. Tokens per second "
+        "of the whole traffic, and of its last third, as are rows and busy time; off is steady, and taken whole. p99 "
+        "of steps in which no experts moved, and in which some did. Even: the first time that the rows' max/mean was "
+        f"at most {NEARLY_EVEN}.",
         "",
-        "| traffic | balance | tokens/s | to off | rows, max/mean | busy time, max/mean | p99 step, ms | when moving |",
-        "|---|---|---|---|---|---|---|---|",
+        "| traffic | balance | tokens/s | to off | in the last third | to off | rows, max/mean | busy time, max/mean "
+        "| even after, s | p99 step, ms | when moving |",
+        "|---|" + "---|" * 10,
     ]
     for kind, name in enumerate(("first", "shifted")):
-        base = None
-        for way, samples in runs.items():
-            part = [sample for sample in samples if kind * seconds <= sample.at < (kind + 1) * seconds]
-            late = [s for s in part if s.at >= (kind + 2 / 3) * seconds and not s.is_moving]
-            cells = ["", "", "", ""]
-            if late:
-                rate = sum(s.tokens for s in late) / sum(s.seconds for s in late)
-                base = rate if way == "off" else base
-                cells = [f"{rate:.0f}", f"{rate / base:.2f}" if base else ""]
-                cells += [f"{max_over_mean([getattr(s, of) for s in late]):.2f}" for of in ("rows", "busy")]
-            cells += [p99([s.seconds for s in part if s.is_moving == is_moving]) for is_moving in (False, True)]
+        base = 0.0
+        for way, runs in ways.items():
+            of_traffic = [run.part(kind) for run in runs]
+            late = [step for run in runs for step in run.part(kind + 2 / 3, kind + 1)]
+            rates = [rate([step for steps in of_traffic for step in steps]), rate(late)]
+            if way == "off":  # it is steady, so all of it is the best measure of what it does at any time
+                base, rates = rates[0], [rates[0]] * 2
+            cells = []
+            for value in rates:
+                cells += [f"{value:.0f}" if value else "", f"{value / base:.2f}" if value and base else ""]
+            cells += [
+                f"{max_over_mean([getattr(s, of) for _, s in late]):.2f}" if late else "" for of in ("rows", "busy")
+            ]
+            cells.append(even_after(runs[0], kind))
+            for is_moving in (False, True):
+                cells.append(p99([s.seconds for steps in of_traffic for _, s in steps if s.is_moving == is_moving]))
             lines.append(f"| {name} | {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def rate(steps: list[tuple[float, Sample]]) -> float:
+    """Tokens per second."""
+    return sum(sample.tokens for _, sample in steps) / sum(seconds for seconds, _ in steps) if steps else 0.0
+
+
+def even_after(run: Run, kind: int) -> str:
+    """Seconds of a traffic before its rows were nearly even; the first sample is of the one before as well."""
+    measured = [s for _, s in run.part(kind) if s.rows][1:]
+    return next((f"{s.at - kind * run.seconds:.0f}" for s in measured if max_over_mean([s.rows]) <= NEARLY_EVEN), "")
 
 
 def p99(seconds: list[float]) -> str:
@@ -261,24 +311,30 @@ def max_over_mean(of_ranks: list[list[float] | None]) -> float:
     return float(np.max(total_W) / np.mean(total_W))
 
 
-def plot(runs: dict[str, list[Sample]], setting: dict[str, Any], file: Path) -> None:
+def plot(ways: dict[str, list[Run]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    seconds = setting["seconds"]
     figure, axes = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
-    for way, samples in runs.items():
-        edges = np.arange(0, 2 * seconds + 1, max(2.0, seconds / 20))
-        (tokens, _), (steps, _), (busy, _) = (
-            np.histogram([s.at for s in samples], edges, weights=weights)
-            for weights in ([s.tokens for s in samples], np.ones(len(samples)), [s.seconds for s in samples])
-        )
-        axes[0].step(edges[1:], tokens / np.diff(edges), label=way)
-        axes[1].step(edges[1:], busy / np.maximum(steps, 1) * 1e3)
-        measured = [s for s in samples[1:] if s.rows]
-        axes[2].plot([s.at for s in measured], [max_over_mean([s.rows]) for s in measured])
+    seconds = max(run.seconds for runs in ways.values() for run in runs)
+    for number, (way, runs) in enumerate(ways.items()):
+        for repeat, run in enumerate(runs):
+            # runs of half the length are drawn one in each half of either traffic
+            shift = [(kind * seconds + repeat * run.seconds) - kind * run.seconds for kind in range(2)]
+            for kind in range(2):
+                steps = run.part(kind)
+                edges = np.arange(kind, kind + 1.001, max(2.0, seconds / 10) / run.seconds) * run.seconds
+                ats = [s.at for _, s in steps]
+                tokens, _ = np.histogram(ats, edges, weights=[s.tokens for _, s in steps])
+                count, _ = np.histogram(ats, edges)
+                waited, _ = np.histogram(ats, edges, weights=[s.seconds for _, s in steps])
+                style: dict[str, Any] = {"color": f"C{number}", "label": way if kind == repeat == 0 else None}
+                axes[0].step(edges[1:] + shift[kind], tokens / np.diff(edges), **style)
+                axes[1].step(edges[1:] + shift[kind], waited / np.maximum(count, 1) * 1e3, **style)
+                rows = [(s.at + shift[kind], max_over_mean([s.rows])) for _, s in steps[1:] if s.rows]
+                axes[2].plot(*np.transpose(rows), **style)
     axes[0].legend(title="balance")
     for panel, label in zip(axes, ("tokens/s", "step, ms", "max/mean rows over ranks"), strict=True):
         panel.set_ylabel(label)

@@ -2,9 +2,10 @@
 
     python scripts/check_memory.py MODEL --ep-size 1 2 4
 
-What they must hold is their weights, in the layout that the kernels read, and the KV cache asked for. Memory is the
-proportional set size (PSS), so that pages that ranks share count once; this process, which ranks answer to, counts
-with one rank only, where it is that rank. The KV cache is filled to the last page by the prompts.
+What they must hold is their weights, in the layout that the kernels read, and the KV cache asked for; a slot that is
+empty is nothing to hold. Memory is the proportional set size (PSS), so that pages that ranks share count once; this
+process, which ranks answer to, counts with one rank only, where it is that rank. The prompts fill the KV cache to its
+last page.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
+from moe_runtime.model_size import expert_bytes
 
 ALLOWED = 1.1
 PERIOD = 0.05  # seconds between two looks
@@ -83,8 +85,10 @@ def measure(model: str, ep_size: int, sequences: int, max_tokens: int) -> tuple[
         ]
         params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         llm.generate(prompts, params, use_tqdm=False)
+        num_empty = int((llm.placement().slots < 0).sum())
+        empty = num_empty * expert_bytes(llm._engine.model_config, ranks[0].dtype)
     watch.end()
-    return watch.peak, sum(rank.weight_bytes for rank in ranks), sum(rank.kv_cache_bytes for rank in ranks)
+    return watch.peak, sum(rank.weight_bytes for rank in ranks) - empty, sum(rank.kv_cache_bytes for rank in ranks)
 
 
 def main() -> int:

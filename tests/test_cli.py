@@ -160,6 +160,16 @@ def test_a_file_of_options_and_flags_that_win(served, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("text", ["2,0", "'2,0'", "[2, 0]"])
+def test_redundant_experts_of_each_rank(served, tmp_path, text):
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"model: here\nep_size: 2\nredundant-experts: {text}\n")
+    assert cli.main(["serve", "--config", str(file)]) == 0
+    assert cli.main(["serve", "here", "--ep-size", "2", "--redundant-experts", "2,0"]) == 0
+    assert cli.main(["serve", "--config", str(file), "--redundant-experts", "1"]) == 0
+    assert [config.redundant_experts for config, _, _ in served] == [(2, 0), (2, 0), 1]
+
+
 def test_every_sampling_option_is_a_flag(built, capsys):
     assert set(SAMPLING_FLAGS) == {field.name for field in fields(SamplingParams)}
     assert cli.main(["generate", "here", "--prompt", "hi", *flags(SAMPLING_FLAGS)]) == 0
@@ -238,6 +248,11 @@ BAD = [
     (["serve"], "model: missing; it must be a local"),
     (["serve", "x", "--ep-size", "two"], "ep_size: 'two' is not allowed; it must be an integer"),
     (["serve", "x", "--ep-size", "0"], "ep_size: 0 is not allowed"),
+    (["serve", "x", "--redundant-experts", "1,b"], "redundant_experts: 'b' is not allowed; it must be an integer"),
+    (
+        ["serve", "x", "--ep-size", "4", "--redundant-experts", "1,2"],
+        "redundant_experts: [1, 2] is not allowed; it must be an integer of at least 0, or one per rank (4)",
+    ),
     (["serve", "x", "--dtype", "int3"], "dtype: 'int3' is not allowed"),
     (["serve", "x", "--port", "-1"], "port: -1 is not allowed"),
     (["serve", "x", "--bogus"], "unrecognized arguments: --bogus"),

@@ -49,10 +49,10 @@ def test_figures_are_those_of_the_model(path, capsys):
     ]
     one, three = found["ranks"]
     slots = [slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks) for ranks in (1, 3)]
-    assert [one["slots_per_layer"], three["slots_per_layer"]] == slots
+    assert [one["slots_per_layer"], three["slots_per_layer"]] == [count[0] for count in slots]
     assert one["dense_bytes"] == three["dense_bytes"] == size.dense_bytes(model, "bfloat16")
     planned = plan_budget(EngineConfig("m", ep_size=3, dtype="bfloat16"), model, 3, 200_000_000)
-    assert (three["rank_bytes"], three["all_ranks_bytes"]) == (planned.rank.total, planned.total)
+    assert (three["rank_bytes"], three["all_ranks_bytes"]) == (planned.largest.total, planned.total)
     assert one["fits"] and not three["fits"], "three processes alone take more than 200 MB"
 
 
@@ -69,6 +69,20 @@ def test_engine_options_count(path, capsys):
     assert more["slots_per_layer"] == usual["slots_per_layer"] + 3
 
 
+@pytest.mark.parametrize("words", [["--ep-size", "2"], []])
+def test_ranks_with_redundant_experts_of_their_own(path, capsys, words):
+    words = [path, "--redundant-experts", "3,0", *words]
+    model = load_model_config(path)
+    (found,) = inspect(capsys, *words)["ranks"]
+    (more,), (usual,) = (inspect(capsys, path, "--ep-size", 2, "--redundant-experts", n)["ranks"] for n in (3, 0))
+    slot = len(model.moe_layers) * size.expert_bytes(model, "float32")
+    assert (found["ep_size"], found["slots_per_layer"]) == (2, [10, 7])
+    assert found["expert_bytes"] == more["expert_bytes"] == 10 * slot, "that of the largest rank"
+    assert usual["all_ranks_bytes"] + 3 * slot == found["all_ranks_bytes"] == more["all_ranks_bytes"] - 3 * slot
+    assert cli.main(["inspect", *map(str, words)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["2", "10,7"]
+
+
 def test_what_is_printed(path, capsys):
     assert cli.main(["inspect", str(path)]) == 0
     out = capsys.readouterr().out
@@ -79,7 +93,7 @@ def test_what_is_printed(path, capsys):
     assert "Memory with all ranks on this host; 0.20 GB are free:" in lines
     table = [line.split() for line in lines[lines.index("Memory with all ranks on this host; 0.20 GB are free:") + 2 :]]
     model = load_model_config(path)
-    slots = [str(slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks)) for ranks in (1, 2, 4, 8)]
+    slots = [str(slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks)[0]) for ranks in (1, 2, 4, 8)]
     assert [(row[0], row[1], row[-1]) for row in table] == [
         ("1", slots[0], "yes"),
         ("2", slots[1], "no"),
@@ -107,6 +121,12 @@ def test_no_more_ranks_than_experts_by_default(tmp_path, capsys):
         ([], "model: missing"),
         (["{path}", "--ep-size", "13"], "ep_size: 13 is not allowed; the model has 12 experts"),
         (["{path}", "--ep-size", "0"], "ep_size: 0 is not allowed"),
+        (["{path}", "--redundant-experts", "-2"], "redundant_experts: -2 is not allowed"),
+        (
+            ["{path}", "--redundant-experts", "1,2", "--ep-size", "2,4"],
+            "redundant_experts: (1, 2) is not allowed; it must be an integer of at least 0, or one per rank (4)",
+        ),
+        (["{path}", "--redundant-experts", ",".join("1" * 13)], "ep_size: 13 is not allowed; the model has 12 experts"),
         (["{path}", "--batch-size", "x"], "batch_size: 'x' is not allowed"),
         (["{path}", "--max-model-len", "97"], "max_model_len: 97 is not allowed"),
         (["{path}", "--kv-cache-memory-bytes", "9"], "kv_cache_memory_bytes: 9 bytes a rank hold 0 tokens"),

@@ -35,8 +35,12 @@ def test_without_a_gpu_it_says_so_in_one_line(model: Path, monkeypatch, capsys) 
     )
 
 
-@pytest.mark.parametrize(("ep_size", "num_slots"), [(1, 12), (2, 6 + 1 + 3)])
-def test_it_measures_the_shapes_of_the_model(model: Path, tmp_path: Path, monkeypatch, capsys, ep_size, num_slots):
+@pytest.mark.parametrize(
+    ("ep_size", "redundant", "num_slots"), [(1, "0", [12]), (2, "3", [6 + 1 + 3]), (3, "2,0,2", [4 + 1, 4 + 1 + 2])]
+)
+def test_it_measures_the_shapes_of_the_model(
+    model: Path, tmp_path: Path, monkeypatch, capsys, ep_size, redundant, num_slots
+):
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -53,18 +57,19 @@ def test_it_measures_the_shapes_of_the_model(model: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(tune, "measure_tile", measure_tile)
     words = ["--ep-size", ep_size, "--dtype", "bfloat16", "--max-num-batched-tokens", 24, "--max-num-seqs", 8]
-    words += ["--redundant-experts", 3] if ep_size > 1 else []
+    words += ["--redundant-experts", redundant]
     assert cli.main(["tune", str(model), *map(str, words)]) == 0
     rows = [1, 2, 4, 8, 16, 32, 64, 128]  # up to 24 tokens of 4 experts each, the next power of two
-    assert set(asked) == {(num_slots, 48, 24, torch.bfloat16, count) for count in rows}
+    assert set(asked) == {(slots, 48, 24, torch.bfloat16, count) for slots in num_slots for count in rows}
 
     file = tmp_path / "cache" / "tiles-nvidia-h100-80gb-hbm3.json"
     out, err = capsys.readouterr()
-    assert str(file) in err and len(out.splitlines()) == len(json.loads(file.read_text())) == len(rows)
+    num_found = len(rows) * len(num_slots)
+    assert str(file) in err and len(out.splitlines()) == len(json.loads(file.read_text())) == num_found
     tune.tuned_tiles.cache_clear()
-    chosen = tune.choose_tile(50, num_slots, 48, 24, torch.bfloat16, torch.device("cuda", 0))
+    chosen = {tune.choose_tile(50, slots, 48, 24, torch.bfloat16, torch.device("cuda", 0)) for slots in num_slots}
     tune.tuned_tiles.cache_clear()
-    assert chosen == TILES_16_BIT[64 % 5]
+    assert chosen == {TILES_16_BIT[64 % 5]}
 
 
 def test_options_are_checked(model: Path, capsys) -> None:

@@ -25,6 +25,10 @@ BAD = [
     ("enforce_eager", [0, None, "no"]),
     ("seed", [-1, None, "x", 0.5]),
     ("dispatcher", ["nccl", None]),
+    (
+        "redundant_experts",
+        [-1, None, True, 1.5, "x", "", "1,", "-1", [], [0.0], [True], [[0]], {0: 1}, b"0", [0, 0], "0,0"],
+    ),
     ("capacity_factor", [0, -1.5, math.inf, math.nan, 10**400, True, "2"]),
     ("overflow", ["wait", None, 5, "drop", "reroute"]),
     ("balance_epsilon", [0, 1, -0.1, math.nan, True, "0.1", 0.1]),
@@ -44,6 +48,30 @@ def test_options_that_contradict_each_other():
         EngineConfig("demo", max_num_batched_tokens=8, max_num_seqs=9)
     with pytest.raises(ValueError, match=r'^dispatcher: "local" is not allowed'):
         EngineConfig("demo", dispatcher="local", ep_size=2)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [(3, 3), ("3", 3), ("2, 0", (2, 0)), ([2, 0], (2, 0)), ((0, 5), (0, 5)), (range(2), (0, 1)), ("0,0", (0, 0))],
+)
+def test_redundant_experts_are_one_number_or_one_per_rank(value, stored):
+    config = EngineConfig("demo", ep_size=2, redundant_experts=value)
+    assert config.redundant_experts == stored
+    assert dataclasses.replace(config, seed=1).redundant_experts == stored
+    hash(config)
+
+
+@pytest.mark.parametrize("value", [[2], [1, 2, 3], "1,2,3", [2, -1], "2,x", [2, True]])
+def test_redundant_experts_of_other_ranks_are_refused(value):
+    with pytest.raises(ValueError, match=r"^redundant_experts: .* an integer of at least 0, or one per rank \(2\)$"):
+        EngineConfig("demo", ep_size=2, redundant_experts=value)
+
+
+def test_one_rank_has_no_redundant_experts():
+    assert EngineConfig("demo", redundant_experts=[0]).redundant_experts == (0,)
+    for value in (1, [1]):
+        with pytest.raises(ValueError, match=r"^redundant_experts, .* not allowed with ep_size 1"):
+            EngineConfig("demo", redundant_experts=value)
 
 
 def test_limits_say_whether_tokens_depend_on_the_batch():

@@ -79,12 +79,14 @@ def test_buckets_give_the_tokens_of_ordinary_steps(rank_pool: Pools, tmp_path: P
     assert (load.tokens["decode"].sum(axis=1) <= least + len(prompts) * top_k).all()
 
 
-def test_experts_may_move_and_multiply_under_buckets(rank_pool: Pools, tmp_path: Path) -> None:
+@pytest.mark.parametrize("redundant", [2, (0, 3)])
+def test_experts_may_move_and_multiply_under_buckets(rank_pool: Pools, tmp_path: Path, redundant: object) -> None:
     save(make_model("qwen3"), tmp_path)
     prompts, params = work()
     with engine(rank_pool, tmp_path, 2, buckets=False) as made:
         expected, _ = generate(made, prompts, params)
-    with engine(rank_pool, tmp_path, 2, buckets=True, redundant_experts=2, migration_bytes_per_step=20_000) as made:
+    options = {"redundant_experts": redundant, "migration_bytes_per_step": 20_000}
+    with engine(rank_pool, tmp_path, 2, buckets=True, **options) as made:
         before = made.placement()
         assert generate(made, prompts, params, lambda step: step == 8 and made.rebalance())[0] == expected
         while made.is_migrating:

@@ -21,7 +21,20 @@ from moe_runtime.launch import run_torchrun, serve_torchrun, under_torchrun
 from moe_runtime.transport import RankExited
 
 FRONT = FrontAddress("ipc:///nowhere/front", "127.0.0.1")
-SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(3600)")
+
+
+def ranks(code: str, before: str = "pass") -> tuple[str, ...]:
+    """A command whose ranks run `code`."""
+    return (
+        sys.executable,
+        "-P",
+        "-c",
+        f"import sys, os, signal, time; {before}; from moe_runtime.rank_main import fork_ranks; "
+        f"fork_ranks(sys.argv[1:]); {code}",
+    )
+
+
+SLEEPER = ranks("time.sleep(3600)")
 
 
 @given(st.lists(st.integers(0, 4096), min_size=1, max_size=200, unique=True).map(sorted), st.integers(1, 64))
@@ -118,13 +131,13 @@ def _host(command: tuple[str, ...], num_ranks: int = 1) -> Host:
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("import os; os._exit(0)", "ended with exit code 0"),
-        ("import os; os._exit(3)", "ended with exit code 3"),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("os._exit(0)", "ended with exit code 0"),
+        ("os._exit(3)", "ended with exit code 3"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
     ],
 )
 def test_a_host_tells_how_a_rank_ended(code, text):
-    host = _host((sys.executable, "-S", "-c", code))
+    host = _host(ranks(code))
     assert eventually(lambda: host.exits, 10)
     assert describe_exit(host.exits[0]) == f"rank 0 (pid {host.pids[0]}) {text}"
     host.stop()
@@ -150,9 +163,53 @@ def test_stop_kills_what_does_not_end_and_reaps_it(caplog):
     host.stop()
 
 
-def test_a_rank_that_cannot_be_started_takes_the_others_with_it():
-    threads = threading.active_count()
-    core = min(os.sched_getaffinity(0))
-    with pytest.raises(OSError, match="Invalid argument"):
-        Host([0, 1], [[core], [1_000_000]], FRONT, local_ranks=2, command=SLEEPER)
-    assert threading.active_count() == threads
+def test_what_cannot_be_run_is_an_error():
+    threads, files = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(FileNotFoundError):
+        _host(("/no/such/python",), 2)
+    assert eventually(lambda: threading.active_count() == threads, 10)
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
+
+
+def test_ranks_that_are_never_started_have_ended_with_what_should_have_started_them():
+    host = _host((sys.executable, "-S", "-c", "import os; os._exit(4)"), 2)
+    assert eventually(lambda: len(host.exits) == 2, 10)
+    assert [(exited.rank, exited.returncode) for exited in host.exits] == [(0, 4), (1, 4)]
+    assert host.pids == [exited.pid for exited in host.exits]
+    host.stop()
+
+
+def test_ranks_end_with_the_process_that_they_were_forked_from():
+    host = _host(SLEEPER, 2)
+    pids = host.pids
+    os.kill(parent(pids[0]), signal.SIGKILL)
+    assert eventually(lambda: len(host.exits) == 2, 10)
+    assert host.exits == [RankExited(rank, pids[rank], -signal.SIGKILL) for rank in (0, 1)]
+    assert not any(map(running, pids))
+    host.stop()
+
+
+def test_a_rank_has_its_cores_and_its_threads(monkeypatch, tmp_path):
+    cores = sorted(os.sched_getaffinity(0))
+    text = "f'{sorted(os.sched_getaffinity(0))} {os.environ[\"OMP_NUM_THREADS\"]}'"
+    command = ranks(f"open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').write({text})")
+    monkeypatch.setenv("MOE_RUNTIME_NUM_THREADS", "3")
+    host = Host([0, 1], [[cores[0]], [cores[-1]]], FRONT, local_ranks=2, command=command)
+    assert eventually(lambda: len(host.exits) == 2, 10)
+    assert [(tmp_path / str(pid)).read_text() for pid in host.pids] == [f"[{cores[0]}] 3", f"[{cores[-1]}] 3"]
+    host.stop()
+
+
+def test_ranks_share_what_there_was_before_they_were_forked():
+    host = _host(ranks("time.sleep(3600)", before="shared = b'x' * (96 << 20)"), 3)
+    assert max(map(proportional_size, host.pids)) < 48 << 20
+    host.stop(grace=0.0)
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def proportional_size(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))

@@ -15,43 +15,51 @@ from moe_runtime.migration import MAX_FAILURES, Migration
 from moe_runtime.migration_rounds import next_round
 
 
+@dataclass
+class Journey:
+    """Two placements with replicas and spare slots on ranks with so many slots each, one of them empty everywhere."""
+
+    num_slots: list[int]
+    start: Placement
+    target: Placement
+
+
 @st.composite
-def journeys(draw: st.DrawFn, num_layers: int = 1) -> tuple[Placement, Placement]:
-    """Two placements with replicas and spare slots on the same ranks, each with an empty slot everywhere."""
-    num_ranks = draw(st.integers(2, 5))
-    num_slots = draw(st.integers(1, 5))
-    num_experts = draw(st.integers(1, num_ranks * num_slots))
+def journeys(draw: st.DrawFn, num_layers: int = 1) -> Journey:
+    num_slots = draw(st.lists(st.integers(2, 6), min_size=2, max_size=5))
+    places = [(rank, slot) for rank, count in enumerate(num_slots) for slot in range(count - 1)]
+    num_experts = draw(st.integers(1, len(places)))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
 
     def place() -> Placement:
-        slots = np.full((num_layers, num_ranks, num_slots + 1), EMPTY)
+        slots = np.full((num_layers, len(num_slots), max(num_slots)), EMPTY)
         for slots_WS in slots:
-            where = random.permutation(num_ranks * num_slots)[:num_experts]
-            for expert, place in enumerate(where):
-                slots_WS[place // num_slots, place % num_slots] = expert
-            for rank, slot in np.argwhere(slots_WS[:, :num_slots] == EMPTY):
+            order = [places[index] for index in random.permutation(len(places))]
+            for expert, where in enumerate(order[:num_experts]):
+                slots_WS[where] = expert
+            for rank, slot in order[num_experts:]:
                 expert = int(random.integers(-1, num_experts))
                 if expert not in slots_WS[rank]:
                     slots_WS[rank, slot] = expert
-            for row in slots_WS:
-                random.shuffle(row)
+            for rank, count in enumerate(num_slots):
+                random.shuffle(slots_WS[rank, :count])
         return Placement(slots, num_experts, tuple(range(num_layers)))
 
-    return place(), place()
+    return Journey(num_slots, place(), place())
 
 
 @given(journeys())
 @settings(max_examples=300, deadline=None)
-def test_rounds_reach_the_target_and_never_lose_an_expert(journey: tuple[Placement, Placement]) -> None:
-    start, target = journey
+def test_rounds_reach_the_target_and_never_lose_an_expert(journey: Journey) -> None:
+    start, target = journey.start, journey.target
     slots_WS, wanted_WE = start.slots[0].copy(), target.hosts[0]
     for _ in range(200):
-        changes = next_round(slots_WS, wanted_WE)
+        changes = next_round(slots_WS, wanted_WE, journey.num_slots)
         if changes is None:
             break
         assert len({rank for rank, _, _ in changes}) == len(changes)
         for rank, comes, leaves in changes:
-            empty = np.nonzero(slots_WS[rank] == EMPTY)[0]
+            empty = np.nonzero(slots_WS[rank, : journey.num_slots[rank]] == EMPTY)[0]
             assert len(empty) and comes not in slots_WS[rank][slots_WS[rank] != EMPTY]
             if leaves != EMPTY:
                 assert not wanted_WE[rank, leaves]
@@ -60,7 +68,8 @@ def test_rounds_reach_the_target_and_never_lose_an_expert(journey: tuple[Placeme
                 assert wanted_WE[rank, comes]
                 slots_WS[rank, empty[0]] = comes
         Placement(slots_WS[None], start.num_experts, (0,))  # refuses what has lost an expert
-        assert ((slots_WS == EMPTY).any(axis=1)).all()
+        for row, count in zip(slots_WS, journey.num_slots, strict=True):
+            assert (row[:count] == EMPTY).any() and (row[count:] == EMPTY).all()
     missing = (wanted_WE & ~Placement(slots_WS[None], start.num_experts, (0,)).hosts[0]).sum()
     if not missing:
         assert np.array_equal(Placement(slots_WS[None], start.num_experts, (0,)).hosts[0], wanted_WE)
@@ -73,6 +82,7 @@ class Ranks:
     """Ranks that hold numbers for weights; `faults` maps (rank, number of its task) to what goes wrong there."""
 
     placement: Placement
+    num_slots: list[int]
     faults: dict[tuple[int, int], str] = field(default_factory=dict)
     pieces: int = 2
 
@@ -99,6 +109,7 @@ class Ranks:
             self.inbox.append(SlotReport(rank, task.task_id, True, 0, 0.0, error="no such file"))
             return
         copied = 0
+        assert 0 <= task.slot < self.num_slots[rank], "a slot that the rank does not have"
         if task.expert != EMPTY:
             self.held.pop((task.layer, rank, task.slot), None)
             self.progress[key] += 1
@@ -129,15 +140,22 @@ class Ranks:
 
     def migrate(self, target: Placement) -> Migration:
         return Migration(
-            self.placement, target, self.send, expert_bytes=20, budget=lambda: 10, timeout=30.0, clock=lambda: self.now
+            self.placement,
+            target,
+            self.send,
+            num_slots=self.num_slots,
+            expert_bytes=20,
+            budget=lambda: 10,
+            timeout=30.0,
+            clock=lambda: self.now,
         )
 
 
 @given(journeys(num_layers=3))
 @settings(max_examples=100, deadline=None)
-def test_a_migration_arrives(journey: tuple[Placement, Placement]) -> None:
-    start, target = journey
-    ranks = Ranks(start)
+def test_a_migration_arrives(journey: Journey) -> None:
+    start, target = journey.start, journey.target
+    ranks = Ranks(start, journey.num_slots)
     migration = ranks.migrate(target)
     versions = ranks.run(migration)
     assert versions == sorted(set(versions)) and migration.placement.version == max(versions, default=0)
@@ -156,11 +174,9 @@ def test_a_migration_arrives(journey: tuple[Placement, Placement]) -> None:
     ),
 )
 @settings(max_examples=200, deadline=None)
-def test_whatever_fails_is_rolled_back(
-    journey: tuple[Placement, Placement], faults: dict[tuple[int, int], str]
-) -> None:
-    start, target = journey
-    ranks = Ranks(start, faults)
+def test_whatever_fails_is_rolled_back(journey: Journey, faults: dict[tuple[int, int], str]) -> None:
+    start, target = journey.start, journey.target
+    ranks = Ranks(start, journey.num_slots, faults)
     migration = ranks.migrate(target)
     ranks.run(migration)  # checks that every slot with tokens holds the weights it should
     report = migration.report
@@ -174,7 +190,7 @@ def test_whatever_fails_is_rolled_back(
 def test_a_round_that_fails_once_is_made_again(fault: str) -> None:
     start = Placement(np.array([[[0, 1, -1], [2, 3, -1]]]), 4, (0,))
     target = Placement(np.array([[[0, 3, -1], [2, 1, -1]]]), 4, (0,))
-    ranks = Ranks(start, {(1, 1): fault})
+    ranks = Ranks(start, [3, 3], {(1, 1): fault})
     migration = ranks.migrate(target)
     assert ranks.run(migration) == [1]
     assert np.array_equal(migration.placement.hosts, target.hosts)

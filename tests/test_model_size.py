@@ -79,9 +79,9 @@ def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: i
 
     path = save(make_model(case), tmp_path)
     config = load_model_config(path)
-    engine = EngineConfig("m", ep_size=num_ranks, dtype=dtype, device="cpu", max_num_seqs=1)
-    num_slots = slots_per_rank(engine, config, num_ranks)
-    for rank in {0, num_ranks - 1}:
+    options = {"ep_size": num_ranks, "redundant_experts": range(num_ranks)}
+    engine = EngineConfig("m", dtype=dtype, device="cpu", max_num_seqs=1, **options)
+    for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
         loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
         count = size.count_parameters(config)
         vectors = count.norms + 2 * config.num_layers * config.head_dim + count.router_bias

@@ -219,7 +219,7 @@ def test_a_rank_that_sends_noise_is_named(start, monkeypatch):
 import sys, time, zmq
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 socket = zmq.Context().socket(zmq.DEALER)
-socket.setsockopt_string(zmq.IDENTITY, "rank " + options["--rank"])
+socket.setsockopt_string(zmq.IDENTITY, "rank " + options["--rank"].partition(":")[0])
 socket.connect(options["--control"])
 socket.send_multipart([b"Hello", b"noise"])
 time.sleep(3600)

@@ -101,7 +101,9 @@ RESULTS = st.builds(
     expert_rows=FEW,
     extra_rounds=INTEGERS,
 )
-CONFIGS = st.builds(EngineConfig, st.text(min_size=1), ep_size=st.integers(1, 64), step_timeout=st.just(3))
+CONFIGS = st.builds(EngineConfig, st.text(min_size=1), ep_size=st.integers(1, 64), step_timeout=st.just(3)) | st.lists(
+    st.integers(0, 9), min_size=2
+).map(lambda counts: EngineConfig("m", ep_size=len(counts), redundant_experts=counts))
 KERNELS = st.dictionaries(st.text(), st.text(), max_size=2)
 INFOS = st.builds(
     RankInfo, *[INTEGERS] * 2, *[st.text()] * 2, *[INTEGERS] * 4, FLOATS, KERNELS, st.booleans(), st.tuples(st.text())

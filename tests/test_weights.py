@@ -54,7 +54,8 @@ def build(
     counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
     kept = KITS[kit]()
     ways = make_dispatchers(None, placement.max_slots, kept.row_ops) if placement.num_ranks == 1 else {}
-    return ModelLoader(config, source, placement, rank, ways, counter, kept).load(lambda: None)
+    slots = placement.max_slots
+    return ModelLoader(config, source, placement, rank, slots, ways, counter, kept).load(lambda: None)
 
 
 def values(part: object) -> list[torch.Tensor]:

@@ -3,9 +3,10 @@
 Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S slots per rank, N rows that arrived
 (each token once or more), R rows that experts compute here (one per token and expert), P padded tokens per rank.
 
-A slot's number is global: `rank * S + local slot`; -1 sends nothing. `dispatch` gives the rows that this rank's experts
-must compute, grouped by slot; `combine` takes the experts' rows in that order. One row comes back for every (token, k)
-and the token's own rank sums them in order of k, so the sum does not depend on where the experts were.
+A slot's number is global: `rank * S + local slot`; -1 sends nothing. S is the most slots that any rank has. `dispatch`
+gives the rows that this rank's experts must compute, grouped by slot; `combine` takes the experts' rows in that order.
+One row comes back for every (token, k) and the token's own rank sums them in order of k, so the sum does not depend on
+where the experts were.
 
 `dispatch_rounds` does the same in rounds that bound what a slot gets at a time. The rows of each round are brought back
 before the next; they are summed when all are there, so that the sum does not depend on the rounds either.
@@ -162,7 +163,7 @@ class _GroupDispatcher:
 
     Args:
         group: the ranks.
-        num_slots: slots on every rank, S.
+        num_slots: the most slots that any rank has, S.
         row_ops: how rows are grouped and summed.
     """
 

@@ -37,7 +37,7 @@ class PaddedDispatcher:
 
     Args:
         group: the ranks.
-        num_slots: slots on every rank, S.
+        num_slots: the most slots that any rank has, S.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_slots: int) -> None:

@@ -68,7 +68,7 @@ class SymmetricDispatcher:
 
     Args:
         group: the ranks, all on this host; used at the start only.
-        num_slots: slots on every rank, S.
+        num_slots: the most slots that any rank has, S.
         max_tokens: what a rank usually has at most in a step; more go in more rounds.
         hidden_size, top_k: D, K.
         dtype: float32 or bfloat16.

@@ -27,14 +27,19 @@ class LoadAverages:
             raise ValueError(f"fast_steps: {fast_steps} is not allowed; it must be above 0 and at most slow_steps")
         self.fast, self.slow = np.zeros(shape), np.zeros(shape)
         self._steps = (fast_steps, slow_steps)
-        self._num_steps = 0.0
+        self._num_steps = [0.0, 0.0]  # since each began
 
     def add(self, tokens_2LE: npt.NDArray[np.integer], num_steps: int) -> None:
         """Take in the tokens of the last `num_steps` steps."""
         if num_steps < 1:
             raise ValueError(f"num_steps: {num_steps} is not allowed; it must be at least 1")
-        self._num_steps += num_steps
         per_step = tokens_2LE / num_steps
-        for average, steps in zip((self.fast, self.slow), self._steps, strict=True):
-            share = max(-np.expm1(-num_steps / steps), num_steps / self._num_steps)
+        for number, average in enumerate((self.fast, self.slow)):
+            self._num_steps[number] += num_steps
+            share = max(-np.expm1(-num_steps / self._steps[number]), num_steps / self._num_steps[number])
             average += share * (per_step - average)
+
+    def restart_fast(self, tokens_2LE: npt.NDArray[np.integer], num_steps: int) -> None:
+        """Begin the fast average anew, with the tokens of the last `num_steps` steps, which it may have taken in."""
+        self._num_steps[0] = num_steps
+        self.fast[:] = tokens_2LE / num_steps

@@ -6,7 +6,8 @@ Shape suffixes: L MoE layers, W ranks, E logical experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -15,10 +16,10 @@ import numpy.typing as npt
 
 from moe_runtime.balancer.cost import LayerTime
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.balancer.plan import Plan
+from moe_runtime.balancer.plan import Move, Plan
 from moe_runtime.balancer.split import rank_loads
 
-Reason = Literal["pays back", "cooldown", "no load", "balanced", "nothing to move", "slower", "does not pay back"]
+Reason = Literal["pays back", "no load", "balanced", "new load", "nothing to move", "slower", "does not pay back"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Demand:
 
 @dataclass(frozen=True)
 class MoveCost:
-    """What moves cost: their bytes over the bandwidth that was measured, and a time in which nothing else runs."""
+    """What moves cost: bytes over the bandwidth measured on a rank, and a time in which nothing else runs.
+
+    Ranks copy side by side, and all wait for the one that has most to copy.
+    """
 
     bytes_per_move: int
     bytes_per_second: float
@@ -50,6 +54,11 @@ class MoveCost:
         if not 0 <= self.stall_seconds < np.inf:
             raise ValueError(f"stall_seconds: {self.stall_seconds} is not allowed; it must be finite and at least 0")
 
+    def seconds(self, moves: Iterable[Move]) -> float:
+        """Of all of them together."""
+        most = max(Counter(move.rank for move in moves).values(), default=0)
+        return most * self.bytes_per_move / self.bytes_per_second + self.stall_seconds
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -58,7 +67,8 @@ class Decision:
     Attributes:
         moves_experts: whether `plan` is to be carried out.
         reason: "pays back" where it is; else what stood against it. "slower": the layers would take longer, because
-            more slots would be read; no replica is better.
+            more slots would be read; no replica is better. "new load": it has just begun or changed, and it is too
+            early to tell whether it stays.
         at: time of the decision, on the clock of the `Payback`.
         balancedness: of the demand under the present placement, mean rank load / max rank load over all layers.
         planned_balancedness: the same under the plan.
@@ -69,7 +79,6 @@ class Decision:
         horizon_steps: steps within the horizon, of all phases.
         sparse_seconds: of all sparse layers and all steps within the horizon, present placement.
         planned_sparse_seconds: the same under the plan.
-        cooldown_seconds: what is left of the cooldown.
         plan: the plan; not among the figures of `to_dict`.
     """
 
@@ -86,7 +95,6 @@ class Decision:
     horizon_steps: float | None = None
     sparse_seconds: float | None = None
     planned_sparse_seconds: float | None = None
-    cooldown_seconds: float = 0.0
     plan: Plan | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,42 +103,36 @@ class Decision:
 
 
 class Payback:
-    """Decides when experts move, with a cooldown after each time and a band of balancedness in which nothing begins.
+    """Decides when experts move, with a band of balancedness in which nothing begins.
 
     Args:
         margin: a saving within the horizon must be so many times the cost.
-        cooldown: seconds after a decision to move in which there is no other.
         start_below: balancing begins when the balancedness falls below this,
         stop_above: and goes on, plan after plan, until it is above this.
         clock: seconds, monotonic.
 
     Raises:
-        ValueError: a margin below 1, a negative cooldown, or thresholds out of order.
+        ValueError: a margin below 1, or thresholds out of order.
     """
 
     def __init__(
         self,
         margin: float = 1.5,
-        cooldown: float = 30.0,
         start_below: float = 0.9,
         stop_above: float = 0.95,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not 1 <= margin < np.inf:
             raise ValueError(f"margin: {margin} is not allowed; it must be finite and at least 1")
-        if not 0 <= cooldown < np.inf:
-            raise ValueError(f"cooldown: {cooldown} is not allowed; it must be finite and at least 0")
         if not 0 < start_below <= stop_above <= 1:
             raise ValueError(
                 f"start_below: {start_below} with stop_above {stop_above} is not allowed; "
                 "it must be above 0, and stop_above from there to 1"
             )
         self.margin = margin
-        self.cooldown = cooldown
         self.start_below = start_below
         self.stop_above = stop_above
         self._clock = clock
-        self._moved_at: float | None = None
         self._is_balancing = False
 
     def decide(
@@ -141,6 +143,7 @@ class Payback:
         layer_time: LayerTime,
         move_cost: MoveCost,
         rank_speed: npt.ArrayLike | None = None,
+        is_new: bool = False,
     ) -> Decision:
         """Decide on what `make_plan` plans, which is called only where no cheaper reason stands against moving.
 
@@ -151,6 +154,7 @@ class Payback:
             layer_time: fitted from measured steps.
             move_cost: of the plan's moves.
             rank_speed: [W], how fast each rank is beside the others; None: all alike.
+            is_new: the load has just begun or changed.
         """
         now = self._clock()
         rows_LE = np.zeros((current.num_layers, current.num_experts))
@@ -159,15 +163,14 @@ class Payback:
         if not rows_LE.any():
             return Decision(False, "no load", now, 1.0)
         before = balancedness(rank_loads(rows_LE, current.slots, rank_speed), rank_speed)
-        left = 0.0 if self._moved_at is None else max(self._moved_at + self.cooldown - now, 0.0)
-        if left > 0:
-            return Decision(False, "cooldown", now, before, cooldown_seconds=left)
         self._is_balancing = before < (self.stop_above if self._is_balancing else self.start_below)
         if not self._is_balancing:
             return Decision(False, "balanced", now, before)
+        if is_new:
+            return Decision(False, "new load", now, before)
         plan = make_plan()
         num_bytes = len(plan.moves) * move_cost.bytes_per_move
-        cost = num_bytes / move_cost.bytes_per_second + move_cost.stall_seconds
+        cost = move_cost.seconds(plan.moves)
         seconds, planned_seconds = (
             sum(
                 phase.num_steps * layer_time.step_seconds(phase.rows, placement, rank_speed)
@@ -183,8 +186,6 @@ class Payback:
             reason = "slower"
         elif saving <= self.margin * cost:
             reason = "does not pay back"
-        if reason == "pays back":
-            self._moved_at = now
         return Decision(
             moves_experts=reason == "pays back",
             reason=reason,

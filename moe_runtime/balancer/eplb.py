@@ -2,6 +2,7 @@
 
 Its global policy: each spare slot goes to the expert with the most load per replica; the replicas, heaviest first,
 go to the rank with the least load that has a free slot. It knows nothing of what is where, nor of ranks' speeds.
+Published for ranks with the same number of slots, it is here the same for any: a rank leaves when its own are full.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank.
 """

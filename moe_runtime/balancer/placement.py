@@ -105,21 +105,30 @@ class Placement:
             slots_WS[rank, : len(experts)] = experts
         return cls(np.broadcast_to(slots_WS, (len(layer_ids), *slots_WS.shape)), num_experts, layer_ids)
 
-    def in_slots(self, num_slots: int) -> Placement:
-        """The same in so many slots on every rank: more are empty at the end; for fewer, experts close ranks in order.
+    def in_slots(self, num_slots: int | Sequence[int]) -> Placement:
+        """The same in so many slots on every rank, or on each: more are empty at the end.
+
+        On a rank that has an expert in a slot which is no more, the layer's experts close up in order.
 
         Raises:
             ValueError: a rank holds more experts.
         """
-        if num_slots >= self.max_slots:
-            more = np.full((*self.slots.shape[:2], num_slots - self.max_slots), EMPTY, np.int32)
-            return replace(self, slots=np.concatenate((self.slots, more), axis=2))
-        order = np.argsort(self.slots == EMPTY, axis=2, kind="stable")
-        closed = np.take_along_axis(self.slots, order, axis=2)
-        if (closed[:, :, num_slots:] != EMPTY).any():
-            most = int((self.slots != EMPTY).sum(axis=2).max())
-            raise ValueError(f"num_slots: {num_slots} is not allowed; a rank holds {most} experts")
-        return replace(self, slots=closed[:, :, :num_slots])
+        num_slots_W1 = np.broadcast_to(num_slots, self.num_ranks)[:, None]
+        most = int(num_slots_W1.max())
+        more = np.full((*self.slots.shape[:2], max(0, most - self.max_slots)), EMPTY, np.int32)
+        slots_LWS = np.concatenate((self.slots, more), axis=2)
+        is_gone_WS = np.arange(slots_LWS.shape[2]) >= num_slots_W1
+        order_LWS = np.argsort(slots_LWS == EMPTY, axis=2, kind="stable")
+        closed_LWS = np.take_along_axis(slots_LWS, order_LWS, axis=2)
+        is_lost_LW1 = ((slots_LWS != EMPTY) & is_gone_WS).any(axis=2, keepdims=True)
+        slots_LWS = np.where(is_lost_LW1, closed_LWS, slots_LWS)
+        for layer, rank, _ in np.argwhere((slots_LWS != EMPTY) & is_gone_WS)[:1]:
+            held = int((slots_LWS[layer, rank] != EMPTY).sum())
+            raise ValueError(
+                f"num_slots: {num_slots_W1[rank, 0]} is not allowed; in layer {self.layer_ids[layer]} "
+                f"rank {rank} holds {held} experts"
+            )
+        return replace(self, slots=slots_LWS[:, :, :most])
 
     @property
     def num_layers(self) -> int:

@@ -35,6 +35,10 @@ class ExpertSlots:
         self.w2_SDF = torch.empty(num_slots, hidden_size, intermediate_size, dtype=dtype, device=device)
 
     @property
+    def num_slots(self) -> int:
+        return len(self.w2_SDF)
+
+    @property
     def nbytes(self) -> int:
         return self.w13_SGD.nbytes + self.w2_SDF.nbytes
 

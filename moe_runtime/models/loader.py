@@ -93,6 +93,7 @@ class ModelLoader:
     Args:
         config, source: the model and its weights.
         placement, rank: which expert goes into which slot here.
+        num_slots: slots of this rank in each sparse layer; others may have more or less.
         dispatchers: by the name that a plan uses.
         counter: where choices of experts are counted.
         kit: makes the parts.
@@ -103,6 +104,7 @@ class ModelLoader:
     source: WeightSource
     placement: Placement
     rank: int
+    num_slots: int
     dispatchers: Mapping[str, Dispatcher]
     counter: ExpertCounter
     kit: Kit
@@ -198,8 +200,8 @@ class ModelLoader:
             limits = LayerLimits(self.limits, moe, bias_E, counts_2E, row, slots_WS.shape[1])
         gate_counts = limits is None or not limits.changes_experts
         gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, counts_2E if gate_counts else None, row)
-        experts = self.kit.experts(slots_WS.shape[1], c.hidden_size, moe.intermediate_size)
-        for slot, expert in enumerate(slots_WS[self.rank].tolist()):
+        experts = self.kit.experts(self.num_slots, c.hidden_size, moe.intermediate_size)
+        for slot, expert in enumerate(slots_WS[self.rank, : self.num_slots].tolist()):
             if expert >= 0:
                 for _ in self.copy_expert(experts, slot, row, expert, WHOLE):
                     pass

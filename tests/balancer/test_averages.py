@@ -76,3 +76,16 @@ def test_time_constants_are_in_order(fast, slow):
 def test_a_window_has_a_step():
     with pytest.raises(ValueError, match="num_steps: 0 is not allowed"):
         LoadAverages(SHAPE, 1, 2).add(np.ones(SHAPE, np.int64), 0)
+
+
+def test_the_fast_one_can_begin_anew():
+    rng = np.random.default_rng()
+    averages = LoadAverages(SHAPE, 10, 1000)
+    for _ in range(5):
+        averages.add(random_tokens(rng), 4)
+    slow, after = averages.slow.copy(), [random_tokens(rng) for _ in range(2)]
+    averages.restart_fast(after[0], 3)
+    np.testing.assert_allclose(averages.fast, after[0] / 3)
+    np.testing.assert_allclose(averages.slow, slow)
+    averages.add(after[1], 2)
+    np.testing.assert_allclose(averages.fast, (after[0] + after[1]) / 5)

@@ -63,6 +63,33 @@ def test_tables_agree_with_a_slow_search(placement):
             assert first[layer, expert] == places[0][0] * placement.max_slots + places[0][1]
 
 
+@NO_DEADLINE
+@given(placements(), st.data())
+def test_in_other_slots_ranks_hold_the_same(placement, data):
+    used_W = (placement.slots >= 0).sum(axis=2).max(axis=0)
+    num_slots = [int(used) + data.draw(st.integers(0, 3)) for used in used_W]
+    moved = placement.in_slots(num_slots)
+    assert moved.max_slots == max(num_slots) and np.array_equal(moved.hosts, placement.hosts)
+    assert (moved.version, moved.layer_ids) == (placement.version, placement.layer_ids)
+    for (layer, rank), count in zip(np.ndindex(moved.slots.shape[:2]), num_slots * moved.num_layers, strict=True):
+        before, after = placement.slots[layer, rank].tolist(), moved.slots[layer, rank].tolist()
+        assert set(after[count:]) <= {-1}
+        held = [expert for expert in before if expert >= 0]
+        if set(before[count:]) <= {-1}:
+            assert [expert for expert in after if expert >= 0] == held
+            assert after[: min(count, len(before))] == before[:count], "nothing is in the way"
+        else:
+            assert after[: len(held)] == held
+    assert moved.in_slots(num_slots) == moved
+    if len(set(num_slots)) == 1:
+        assert placement.in_slots(num_slots[0]) == moved
+
+
+def test_fewer_slots_than_experts_are_refused_by_rank():
+    with pytest.raises(ValueError, match=r"^num_slots: 1 is not allowed; in layer 3 rank 1 holds 2 experts$"):
+        Placement.even([3, 4], 4, 2).in_slots([4, 1])
+
+
 @pytest.mark.parametrize(("layer", "expert"), [(-1, 0), (2, 0), (0, -1), (0, 4)])
 def test_ranks_of_refuses_what_is_not_there(layer, expert):
     with pytest.raises(ValueError, match="is not allowed; it must be from 0 to"):

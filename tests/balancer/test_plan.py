@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from plan_samples import least_level
 
 from moe_runtime.balancer import Placement, plan_eplb, plan_placement, split_tokens
+from moe_runtime.balancer.checks import in_mean_ranks
 from moe_runtime.balancer.synthetic import SYNTHETIC, drifted
 
 NUM_RANKS, NUM_SLOTS, NUM_EXPERTS = 32, 9, 256
@@ -138,6 +139,41 @@ def test_no_load_is_planned_for_worse_than_by_eplb(problem):
     assert (plan.balancedness >= plan_eplb(load, len(num_slots), num_slots.tolist()).balancedness - 1e-8).all()
     num_experts = load.shape[1]
     assert ((plan.placement.slots >= 0).sum(axis=2) == np.minimum(num_slots, num_experts)).all(), "all slots are filled"
+
+
+@NO_DEADLINE
+@given(problems())
+def test_eplb_takes_a_number_of_slots_for_each_rank(problem):
+    """As by hand: the heaviest replica to the lightest rank of those that are not full."""
+    load, num_slots, _, _ = problem
+    plan = plan_eplb(load, len(num_slots), num_slots.tolist())
+    check_plan(plan, None, num_slots)
+    if load.any(axis=1).all():
+        np.testing.assert_allclose(plan.balancedness, balancedness(load, plan.placement), rtol=1e-8)
+    for load_E, slots_WS in zip(in_mean_ranks(load, len(num_slots)), plan.placement.slots, strict=True):
+        counts = [1] * len(load_E)
+        for _ in range(num_slots.sum() - len(load_E)):
+            counts[max(range(len(load_E)), key=lambda expert: load_E[expert] / counts[expert])] += 1
+        parts = load_E / counts
+        full, held, total = num_slots.tolist(), [set() for _ in num_slots], [0.0] * len(num_slots)
+        for expert in sorted(np.repeat(np.arange(len(load_E)), counts).tolist(), key=lambda expert: -parts[expert]):
+            rank = min((rank for rank, left in enumerate(full) if left), key=lambda rank: total[rank])
+            full[rank] -= 1
+            total[rank] += parts[expert]
+            held[rank].add(expert)
+        assert [{int(expert) for expert in row if expert >= 0} for row in slots_WS] == held
+
+
+@NO_DEADLINE
+@given(problems())
+def test_eplb_from_a_placement_with_other_slots(problem):
+    load, num_slots, _, rng = problem
+    before = plan_eplb(rng.permuted(load, axis=1), len(num_slots), num_slots[::-1].tolist()).placement
+    plan = plan_eplb(load, len(num_slots), num_slots.tolist(), before)
+    check_plan(plan, before, num_slots)
+    assert np.array_equal(plan.placement.hosts, plan_eplb(load, len(num_slots), num_slots.tolist()).placement.hosts)
+    if len(set(num_slots.tolist())) == 1:
+        assert plan.placement == plan_eplb(load, len(num_slots), int(num_slots[0]), before).placement
 
 
 def test_moves_go_to_the_layers_that_need_them():

@@ -116,7 +116,7 @@ def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72
 @DTYPES
 @pytest.mark.parametrize("float32_router", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("tokens", [0, 1, 30])
+@pytest.mark.parametrize("tokens", [0, 1, 30, 1100])  # the last in three parts
 def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
     router_dtype = torch.float32 if float32_router else dtype
     block, weight, w13, w2, slot_E, counts, shared_weights = sparse_block(kernels, dtype, router_dtype, shared)
@@ -146,12 +146,12 @@ def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
 @DTYPES
 def test_a_token_leaves_the_sparse_block_with_the_same_bits_in_any_batch(kernels, dtype):
     block, *_ = sparse_block(kernels, dtype, torch.float32, shared=True)
-    x = normal(300, block.experts.hidden_size, dtype=dtype)
+    x = normal(1100, block.experts.hidden_size, dtype=dtype)  # takes three parts
     kernels.set_threads(1)
     together = block(x, 0)
     kernels.set_threads(2)
-    for rows in [*range(1, 34), 299]:
-        start = int(torch.randint(300 - rows + 1, ()))
+    for rows in [*range(1, 34), 600, 1099]:
+        start = int(torch.randint(1100 - rows + 1, ()))
         assert torch.equal(block(x[start : start + rows], rows), together[start : start + rows])
 
 

@@ -80,6 +80,8 @@ def test_norms(kernels, dtype, shape):
         expected, expected_total = torch_ops.add_rms_norm(x, residual, weight, 1e-6)
         assert torch.equal(total, expected_total)
         assert_close(normed, expected)
+        kernels.add_rms_norm(x, residual, weight, 1e-6, in_place=True)
+        assert torch.equal(x, normed) and torch.equal(residual, total)
 
 
 @DTYPES

@@ -9,6 +9,7 @@ import torch
 from rank_pool import RankContext
 from torch import Tensor
 
+import moe_runtime.budget
 import moe_runtime.rank_setup
 from moe_runtime.config import EngineConfig
 from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
@@ -67,7 +68,9 @@ def run_steps(
         device="cpu",
         batch_invariant=batch_invariant,
     )
+    logits: dict[int, list[Tensor]] = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_runtime.budget, "EXPERT_ROWS", 8)  # so that large steps pass sparse layers in parts
         if not native:
             patch.setattr(moe_runtime.rank_setup, "load_or_none", lambda: None)
         worker = Worker(
@@ -79,15 +82,14 @@ def run_steps(
             group=context.group if context.num_ranks > 1 else None,
             local_ranks=context.num_ranks,
         )
-    assert worker.info.batch_invariant == (native or batch_invariant)
-    logits: dict[int, list[Tensor]] = {}
-    with torch.inference_mode():
-        for plan in steps:
-            work = plan.ranks[context.rank]
-            worker._admit(work)
-            rows = worker.model.logits(worker.forward(work, plan))
-            for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
-                logits.setdefault(chunk.seq_id, []).append(part)
+        assert worker.info.batch_invariant == (native or batch_invariant)
+        with torch.inference_mode():
+            for plan in steps:
+                work = plan.ranks[context.rank]
+                worker._admit(work)
+                rows = worker.model.logits(worker.forward(work, plan))
+                for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
+                    logits.setdefault(chunk.seq_id, []).append(part)
     return logits
 
 

@@ -159,30 +159,39 @@ void route(Engine& engine, const Router& router, const Routing& routing, const T
   }
 }
 
+// Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
+constexpr int64_t kExpertRows = 128;
+
 // The whole sparse block of a rank that holds all experts. `shared` may be null.
 template <class T>
 void sparse_block(Engine& engine, const Router& router, const Routing& routing, const Experts& experts,
                   const Experts* shared, const T* x, int64_t tokens, int64_t num_decode, T* out) {
-  const int64_t top_k = router.gate.top_k, size = tokens * top_k;
-  int64_t* chosen = engine.routing.get<int64_t>(5 * size + experts.slots);
-  int64_t *order = chosen + size, *row = order + size, *place = row + size, *counts = place + size;
+  const int64_t top_k = router.gate.top_k, all = tokens * top_k;
+  int64_t* chosen = engine.routing.get<int64_t>(5 * all + experts.slots);
+  int64_t *order = chosen + all, *row = order + all, *place = row + all, *counts = place + all;
   float* weights = reinterpret_cast<float*>(counts + experts.slots);
   route(engine, router, routing, x, tokens, num_decode, weights, chosen);
-  for (int64_t i = 0; i < size; i++) chosen[i] = chosen[i] < 0 ? -1 : router.slot[chosen[i]];
-  const int64_t kept = group_by_slot(chosen, size, experts.slots, order, counts);
-  if (kept < size) std::fill_n(place, size, -1);
-  for (int64_t i = 0; i < kept; i++) {
-    row[i] = order[i] / top_k;
-    place[order[i]] = i;
+  for (int64_t i = 0; i < all; i++) chosen[i] = chosen[i] < 0 ? -1 : router.slot[chosen[i]];
+  const int64_t parts = ceil_div(all, kExpertRows * experts.slots);
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = tokens * part / parts, count = tokens * (part + 1) / parts - first, size = count * top_k;
+    const T* rows = x + first * experts.hidden;
+    const int64_t kept = group_by_slot(chosen + first * top_k, size, experts.slots, order, counts);
+    if (kept < size) std::fill_n(place, size, -1);
+    for (int64_t i = 0; i < kept; i++) {
+      row[i] = order[i] / top_k;
+      place[order[i]] = i;
+    }
+    T* y = engine.expert_rows.get<T>(size * experts.hidden);
+    grouped_mlp(engine, experts, rows, count, row, counts, y);
+    T* extra = nullptr;
+    if (shared) {
+      extra = engine.shared_rows.get<T>(count * experts.hidden);
+      grouped_mlp(engine, *shared, rows, count, nullptr, &count, extra);
+    }
+    combine(engine, y, place, weights + first * top_k, count, top_k, experts.hidden, extra,
+            out + first * experts.hidden);
   }
-  T* y = engine.expert_rows.get<T>(size * experts.hidden);
-  grouped_mlp(engine, experts, x, tokens, row, counts, y);
-  T* extra = nullptr;
-  if (shared) {
-    extra = engine.shared_rows.get<T>(tokens * experts.hidden);
-    grouped_mlp(engine, *shared, x, tokens, nullptr, &tokens, extra);
-  }
-  combine(engine, y, place, weights, tokens, top_k, experts.hidden, extra, out);
 }
 
 }  // namespace moe

@@ -180,9 +180,11 @@ class Kernels:
         self.library.moe_rms_norm(is_bf16(x_TD), pointer(x_TD), pointer(weight_D), rows, size, eps, out.data_ptr())
         return out
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """See `torch_ops.add_rms_norm`."""
-        out, total = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    def add_rms_norm(
+        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See `torch_ops.add_rms_norm`; the results take the places of `x_TD` and `residual_TD` if `in_place`."""
+        out, total = (x_TD, residual_TD) if in_place else (torch.empty_like(x_TD), torch.empty_like(x_TD))
         rows, size = x_TD.shape
         assert residual_TD.shape == x_TD.shape and len(weight_D) == size
         assert x_TD.dtype == residual_TD.dtype == weight_D.dtype
