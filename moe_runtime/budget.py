@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_runtime.config import EngineConfig, ModelConfig
+from moe_runtime.kernels.cpu.build import can_have_kernels
 from moe_runtime.model_size import (
     ITEMSIZE,
     dense_bytes,
@@ -131,8 +132,9 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
 
     dtype = weights_dtype(engine.dtype, model.dtype)
     num_slots = slots_per_rank(engine, model, engine.ep_size)[:local_ranks]
-    dense = dense_bytes(model, dtype)
-    slot = len(model.moe_layers) * expert_bytes(model, dtype)
+    coded = holds_codes(engine.device)
+    dense = dense_bytes(model, dtype, coded)
+    slot = len(model.moe_layers) * expert_bytes(model, dtype, coded)
     page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
     per_sequence = _blocks_of_one(engine, model) * page
     if engine.kv_cache_memory_bytes is not None:
@@ -228,6 +230,11 @@ def default_kv_bytes(free: int, local_ranks: int) -> int:
 def may_use_cuda(device: str) -> bool:
     """Whether ranks asked for this `device` may run on GPUs; "auto" does where there is a driver."""
     return device == "cuda" or (device == "auto" and CUDA_DRIVER.exists())
+
+
+def holds_codes(device: str) -> bool:
+    """Whether ranks asked for this `device` will hold bfloat16 matrices in codes, as native CPU kernels do."""
+    return not may_use_cuda(device) and can_have_kernels()
 
 
 def available_host_memory() -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from moe_runtime.budget import Budget, available_host_memory, gigabytes, may_use_cuda, plan_budget
+from moe_runtime.budget import Budget, available_host_memory, gigabytes, holds_codes, may_use_cuda, plan_budget
 from moe_runtime.config import EngineConfig, ModelConfig, check_integer, parse_redundant
 from moe_runtime.model_size import (
     count_parameters,
@@ -106,6 +106,7 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
     usual = [n for n in (1, 2, 4, 8) if n <= min(MOST_RANKS, moe.num_experts)]
     sizes = options.ep_size or (usual if isinstance(engine.redundant_experts, int) else [engine.ep_size])
     available = None if may_use_cuda(engine.device) else available_host_memory()
+    coded = holds_codes(engine.device)
     budgets = [plan_budget(fit_to_model(_with_ranks(engine, size), model), model, size, available) for size in sizes]
     return {
         "model": engine.model,
@@ -118,12 +119,12 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
             "per_token": moe.top_k,
             "shared_intermediate_size": moe.shared_intermediate_size,
             "intermediate_size": moe.intermediate_size,
-            "bytes": expert_bytes(model, dtype),
+            "bytes": expert_bytes(model, dtype, coded),
         },
-        "weight_bytes": weight_bytes(model, dtype, moe.num_experts),
+        "weight_bytes": weight_bytes(model, dtype, moe.num_experts, coded),
         "kv_bytes_per_token": kv_bytes_per_token(model, dtype),
         "max_model_len": engine.max_model_len or model.max_model_len,
-        "decode": [_decode(model, dtype, batch_size) for batch_size in options.batch_size],
+        "decode": [_decode(model, dtype, batch_size, coded) for batch_size in options.batch_size],
         "available_bytes": available,
         "ranks": [_memory(size, budget) for size, budget in zip(sizes, budgets, strict=True)],
     }
@@ -134,8 +135,8 @@ def _with_ranks(engine: EngineConfig, ep_size: int) -> EngineConfig:
     return replace(engine, ep_size=ep_size, redundant_experts=0 if ep_size == 1 else engine.redundant_experts)
 
 
-def _decode(model: ModelConfig, dtype: str, batch_size: int) -> dict[str, Any]:
-    read = decode_bytes(model, dtype, batch_size)
+def _decode(model: ModelConfig, dtype: str, batch_size: int, coded: bool) -> dict[str, Any]:
+    read = decode_bytes(model, dtype, batch_size, coded=coded)
     return {
         "batch_size": batch_size,
         "experts_per_layer": distinct_experts(model.moe.num_experts, model.moe.top_k, batch_size),

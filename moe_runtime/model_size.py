@@ -1,8 +1,9 @@
 """How large a checkpoint is, from its configuration alone: parameters, bytes, and what a decode step reads. No torch.
 
 Formulas use D hidden, V vocabulary, L layers, E experts per sparse layer, K experts per token, F expert intermediate,
-H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors; native CPU kernels round the
-outputs of each matrix up to 64, which adds nothing to most models and a few percent to small ones.
+H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors. Native CPU kernels round the
+outputs of each matrix up to 64, which adds nothing to most models and a few percent to small ones, and hold bfloat16
+matrices in 12 bits a weight: `coded` says whether they do.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from moe_runtime.config import ModelConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
+CODED_BYTES = 1.5  # of a bfloat16 weight in codes
 
 
 @dataclass(frozen=True)
@@ -98,21 +100,31 @@ def weights_dtype(asked: str, stored: str) -> str:
     return name
 
 
-def expert_bytes(config: ModelConfig, dtype: str) -> int:
+def matrix_itemsize(dtype: str, coded: bool) -> float:
+    """Bytes of a weight of a matrix as kernels read it."""
+    return CODED_BYTES if coded and dtype == "bfloat16" else ITEMSIZE[dtype]
+
+
+def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
     """Bytes of one routed expert of one layer."""
-    return count_parameters(config).expert * ITEMSIZE[dtype]
+    return int(count_parameters(config).expert * matrix_itemsize(dtype, coded))
 
 
-def dense_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes that every rank holds: all but the routed experts. Routers are float32 where the family has them so."""
+def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
+    """Bytes that every rank holds: all but the routed experts. Routers are float32 where the family has them so; an
+    embedding that is not tied to the head is never in codes."""
     count = count_parameters(config)
-    router = count.router * (4 if config.moe.router_float32 else ITEMSIZE[dtype])
-    return (count.dense - count.router - count.router_bias) * ITEMSIZE[dtype] + router + 4 * count.router_bias
+    router_dtype = "float32" if config.moe.router_float32 else dtype
+    embedding = 0 if config.tie_word_embeddings else count.embedding
+    matrices = count.dense - count.router - count.router_bias - embedding
+    coded_bytes = matrices * matrix_itemsize(dtype, coded) + count.router * matrix_itemsize(router_dtype, coded)
+    return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.router_bias
 
 
-def weight_bytes(config: ModelConfig, dtype: str, num_slots: int) -> int:
+def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, coded: bool = False) -> int:
     """Bytes of weights on a rank with `num_slots` slots in each sparse layer; an empty slot takes its room too."""
-    return dense_bytes(config, dtype) + len(config.moe_layers) * num_slots * expert_bytes(config, dtype)
+    experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, coded)
+    return dense_bytes(config, dtype, coded) + experts
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
@@ -133,7 +145,7 @@ def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
-def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0) -> float:
+def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0, coded: bool = False) -> float:
     """Expected bytes that one rank with all experts reads from memory in a decode step, under uniform routing.
 
     That is every dense weight once (of an embedding that is not tied to the head only the rows of the tokens), the
@@ -144,8 +156,8 @@ def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: 
     experts = len(config.moe_layers) * distinct_experts(moe.num_experts, moe.top_k, batch_size)
     seen = min(context_len, config.sliding_window or context_len)
     return (
-        dense_bytes(config, dtype)
+        dense_bytes(config, dtype, coded)
         - table * ITEMSIZE[dtype]
-        + experts * expert_bytes(config, dtype)
+        + experts * expert_bytes(config, dtype, coded)
         + batch_size * seen * kv_bytes_per_token(config, dtype)
     )

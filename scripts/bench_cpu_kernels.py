@@ -98,7 +98,7 @@ def linear_cases(kernels: native.Kernels, name: str, outputs: int, copies: int, 
     return Case(
         name,
         rows,
-        nbytes=outputs * HIDDEN * 2,
+        nbytes=packed[0].nbytes,
         flops=2 * rows * outputs * HIDDEN,
         native=lambda i: packed[i % copies](x, float32=float32),
         torch=lambda i: F.linear(x, weights[i % copies]),
@@ -173,12 +173,12 @@ class SparseLayers:
             self.blocks.append(SparseBlock(router, experts, None))
 
     def case(self, rows: int) -> Case:
-        x, copies = torch.randn(rows, HIDDEN).to(DTYPE), len(self.blocks)
-        touched = len(self.blocks[0].router(x, 0)[1].unique())
+        x, copies, block = torch.randn(rows, HIDDEN).to(DTYPE), len(self.blocks), self.blocks[0]
+        touched = len(block.router(x, 0)[1].unique())
         return Case(
             "sparse block",
             rows,
-            nbytes=touched * 3 * INNER * HIDDEN * 2 + EXPERTS * HIDDEN * 2,
+            nbytes=touched * block.experts.nbytes // EXPERTS + block.router.nbytes,
             flops=rows * (TOP_K * 6 * INNER * HIDDEN + 2 * EXPERTS * HIDDEN),
             native=lambda i: self.blocks[i % copies](x, rows),
             torch=lambda i: self.with_torch(x, *self.weights[i % copies]),

@@ -5,9 +5,9 @@ processes over gloo with a share of the cores each. A call takes as long as its 
 floor are measured in turn; medians are reported, and ratios are taken pair by pair. Calls alternate between two layers
 and several inputs, so that no cache holds the weights. With one rank, ours is the block of a single rank ("local").
 
-The floor is what must be read (experts that any token chose, router) over the read bandwidth, or what must be
-multiplied over the rate of torch's large product, whichever takes longer; for all ranks together, and for the busiest
-rank with the rates that it has alone. What travels between ranks is not in it.
+The floor is what ours must read (experts that any token chose, as they are packed, and the router) over the read
+bandwidth, or what must be multiplied over the rate of torch's large product, whichever takes longer; for all ranks
+together, and for the busiest rank with the rates that it has alone. What travels between ranks is not in it.
 
 Needs the extra `deepspeed`: `pip install -e .[deepspeed]`, then `python scripts/bench_ep_layer.py`.
 """

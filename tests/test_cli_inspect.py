@@ -10,7 +10,7 @@ from tiny_models import make_model, save
 
 from moe_runtime import budget, cli, cli_inspect
 from moe_runtime import model_size as size
-from moe_runtime.budget import plan_budget
+from moe_runtime.budget import holds_codes, plan_budget
 from moe_runtime.config import EngineConfig
 from moe_runtime.models import load_model_config
 from moe_runtime.placements import slots_per_rank
@@ -45,12 +45,12 @@ def test_figures_are_those_of_the_model(path, capsys):
     }
     assert found["layers"] == {"total": 3, "sparse": 2}
     assert [row["bytes_per_step"] for row in found["decode"]] == [
-        size.decode_bytes(model, "bfloat16", batch_size) for batch_size in (1, 5)
+        size.decode_bytes(model, "bfloat16", batch_size, coded=holds_codes("cpu")) for batch_size in (1, 5)
     ]
     one, three = found["ranks"]
     slots = [slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks) for ranks in (1, 3)]
     assert [one["slots_per_layer"], three["slots_per_layer"]] == [count[0] for count in slots]
-    assert one["dense_bytes"] == three["dense_bytes"] == size.dense_bytes(model, "bfloat16")
+    assert one["dense_bytes"] == three["dense_bytes"] == size.dense_bytes(model, "bfloat16", holds_codes("cpu"))
     planned = plan_budget(EngineConfig("m", ep_size=3, dtype="bfloat16"), model, 3, 200_000_000)
     assert (three["rank_bytes"], three["all_ranks_bytes"]) == (planned.largest.total, planned.total)
     assert one["fits"] and not three["fits"], "three processes alone take more than 200 MB"

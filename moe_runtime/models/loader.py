@@ -18,6 +18,7 @@ from moe_runtime.batch import Batch
 from moe_runtime.capacity import LayerLimits, Limits
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.kernels.cpu.packed import PANEL
 from moe_runtime.kernels.cpu.pages import release_pages
 from moe_runtime.kv_cache import KVCache
 from moe_runtime.layers import Embedding
@@ -32,13 +33,13 @@ WHOLE = 1 << 62  # bytes of a piece that is everything
 
 
 class Rows(Protocol):
-    """A linear map whose weight is loaded by rows."""
+    """A linear map whose weight is loaded by rows; pieces of it end where `PANEL` divides their rows."""
 
     def load(self, first_row: int, weight_ND: Tensor, /) -> None: ...
 
 
 class Slots(Protocol):
-    """Experts, or an MLP as one expert, whose weights are loaded by slot."""
+    """Experts, or an MLP as one expert, whose weights are loaded by slot, in pieces as those of `Rows`."""
 
     def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None: ...
 
@@ -122,7 +123,7 @@ class ModelLoader:
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
         head, rows = kit.head(*shape)
-        self.fill(rows, 0, "model.embed_tokens.weight" if tied else "lm_head.weight", *shape)
+        self.fill(rows, {"model.embed_tokens.weight" if tied else "lm_head.weight": config.vocab_size})
         embed = head.tied_embedding() if tied else Embedding(self.tensor("model.embed_tokens.weight", *shape))
         nbytes = head.nbytes + (0 if tied else embed.nbytes)
         nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
@@ -133,7 +134,7 @@ class ModelLoader:
     def copy_expert(self, slots: Slots, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about so many bytes; gives the size of each."""
         for part, stored in self._expert(self.config.moe_layers[layer], expert):
-            rows = max(1, piece_bytes // (stored.shape[1] * stored.element_size()))
+            rows = max(1, piece_bytes // (PANEL * stored.shape[1] * stored.element_size())) * PANEL
             for first in range(0, len(stored), rows):
                 piece = stored[first : first + rows]
                 slots.load(slot, part, first, piece.to(self.kit.dtype))
@@ -143,11 +144,16 @@ class ModelLoader:
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
 
-    def fill(self, rows: Rows, first_row: int, name: str, *shape: int) -> None:
-        """Load a weight into the rows of a linear map from `first_row` on."""
-        stored = self.source.read(name, shape)
-        rows.load(first_row, stored.to(self.kit.dtype))
-        release_pages(stored)
+    def fill(self, rows: Rows, weights: Mapping[str, int], inputs: int | None = None) -> None:
+        """Load weights, one below the other, into a linear map; `weights` has the rows of each.
+
+        Args:
+            inputs: default the model's hidden size.
+        """
+        found = [self.source.read(name, (count, inputs or self.config.hidden_size)) for name, count in weights.items()]
+        rows.load(0, torch.cat(found).to(self.kit.dtype) if len(found) > 1 else found[0].to(self.kit.dtype))
+        for stored in found:
+            release_pages(stored)
 
     def norm(self, name: str) -> Any:
         return self.kit.norm(self.tensor(name, self.config.hidden_size), self.config.rms_norm_eps)
@@ -166,13 +172,10 @@ class ModelLoader:
         rows = {name: heads * c.head_dim for name, heads in sizes.items()}
         bias = torch.cat([self.tensor(f"{prefix}.{p}.bias", n) for p, n in rows.items()]) if c.qkv_bias else None
         qkv = self.kit.linear(sum(rows.values()), c.hidden_size, bias)
-        first_row = 0
-        for part, count in rows.items():
-            self.fill(qkv, first_row, f"{prefix}.{part}.weight", count, c.hidden_size)
-            first_row += count
+        self.fill(qkv, {f"{prefix}.{part}.weight": count for part, count in rows.items()})
         out_bias = self.tensor(f"{prefix}.o_proj.bias", c.hidden_size) if c.output_bias else None
         output = self.kit.linear(c.hidden_size, rows["q_proj"], out_bias)
-        self.fill(output, 0, f"{prefix}.o_proj.weight", c.hidden_size, rows["q_proj"])
+        self.fill(output, {f"{prefix}.o_proj.weight": c.hidden_size}, rows["q_proj"])
         norms = [self.tensor(f"{prefix}.{p}.weight", c.head_dim) if c.qk_norm else None for p in ("q_norm", "k_norm")]
         return self.kit.attention(c, qkv, output, norms[0], norms[1], next_norm)
 

@@ -169,5 +169,6 @@ class OurSide:
         dist.all_reduce(counts)
         counts_IWS = counts.view(INPUTS, self.ranks, -1).double()
         matrix, router = 3 * self.shape.inner * HIDDEN, self.shape.experts * HIDDEN
-        nbytes = (counts_IWS > 0).sum(-1).double().mean(0) * matrix * self.dtype.itemsize + router * 4
+        expert_bytes = self.experts[0].nbytes / self.experts[0].num_slots
+        nbytes = (counts_IWS > 0).sum(-1).double().mean(0) * expert_bytes + router * 4
         return nbytes, 2 * (counts_IWS.sum(-1).mean(0) * matrix + len(inputs[0]) * router)

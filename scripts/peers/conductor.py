@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from make_bench_model import ensure_bench_model, ensure_gguf
 
+from moe_runtime.model_size import CODED_BYTES
 from peers import check
 from peers.drivers import Driver
 from peers.environments import ensure_environment
-from peers.floor import Rates, Routing, Sizes, decode_step_seconds, prefill_seconds
+from peers.floor import BYTES, Rates, Routing, Sizes, decode_step_seconds, prefill_seconds
 from peers.report import agreement_table
 
 OURS = ("ours", "ours-ep2")
@@ -214,6 +215,7 @@ class Conductor:
         self, repetition: int, case: Case, name: str, seconds: dict[str, float], rates: Rates
     ) -> list[dict[str, Any]]:
         ranks = 2 if name == "ours-ep2" else 1
+        weight_bytes = CODED_BYTES if name.startswith("ours") else BYTES
         routing = self.routing[case.name][str(ranks)]
         touched = {phase: Routing(**routing[phase]) for phase in ("prefill", "decode") if phase in routing}
         floor = prefill_seconds(
@@ -224,13 +226,20 @@ class Conductor:
             batch=case.batch,
             length=case.length,
             ranks=ranks,
+            weight_bytes=weight_bytes,
         )
         found = [("prefill", case.batch * case.length, seconds["prefill_s"], case.batch * case.length / floor)]
         if case.new_tokens > 1:
             # The token of the first of these steps sees the prompt and itself, that of the last new_tokens - 2 more.
             context = case.length + case.new_tokens / 2
             step = decode_step_seconds(
-                self.sizes, rates, touched["decode"], batch=case.batch, context=context, ranks=ranks
+                self.sizes,
+                rates,
+                touched["decode"],
+                batch=case.batch,
+                context=context,
+                ranks=ranks,
+                weight_bytes=weight_bytes,
             )
             found.append(("decode", seconds["decode_tokens"], seconds["decode_s"], case.batch / step))
         added = [

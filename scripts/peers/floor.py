@@ -2,8 +2,9 @@
 
 A step must read the attention, norm and router weights of every layer, the head, the experts that its tokens chose, and
 the keys and values so far; it can't do so faster than memory gives them. It must also multiply, and can't do so faster
-than a large matrix product runs. The longer of the two times is the floor. Embedding rows, activations and whatever
-else is left out make the floor lower than what can be reached, never higher.
+than a large matrix product runs. The longer of the two times is the floor. An engine's weights count in the bytes that
+it holds them in. Embedding rows, activations and whatever else is left out make the floor lower than what can be
+reached, never higher.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = 2  # of a weight, a key or a value in bfloat16
+BYTES = 2  # of a key or a value in bfloat16, and of a weight where an engine holds it as it is
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Routing:
 
 
 def decode_step_seconds(
-    sizes: Sizes, rates: Rates, touched: Routing, *, batch: int, context: float, ranks: int
+    sizes: Sizes, rates: Rates, touched: Routing, *, batch: int, context: float, ranks: int, weight_bytes: float = BYTES
 ) -> float:
     """Floor of a step that gives each of `batch` sequences one token.
 
@@ -83,10 +84,11 @@ def decode_step_seconds(
         touched: distinct experts of the step.
         context: keys per sequence, mean over the steps.
         ranks: 1 uses all cores; more have a share each, and sequences are spread evenly.
+        weight_bytes: of a weight as the engine holds it.
     """
     sequences = _spread(batch, ranks)
     weights = sizes.dense + sizes.head
-    dense_bytes = [BYTES * (weights + count * context * sizes.kv) if count else 0.0 for count in sequences]
+    dense_bytes = [weight_bytes * weights + BYTES * count * context * sizes.kv if count else 0.0 for count in sequences]
     dense_flops = [2 * count * (weights + context * sizes.scores) for count in sequences]
     expert_flops = 2.0 * batch * sizes.expert_rows * sizes.expert
     return _floor(
@@ -94,33 +96,45 @@ def decode_step_seconds(
         ranks,
         dense_bytes,
         dense_flops,
-        Routing(BYTES * sizes.expert * touched.total, BYTES * sizes.expert * touched.largest),
+        _experts(weight_bytes * sizes.expert, touched),
         Routing(expert_flops, expert_flops / ranks),
     )
 
 
 def prefill_seconds(
-    sizes: Sizes, rates: Rates, touched: Routing, rows: Routing, *, batch: int, length: int, ranks: int
+    sizes: Sizes,
+    rates: Rates,
+    touched: Routing,
+    rows: Routing,
+    *,
+    batch: int,
+    length: int,
+    ranks: int,
+    weight_bytes: float = BYTES,
 ) -> float:
     """Floor of running `batch` prompts of `length` tokens, up to the first token of each.
 
     Args:
         touched: distinct experts of all prompts.
         rows: rows sent to experts.
-        ranks: as in `decode_step_seconds`.
+        ranks, weight_bytes: as in `decode_step_seconds`.
     """
     sequences = _spread(batch, ranks)
     causal = length * (length + 1) / 2
-    dense_bytes = [BYTES * float(sizes.dense + sizes.head) if count else 0.0 for count in sequences]
+    dense_bytes = [weight_bytes * (sizes.dense + sizes.head) if count else 0.0 for count in sequences]
     dense_flops = [2 * count * (length * sizes.dense + sizes.head + causal * sizes.scores) for count in sequences]
     return _floor(
         rates,
         ranks,
         dense_bytes,
         dense_flops,
-        Routing(BYTES * sizes.expert * touched.total, BYTES * sizes.expert * touched.largest),
+        _experts(weight_bytes * sizes.expert, touched),
         Routing(2 * sizes.expert * rows.total, 2 * sizes.expert * rows.largest),
     )
+
+
+def _experts(nbytes: float, touched: Routing) -> Routing:
+    return Routing(nbytes * touched.total, nbytes * touched.largest)
 
 
 def _floor(

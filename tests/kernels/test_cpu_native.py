@@ -15,7 +15,7 @@ import torch
 from cpu_cases import DTYPES, assert_close, experts_of, normal
 
 from moe_runtime.kernels import reference, torch_ops
-from moe_runtime.kernels.cpu.packed import PackedLinear
+from moe_runtime.kernels.cpu.packed import PANEL, PackedLinear
 
 pytestmark = pytest.mark.usefixtures("threads")
 SIZES = [(1, 1), (64, 64), (70, 33), (130, 257), (192, 1030)]
@@ -28,10 +28,36 @@ def test_packing_keeps_every_weight(kernels, dtype, size):
     packed = PackedLinear.pack(kernels, weight)
     assert torch.equal(packed.unpack(), weight)
     in_pieces = PackedLinear(kernels, *size, dtype)
-    cut = size[0] // 3
+    cut = size[0] // 2 // PANEL * PANEL
     in_pieces.load(cut, weight[cut:])
     in_pieces.load(0, weight[:cut])
-    assert torch.equal(in_pieces.packed, packed.packed)
+    for actual, expected in zip(in_pieces.matrix.stored(0), packed.matrix.stored(0), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (70, 33), (192, 1030)])
+@pytest.mark.parametrize("share", [0.001, 0.2, 1.0])
+def test_any_bits_of_a_bf16_weight_are_kept(kernels, size, share):
+    weight = normal(*size, dtype=torch.bfloat16)
+    strange = torch.randint(-(1 << 15), 1 << 15, size, dtype=torch.int16)  # infinite and NaN as well
+    bits = torch.where(torch.rand(size) < share, strange, weight.view(torch.int16))
+    packed = PackedLinear.pack(kernels, bits.view(torch.bfloat16))
+    assert torch.equal(packed.unpack().view(torch.int16), bits)
+    index = torch.randint(size[0], (5,))
+    assert torch.equal(packed.take_rows(index).view(torch.int16), bits[index])
+    packed.load(0, weight)  # in the place of the other
+    assert torch.equal(packed.unpack(), weight)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 40])
+def test_products_with_bf16_weights_of_any_size(kernels, rows):
+    """High bytes beyond those that the codes have, in every step and in few."""
+    sizes = torch.tensor([2.0**-60, 2.0**-30, 1.0, 2.0**20])
+    for share in (0.0005, 0.5):
+        scale = torch.where(torch.rand(130, 514) < share, sizes[torch.randint(4, (130, 514))], torch.ones(()))
+        weight, x = (normal(130, 514) * scale).bfloat16(), normal(rows, 514, dtype=torch.bfloat16)
+        exact = x.double() @ weight.double().T
+        assert_close(PackedLinear.pack(kernels, weight)(x, float32=True), exact.float(), scale=5)
 
 
 @DTYPES

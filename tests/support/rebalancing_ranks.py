@@ -23,7 +23,7 @@ def break_copies(context: RankContext, fault: str | None) -> None:
             raise OSError("the file is gone")
         copied, done = whole(tasks, experts, task)
         if done:
-            experts.stored(task.slot)[1].view(-1)[0] += 1
+            experts.stored(task.slot)[0].view(-1)[0] += 1
         return copied, done
 
     tasks.copy = broken

@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "heads.h"
 #include "moe.h"
+#include "packing.h"
 
 namespace moe {
 namespace {
@@ -60,38 +61,54 @@ void moe_set_threads(int threads) {
 
 int moe_num_threads() { return engine.pool.size(); }
 
-int64_t moe_packed_elements(int is_bf16, int64_t outputs, int64_t inputs) {
-  return ceil_div(outputs, kPanel) * (is_bf16 ? panel_elements<bf16>(inputs) : panel_elements<float>(inputs));
+int64_t moe_packed_bytes(int is_bf16, int64_t outputs, int64_t inputs) {
+  return ceil_div(outputs, kPanel) * (is_bf16 ? panel_bytes(bf16{}, inputs) : panel_bytes(0.0f, inputs));
 }
 
-void moe_pack(int is_bf16, const void* source, int64_t stride, int64_t first_row, int64_t rows, int64_t inputs,
-              void* packed) {
+// Packs `rows` rows into the panels from `first_panel` on; the last of them may lack rows. `escapes` has a list for
+// each panel of bf16, or null, and owns it.
+void moe_pack(int is_bf16, const void* source, int64_t stride, int64_t first_panel, int64_t rows, int64_t inputs,
+              void* packed, Escape** escapes) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    const int64_t first_panel = first_row / kPanel, panels = ceil_div(first_row + rows, kPanel) - first_panel;
-    engine.pool.run(rows ? panels : 0, [&](int64_t task, int) {
-      const int64_t begin = std::max(first_row, (first_panel + task) * kPanel);
-      const int64_t end = std::min(first_row + rows, (first_panel + task + 1) * kPanel);
-      pack_rows(static_cast<const T*>(source) + (begin - first_row) * stride, stride, begin, end - begin, inputs,
-                static_cast<T*>(packed));
+    engine.pool.run(ceil_div(rows, kPanel), [&](int64_t task, int) {
+      const int64_t row = task * kPanel, panel = first_panel + task;
+      pack_panel(static_cast<const T*>(source) + row * stride, stride, std::min<int64_t>(kPanel, rows - row), inputs,
+                 static_cast<char*>(packed) + panel * panel_bytes(T{}, inputs), escapes + panel);
     });
   });
 }
 
-void moe_unpack(int is_bf16, const void* packed, int64_t first_row, int64_t rows, int64_t inputs, void* out) {
+void moe_unpack(int is_bf16, const void* packed, const Escape* const* escapes, int64_t first_row, int64_t rows,
+                int64_t inputs, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    unpack_rows(static_cast<const T*>(packed), first_row, rows, inputs, static_cast<T*>(out));
+    unpack_rows(packed, escapes, first_row, rows, inputs, static_cast<T*>(out));
   });
 }
+
+// Copies the escapes of some panels, with the end of each list, to `out`, unless it is null; returns how many.
+int64_t moe_list_escapes(const Escape* const* escapes, int64_t panels, Escape* out) {
+  int64_t count = 0;
+  for (int64_t panel = 0; panel < panels; panel++) {
+    if (escapes[panel] == nullptr) continue;
+    for (const Escape* escape = escapes[panel];; escape++) {
+      if (out) out[count] = *escape;
+      count++;
+      if (escape->step == kNoStep) break;
+    }
+  }
+  return count;
+}
+
+void moe_free_escapes(Escape** escapes, int64_t panels) { std::for_each_n(escapes, panels, std::free); }
 
 // out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head.
 void moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
     for_rows(count, [&](int64_t i) {
-      unpack_rows(static_cast<const T*>(weight->data), rows[i], 1, weight->inputs,
-                  static_cast<T*>(out) + i * weight->inputs);
+      unpack_rows(weight->data, weight->escapes, rows[i], 1, weight->inputs, static_cast<T*>(out) + i * weight->inputs);
     });
   });
 }

@@ -70,8 +70,8 @@ class AttentionBlock:
         self.address = ctypes.addressof(self.block)
         self.next_norm = next_norm
         self._keep = (q_norm_d, k_norm_d)
-        self._dtype = qkv.packed.dtype
-        self._is_bf16 = is_bf16(qkv.packed)
+        self._dtype = qkv.dtype
+        self._is_bf16 = qkv.dtype == torch.bfloat16
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +167,7 @@ class Router:
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """The router's `[T, E]` in float32, unrounded."""
-        return self.linear(x_TD.to(self.linear.packed.dtype), float32=True)
+        return self.linear(x_TD.to(self.linear.dtype), float32=True)
 
     def __call__(self, x_TD: Tensor, num_decode: int, routing: Routing = NO_ROUTING) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best first, -1 where a policy drops one; counts the choices."""
@@ -205,13 +205,13 @@ class SparseBlock:
         shared_address = None if shared is None else shared.address
         self.block = structs.SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
         self.address = ctypes.addressof(self.block)
-        self._is_bf16 = is_bf16(experts.w13)
+        self._is_bf16 = experts.dtype == torch.bfloat16
 
     def __call__(
         self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None, routing: Routing = NO_ROUTING
     ) -> Tensor:
         """`[T, D]`; the first `num_decode` rows are counted as decode."""
-        assert x_TD.dtype == self.experts.w13.dtype and x_TD.shape[1] == self.experts.hidden_size
+        assert x_TD.dtype == self.experts.dtype and x_TD.shape[1] == self.experts.hidden_size
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         asked = routing.struct(len(x_TD), self.router.top_k)
@@ -240,11 +240,11 @@ class DenseBlock:
         self.mlp, self.next_norm = mlp, next_norm
         self.block = structs.DenseBlock(_next_norm(next_norm), mlp.address)
         self.address = ctypes.addressof(self.block)
-        self._is_bf16 = is_bf16(mlp.w13)
+        self._is_bf16 = mlp.dtype == torch.bfloat16
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
         """`[T, D]`."""
-        assert x_TD.dtype == self.mlp.w13.dtype and x_TD.shape[1] == self.mlp.hidden_size
+        assert x_TD.dtype == self.mlp.dtype and x_TD.shape[1] == self.mlp.hidden_size
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         self.mlp.kernels.library.moe_dense_block(
@@ -270,8 +270,8 @@ class Layers:
         self._top_k = [mlp.router.top_k for _, mlp in blocks if isinstance(mlp, SparseBlock)]
         self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
-        self._dtype = blocks[0][0].qkv.packed.dtype
-        self._is_bf16 = is_bf16(blocks[0][0].qkv.packed)
+        self._dtype = blocks[0][0].qkv.dtype
+        self._is_bf16 = self._dtype == torch.bfloat16
         self._layers = (structs.Layer * len(blocks))(
             *(
                 structs.Layer(

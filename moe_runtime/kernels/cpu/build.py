@@ -51,6 +51,14 @@ def supported_instruction_sets() -> list[str]:
     return [name for name, (needed, _) in INSTRUCTION_SETS.items() if needed <= flags]
 
 
+def can_have_kernels() -> bool:
+    """Whether this machine has what the kernels need, a processor and a compiler; compiles nothing."""
+    try:
+        return bool(supported_instruction_sets() and find_compiler())
+    except NativeUnavailableError:
+        return False
+
+
 def ensure_library(instruction_set: str | None = None, cache_dir: Path | None = None) -> tuple[Path, str]:
     """Path of the compiled library, and the instruction set it is for; compiles it on first use.
 

@@ -68,9 +68,10 @@ struct Engine {
   Buffer padded, widened, logits, qkv, attended, hidden, expert_rows, shared_rows, routing, parts;
 };
 
-// A packed weight; plain data, filled by the caller.
+// A packed weight; plain data, filled by the caller. `escapes` has a list for each panel of bf16.
 struct Weight {
   const void* data;
+  const Escape* const* escapes;
   int64_t outputs;
   int64_t inputs;
 };
@@ -94,7 +95,7 @@ template <class T, class Out>
 void linear(Engine& engine, const Weight& weight, const T* bias, const T* x, int64_t rows, int64_t stride, Out* out) {
   x = whole_steps(engine.padded, x, rows, weight.inputs, &stride);
   const int64_t chunks = ceil_div(rows, kChunkRows), chunk_rows = rows ? ceil_div(rows, chunks) : 0;
-  const int64_t panels = ceil_div(weight.outputs, kPanel), per_panel = panel_elements<T>(weight.inputs);
+  const int64_t panels = ceil_div(weight.outputs, kPanel);
   engine.pool.run(panels * chunks, [&](int64_t task, int thread) {
     const int64_t panel = task / chunks, first = task % chunks * chunk_rows;
     const int64_t count = std::min(chunk_rows, rows - first);
@@ -102,7 +103,7 @@ void linear(Engine& engine, const Weight& weight, const T* bias, const T* x, int
     const T* pointers[kChunkRows];
     for (int64_t i = 0; i < count; i++) pointers[i] = x + (first + i) * stride;
     float* sums = engine.scratch[thread].sums.get<float>(kChunkRows * kPanel);
-    multiply_panel(pointers, count, static_cast<const T*>(weight.data) + panel * per_panel,
+    multiply_panel(pointers, count, panel_of(T{}, weight.data, weight.escapes, panel, weight.inputs),
                    num_steps<T>(weight.inputs), sums);
     const int64_t column = panel * kPanel, width = std::min<int64_t>(kPanel, weight.outputs - column);
     for (int64_t i = 0; i < count; i++) {

@@ -5,7 +5,8 @@
 //
 //     packed[panel][step][output][input within the step]
 //
-// What lies beyond N or K is zero. A step multiplies 64 weights (or pairs) with one input (or pair) that is broadcast,
+// What lies beyond N or K is zero. bf16 panels lie in memory in codes [coded.h]; those that attention packs on the way
+// do not. A step multiplies 64 weights (or pairs) with one input (or pair) that is broadcast,
 // so an output's sum runs over the inputs in one order, in one float32 lane, whatever the number of rows: a row's
 // result does not depend on the rows around it.
 #pragma once
@@ -13,7 +14,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "vec.h"
+#include "coded.h"
 
 namespace moe {
 
@@ -39,7 +40,8 @@ constexpr int kTileOutputs = kTileVecs * kLanes;
 constexpr int kChunkRows = 96;
 // Where rows need several tiles, they pass over so many steps of a panel at a time: two passes wait for memory, and do
 // better with what the first level of the caches holds; more wait for their products.
-constexpr int64_t block_steps_of(int64_t passes) { return passes == 2 ? 64 : 256; }
+constexpr int64_t kMaxBlockSteps = 256;
+constexpr int64_t block_steps_of(int64_t passes) { return passes == 2 ? 64 : kMaxBlockSteps; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,22 +62,48 @@ inline IntVec broadcast_word(const void* x) {
   return set1_bits(word);
 }
 
-// Adds the products of one step to kRows x kTileVecs accumulators. `w` is the step of this tile's outputs.
-template <int kRows>
-inline void add_step(Vec (&sums)[kRows][kTileVecs], const float* const (&x)[kRows], const float* w, int64_t step) {
+// The steps of a panel as they lie in memory, for the outputs of one tile.
+template <class T>
+class PlainSteps {
+ public:
+  explicit PlainSteps(const T* w) : next_(w) {}
+
+  // A step's weights, loaded where they are used: registers are few.
+  struct Step {
+    const T* w;
+    IntVec operator[](int j) const { return load_bits(w + j * kLanes * kStepInputs<T>); }
+  };
+
+  static int64_t plain_steps(int64_t count) { return count; }
+
+  Step next() {
+    const T* w = next_;
+    next_ += kStepElements<T>;
+    return {w};
+  }
+
+  Step next_escaped() { return next(); }
+
+ private:
+  const T* next_;
+};
+
+// Adds the products of one step to kRows x kTileVecs accumulators. `words[j]` are the step's weights.
+template <int kRows, class Step>
+inline void add_step(Vec (&sums)[kRows][kTileVecs], const float* const (&x)[kRows], const Step& words, int64_t step) {
   Vec weights[kTileVecs];
-  for (int j = 0; j < kTileVecs; j++) weights[j] = load(w + j * kLanes);
+  for (int j = 0; j < kTileVecs; j++) weights[j] = vec_of(words[j]);
   for (int r = 0; r < kRows; r++) {
     const Vec input = set1(x[r][step]);
     for (int j = 0; j < kTileVecs; j++) sums[r][j] = fma(input, weights[j], sums[r][j]);
   }
 }
 
-template <int kRows>
-inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows], const bf16* w, int64_t step) {
+template <int kRows, class Step>
+inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows], const Step& words, int64_t step) {
 #if defined(__AVX512BF16__)
   __m512bh weights[kTileVecs];
-  for (int j = 0; j < kTileVecs; j++) weights[j] = (__m512bh)load_bits(w + j * 2 * kLanes);
+  for (int j = 0; j < kTileVecs; j++) weights[j] = (__m512bh)words[j];
   for (int r = 0; r < kRows; r++) {
     const __m512bh input = (__m512bh)broadcast_word(x[r] + 2 * step);
     for (int j = 0; j < kTileVecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], weights[j], input);
@@ -83,7 +111,7 @@ inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows
 #else
   const auto add_half = [&](auto half) {
     Vec weights[kTileVecs];
-    for (int j = 0; j < kTileVecs; j++) weights[j] = half(load_bits(w + j * 2 * kLanes));
+    for (int j = 0; j < kTileVecs; j++) weights[j] = half(words[j]);
     for (int r = 0; r < kRows; r++) {
       const Vec input = half(broadcast_word(x[r] + 2 * step));
       for (int j = 0; j < kTileVecs; j++) sums[r][j] = fma(input, weights[j], sums[r][j]);
@@ -105,29 +133,37 @@ inline Vec add_word(bf16, Vec sum, IntVec weights, IntVec input) {
 #endif
 }
 
-// What to ask for while a tile is computed: `step_bytes` from `next` on with every step.
+// What to ask for while a tile is computed: `step_bytes`, at most 128, from `next` on with every step.
 struct Prefetch {
   const char* next;
   int64_t step_bytes;
 };
 
 // `out[r][0 .. kTileOutputs)` = (or +=, with `resume`) the products of kRows rows with `steps` steps of a panel.
-template <int kRows, bool kAhead, class T>
-void multiply_tile(const T* const* rows, int64_t first_input, const T* w, int64_t steps, Prefetch ahead, float* out,
+template <int kRows, bool kAhead, class T, class Steps>
+void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int64_t steps, Prefetch ahead, float* out,
                    bool resume) {
+  Steps weights = panel;  // in registers while it moves on
   const T* x[kRows];
   for (int r = 0; r < kRows; r++) x[r] = rows[r] + first_input;
   Vec sums[kRows][kTileVecs];
   for (int r = 0; r < kRows; r++) {
     for (int j = 0; j < kTileVecs; j++) sums[r][j] = resume ? load(out + r * kPanel + j * kLanes) : zero();
   }
-  for (int64_t step = 0; step < steps; step++, w += kStepElements<T>) {
+  const auto add = [&](const auto& words, int64_t step) {
     if constexpr (kAhead) {
-      for (int byte = 0; byte < 256; byte += 64) _mm_prefetch(ahead.next + byte, _MM_HINT_T1);
+      _mm_prefetch(ahead.next, _MM_HINT_T1);
+      _mm_prefetch(ahead.next + 64, _MM_HINT_T1);
       ahead.next += ahead.step_bytes;
     }
-    add_step<kRows>(sums, x, w, step);
+    add_step<kRows>(sums, x, words, step);
+  };
+  // The loop within has no branch to a rare case, or the sums would wait in memory for it.
+  for (int64_t step = 0; step < steps; step++) {
+    for (const int64_t end = step + weights.plain_steps(steps - step); step < end; step++) add(weights.next(), step);
+    if (step < steps) add(weights.next_escaped(), step);
   }
+  panel = weights;
   for (int r = 0; r < kRows; r++) {
     for (int j = 0; j < kTileVecs; j++) store(out + r * kPanel + j * kLanes, sums[r][j]);
   }
@@ -148,12 +184,32 @@ void with_rows(int64_t rows, const Body& body) {
   }
 }
 
-template <bool kAhead, class T>
-void multiply_tile(int rows, const T* const* x, int64_t first_input, const T* w, int64_t steps, Prefetch ahead,
+template <bool kAhead, class T, class Steps>
+void multiply_tile(int rows, const T* const* x, int64_t first_input, Steps& panel, int64_t steps, Prefetch ahead,
                    float* out, bool resume) {
   with_rows(rows, [&](auto constant) {
-    multiply_tile<decltype(constant)::value, kAhead>(x, first_input, w, steps, ahead, out, resume);
+    multiply_tile<decltype(constant)::value, kAhead>(x, first_input, panel, steps, ahead, out, resume);
   });
+}
+
+// How often rows pass over a panel.
+inline int64_t passes_of(int64_t rows) { return ceil_div(rows, kTileRows) * (kPanel / kTileOutputs); }
+
+// `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with a block of a panel, tile by tile.
+template <bool kAhead, class T>
+void multiply_block(const T* const* x, int64_t rows, int64_t first_input, const T* block, int64_t steps, Prefetch ahead,
+                    float* out, bool resume) {
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  int64_t row = 0;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    const int tile_rows = static_cast<int>(ceil_div(rows - row, tiles - tile));  // 7 rows: 4 and 3, not 6 and 1
+    for (int column = 0; column < kPanel; column += kTileOutputs) {
+      PlainSteps<T> weights(block + column * kStepInputs<T>);
+      multiply_tile<kAhead>(tile_rows, x + row, first_input, weights, steps, ahead, out + row * kPanel + column, resume);
+      ahead.next += steps * ahead.step_bytes;
+    }
+    row += tile_rows;
+  }
 }
 
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with `steps` steps of a panel.
@@ -164,58 +220,56 @@ void multiply_tile(int rows, const T* const* x, int64_t first_input, const T* w,
 template <bool kStreamed = true, class T>
 void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t steps, float* out, bool resume = false) {
   constexpr int64_t kStepBytes = kPanel * 4;
-  const int64_t tiles = ceil_div(rows, kTileRows), passes = tiles * (kPanel / kTileOutputs);
-  const int64_t block_size = passes == 1 ? steps : block_steps_of(passes);
+  const int64_t passes = passes_of(rows), block_size = passes == 1 ? steps : block_steps_of(passes);
   for (int64_t block = 0; block < steps; block += block_size) {
     const int64_t block_steps = std::min(block_size, steps - block);
     const T* w = panel + block * kStepElements<T>;
-    Prefetch ahead{reinterpret_cast<const char*>(w) + block_size * kStepBytes, kStepBytes / passes};
-    int64_t row = 0;
-    for (int64_t tile = 0; tile < tiles; tile++) {
-      const int tile_rows = static_cast<int>(ceil_div(rows - row, tiles - tile));  // 7 rows: 4 and 3, not 6 and 1
-      for (int column = 0; column < kPanel; column += kTileOutputs) {
-        const auto multiply = kStreamed && passes > 1 ? multiply_tile<true, T> : multiply_tile<false, T>;
-        multiply(tile_rows, x + row, block * kStepInputs<T>, w + column * kStepInputs<T>, block_steps, ahead,
-                 out + row * kPanel + column, resume || block > 0);
-        ahead.next += block_steps * ahead.step_bytes;
-      }
-      row += tile_rows;
-    }
+    const Prefetch ahead{reinterpret_cast<const char*>(w) + block_size * kStepBytes, kStepBytes / passes};
+    const auto multiply = kStreamed && passes > 1 ? multiply_block<true, T> : multiply_block<false, T>;
+    multiply(x, rows, block * kStepInputs<T>, w, block_steps, ahead, out, resume || block > 0);
   }
 }
 
-// Writes rows [first_row, first_row + rows) of a packed weight, from row-major `source`. The packed form must have been
-// zero: what lies beyond K is left so.
-template <class T>
-void pack_rows(const T* source, int64_t stride, int64_t first_row, int64_t rows, int64_t inputs, T* packed) {
-  const int64_t per_panel = panel_elements<T>(inputs);
-  constexpr int64_t kBlock = 64;  // inputs at a time: a few cache lines of each row
-  for (int64_t k0 = 0; k0 < inputs; k0 += kBlock) {
-    const int64_t k1 = std::min(inputs, k0 + kBlock);
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t row = first_row + i;
-      T* out = packed + row / kPanel * per_panel + row % kPanel * kStepInputs<T>;
-      const T* in = source + i * stride;
-      int64_t k = k0;
-      if constexpr (kStepInputs<T> == 2) {
-        for (; k + 1 < k1; k += 2) std::memcpy(out + k / 2 * kStepElements<T>, in + k, 4);
-      }
-      for (; k < k1; k++) out[k / kStepInputs<T> * kStepElements<T> + k % kStepInputs<T>] = in[k];
-    }
+// The same of a panel in codes. With products of bf16 the first tile decodes a block in registers, and keeps its words
+// where there are more tiles; without, blocks are decoded beforehand: widened weights need the registers.
+inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
+  const int64_t passes = passes_of(rows), block_size = block_steps_of(passes);
+  alignas(64) bf16 words[kMaxBlockSteps * kStepWords];
+#if defined(__AVX512BF16__)
+  if (passes == 1) {
+    CodedSteps<false> weights(panel);
+    return multiply_tile<false>(static_cast<int>(rows), x, 0, weights, steps, Prefetch{}, out, false);
+  }
+  CodedSteps<true> weights(panel);
+  const int first_rows = static_cast<int>(ceil_div(rows, passes));
+#else
+  const Escape* escape = first_escape(panel);
+  constexpr int first_rows = 0;
+#endif
+  for (int64_t block = 0; block < steps; block += block_size) {
+    const int64_t block_steps = std::min(block_size, steps - block), first_input = block * kStepInputs<bf16>;
+    const auto* behind = reinterpret_cast<const char*>(panel.data + coded_panel_bytes(block + block_size));
+    Prefetch ahead{behind, kCodedStepBytes / passes};
+#if defined(__AVX512BF16__)
+    weights.keep_at(words);
+    multiply_tile<true>(first_rows, x, first_input, weights, block_steps, ahead, out, block > 0);
+    ahead.next += block_steps * ahead.step_bytes;
+#else
+    decode_steps(panel, block, block_steps, escape, words);
+#endif
+    multiply_block<true>(x + first_rows, rows - first_rows, first_input, words, block_steps, ahead,
+                         out + first_rows * kPanel, block > 0);
   }
 }
 
-// The inverse of pack_rows.
-template <class T>
-void unpack_rows(const T* packed, int64_t first_row, int64_t rows, int64_t inputs, T* out) {
-  const int64_t per_panel = panel_elements<T>(inputs);
-  for (int64_t i = 0; i < rows; i++) {
-    const int64_t row = first_row + i;
-    const T* in = packed + row / kPanel * per_panel + row % kPanel * kStepInputs<T>;
-    for (int64_t k = 0; k < inputs; k++) {
-      out[i * inputs + k] = in[k / kStepInputs<T> * kStepElements<T> + k % kStepInputs<T>];
-    }
-  }
+// A panel of a packed weight: float32 as it is, bf16 in codes.
+inline const float* panel_of(float, const void* packed, const Escape* const*, int64_t panel, int64_t inputs) {
+  return static_cast<const float*>(packed) + panel * panel_elements<float>(inputs);
+}
+
+inline CodedPanel panel_of(bf16, const void* packed, const Escape* const* escapes, int64_t panel, int64_t inputs) {
+  const auto* data = static_cast<const uint8_t*>(packed) + panel * coded_panel_bytes(num_steps<bf16>(inputs));
+  return {data, escapes[panel]};
 }
 
 }  // namespace moe

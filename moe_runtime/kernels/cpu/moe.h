@@ -7,10 +7,13 @@
 namespace moe {
 
 // Packed SwiGLU experts, one after the other. Of each, w13 holds the panels of the gate projection, then those of the
-// up projection, each [intermediate, hidden]; w2 those of the down projection [hidden, intermediate].
+// up projection, each [intermediate, hidden]; w2 those of the down projection [hidden, intermediate]. The escapes have a
+// list for each panel of bf16.
 struct Experts {
   const void* w13;
   const void* w2;
+  const Escape* const* w13_escapes;
+  const Escape* const* w2_escapes;
   int64_t slots;
   int64_t hidden;
   int64_t intermediate;
@@ -42,7 +45,6 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
   x = whole_steps(engine.padded, x, num_rows, experts.hidden, &stride);
   const int64_t up_steps = num_steps<T>(experts.hidden), down_steps = num_steps<T>(experts.intermediate);
   const int64_t up_panels = ceil_div(experts.intermediate, kPanel), down_panels = ceil_div(experts.hidden, kPanel);
-  const int64_t up_panel = panel_elements<T>(experts.hidden), down_panel = panel_elements<T>(experts.intermediate);
   const int64_t hidden_stride = down_steps * kStepInputs<T>;
   T* hidden = engine.hidden.get<T>(total * hidden_stride);
 
@@ -56,9 +58,12 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     }
     float* gate = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
     float* up = gate + kChunkRows * kPanel;
-    const T* w13 = static_cast<const T*>(experts.w13) + (task.slot * 2 * up_panels + task.panel) * up_panel;
-    multiply_panel(pointers, task.rows, w13, up_steps, gate);
-    multiply_panel(pointers, task.rows, w13 + up_panels * up_panel, up_steps, up);
+    const auto panel = [&](int64_t index) {
+      return panel_of(T{}, experts.w13, experts.w13_escapes, index, experts.hidden);
+    };
+    const int64_t first = task.slot * 2 * up_panels + task.panel;
+    multiply_panel(pointers, task.rows, panel(first), up_steps, gate);
+    multiply_panel(pointers, task.rows, panel(first + up_panels), up_steps, up);
     // What lies behind the intermediate size is zero, and so fills the last step.
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, hidden_stride - column);
     for (int64_t i = 0; i < task.rows; i++) {
@@ -72,8 +77,9 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     const T* pointers[kChunkRows];
     for (int64_t i = 0; i < task.rows; i++) pointers[i] = hidden + (task.first_row + i) * hidden_stride;
     float* sums = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
-    const T* w2 = static_cast<const T*>(experts.w2) + (task.slot * down_panels + task.panel) * down_panel;
-    multiply_panel(pointers, task.rows, w2, down_steps, sums);
+    const int64_t panel = task.slot * down_panels + task.panel;
+    multiply_panel(pointers, task.rows, panel_of(T{}, experts.w2, experts.w2_escapes, panel, experts.intermediate),
+                   down_steps, sums);
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, experts.hidden - column);
     for (int64_t i = 0; i < task.rows; i++) {
       T* out = y + (task.first_row + i) * experts.hidden + column;

@@ -319,12 +319,9 @@ class Kernels:
         return out_TD
 
     def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
-        """Room for `copies` packed weights `[outputs, inputs]`, in huge pages; zero where it will stay padding."""
-        elements = self.library.moe_packed_elements(dtype == torch.bfloat16, outputs, inputs)
-        packed = self._room(copies * elements * dtype.itemsize).view(dtype).view(copies, elements)
-        if outputs * inputs != elements:
-            packed.zero_()
-        return packed
+        """Room for `copies` packed weights `[outputs, inputs]`, uint8 `[copies, bytes]`, in huge pages."""
+        nbytes: int = self.library.moe_packed_bytes(dtype == torch.bfloat16, outputs, inputs)
+        return self._room(copies * nbytes).view(copies, nbytes)
 
     def _room(self, nbytes: int) -> Tensor:
         """Bytes that begin at a cache line. Small weights share slabs, so that they get huge pages as well."""

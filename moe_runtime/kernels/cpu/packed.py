@@ -1,11 +1,13 @@
 """Packed weights: a linear map, and the experts of a layer.
 
-Their C structs hold what does not change, so that a call passes a few pointers. Shape suffixes are those of `native`.
+bfloat16 weights are held in 12 bits each, without loss; see `coded.h`. C structs hold what does not change, so that a
+call passes a few pointers. Shape suffixes are those of `native`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import weakref
 from typing import Literal
 
 import torch
@@ -18,8 +20,72 @@ from moe_runtime.kernels.cpu.structs import Weight
 PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
 
 
+class PackedMatrices:
+    """Room for weights `[outputs, inputs]`, packed one after the other. Load all rows of one before its use.
+
+    Attributes:
+        data: uint8 `[copies, bytes]`.
+        escapes: int64 `[copies, panels]`, addresses of the lists of what the codes of bfloat16 panels leave out; 0 for
+            none. They belong to this object.
+    """
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> None:
+        self.kernels, self.dtype = kernels, dtype
+        self.outputs, self.inputs = outputs, inputs
+        self.data = kernels.packed_empty(dtype, outputs, inputs, copies)
+        self.escapes = torch.zeros(copies, -(-outputs // PANEL), dtype=torch.int64)
+        self._is_bf16 = dtype == torch.bfloat16
+        weakref.finalize(self, _free_escapes, kernels, self.escapes)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def load(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
+        """Fill the outputs from `first_row` on, in whole panels; only the last of all may lack rows."""
+        rows, inputs = weight_MD.shape
+        assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
+        assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
+        self.kernels.library.moe_pack(
+            self._is_bf16,
+            weight_MD.data_ptr(),
+            weight_MD.stride(0),
+            first_row // PANEL,
+            rows,
+            inputs,
+            self.data[copy].data_ptr(),
+            self.escapes[copy].data_ptr(),
+        )
+
+    def unpack(self, copy: int, first_row: int, rows: int) -> Tensor:
+        """Rows of a weight, `[rows, inputs]`."""
+        out = torch.empty(rows, self.inputs, dtype=self.dtype)
+        self.kernels.library.moe_unpack(
+            self._is_bf16,
+            self.data[copy].data_ptr(),
+            self.escapes[copy].data_ptr(),
+            first_row,
+            rows,
+            self.inputs,
+            out.data_ptr(),
+        )
+        return out
+
+    def stored(self, copy: int) -> tuple[Tensor, Tensor]:
+        """What a weight is held as: its bytes as they lie in memory, and int64 `[N]` a copy of its escapes."""
+        panels = self.escapes[copy]
+        listed = self.kernels.library.moe_list_escapes
+        escapes = torch.empty(listed(panels.data_ptr(), len(panels), None), dtype=torch.int64)
+        listed(panels.data_ptr(), len(panels), escapes.data_ptr())
+        return self.data[copy], escapes
+
+
+def _free_escapes(kernels: Kernels, escapes: Tensor) -> None:
+    kernels.library.moe_free_escapes(escapes.data_ptr(), escapes.numel())
+
+
 class PackedLinear:
-    """`x @ weight.T + bias` with the weight `[outputs, inputs]` packed. Rows are loaded piece by piece.
+    """`x @ weight.T + bias` with the weight `[outputs, inputs]` packed.
 
     Args:
         bias: `[outputs]` in `dtype`, or None.
@@ -29,34 +95,33 @@ class PackedLinear:
         self, kernels: Kernels, outputs: int, inputs: int, dtype: torch.dtype, bias: Tensor | None = None
     ) -> None:
         assert bias is None or (bias.dtype == dtype and bias.shape == (outputs,))
-        self.kernels = kernels
+        self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs, self.bias = outputs, inputs, bias
-        self.packed = kernels.packed_empty(dtype, outputs, inputs)
-        self.weight = Weight(self.packed.data_ptr(), outputs, inputs)
-        self._is_bf16 = is_bf16(self.packed)
+        self.matrix = PackedMatrices(kernels, dtype, outputs, inputs)
+        self.weight = Weight(self.matrix.data.data_ptr(), self.matrix.escapes.data_ptr(), outputs, inputs)
+        self._is_bf16 = dtype == torch.bfloat16
         self._address = ctypes.addressof(self.weight)
         self._bias = pointer(bias)
 
     @classmethod
     def pack(cls, kernels: Kernels, weight_ND: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """Pack a whole weight."""
+        is_bf16(weight_ND)
         packed = cls(kernels, weight_ND.shape[0], weight_ND.shape[1], weight_ND.dtype, bias)
         packed.load(0, weight_ND)
         return packed
 
     @property
     def nbytes(self) -> int:
-        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def load(self, first_row: int, weight_MD: Tensor) -> None:
-        """Fill the outputs from `first_row` on."""
-        rows, inputs = weight_MD.shape
-        assert inputs == self.inputs and 0 <= first_row <= self.outputs - rows
-        _pack(self.kernels, weight_MD, first_row, self.packed)
+        """Fill the outputs from `first_row` on, in whole panels."""
+        self.matrix.load(0, first_row, weight_MD)
 
     def unpack(self) -> Tensor:
         """The weight `[outputs, inputs]`."""
-        return _unpack(self.kernels, self.packed, 0, self.outputs, self.inputs)
+        return self.matrix.unpack(0, 0, self.outputs)
 
     def take_rows(self, index_T: Tensor) -> Tensor:
         """`weight[index]`, `[T, inputs]`: the embedding of a model whose head is tied to it.
@@ -67,13 +132,13 @@ class PackedLinear:
         assert index_T.dtype == torch.int64 and index_T.ndim == 1
         if len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < self.outputs:
             raise ValueError(f"index: {index_T.tolist()} is not allowed; it must be from 0 to {self.outputs - 1}")
-        out = torch.empty(len(index_T), self.inputs, dtype=self.packed.dtype)
+        out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
         self.kernels.library.moe_take_rows(self._is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr())
         return out
 
     def __call__(self, x_TD: Tensor, *, float32: bool = False) -> Tensor:
         """`[T, outputs]` in the weight's dtype, or in float32, unrounded."""
-        assert x_TD.dtype == self.packed.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
+        assert x_TD.dtype == self.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
         out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
         self.kernels.library.moe_linear(
             self._is_bf16, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
@@ -87,45 +152,51 @@ class PackedExperts:
     def __init__(
         self, kernels: Kernels, num_slots: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
     ) -> None:
-        self.kernels = kernels
+        self.kernels, self.dtype = kernels, dtype
         self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
         self._up_row = -(-intermediate_size // PANEL) * PANEL
-        whole = intermediate_size == self._up_row
-        self.w13 = kernels.packed_empty(dtype, 2 * self._up_row, hidden_size, num_slots)
-        if not whole:
-            self.w13.zero_()
-        self.w2 = kernels.packed_empty(dtype, hidden_size, intermediate_size, num_slots)
+        self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots)
+        self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots)
         self.experts = structs.Experts(
-            self.w13.data_ptr(), self.w2.data_ptr(), num_slots, hidden_size, intermediate_size
+            self.w13.data.data_ptr(),
+            self.w2.data.data_ptr(),
+            self.w13.escapes.data_ptr(),
+            self.w2.escapes.data_ptr(),
+            num_slots,
+            hidden_size,
+            intermediate_size,
         )
         self.address = ctypes.addressof(self.experts)
-        self._is_bf16 = is_bf16(self.w13)
+        self._is_bf16 = dtype == torch.bfloat16
 
     @property
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
     def load(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
-        """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot."""
-        inner, hidden = self.intermediate_size, self.hidden_size
-        outputs, inputs = (hidden, inner) if part == "down" else (inner, hidden)
-        assert rows.shape[1] == inputs and 0 <= first_row <= outputs - len(rows)
-        packed = self.w2[slot] if part == "down" else self.w13[slot]
-        _pack(self.kernels, rows, first_row + (self._up_row if part == "up" else 0), packed)
+        """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot.
+
+        Pieces of a matrix are of whole panels, so that only the last has a number of rows that `PANEL` does not divide.
+        """
+        outputs = self.hidden_size if part == "down" else self.intermediate_size
+        assert first_row + len(rows) <= outputs and (first_row + len(rows) == outputs or len(rows) % PANEL == 0)
+        if part == "down":
+            self.w2.load(slot, first_row, rows)
+        else:
+            self.w13.load(slot, first_row + (self._up_row if part == "up" else 0), rows)
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
-        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
-        return self.w13[slot], self.w2[slot]
+        """What a slot holds; the same on every rank for the same expert."""
+        return *self.w13.stored(slot), *self.w2.stored(slot)
 
     def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(gate_FD, up_FD, down_DF)` of a slot."""
-        inner, hidden = self.intermediate_size, self.hidden_size
-        gate, up = (_unpack(self.kernels, self.w13[slot], row, inner, hidden) for row in (0, self._up_row))
-        return gate, up, _unpack(self.kernels, self.w2[slot], 0, hidden, inner)
+        gate, up = (self.w13.unpack(slot, row, self.intermediate_size) for row in (0, self._up_row))
+        return gate, up, self.w2.unpack(slot, 0, self.hidden_size)
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
         """See `torch_ops.grouped_mlp`; the product between the projections is rounded once."""
-        assert x_ND.dtype == self.w13.dtype and x_ND.ndim == 2 and x_ND.shape[1] == self.hidden_size
+        assert x_ND.dtype == self.dtype and x_ND.ndim == 2 and x_ND.shape[1] == self.hidden_size
         assert counts_S.dtype == torch.int64 and len(counts_S) == self.num_slots
         assert row_R is None or row_R.dtype == torch.int64
         rows = len(x_ND) if row_R is None else len(row_R)
@@ -134,17 +205,3 @@ class PackedExperts:
             self._is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
         )
         return y_RD
-
-
-def _pack(kernels: Kernels, source: Tensor, first_row: int, packed: Tensor) -> None:
-    assert source.dtype == packed.dtype and (source.stride(1) == 1 or source.shape[1] == 1)
-    rows, inputs = source.shape
-    kernels.library.moe_pack(
-        is_bf16(source), source.data_ptr(), source.stride(0), first_row, rows, inputs, packed.data_ptr()
-    )
-
-
-def _unpack(kernels: Kernels, packed: Tensor, first_row: int, rows: int, inputs: int) -> Tensor:
-    out = torch.empty(rows, inputs, dtype=packed.dtype)
-    kernels.library.moe_unpack(is_bf16(packed), packed.data_ptr(), first_row, rows, inputs, out.data_ptr())
-    return out

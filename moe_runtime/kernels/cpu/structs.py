@@ -7,7 +7,7 @@ from ctypes import c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
 
 
 class Weight(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+    _fields_ = (("data", c_void_p), ("escapes", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
 
 
 class AttentionShape(ctypes.Structure):
@@ -103,6 +103,8 @@ class Experts(ctypes.Structure):
     _fields_ = (
         ("w13", c_void_p),
         ("w2", c_void_p),
+        ("w13_escapes", c_void_p),
+        ("w2_escapes", c_void_p),
         ("slots", c_int64),
         ("hidden", c_int64),
         ("intermediate", c_int64),
@@ -127,9 +129,11 @@ class Routing(ctypes.Structure):
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_set_threads": (None, (c_int,)),
     "moe_num_threads": (c_int, ()),
-    "moe_packed_elements": (c_int64, (c_int, c_int64, c_int64)),
-    "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p)),
-    "moe_unpack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_packed_bytes": (c_int64, (c_int, c_int64, c_int64)),
+    "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_unpack": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_list_escapes": (c_int64, (c_void_p, c_int64, c_void_p)),
+    "moe_free_escapes": (None, (c_void_p, c_int64)),
     "moe_take_rows": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
