@@ -5,9 +5,9 @@ decoding with 1, 8 and 32 sequences, and prompts. Predictions get the loads that
 ranks the time of a step is compared; with more ranks than cores, which take turns, the processor time of all ranks.
 What is beyond 20 percent is marked; the exit code is 1 then.
 
-A shared machine reads and multiplies at other rates in one minute than in the next. So both are measured before and
-after each run, and the prediction for that run gets the profile at these rates; the median of the runs' ratios counts.
-A run is repeated when the machine was much slower before or after it: others were at work then.
+A shared machine reads and multiplies at other rates in one second than in the next. So both are measured before and
+after each run, which is short, and the prediction for that run gets the profile at these rates; the median of the runs'
+ratios counts. A run is repeated when the machine was much slower before or after it: others were at work then.
 
 Run it on a machine that does nothing else: python scripts/check_planner.py
 """
@@ -19,23 +19,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from make_bench_model import ensure_bench_model
 
 from moe_runtime.build import build_engine
 from moe_runtime.config import EngineConfig
 from moe_runtime.kernels.cpu.native import load
-from moe_runtime.kernels.cpu.packed import PackedLinear
-from moe_runtime.planner.hardware import Hardware, Table
+from moe_runtime.planner.hardware import Hardware
 from moe_runtime.planner.hardware_file import load_hardware, save_hardware
 from moe_runtime.planner.measure import measure
 from moe_runtime.planner.measure_engine import StepTimer, StepTimes
-from moe_runtime.planner.measure_kernels import median_seconds
+from moe_runtime.planner.pace import Pace
 from moe_runtime.planner.predict import Phase, Workload, predict
 from moe_runtime.planner.routing import LoadRouting, chosen_layers
 from moe_runtime.planner.shape import ModelShape
@@ -45,7 +42,6 @@ HEAD = (
     "| model | ranks | phase | sequences | length | what | predicted ms | measured ms | error | pace | most of it |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
-READ_SAMPLES = 5  # bandwidth swings from one tenth of a second to the next
 LEAST_PACE, MOST_RUNS = 0.85, 3  # share of the matrix rate; runs for each that is wanted
 PROMPT = 32  # tokens, before decoding
 PREFILLS: tuple[tuple[Phase, int, int], ...] = (("prefill", 1, 512), ("prefill", 4, 512))  # sequences, tokens of each
@@ -79,48 +75,13 @@ class Row:
     parts: dict[str, float]
 
 
-class Pace:
-    """What all cores read and multiply at the moment, beside what a profile says."""
-
-    def __init__(self, hardware: Hardware) -> None:
-        self._hardware = hardware
-        self._kernels = load()
-        self._data = self._kernels.packed_empty(torch.float32, 1 << 15, 1 << 11).zero_()
-        self._x = torch.randn(512, 1024).bfloat16()
-        self._weights = PackedLinear.pack(self._kernels, torch.randn(2048, 1024).bfloat16())
-        self._rates = (hardware.memory_bandwidth[-1][1], hardware.matrix_rate["bfloat16"][-1][1])
-
-    def now(self) -> tuple[float, float]:
-        """Shares of the profile's bandwidth and matrix rate."""
-        threads, torch_threads = self._kernels.num_threads, torch.get_num_threads()
-        torch.set_num_threads(1)  # its threads would spin on cores that are measured
-        self._kernels.set_threads(self._hardware.cores or 1)
-        reads = [median_seconds(partial(self._kernels.read, self._data)) for _ in range(READ_SAMPLES)]
-        read = self._data.nbytes / float(np.median(reads))
-        flops = 2.0 * self._x.numel() * self._weights.outputs
-        rate = flops / median_seconds(partial(self._weights, self._x))
-        self._kernels.set_threads(threads)
-        torch.set_num_threads(torch_threads)
-        return read / self._rates[0], rate / self._rates[1]
-
-    def at(self, *paces: tuple[float, float]) -> Hardware:
-        """The profile at the mean of paces; all that is neither read nor copied goes at that of products."""
-        read, rate = np.mean(paces, axis=0).tolist()
-
-        def scaled(table: Table, factor: float) -> Table:
-            return tuple((cores, value * factor) for cores, value in table)
-
-        over, link = self._hardware.overheads, self._hardware.intra_node
-        return replace(
-            self._hardware,
-            overheads=type(over)(**{name: seconds / rate for name, seconds in vars(over).items()}),
-            intra_node=replace(link, bandwidth=link.bandwidth * read, latency=link.latency / rate),
-            memory_bandwidth=scaled(self._hardware.memory_bandwidth, read),
-            matrix_rate={name: scaled(table, rate) for name, table in self._hardware.matrix_rate.items()},
-        )
-
-
 Pair = tuple[tuple[float, float], tuple[float, float]]
+
+
+def at(hardware: Hardware, paces: Pair) -> Hardware:
+    """The profile at the mean of paces."""
+    read, rate = np.mean(paces, axis=0).tolist()
+    return hardware.at_pace(read, rate)
 
 
 def even(paces: Pair) -> bool:
@@ -129,8 +90,9 @@ def even(paces: Pair) -> bool:
     return min(rates) > LEAST_PACE and min(rates) > LEAST_PACE * max(rates)
 
 
-def check(model: str, ranks: int, pace: Pace, cores: int, options: argparse.Namespace) -> Iterator[Row]:
+def check(model: str, ranks: int, hardware: Hardware, pace: Pace, options: argparse.Namespace) -> Iterator[Row]:
     """All cases of a model and a number of ranks."""
+    cores = hardware.cores or 1
     path = str(ensure_bench_model("bench")) if model == "bench" else model
     config = EngineConfig(
         model=path,
@@ -159,7 +121,7 @@ def check(model: str, ranks: int, pace: Pace, cores: int, options: argparse.Name
         for phase, count, length in [*cases, *PREFILLS]:
             before = {name: counts.copy() for name, counts in loads().items()}
             new_tokens = options.steps if phase == "decode" else 6
-            wanted = options.repetitions * (1 if phase == "decode" else 2)
+            wanted = options.repetitions
             ran: list[tuple[StepTimes, Pair]] = []
             now = pace.now()
             while len(ran) < MOST_RUNS * wanted and sum(even(around) for _, around in ran) < wanted:
@@ -178,7 +140,7 @@ def check(model: str, ranks: int, pace: Pace, cores: int, options: argparse.Name
                 placement.slots[layers], placement.num_experts, tuple(np.array(placement.layer_ids)[layers].tolist())
             )
             workload, what = Workload(phase, count, keys), "busy" if ranks > cores else "step"
-            found = [predict(shape, pace.at(*around), kept, routing, workload) for around in paces]
+            found = [predict(shape, at(hardware, around), kept, routing, workload) for around in paces]
             predicted = [each.busy_seconds if what == "busy" else each.step_seconds for each in found]
             measured = [getattr(run, f"{phase}_busy" if what == "busy" else phase) for run in runs]
             ratio = float(np.median(np.divide(predicted, measured)))
@@ -225,8 +187,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["demo", "bench"], help="demo, bench, or directories")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--steps", type=int, default=48, help="decode steps of a run")
-    parser.add_argument("--repetitions", type=int, default=4, help="runs of a decode case; prefills run twice as often")
+    parser.add_argument("--steps", type=int, default=16, help="decode steps of a run")
+    parser.add_argument("--repetitions", type=int, default=8, help="runs of a case")
     parser.add_argument("--hardware", help="a profile measured before; the default measures anew")
     parser.add_argument("--add", action="store_true", help="keep the other cases of the last run in the output")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "benchmarks" / "planner")
@@ -238,10 +200,10 @@ def main() -> int:
         hardware = measure(f"{len(os.sched_getaffinity(0))} cores", say=lambda text: print(text, file=sys.stderr))
         save_hardware(hardware, options.output / "measured.yaml")
     print("\n".join(HEAD))
-    rows, pace = [], Pace(hardware)
+    rows, pace = [], Pace(load(), hardware)
     for model in options.models:
         for ranks in options.ranks:
-            for row in check(model, ranks, pace, hardware.cores or 1, options):
+            for row in check(model, ranks, hardware, pace, options):
                 rows.append(row)
                 print(line(row), flush=True)
     earlier = options.output / "check.json"

@@ -6,16 +6,21 @@ tables over the number of cores that are at work; those of devices have the one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from moe_runtime.planner.shape import Matrix
 
 Table = tuple[tuple[float, float], ...]
 Floats = npt.NDArray[np.float64]
 
 DTYPES = ("float32", "bfloat16", "float8")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
 COPIES = ("expert", "rank", "node")
 
 
@@ -36,11 +41,15 @@ class Link:
 class Overheads:
     """Seconds that a step takes beside its reading, computing and sending.
 
+    What the interpreter does (`step`, `step_ranks`, `layer_ranks`) is given as it is while caches hold it, and takes
+    `cold_factor` times as long where weights have passed through them meanwhile.
+
     Attributes:
         step: of a step with one rank.
         step_ranks: of a step with several.
         step_row: per sequence of the busiest rank in a step: sampling, bookkeeping.
-        layer: of a layer: calls, norms.
+        layer: of a layer: norms, threads that begin and end together.
+        layer_ranks: of a layer where there are several ranks: what the interpreter does between its parts.
         layer_row: per token of the busiest rank and layer, whatever its size: rotation, gate, grouping.
         layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer pass over.
         slot: per expert that has rows, in each layer.
@@ -52,6 +61,7 @@ class Overheads:
     step_ranks: float
     step_row: float
     layer: float
+    layer_ranks: float
     layer_row: float
     layer_byte: float
     slot: float
@@ -69,7 +79,9 @@ class Hardware:
         ranks_per_node: devices of a node, or most ranks that its cores are shared by; others are behind `inter_node`.
         memory_bytes: of a device, or of a node with cores.
         reserved_bytes: of each rank, beside weights and pages.
-        memory_bandwidth: bytes read per second by cores at work.
+        weight_bytes: per dtype, bytes that a weight takes as kernels hold it; where it is not named, the dtype's size.
+        memory_bandwidth: bytes of weights read per second by cores at work, in products of one row.
+        expert_bandwidth: share of it at which experts' weights are read.
         matrix_rate: per dtype, operations per second of large products by cores at work.
         efficiency: per dtype, share of `matrix_rate` by rows of a product.
         attention_bandwidth: share of `memory_bandwidth` at which attention reads keys and values.
@@ -79,6 +91,8 @@ class Hardware:
         intra_node, inter_node: links.
         rows_out, rows_back: a token's row travels once per "expert", "rank" or "node" that it goes to, or comes from.
         overlap: 1, or 2 where two halves of a batch take turns in computing and sending.
+        cold_factor: how many times as long what the interpreter does takes, by bytes that the node's cores have read
+            since it did the same before.
         overheads: the rest.
         sources: of each value, by its path in the file.
     """
@@ -88,7 +102,9 @@ class Hardware:
     ranks_per_node: int
     memory_bytes: float
     reserved_bytes: float
+    weight_bytes: Mapping[str, float]
     memory_bandwidth: Table
+    expert_bandwidth: float
     matrix_rate: Mapping[str, Table]
     efficiency: Mapping[str, Table]
     attention_bandwidth: float
@@ -100,6 +116,7 @@ class Hardware:
     rows_out: str
     rows_back: str
     overlap: int
+    cold_factor: Table
     overheads: Overheads
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,6 +127,15 @@ class Hardware:
     def turns(self, active: int) -> float:
         """How many times as long ranks of a node take that share fewer cores than they are; at least 1."""
         return 1.0 if self.cores is None else max(1.0, active / self.cores)
+
+    def stored_bytes(self, matrices: Sequence[Matrix]) -> float:
+        """Of weights as kernels hold them."""
+        sizes = ITEMSIZE | dict(self.weight_bytes)
+        return sum((matrix.parameters * sizes[matrix.dtype] for matrix in matrices), 0.0)
+
+    def cold(self, nbytes: float) -> float:
+        """How many times as long the interpreter takes where so many bytes were read since it did the same before."""
+        return interpolate(self.cold_factor, nbytes)
 
     def bandwidth(self, num_ranks: int, active: int) -> float:
         """Bytes per second that each of `active` ranks of a node reads at once, with so many ranks on all nodes."""
@@ -125,6 +151,21 @@ class Hardware:
         own = max(self.cores_per_rank(num_ranks), 1.0)
         working = min(active * own, self.cores)
         return min(interpolate(table, own), interpolate(table, working) / (working / own))
+
+    def at_pace(self, read: float, rate: float) -> Hardware:
+        """The profile at shares of its bandwidth, for what is read or copied, and of its matrix rate, for the rest."""
+
+        def scaled(table: Table, factor: float) -> Table:
+            return tuple((cores, value * factor) for cores, value in table)
+
+        over, link = self.overheads, self.intra_node
+        return replace(
+            self,
+            overheads=Overheads(**{name: seconds / rate for name, seconds in vars(over).items()}),
+            intra_node=Link(link.bandwidth * read, link.latency / rate),
+            memory_bandwidth=scaled(self.memory_bandwidth, read),
+            matrix_rate={name: scaled(table, rate) for name, table in self.matrix_rate.items()},
+        )
 
     def table_of(self, tables: Mapping[str, Table], dtype: str) -> Table:
         """The table of a dtype.

@@ -17,6 +17,7 @@ PLAIN = (
     "ranks_per_node",
     "memory_bytes",
     "reserved_bytes",
+    "expert_bandwidth",
     "attention_bandwidth",
     "attention_rate",
     "attention_dtype",
@@ -102,7 +103,11 @@ def hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
     found: dict[str, Any] = {"name": hardware.name, "cores": hardware.cores}
     for name in PLAIN:
         found[name] = entry(name, getattr(hardware, name))
-    found["memory_bandwidth"] = entry("memory_bandwidth", rows(hardware.memory_bandwidth))
+    if hardware.weight_bytes:
+        sizes = hardware.weight_bytes.items()
+        found["weight_bytes"] = {dtype: entry(f"weight_bytes.{dtype}", size) for dtype, size in sizes}
+    for name in ("memory_bandwidth", "cold_factor"):
+        found[name] = entry(name, rows(getattr(hardware, name)))
     for name in ("matrix_rate", "efficiency"):
         tables = getattr(hardware, name)
         found[name] = {dtype: entry(f"{name}.{dtype}", rows(table)) for dtype, table in tables.items()}
@@ -147,7 +152,7 @@ class _Reader:
 
 
 def _build(reader: _Reader) -> Hardware:
-    reader.seen |= {"name", "cores"}
+    reader.seen |= {"name", "cores", "weight_bytes"}
     name, cores = reader.content.get("name"), reader.content.get("cores")
     if not isinstance(name, str) or not name:
         raise ValueError(f"name: {name!r} is not allowed; it must be a text")
@@ -158,7 +163,9 @@ def _build(reader: _Reader) -> Hardware:
         ranks_per_node=_integer("ranks_per_node", reader.field("ranks_per_node")),
         memory_bytes=_number("memory_bytes", reader.field("memory_bytes")),
         reserved_bytes=_number("reserved_bytes", reader.field("reserved_bytes"), zero=True),
+        weight_bytes=_weight_bytes(reader),
         memory_bandwidth=_table("memory_bandwidth", reader.field("memory_bandwidth")),
+        expert_bandwidth=_number("expert_bandwidth", reader.field("expert_bandwidth"), most=1.0),
         matrix_rate=_tables(reader, "matrix_rate"),
         efficiency=_tables(reader, "efficiency"),
         attention_bandwidth=_number("attention_bandwidth", reader.field("attention_bandwidth"), most=1.0),
@@ -170,6 +177,7 @@ def _build(reader: _Reader) -> Hardware:
         rows_out=_choice("rows_out", reader.field("rows_out"), COPIES),
         rows_back=_choice("rows_back", reader.field("rows_back"), COPIES),
         overlap=_choice("overlap", reader.field("overlap"), (1, 2)),
+        cold_factor=_table("cold_factor", reader.field("cold_factor"), zero=True),
         overheads=Overheads(**_numbers(reader, "overheads", rest, tuple(Overheads.__annotations__), zero=True)),
         sources=reader.sources,
     )
@@ -180,6 +188,9 @@ def _build(reader: _Reader) -> Hardware:
         times = [x / y for x, y in table]
         if any(late < early * (1 - 1e-9) for early, late in itertools.pairwise(times)):
             raise ValueError(f"efficiency.{dtype}: more rows in less time are not allowed; rows / share must not fall")
+    cold = [1.0, *(factor for _, factor in found.cold_factor)]
+    if any(late < early for early, late in itertools.pairwise(cold)):
+        raise ValueError("cold_factor: factors below 1 or that fall are not allowed; they must rise from 1 on")
     found.table_of(found.matrix_rate, found.attention_dtype)
     return found
 
@@ -199,6 +210,16 @@ def _numbers(
     return {key: _number(f"{name}.{key}", reader.value(f"{name}.{key}", section[key]), zero=zero) for key in keys}
 
 
+def _weight_bytes(reader: _Reader) -> dict[str, float]:
+    """By dtype; may be left out."""
+    name = "weight_bytes"
+    section = reader.section(name) if name in reader.content else {}
+    return {
+        _choice(name, dtype, DTYPES): _number(f"{name}.{dtype}", reader.value(f"{name}.{dtype}", entry))
+        for dtype, entry in section.items()
+    }
+
+
 def _tables(reader: _Reader, name: str) -> dict[str, Table]:
     section = reader.section(name)
     return {
@@ -207,8 +228,8 @@ def _tables(reader: _Reader, name: str) -> dict[str, Table]:
     }
 
 
-def _table(where: str, value: object) -> Table:
-    """A number, or a mapping of numbers to numbers, by rising keys."""
+def _table(where: str, value: object, zero: bool = False) -> Table:
+    """A number, or a mapping of numbers (`zero`: or of 0) to numbers, by rising keys."""
     if not isinstance(value, Mapping):
         return ((1.0, _number(where, value)),)
     if not value:
@@ -219,7 +240,7 @@ def _table(where: str, value: object) -> Table:
             at = float(x)
         except (TypeError, ValueError):
             raise ValueError(f"{where}: {x!r} is not allowed; keys must be numbers") from None
-        entries.append((_number(where, at), _number(where, y)))
+        entries.append((_number(where, at, zero=zero), _number(where, y)))
     return tuple(sorted(entries))
 
 

@@ -8,30 +8,37 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from moe_runtime.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
-from moe_runtime.planner.measure_engine import PROBE_DECODE_PROMPT, StepTimes, Variant, probe_steps
-from moe_runtime.planner.predict import Prediction, Workload, predict
-from moe_runtime.planner.shape import ModelShape
+from moe_runtime.planner.measure_engine import SENDING, Variant, streaming
+from moe_runtime.planner.predict import Workload
+from moe_runtime.planner.probe import Probe, fit, with_overheads
 
+if TYPE_CHECKING:
+    from moe_runtime.kernels.cpu.native import Kernels
+
+PROBE_ROUNDS = 4  # of short runs, for each round of the kernels
 PROBE_LAYERS = (2, 12)
 PROBE_BATCHES = (2, 32)
 PROBE_KEYS = 32  # in the middle of a run
 PROBE_PROMPT = 512
+# With bytes of each: a step reads several times what caches hold, or they would give back some of what it reads again.
+STREAMING_LAYERS = ((4, 39 << 20), (40, 15 << 18))
+STREAMING_COLD = (4, 96 << 20)  # so that each layer finds nothing in the caches
+STREAMING_TOKENS = 16  # few: what is measured around a run must tell what it had
 TURNS_RANKS, TURNS_CORES, TURNS_BATCHES = 4, 2, (1, 4)
 
 
 def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> Hardware:
-    """The profile of this machine's cores, those that this process may use. Takes about a minute.
+    """The profile of this machine's cores, those that this process may use. Takes about two minutes.
 
-    A shared machine is faster in one second than in the next, so every figure is the median of so many rounds, each
-    of which measures all of them.
+    A shared machine is faster in one second than in the next, so every figure is the median of so many rounds (steps of
+    the engine: of four times as many, short ones), each of which measures all of them.
 
     Args:
         name: for reports.
@@ -40,20 +47,23 @@ def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> H
     Raises:
         ValueError: there are no native CPU kernels.
     """
-    hardware = _measure_kernels(name, rounds, say)
-    with tempfile.TemporaryDirectory(prefix="moe-runtime-profile-") as folder:
-        return _measure_engine(hardware, Path(folder), rounds, say)
-
-
-def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hardware:
     from moe_runtime.kernels.cpu.build import NativeUnavailableError
     from moe_runtime.kernels.cpu.native import load
-    from moe_runtime.planner import measure_kernels as kernel
+    from moe_runtime.planner.pace import Pace
 
     try:
         kernels = load()
     except NativeUnavailableError as error:
         raise ValueError(f"profile: there are no native CPU kernels to measure: {error}") from error
+    hardware = _measure_kernels(kernels, name, rounds, say)
+    with tempfile.TemporaryDirectory(prefix="moe-runtime-profile-") as folder:
+        probe = Probe(Path(folder), PROBE_ROUNDS * rounds, say, Pace(kernels, hardware))
+        return _measure_engine(hardware, probe)
+
+
+def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[str], None]) -> Hardware:
+    from moe_runtime.planner import measure_kernels as kernel
+
     cores = len(os.sched_getaffinity(0))
     bench = kernel.KernelBench(kernels, cores)
     found = []
@@ -69,7 +79,8 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         "ranks_per_node": "a rank has at least a core; more take turns",
         "memory_bytes": "free for this process",
         "reserved_bytes": "interpreter and libraries of a rank",
-        "memory_bandwidth": f"{measured}: Kernels.read, by threads",
+        "memory_bandwidth": f"{measured}: products of one row by {kernel.STREAM_OUTPUTS} x {kernel.INPUTS}, by threads",
+        "expert_bandwidth": f"{measured}: {kernel.EXPERTS} experts of {kernel.HIDDEN} x {kernel.INNER} with a row each",
         "attention_bandwidth": f"{measured}: {kernel.DECODE_SEQUENCES} sequences of {kernel.DECODE_KEYS} keys",
         "attention_rate": f"{measured}: a prompt of {kernel.PROMPT} tokens",
         "attention_dtype": "this runtime",
@@ -77,6 +88,7 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         "rows_out": "this runtime: a row goes once to each rank that needs it",
         "rows_back": "this runtime: one row for each (token, k)",
         "overlap": "this runtime: computing and sending take turns",
+        "cold_factor": f"{measured}: some calls of torch and of kernels, by bytes read since the last",
         "overheads.layer_byte": f"{measured}: a weighted sum of {kernel.SUM_TOP_K} rows and two norms, one thread",
         "overheads.slot": f"{measured}: {kernel.SLOTS} small experts with a row each, one thread",
         "overheads.expert_byte": f"{measured}: {kernel.SLOTS} small experts, {kernel.SLOT_ROWS} rows each, one thread",
@@ -86,6 +98,7 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
     }
     for dtype in kernel.DTYPES:
         size = f"{kernel.OUTPUTS} x {kernel.INPUTS}"
+        sources[f"weight_bytes.{dtype}"] = "this runtime: packed weights"
         sources[f"matrix_rate.{dtype}"] = f"{measured}: {max(kernel.ROWS)} rows by {size}, by threads"
         sources[f"efficiency.{dtype}"] = f"{measured}: {size}, weights from memory, one thread, by rows"
     return Hardware(
@@ -94,7 +107,9 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         ranks_per_node=max(4 * cores, 8),
         memory_bytes=float(available_host_memory()),
         reserved_bytes=float(PROCESS_BYTES),
+        weight_bytes={dtype: figure[f"weight {dtype}", 0] for dtype in kernel.DTYPES},
         memory_bandwidth=bandwidth,
+        expert_bandwidth=min(figure["experts", 0] / bandwidth[-1][1], 1.0),
         matrix_rate=rate,
         efficiency=efficiency,
         attention_bandwidth=min(figure["decode", 0] / bandwidth[-1][1], 1.0),
@@ -106,11 +121,13 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
         rows_out="rank",
         rows_back="expert",
         overlap=1,
+        cold_factor=cold_factor_of(table_of(figure, "calls")),
         overheads=Overheads(
             step=0.0,
             step_ranks=0.0,
             step_row=0.0,
             layer=0.0,
+            layer_ranks=0.0,
             layer_row=0.0,
             layer_byte=figure["layer byte", 0],
             slot=figure["slot", 0],
@@ -121,98 +138,61 @@ def _measure_kernels(name: str, rounds: int, say: Callable[[str], None]) -> Hard
     )
 
 
-def _measure_engine(hardware: Hardware, folder: Path, rounds: int, say: Callable[[str], None]) -> Hardware:
-    """Fit what steps of the probe models take beside their work.
-
-    With two ranks a layer takes longer by two latencies, and prompts by the rows that are sent. With more ranks than
-    cores each spends processor time waiting.
-    """
+def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
+    """Fit what steps of the probe models take beside their work."""
     few, many = PROBE_LAYERS
-    probe = Probe(folder, rounds, say)
-    cached = replace(hardware, memory_bandwidth=((1.0, math.inf),))  # as weights of such models are
-    variants = [Variant(ep_size, layers) for ep_size in (1, 2) for layers in PROBE_LAYERS]
-    spare: dict[int, dict[tuple[int, int], float]] = {1: {}, 2: {}}
-    for found in probe.steps(cached, variants, [Workload("decode", batch, PROBE_KEYS) for batch in PROBE_BATCHES]):
-        seconds = found.times.decode - found.predicted.step_seconds
-        spare[found.variant.ep_size][found.variant.num_layers, found.work.sequences] = seconds
-    step, step_row, layer, layer_row = fit_overheads(spare[1], 1)
-    step_ranks, _, layer_ranks, _ = fit_overheads(spare[2], 2)
-    over = replace(
-        hardware.overheads, step=step, step_ranks=step_ranks, step_row=step_row, layer=layer, layer_row=layer_row
-    )
-    link = Link(hardware.intra_node.bandwidth, max(layer_ranks - layer, 0.0) / 2)
-    hardware = replace(hardware, overheads=over, intra_node=link)
+
+    # What grows with rows shows with models that caches hold: their steps are short.
+    cached = replace(hardware, memory_bandwidth=((1.0, math.inf),))
+    works = [Workload("decode", batch, PROBE_KEYS) for batch in PROBE_BATCHES]
+    found = probe.steps([Variant(1, layers) for layers in PROBE_LAYERS], works)
+    fitted = fit(cached, found, ("step", "step_row", "layer", "layer_row"))
+    hardware = with_overheads(hardware, step_row=fitted["step_row"], layer_row=fitted["layer_row"])
+
+    # The rest as it is behind weights that stream through the caches.
+    variants = [streaming(ep_size, *layers) for ep_size in (1, 2) for layers in STREAMING_LAYERS]
+    works = [Workload("decode", 2, PROBE_KEYS)]
+    found = probe.steps([*variants, streaming(2, *STREAMING_COLD)], works, STREAMING_TOKENS)
+    one_stream = replace(hardware, expert_bandwidth=1.0)  # all experts are used, and lie side by side
+    fitted = fit(one_stream, found, ("step", "layer", "step_ranks", "layer_ranks", "latency"))
+    hardware = with_overheads(hardware, **fitted)
 
     # One rank computes the same on all cores: the difference is what is sent.
-    variants = [Variant(ep_size, many, sending=True) for ep_size in (1, 2)]
-    alone, both = probe.steps(hardware, variants, [Workload("prefill", 2, PROBE_PROMPT)])
-    beyond = (both.times.prefill - alone.times.prefill) - (both.predicted.step_seconds - alone.predicted.step_seconds)
-    copying = both.predicted.parts["exchange"] - 2 * many * link.latency
+    variants = [Variant(ep_size, many, SENDING) for ep_size in (1, 2)]
+    alone, both = probe.steps(variants, [Workload("prefill", 2, PROBE_PROMPT)])
+    rounds = zip(both.spare(hardware, "prefill"), alone.spare(hardware, "prefill"), strict=True)
+    beyond = statistics.median(late - early for late, early in rounds)
+    link = hardware.intra_node
+    copying = both.predict(hardware).parts["exchange"] - 2 * many * link.latency
     link = replace(link, bandwidth=link.bandwidth * copying / (copying + max(beyond, 0.0)))
     hardware = replace(hardware, intra_node=link)
 
     cores = min(TURNS_CORES, hardware.cores or 1)
     cached = replace(hardware, cores=cores, memory_bandwidth=cached.memory_bandwidth)
-    variants = [Variant(TURNS_RANKS, layers) for layers in PROBE_LAYERS]
-    busy: dict[int, list[float]] = {few: [], many: []}
+    works = [Workload("decode", count, PROBE_KEYS) for count in TURNS_BATCHES]
     with _cores(cores):
-        for found in probe.steps(cached, variants, [Workload("decode", count, PROBE_KEYS) for count in TURNS_BATCHES]):
-            assert found.times.decode_busy is not None
-            busy[found.variant.num_layers].append(found.times.decode_busy - found.predicted.busy_seconds)
-    waited = statistics.mean(busy[many]) - statistics.mean(busy[few])
-    over = replace(over, wait=max(waited, 0.0) / ((many - few) * 2 * TURNS_RANKS))
+        found = probe.steps([Variant(TURNS_RANKS, layers) for layers in PROBE_LAYERS], works)
+    busy = {
+        layers: statistics.mean(
+            statistics.median(each.spare(cached, "busy")) for each in found if each.variant.num_layers == layers
+        )
+        for layers in PROBE_LAYERS
+    }
+    wait = max(busy[many] - busy[few], 0.0) / ((many - few) * 2 * TURNS_RANKS)
 
-    told = (
+    rows = (
         f"measured: steps of an engine of {PROBE_LAYERS} small layers with {PROBE_BATCHES} sequences, less their work"
     )
+    rest = "measured: steps of an engine whose weights stream through the caches, less their work"
     sources = dict(hardware.sources) | {
-        f"overheads.{name}": told for name in ("step", "step_ranks", "step_row", "layer", "layer_row")
+        "overheads.step_row": rows,
+        "overheads.layer_row": rows,
+        **{f"overheads.{name}": rest for name in ("step", "step_ranks", "layer", "layer_ranks")},
+        "overheads.wait": f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores",
+        "intra_node.latency": "measured: what a layer takes longer with two ranks, but for what the interpreter does",
+        "intra_node.bandwidth": f"measured: what two prompts of {PROBE_PROMPT} tokens take longer with two ranks",
     }
-    sources["overheads.wait"] = f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores"
-    sources["intra_node.latency"] = "measured: half of what a layer takes longer with two ranks"
-    sources["intra_node.bandwidth"] = f"measured: what two prompts of {PROBE_PROMPT} tokens take longer with two ranks"
-    return replace(hardware, overheads=over, sources=sources)
-
-
-@dataclass(frozen=True)
-class ProbedStep:
-    """What a step of a probe model took, and what was predicted of it."""
-
-    variant: Variant
-    work: Workload
-    times: StepTimes
-    predicted: Prediction
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Runs small models and predicts the same, with even routing; `say` is told what is being measured."""
-
-    folder: Path
-    rounds: int
-    say: Callable[[str], None]
-
-    def steps(self, hardware: Hardware, variants: Sequence[Variant], works: Sequence[Workload]) -> list[ProbedStep]:
-        """A step of each model with each work."""
-        for variant in variants:
-            self.say(f"steps of the engine, {variant.ep_size} rank(s), {variant.num_layers} layers")
-        cases = [(work.sequences, work.length if work.phase == "prefill" else PROBE_DECODE_PROMPT) for work in works]
-        all_times = probe_steps(self.folder, variants, cases, self.rounds)
-        return [
-            ProbedStep(variant, work, times, self._predict(hardware, number, variant, work))
-            for number, (variant, of_variant) in enumerate(zip(variants, all_times, strict=True))
-            for work, times in zip(works, of_variant, strict=True)
-        ]
-
-    def _predict(self, hardware: Hardware, number: int, variant: Variant, work: Workload) -> Prediction:
-        from moe_runtime.balancer.placement import Placement
-        from moe_runtime.models import load_model_config
-        from moe_runtime.planner.routing import ASSUMED_LAYERS, LoadRouting
-
-        shape = ModelShape.of(load_model_config(self.folder / f"{number}"), "bfloat16", "probe")
-        routing = LoadRouting.assume("uniform", shape.num_experts, shape.top_k)
-        placement = Placement.even(ASSUMED_LAYERS, shape.num_experts, variant.ep_size)
-        return predict(shape, hardware, placement, routing, work)
+    return replace(with_overheads(hardware, wait=wait), sources=sources)
 
 
 @contextlib.contextmanager
@@ -226,26 +206,6 @@ def _cores(most: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def fit_overheads(spare: Mapping[tuple[int, int], float], num_ranks: int) -> tuple[float, float, float, float]:
-    """Seconds of a step, of a sequence, of a layer, and of a token in a layer, none of them negative.
-
-    Solves seconds = step + rows * step_row + layers * (layer + rows * layer_row) for the four steps measured, `rows`
-    being those of a rank.
-
-    Args:
-        spare: seconds without the work, by layers and sequences; two of each.
-        num_ranks: ranks that share the sequences.
-    """
-    terms, seconds = [], []
-    for (layers, batch), value in spare.items():
-        rows = batch / num_ranks
-        terms.append([1.0, rows, layers, layers * rows])
-        seconds.append(value)
-    found = np.linalg.solve(np.array(terms), np.array(seconds))
-    step, step_row, layer, layer_row = np.maximum(found, 0.0).tolist()
-    return step, step_row, layer, layer_row
-
-
 def table_of(figures: Mapping[tuple[str, int], float], name: str) -> Table:
     """The figures of one name, by their number."""
     return tuple(sorted((float(number), value) for (what, number), value in figures.items() if what == name))
@@ -257,3 +217,9 @@ def efficiency_of(seconds: Table) -> Table:
     rising = list(itertools.accumulate((spent for _, spent in seconds), max))
     best = max(row / spent for row, spent in zip(rows, rising, strict=True))
     return tuple((row, min(row / spent / best, 1.0)) for row, spent in zip(rows, rising, strict=True))
+
+
+def cold_factor_of(seconds: Table) -> Table:
+    """How many times as long, from seconds by bytes; more bytes never less."""
+    rising = itertools.accumulate((spent for _, spent in seconds), max)
+    return tuple((nbytes, spent / seconds[0][1]) for (nbytes, _), spent in zip(seconds, rising, strict=True))

@@ -8,8 +8,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from moe_runtime.engine import Engine
 
 WARM_STEPS = 3
-PROBE_TOKENS = 60
 PROBE_DECODE_PROMPT = 8
 PROBE_PAGES_BYTES = 128 << 20
 PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hold it
@@ -46,7 +45,7 @@ PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hol
     "eos_token_id": 0,
 }
 # Changes that send many rows, and evenly: every token uses every expert.
-PROBE_SENDING: dict[str, Any] = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 16}
+SENDING: dict[str, Any] = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 16}
 
 
 @dataclass(frozen=True)
@@ -103,26 +102,41 @@ class StepTimer:
 
 @dataclass(frozen=True)
 class Variant:
-    """A probe model: ranks, layers, and whether it is one that sends much."""
+    """A probe model: ranks, layers, and what else differs from `PROBE`."""
 
     ep_size: int
     num_layers: int
-    sending: bool = False
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """Of the checkpoint."""
-        return PROBE | {"num_hidden_layers": self.num_layers} | (PROBE_SENDING if self.sending else {})
+        return {**PROBE, "num_hidden_layers": self.num_layers, **self.changes}
+
+
+def streaming(ep_size: int, num_layers: int, layer_bytes: int) -> Variant:
+    """A probe model that reads so many bytes of experts in a layer, about; every token uses every expert."""
+    hidden, experts = 512, 4
+    inner = layer_bytes // (experts * 3 * hidden * 2) // 64 * 64
+    sizes = {"hidden_size": hidden, "num_experts": experts, "num_experts_per_tok": experts}
+    return Variant(ep_size, num_layers, sizes | {"moe_intermediate_size": inner})
 
 
 def probe_steps(
-    folder: Path, variants: Sequence[Variant], cases: Sequence[tuple[int, int]], rounds: int
-) -> list[list[StepTimes]]:
-    """Steps of each probe model for each number of sequences and length of prompts: medians of rounds.
+    folder: Path,
+    variants: Sequence[Variant],
+    cases: Sequence[tuple[int, int]],
+    new_tokens: int,
+    rounds: int,
+    between: Callable[[], float],
+) -> list[list[list[tuple[StepTimes, float]]]]:
+    """Steps of each probe model, for each number of sequences and length of prompts, in each round.
 
     All models run in each round, so that a change of the machine's pace meets all alike.
 
     Args:
         folder: for a folder of each model.
+        new_tokens: of a sequence in a run.
+        between: measured before and after each run; the mean of both is given beside the times.
     """
     from moe_runtime.build import build_engine
 
@@ -147,27 +161,17 @@ def probe_steps(
             engine = build_engine(config)
             stack.callback(engine.close)
             timers.append(StepTimer(engine))
-        found = [
-            [
-                [timer.run(rng.integers(1, PROBE["vocab_size"], case).tolist(), PROBE_TOKENS) for case in cases]
-                for timer in timers
-            ]
-            for _ in range(rounds + 1)
-        ][1:]  # the first round warms up
-    return [[_medians(times) for times in zip(*column, strict=True)] for column in zip(*found, strict=True)]
-
-
-def _medians(times: Sequence[StepTimes]) -> StepTimes:
-    def median(values: Iterator[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
-
-    return StepTimes(
-        prefill=statistics.median(each.prefill for each in times),
-        decode=statistics.median(each.decode for each in times),
-        prefill_busy=median(each.prefill_busy for each in times),
-        decode_busy=median(each.decode_busy for each in times),
-    )
+        found: list[list[list[tuple[StepTimes, float]]]] = [[[] for _ in cases] for _ in variants]
+        before = between()
+        for number in range(rounds + 1):
+            for timer, of_timer in zip(timers, found, strict=True):
+                for case, of_case in zip(cases, of_timer, strict=True):
+                    times = timer.run(rng.integers(1, PROBE["vocab_size"], case).tolist(), new_tokens)
+                    after = between()
+                    if number:  # the first round warms up
+                        of_case.append((times, (before + after) / 2))
+                    before = after
+    return found
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:

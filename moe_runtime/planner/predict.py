@@ -117,14 +117,17 @@ class _Rates:
         """Of a rank while it is at work."""
         return max(self.hardware.cores_per_rank(self.num_ranks), 1.0)
 
-    def products(self, matrices: Sequence[Matrix], rows: Floats) -> Floats:
-        """Seconds of products with so many rows, each as long as its weights are read or its operations take."""
+    def products(self, matrices: Sequence[Matrix], rows: Floats, share: float = 1.0) -> Floats:
+        """Seconds of products with so many rows, each as long as its weights are read or its operations take.
+
+        `share` of the bandwidth is what reading gets.
+        """
         total = np.zeros_like(rows)
         for matrix in matrices:
             outputs = -(-matrix.outputs // self.hardware.output_multiple) * self.hardware.output_multiple
             scale = outputs / matrix.outputs
             rate = self.hardware.rate(matrix.dtype, self.num_ranks, self.active)
-            read = scale * matrix.nbytes / self.bandwidth
+            read = scale * self.hardware.stored_bytes((matrix,)) / (self.bandwidth * share)
             compute = 2.0 * scale * matrix.parameters * rows / (rate * self.hardware.efficiency_of(matrix.dtype, rows))
             total += np.where(rows > 0, np.maximum(read, compute), 0.0)
         return total
@@ -176,14 +179,18 @@ def predict(
     }
     sparse = _sparse_layers(shape, hardware, placement, routing, tokens_W)
     over = hardware.overheads
-    step = over.step if num_ranks == 1 else over.step_ranks
+    on_node = min(num_ranks, hardware.ranks_per_node)
+    per_layer, per_step = _bytes_read(shape, hardware, work, sequences_W, sparse.bytes_read)
+    cold_layer, cold_step = (hardware.cold(each * on_node / num_ranks) for each in (per_layer, per_step))
+    step = (over.step if num_ranks == 1 else over.step_ranks) * cold_step
     head_W = rates.products((shape.head,), sequences_W)
     passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row for each k
     bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
     own_W = halves * (shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W)
     own_W = own_W + over.step_row * sequences_W
+    if num_ranks > 1:
+        own_W = own_W + halves * shape.num_sparse_layers * over.layer_ranks * cold_layer
 
-    on_node = min(num_ranks, hardware.ranks_per_node)
     turns, alone = hardware.turns(on_node), hardware.turns(rates.active)
     parts = {name: alone * halves * float(seconds_W.max()) for name, seconds_W in layers_W.items()}
     parts["experts"] = turns * halves * sparse.slowest
@@ -199,7 +206,7 @@ def predict(
     memory = _memory(shape, hardware, placement, work, float(sequences_W.max()))
     return Prediction(
         parts=parts,
-        busy_seconds=float(busy_W.sum()) + num_ranks * over.step,
+        busy_seconds=float(busy_W.sum()) + num_ranks * over.step * cold_step,
         tokens=work.sequences * work.tokens_per_sequence,
         balancedness=sparse.balancedness,
         rank_memory=memory,
@@ -209,12 +216,16 @@ def predict(
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Of all sparse layers: seconds of each rank's experts, of the slowest rank's in each layer, of sending."""
+    """Of all sparse layers: seconds of each rank's experts, of the slowest rank's in each layer, of sending.
+
+    `bytes_read` are those of one layer's experts that have rows, of all ranks.
+    """
 
     experts_W: Floats
     slowest: float
     exchange: float
     balancedness: float
+    bytes_read: float
 
 
 def _sparse_layers(
@@ -225,29 +236,48 @@ def _sparse_layers(
     over = hardware.overheads
     row_seconds = over.expert_byte * shape.bytes_back / rates.own_cores
     experts_W = np.zeros(num_ranks)
-    slowest = exchange = balancedness = 0.0
+    slowest = exchange = balancedness = used = 0.0
     for layer in range(placement.num_layers):
         for draw in range(NUM_STEPS):
             count_E = routing.counts(layer, num_tokens, draw)
             share_EW = split_tokens(count_E, placement.slots[layer])
             rows_EW = whole_shares(share_EW, count_E).astype(np.float64)
             rows_W = rows_EW.sum(axis=0)
-            seconds_EW = rates.products(shape.expert, rows_EW) + over.slot * (rows_EW > 0) + row_seconds * rows_EW
+            products_EW = rates.products(shape.expert, rows_EW, hardware.expert_bandwidth)
+            seconds_EW = products_EW + over.slot * (rows_EW > 0) + row_seconds * rows_EW
             experts_W += seconds_EW.sum(axis=0)
             slowest += float(seconds_EW.sum(axis=0).max())
+            used += float((rows_EW > 0).sum())
             balancedness += float(rows_W.mean() / rows_W.max()) if rows_W.any() else 1.0
             if num_ranks > 1 and draw == 0:  # it varies little
                 exchange += NUM_STEPS * exchange_seconds(shape, hardware, routing, layer, share_EW, rows_W, tokens_W)
     samples = placement.num_layers * NUM_STEPS
     scale = shape.num_sparse_layers / samples
-    return _Sparse(experts_W * scale, slowest * scale, exchange * scale, min(balancedness / samples, 1.0))
+    return _Sparse(
+        experts_W=experts_W * scale,
+        slowest=slowest * scale,
+        exchange=exchange * scale,
+        balancedness=min(balancedness / samples, 1.0),
+        bytes_read=used / samples * hardware.stored_bytes(shape.expert),
+    )
+
+
+def _bytes_read(
+    shape: ModelShape, hardware: Hardware, work: Workload, sequences_W: Floats, expert_bytes: float
+) -> tuple[float, float]:
+    """What all ranks together read in a layer, and in a step. `expert_bytes` are those of a sparse layer's experts."""
+    at_work = float((sequences_W > 0).sum())
+    head = at_work * hardware.stored_bytes((shape.head,))
+    pages = shape.num_layers * work.sequences * work.length * shape.kv_bytes
+    layers = at_work * hardware.stored_bytes(shape.dense) - head + shape.num_sparse_layers * expert_bytes + pages
+    return layers / shape.num_layers, layers + head
 
 
 def _memory(shape: ModelShape, hardware: Hardware, placement: Placement, work: Workload, sequences: float) -> Memory:
     slots = placement.max_slots + (placement.num_ranks > 1)  # one more to copy into
     return Memory(
-        dense=float(shape.dense_bytes),
-        experts=float(shape.num_sparse_layers * slots * shape.expert_bytes),
+        dense=hardware.stored_bytes(shape.dense) + shape.embedding_bytes,
+        experts=shape.num_sparse_layers * slots * hardware.stored_bytes(shape.expert),
         kv_cache=sequences * work.length * shape.num_layers * shape.kv_bytes,
         reserved=hardware.reserved_bytes,
     )

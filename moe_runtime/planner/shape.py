@@ -12,9 +12,8 @@ from typing import Any
 
 from moe_runtime.balancer.files import parse_json, read_text
 from moe_runtime.config import ModelConfig
-from moe_runtime.planner.hardware import DTYPES
+from moe_runtime.planner.hardware import DTYPES, ITEMSIZE
 
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
 INTEGERS = {  # of a file, with the least that is allowed
     "vocab_size": 2,
     "hidden_size": 1,
@@ -45,10 +44,6 @@ class Matrix:
     @property
     def parameters(self) -> int:
         return self.outputs * self.inputs
-
-    @property
-    def nbytes(self) -> int:
-        return self.parameters * ITEMSIZE[self.dtype]
 
 
 Matrices = tuple[Matrix, ...]
@@ -96,20 +91,15 @@ class ModelShape:
     bytes_back: int
 
     @property
-    def expert_bytes(self) -> int:
-        """Of one routed expert."""
-        return sum(matrix.nbytes for matrix in self.expert)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Of what every rank holds: all but the routed experts."""
-
-        def size(matrices: Matrices) -> int:
-            return sum(matrix.nbytes for matrix in matrices)
-
-        sparse = self.num_sparse_layers * (size(self.shared) + self.router.nbytes)
-        dense = (self.num_layers - self.num_sparse_layers) * size(self.dense_mlp)
-        return self.num_layers * size(self.attention) + sparse + dense + self.head.nbytes + self.embedding_bytes
+    def dense(self) -> Matrices:
+        """What every rank holds: all but the routed experts and the table of tokens."""
+        sparse, without = self.num_sparse_layers, self.num_layers - self.num_sparse_layers
+        return (
+            *(self.num_layers * self.attention),
+            *(sparse * (*self.shared, self.router)),
+            *(without * self.dense_mlp),
+            self.head,
+        )
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
@@ -188,7 +178,7 @@ class ModelShape:
             router=Matrix(size["num_experts"], hidden, head.dtype),
             expert=_mlp(hidden, size["expert_intermediate_size"], dtype),
             head=head,
-            embedding_bytes=0 if tied else head.nbytes,
+            embedding_bytes=0 if tied else head.parameters * ITEMSIZE[head.dtype],
             sliding_window=window,
             **{key: size[key] for key in ("num_layers", "num_sparse_layers", "num_experts", "top_k", "kv_bytes")},
             **{key: size[key] for key in ("decode_flops_per_key", "prefill_flops_per_key", "bytes_out", "bytes_back")},

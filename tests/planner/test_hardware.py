@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.planner.hardware import interpolate
 from moe_runtime.planner.hardware_file import PROFILES, hardware_to_dict, load_hardware, parse_hardware, save_hardware
+from moe_runtime.planner.shape import Matrix
 
 NAMES = ["cpu", "h200", "h800"]
 
@@ -45,6 +47,25 @@ def test_what_is_saved_loads_again(name, suffix, tmp_path: Path):
     assert load_hardware(str(tmp_path / f"p{suffix}")) == hardware
 
 
+def test_bytes_of_a_weight_are_the_dtype_s_where_the_profile_has_none(tmp_path):
+    hardware = load_hardware("cpu")
+    matrices = (Matrix(3, 5, "bfloat16"), Matrix(2, 2, "float32"))
+    assert not hardware.weight_bytes and hardware.stored_bytes(matrices) == 3 * 5 * 2 + 2 * 2 * 4
+    held = replace(hardware, weight_bytes={"bfloat16": 1.5}, sources={**hardware.sources, "weight_bytes.bfloat16": "x"})
+    save_hardware(held, tmp_path / "p.yaml")
+    again = load_hardware(str(tmp_path / "p.yaml"))
+    assert again == held and again.stored_bytes(matrices) == 3 * 5 * 1.5 + 2 * 2 * 4
+
+
+def test_the_profile_at_a_pace():
+    hardware = load_hardware("cpu")
+    found = hardware.at_pace(0.5, 0.8)
+    assert found.bandwidth(1, 1) == pytest.approx(0.5 * hardware.bandwidth(1, 1))
+    assert found.rate("bfloat16", 1, 1) == pytest.approx(0.8 * hardware.rate("bfloat16", 1, 1))
+    assert found.overheads.layer == pytest.approx(hardware.overheads.layer / 0.8)
+    assert found.intra_node.bandwidth == pytest.approx(0.5 * hardware.intra_node.bandwidth)
+
+
 def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"output: .*p\.txt' is not allowed; it must end in"):
         save_hardware(load_hardware("cpu"), tmp_path / "p.txt")
@@ -74,6 +95,9 @@ BROKEN = {
     "attention dtype": (lambda c: put(c, "float8", "attention_dtype"), "dtype: 'float8' is not in the hardware"),
     "above all": (lambda c: put(c, {1: 0.5, 2: 1.2}, "efficiency", "float32"), "a share above 1 is not allowed"),
     "sinking": (lambda c: put(c, {1: 0.1, 2: 0.9}, "efficiency", "float32"), "more rows in less time"),
+    "weights": (lambda c: c | {"weight_bytes": {"bfloat16": 1.5}}, r"weight_bytes.bfloat16: 1.5 is not allowed"),
+    "weights of no dtype": (lambda c: c | {"weight_bytes": {"int3": 1.5}}, "weight_bytes: 'int3' is not"),
+    "cold": (lambda c: put(c, {0: 1.0, 8: 3.0, 9: 2.0}, "cold_factor"), "cold_factor: factors below 1 or that fall"),
     "section": (lambda c: c | {"overheads": 1}, "overheads: 1 is not allowed; it must be a mapping"),
     "fields": (lambda c: c | {"intra_node": {"speed": 1}}, r"intra_node: the fields \['speed'\] are not allowed"),
 }

@@ -11,7 +11,13 @@ from tiny_models import make_model, save
 
 from moe_runtime.model_size import count_parameters, expert_bytes, kv_bytes_per_token
 from moe_runtime.models import load_model_config
-from moe_runtime.planner.shape import ModelShape
+from moe_runtime.planner.hardware import ITEMSIZE
+from moe_runtime.planner.shape import Matrix, ModelShape
+
+
+def size(matrices: tuple[Matrix, ...]) -> int:
+    return sum(matrix.parameters * ITEMSIZE[matrix.dtype] for matrix in matrices)
+
 
 DEEPSEEK = Path(__file__).parents[2] / "benchmarks" / "planner" / "deepseek-v3.json"
 
@@ -27,17 +33,15 @@ def test_sizes_agree_with_those_of_the_checkpoint(case, dtype, tmp_path):
     router = count.router * (4 if config.moe.router_float32 else item)
     matrices = count.embedding + count.head + count.dense_mlp + count.shared_experts
     attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.num_layers
-    assert shape.dense_bytes == (matrices + attention) * item + router
-    assert shape.expert_bytes == expert_bytes(config, dtype)
+    assert size(shape.dense) + shape.embedding_bytes == (matrices + attention) * item + router
+    assert size(shape.expert) == expert_bytes(config, dtype)
     assert shape.kv_bytes * shape.num_layers == kv_bytes_per_token(config, dtype)
 
 
 def test_deepseek_v3_has_671_billion_parameters():
     shape = ModelShape.load(DEEPSEEK)
-    experts = shape.num_sparse_layers * shape.num_experts * shape.expert_bytes
-    heads = shape.head.nbytes + shape.embedding_bytes
-    routers = shape.num_sparse_layers * shape.router.nbytes  # bfloat16, as the head; the rest has a byte each
-    dense = shape.dense_bytes - heads - routers + (heads + routers) // 2
+    experts = shape.num_sparse_layers * shape.num_experts * sum(matrix.parameters for matrix in shape.expert)
+    dense = sum(matrix.parameters for matrix in shape.dense) + shape.embedding_bytes / ITEMSIZE[shape.head.dtype]
     assert (experts + dense) / 1e9 == pytest.approx(671, rel=0.002)
     assert shape.kv_bytes * shape.num_layers == 70272
 
