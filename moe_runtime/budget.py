@@ -159,12 +159,13 @@ def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
     Per token: hidden states, queries, keys, values and their product, and the projections of a dense MLP. Then, for
     balanced experts, per token of those that pass a sparse layer at a time, for each of its K choices the row that is
     sent, the two projections, their product and the row that comes back; and with several ranks the rows of the
-    "symmetric" dispatcher, one from each rank and one for each choice.
+    "symmetric" dispatcher, one from each rank and one for each choice. Where rows over a capacity queue, those of
+    all tokens come back before they are summed.
     """
     moe, hidden, tokens = model.moe, model.hidden_size, engine.max_num_batched_tokens
-    at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
-    if may_use_cuda(engine.device):
-        at_once = tokens
+    at_once, queues = tokens, engine.capacity_factor is not None and engine.overflow == "queue"
+    if not may_use_cuda(engine.device) and not queues:
+        at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
     attention = 7 * hidden + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner = model.intermediate_size if len(model.moe_layers) < model.num_layers else 0
     dense = 3 * max(moe.shared_intermediate_size, inner)

@@ -250,12 +250,14 @@ def _generate(namespace: argparse.Namespace) -> int:
 def _serve(namespace: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("moe_runtime").setLevel(logging.INFO)
+    from moe_runtime.launch import Torchrun, serve_torchrun, under_torchrun
+
     with user_mistakes():
         values = option_values(namespace, [*options_of(ServeOptions), *options_of(EngineConfig)])
         address = ServeOptions(**only_fields(ServeOptions, values))
+        if under_torchrun():
+            values.setdefault("ep_size", Torchrun.from_environment().world_size)
         config = EngineConfig(**only_fields(EngineConfig, values))
-    from moe_runtime.launch import serve_torchrun, under_torchrun
-
     if under_torchrun():
         with user_mistakes():
             return serve_torchrun(config, address.host, address.port)

@@ -70,6 +70,9 @@ class DeepSpeedCheckpoint:
             raise ValueError(f"model: {where} has shape {list(tensor.shape)}, but config.json means {list(shape)}")
         return self._take(tensor if index is None else tensor[index])
 
+    def release(self, tensor: Tensor) -> None:
+        """Nothing: what was read is a copy, which goes when nobody holds it."""
+
     def read_any(self, name: str) -> Tensor:
         """A tensor of `names`, of whatever shape it has."""
         return self._take(self._find(name)[0])

@@ -62,7 +62,7 @@ class Host:
 
     Raises:
         ValueError: MOE_RUNTIME_NUM_THREADS is not a number of threads.
-        OSError: the command can't be run.
+        OSError: the command can't be run, or there are too many open files.
     """
 
     def __init__(
@@ -121,17 +121,12 @@ class Host:
         It inherits this thread's signal mask: a Ctrl-C cannot hit it before it has said that it ignores one. It asks
         to be killed when its parent goes, which Linux takes to be the parent's thread; this one lives as long.
         """
-        reports, write_end = os.pipe()
-        command += ["--reports", str(write_end)]
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=[write_end])
+            process, reports = _start(command, environment)
         except OSError as error:
-            os.close(reports)
             started.set_exception(error)
             return
-        finally:
-            os.close(write_end)
         started.set_result(process)
         running = set(self._ranks)
         with os.fdopen(reports) as lines:  # ends when all that could write are gone
@@ -153,6 +148,19 @@ class Host:
             self.exits.append(RankExited(rank, self._pids.get(rank, process.pid), process.returncode))
 
 
+def _start(command: Sequence[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the process that forks; it, and the end of the pipe from which its reports are read."""
+    reports, write_end = os.pipe()
+    command = [*command, "--reports", str(write_end)]
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=[write_end]), reports
+    except OSError:
+        os.close(reports)
+        raise
+    finally:
+        os.close(write_end)
+
+
 def _num_threads(num_cores: int) -> int:
     """Threads of a rank with so many cores."""
     threads = os.environ.get("MOE_RUNTIME_NUM_THREADS", str(num_cores))
@@ -163,7 +171,7 @@ def _num_threads(num_cores: int) -> int:
 
 def _environment(front: FrontAddress) -> dict[str, str]:
     """Of the process that forks: no library may start threads in it. A rank sets its own number."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     if front.store_host == "127.0.0.1":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment

@@ -100,7 +100,7 @@ def run_torchrun(
     Args:
         run_front: on rank 0, runs the front with the configuration and the executor that it is given the means to
             make, until it stops; returns its exit code.
-        command: starts a rank's process.
+        command: starts the process that forks into the ranks.
     """
     torchrun = Torchrun.from_environment()
     if config.ep_size not in (1, torchrun.world_size):

@@ -29,7 +29,7 @@ class ProcessExecutor:
     Args:
         config, model_config, path: as for `Worker`; every rank gets the same.
         site: where the ranks live.
-        command: starts a rank's process.
+        command: starts the process that forks into the ranks.
 
     Raises:
         ValueError: a rank refused the model or the configuration.

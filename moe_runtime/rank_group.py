@@ -146,8 +146,17 @@ class RankGroup:
                     self.fail_silent("loading did not end", START_TIMEOUT, set(range(num_ranks)) - infos.keys())
                 case message:
                     raise AssertionError(f"a rank that loads sent {message!r}")
+        self._await_hosts(deadline)
         self._loading = False
         return [infos[rank] for rank in range(num_ranks)]
+
+    def _await_hosts(self, deadline: float) -> None:
+        """Wait until every host has been heard: who never was could not be missed, and would not miss the front."""
+        while missing := [rank for rank in self._site.remote_ranks if host_name(rank) not in self._hosts_heard_at]:
+            if time.monotonic() > deadline:
+                self._fail(f"no word from {', '.join(map(host_name, missing))} within {START_TIMEOUT:g} s")
+            self._pump(POLL_INTERVAL)
+            self._raise_new_failure()
 
     def send(self, rank: int, message: Message) -> None:
         """Send to a rank."""

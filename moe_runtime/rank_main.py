@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe_runtime.executor import RankInfo
-from moe_runtime.kernels.cpu.pages import release_library_pages
+from moe_runtime.kernels.cpu.pages import library_mappings, release_library_pages
 from moe_runtime.messages import RankPlan, RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.transport import (
     Counts,
@@ -107,7 +107,7 @@ def main() -> None:
     import moe_runtime.all2all.symmetric
     import moe_runtime.worker  # noqa: F401  before the fork, so that the ranks share it
 
-    release_library_pages()
+    release_library_pages(library_mappings())
     run_rank(load_worker)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -157,7 +157,7 @@ class Rebalancer:
         if dry_run:
             rebalance.done = True
         else:
-            self._mover.start(self.placement, plan.placement, rebalance)
+            self._start(plan, rebalance)
         return rebalance
 
     def take_counts(self, counts_W2LE: Ints) -> None:
@@ -215,7 +215,7 @@ class Rebalancer:
             rows_LE = self._rows()
             plan = self._plan(rows_LE)
             if plan.moves:
-                self._mover.start(self.placement, plan.placement, self._rebalance(plan, rows_LE))
+                self._start(plan, self._rebalance(plan, rows_LE))
             return
         layer_time = self._monitor.layer_time()
         if layer_time is None:
@@ -232,8 +232,12 @@ class Rebalancer:
         self._log(decision, shift, horizon)
         if decision.moves_experts:
             assert decision.plan is not None
-            self._began = self._looked.seconds
-            self._mover.start(self.placement, decision.plan.placement, self._rebalance(decision.plan, self._rows()))
+            self._start(decision.plan, self._rebalance(decision.plan, self._rows()))
+
+    def _start(self, plan: Plan, rebalance: Rebalance) -> None:
+        """Tell experts to move."""
+        self._began = self._monitor.total.seconds
+        self._mover.start(self.placement, plan.placement, rebalance)
 
     def _log(self, decision: Decision, shift: Shift, horizon: float) -> None:
         figures = decision.to_dict() | {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.deepspeed_files import DeepSpeedFiles
+from moe_runtime.kernels.cpu.pages import mappings_of, release_pages
 
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
@@ -59,6 +60,9 @@ class WeightSource(Protocol):
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
         """The tensor, of the shape expected (`shape[1:]` with an index). Raises ValueError naming what is wrong."""
 
+    def release(self, tensor: Tensor) -> None:
+        """Give back the memory of a tensor from `read`, or of a part of it, that is not needed any more."""
+
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
@@ -97,6 +101,7 @@ class Checkpoint:
             if not files:
                 raise ValueError(f"model: {path} holds no .safetensors file")
         self._handles = {file: self._open(file) for file in files}
+        self._mapped: list[tuple[int, int]] = []
         if not index.exists():
             self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
 
@@ -121,6 +126,11 @@ class Checkpoint:
         tensor: Tensor = part[:] if index is None else part[index]
         self.bytes_read += tensor.nbytes
         return tensor
+
+    def release(self, tensor: Tensor) -> None:
+        if not self._mapped:
+            self._mapped = mappings_of(self.path / file for file in self._handles)
+        release_pages(tensor, self._mapped)
 
     def _open(self, name: str) -> safe_open:
         file = self.path / name
@@ -153,3 +163,6 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest))
         tensor = torch.empty(shape if index is None else shape[1:]).normal_(0.0, DUMMY_STD, generator=generator)
         return 1.0 + tensor if name.endswith("norm.weight") else tensor
+
+    def release(self, tensor: Tensor) -> None:
+        """Nothing: it goes when nobody holds it."""

@@ -1,6 +1,6 @@
 """One rank: its share of the model, its pages, its sequences. Runs the steps that it is given.
 
-Started as a process of its own with `python -m moe_runtime.worker`, or used in process.
+In a process of its own, which `python -m moe_runtime.worker` forks, or in the caller's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.pages import release_library_pages
+from moe_runtime.kernels.cpu.pages import library_mappings, release_library_pages
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
@@ -126,6 +126,7 @@ class Worker:
         self.source: WeightSource = (
             RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
         )
+        libraries = library_mappings()
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
@@ -157,7 +158,7 @@ class Worker:
                 capture=capture,
             )
         if self.device.type == "cpu":
-            release_library_pages()
+            release_library_pages(libraries)
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
+from moe_runtime.budget import holds_codes
 from moe_runtime.model_size import expert_bytes
 
 ALLOWED = 1.1
@@ -86,7 +87,8 @@ def measure(model: str, ep_size: int, sequences: int, max_tokens: int) -> tuple[
         params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         llm.generate(prompts, params, use_tqdm=False)
         num_empty = int((llm.placement().slots < 0).sum())
-        empty = num_empty * expert_bytes(llm._engine.model_config, ranks[0].dtype)
+        coded = holds_codes(llm._engine.config.device)
+        empty = num_empty * expert_bytes(llm._engine.model_config, ranks[0].dtype, coded)
     watch.end()
     return watch.peak, sum(rank.weight_bytes for rank in ranks) - empty, sum(rank.kv_cache_bytes for rank in ranks)
 

@@ -142,6 +142,10 @@ def test_free_memory_in_a_control_group(monkeypatch, tmp_path: Path) -> None:
         assert budgets.available_host_memory() == free
 
 
+def test_native_kernels_take_as_many_rows_of_an_expert_at_a_time() -> None:
+    assert f"kExpertRows = {budgets.EXPERT_ROWS};" in (Path(build.__file__).parent / "kernels/cpu/moe.h").read_text()
+
+
 def test_readable_bytes() -> None:
     assert [budgets.gigabytes(n) for n in (4e6, 1.344e9, 22.44e9)] == ["0.00 GB", "1.34 GB", "22.4 GB"]
     assert Budget(plan_budget(EngineConfig("m"), MODEL, 1, None).ranks, None).fits is None
@@ -159,3 +163,6 @@ def test_captured_decode_steps_count_on_gpus_alone(monkeypatch, tmp_path: Path) 
     assert buffers(device="cuda") - buffers(device="cuda", enforce_eager=True) == graphs[0]
     # Where no GPU may be, fewer rows are between dispatch and combine at a time.
     assert buffers(device="auto") == buffers(device="cpu") < buffers(device="cuda", enforce_eager=True)
+    # Rows that queue are all there before they are summed.
+    assert buffers(device="cpu", capacity_factor=1.0) == buffers(device="cuda", enforce_eager=True)
+    assert buffers(device="cpu", capacity_factor=1.0, overflow="drop") == buffers(device="cpu")

@@ -141,10 +141,12 @@ def test_serve_by_default(served):
 
 def test_serve_under_torchrun(monkeypatch):
     calls = []
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    environment = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": "x"}
+    for name, value in (environment | {"MASTER_ADDR": "here", "MASTER_PORT": 1}).items():
+        monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("moe_runtime.launch.serve_torchrun", lambda *arguments: calls.append(arguments) or 5)
-    assert cli.main(["serve", "demo", "--port", "81"]) == 5
-    assert calls == [(EngineConfig("demo"), "127.0.0.1", 81)]
+    assert cli.main(["serve", "demo", "--port", "81", "--redundant-experts", "1,0"]) == 5
+    assert calls == [(EngineConfig("demo", ep_size=2, redundant_experts=(1, 0)), "127.0.0.1", 81)]
 
 
 def test_a_file_of_options_and_flags_that_win(served, tmp_path):

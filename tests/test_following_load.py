@@ -49,6 +49,18 @@ def test_after_a_shift_it_is_balanced_again_in_a_few_looks(
         ranks.serve(load, 15)
 
 
+def test_after_a_rebalance_that_was_asked_for_the_next_must_earn_its_cost_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks, load = SimulatedRanks(monkeypatch, 0.001), next(loads())
+    ranks.serve(load, 30)
+    before = ranks.rebalancer.decisions[-1]["horizon_seconds"]
+    ranks.rebalancer.begin()
+    ranks.serve(load, 2)
+    assert not ranks.rebalancer.is_migrating
+    assert 0 < ranks.rebalancer.decisions[-1]["horizon_seconds"] < before / 2
+
+
 @pytest.mark.parametrize(("steady", "burst"), [(10, 1), (12, 6), (1, 1), (3, 3)])
 def test_bursts_of_any_rhythm_are_not_chased_at_a_loss(
     monkeypatch: pytest.MonkeyPatch, steady: int, burst: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from process_tools import eventually, running
 
 from moe_runtime.config import EngineConfig
-from moe_runtime.host import FrontAddress, Host, describe_exit, divide_cores
+from moe_runtime.host import FrontAddress, Host, _environment, describe_exit, divide_cores
 from moe_runtime.launch import run_torchrun, serve_torchrun, under_torchrun
 from moe_runtime.transport import RankExited
 
@@ -169,6 +171,27 @@ def test_what_cannot_be_run_is_an_error():
         _host(("/no/such/python",), 2)
     assert eventually(lambda: threading.active_count() == threads, 10)
     assert len(list(Path("/proc/self/fd").iterdir())) == files
+
+
+def test_too_many_open_files_are_an_error(monkeypatch):
+    def pipe():
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "pipe", pipe)
+    with pytest.raises(OSError, match="Too many open files"):
+        _host(SLEEPER)
+
+
+def test_what_is_imported_before_the_fork_starts_no_thread_and_no_device(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    code = (
+        "import os; from moe_runtime import rank_main; "
+        "rank_main.run_rank = lambda make: print(len(os.listdir('/proc/self/task')), torch.cuda.is_initialized()); "
+        "import torch; rank_main.main()"
+    )
+    command = (sys.executable, "-P", "-c", code)
+    done = subprocess.run(command, env=_environment(FRONT), capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["1", "False"]
 
 
 def test_ranks_that_are_never_started_have_ended_with_what_should_have_started_them():

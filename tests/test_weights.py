@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from moe_runtime.gate import Gate
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.cpu.pages import mappings_of
 from moe_runtime.layers import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
 from moe_runtime.models import load_model_config
 from moe_runtime.models.decoder import Decoder
@@ -253,3 +256,38 @@ def test_where_a_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="the hub does not give it"):
         resolve_model("somebody/no-such-model")
+
+
+def test_what_is_released_of_a_checkpoint_is_read_again(tmp_path: Path) -> None:
+    """Neighbours share pages with it, and keep their values."""
+    tensors = {name: torch.randn(3, 1001) for name in "abc"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = Checkpoint(tmp_path)
+    views = {name: source.read(name, (3, 1001)) for name in tensors}
+    row = source.read("b", (3, 1001), 1)
+    mapped = mappings_of([tmp_path / "model.safetensors"])
+    for tensor in (*views.values(), row):
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert any(start <= first and last <= end for start, end in mapped), "a view, not a copy"
+        source.release(tensor)
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors) and torch.equal(row, tensors["b"][1])
+
+
+def test_only_known_mappings_of_libraries_are_released() -> None:
+    code = """
+from pathlib import Path
+from moe_runtime.kernels.cpu.pages import library_mappings, release_library_pages
+import torch
+
+def file_bytes():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) * 1024
+
+before = file_bytes()
+release_library_pages(frozenset())
+assert file_bytes() > 0.9 * before
+release_library_pages(library_mappings())
+assert file_bytes() < 0.5 * before, (before, file_bytes())
+assert torch.ones(3).sum() == 3  # what is needed again comes back
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)

@@ -65,7 +65,7 @@ class LayerTime:
             terms_NC = np.stack(
                 [touched_NW[number_N, slowest_N], rows_NW[number_N, slowest_N], np.ones(len(seconds_N))], axis=1
             )
-            per_slot, per_row, fixed = _least_squares(terms_NC, seconds_N)
+            per_slot, per_row, fixed = least_squares(terms_NC, seconds_N)
             before_N, slowest_N = slowest_N, (per_slot * touched_NW + per_row * rows_NW).argmax(axis=1)
             if (slowest_N == before_N).all():
                 break
@@ -97,8 +97,8 @@ class LayerTime:
         return sum(self.seconds(*layer, rank_speed) for layer in zip(rows_LE, placement.slots, strict=True))
 
 
-def _least_squares(terms_NC: Floats, seconds_N: Floats) -> tuple[float, ...]:
-    """Non-negative least squares, by trying every set of terms: there are but three of them."""
+def least_squares(terms_NC: Floats, seconds_N: Floats) -> tuple[float, ...]:
+    """Non-negative least squares, by trying every set of terms: there must be but a few of them."""
     num_terms = terms_NC.shape[1]
     scale_C = np.where(terms_NC.max(axis=0) > 0, terms_NC.max(axis=0), 1)
     best, least = np.zeros(num_terms), float((seconds_N**2).sum())

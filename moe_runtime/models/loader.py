@@ -19,7 +19,6 @@ from moe_runtime.capacity import LayerLimits, Limits
 from moe_runtime.config import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.packed import PANEL
-from moe_runtime.kernels.cpu.pages import release_pages
 from moe_runtime.kv_cache import KVCache
 from moe_runtime.layers import Embedding
 from moe_runtime.models import family_module
@@ -139,7 +138,7 @@ class ModelLoader:
                 piece = stored[first : first + rows]
                 slots.load(slot, part, first, piece.to(self.kit.dtype))
                 yield piece.nbytes
-            release_pages(stored)
+            self.source.release(stored)
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
@@ -153,7 +152,7 @@ class ModelLoader:
         found = [self.source.read(name, (count, inputs or self.config.hidden_size)) for name, count in weights.items()]
         rows.load(0, torch.cat(found).to(self.kit.dtype) if len(found) > 1 else found[0].to(self.kit.dtype))
         for stored in found:
-            release_pages(stored)
+            self.source.release(stored)
 
     def norm(self, name: str) -> Any:
         return self.kit.norm(self.tensor(name, self.config.hidden_size), self.config.rms_norm_eps)
@@ -183,7 +182,7 @@ class ModelLoader:
         mlp = self.kit.mlp(self.config.hidden_size, intermediate)
         for part, stored in self._matrices(prefix, DENSE_NAMES, intermediate):
             mlp.load(0, part, 0, stored.to(self.kit.dtype))
-            release_pages(stored)
+            self.source.release(stored)
         return mlp
 
     def sparse_block(self, index: int, next_norm: Any) -> Any:

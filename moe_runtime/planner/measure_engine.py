@@ -114,7 +114,7 @@ class Variant:
 
 
 def streaming(ep_size: int, num_layers: int, layer_bytes: int) -> Variant:
-    """A probe model that reads so many bytes of experts in a layer, about; every token uses every expert."""
+    """A probe model with so many bytes of experts in a layer, about, in bfloat16; every token uses every expert."""
     hidden, experts = 512, 4
     inner = layer_bytes // (experts * 3 * hidden * 2) // 64 * 64
     sizes = {"hidden_size": hidden, "num_experts": experts, "num_experts_per_tok": experts}

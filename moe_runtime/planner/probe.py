@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from moe_runtime.balancer.cost import least_squares
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.planner.hardware import Hardware
 from moe_runtime.planner.measure_engine import PROBE_DECODE_PROMPT, StepTimes, Variant, probe_steps
@@ -108,5 +109,4 @@ def fit(hardware: Hardware, found: Sequence[ProbedStep], names: Sequence[str]) -
         more = [step.predict(with_overheads(hardware, **{name: 1.0})).step_seconds - alone for name in names]
         terms.append(np.array(more) / whole)
         spare.append(statistics.median(step.spare(hardware, "decode")) / whole)
-    seconds = np.linalg.lstsq(np.array(terms), np.array(spare), rcond=None)[0]
-    return dict(zip(names, np.maximum(seconds, 0.0).tolist(), strict=True))
+    return dict(zip(names, least_squares(np.array(terms), np.array(spare)), strict=True))

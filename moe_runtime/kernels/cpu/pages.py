@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,13 +15,30 @@ MADV_DONTNEED, MADV_HUGEPAGE = 4, 14
 HUGE_PAGE = 2 << 20
 
 
-def release_pages(tensor: Tensor) -> None:
+def release_pages(tensor: Tensor, mapped: Iterable[tuple[int, int]] = ()) -> None:
     """Give back the pages of a contiguous CPU tensor that is not needed any more; its values are lost.
 
-    A checkpoint's tensor is a view of a mapped file: what was read of it counts as this process's memory until then.
-    Pages that the tensor shares with its neighbours stay.
+    Pages that it shares with its neighbours stay, but for views of a mapped file: what is used of one again is read
+    again.
+
+    Args:
+        mapped: where files are mapped to which nothing is written; `mappings_of`.
     """
-    _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED)
+    end = tensor.data_ptr() + tensor.nbytes
+    is_view = any(first <= tensor.data_ptr() and end <= last for first, last in mapped)
+    _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED, outward=is_view)
+
+
+def mappings_of(files: Iterable[Path]) -> list[tuple[int, int]]:
+    """Start and end of what is mapped of files."""
+    paths = {str(file.resolve()) for file in files}
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in paths:
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            found.append((start, end))
+    return found
 
 
 def ask_for_huge_pages(tensor: Tensor) -> None:
@@ -28,30 +46,45 @@ def ask_for_huge_pages(tensor: Tensor) -> None:
     _advise(tensor, HUGE_PAGE, MADV_HUGEPAGE)
 
 
-def release_library_pages() -> None:
+def library_mappings() -> frozenset[tuple[int, int]]:
+    """Start and end of what is mapped of files, read-only."""
+    return frozenset((start, end) for start, end, _ in _mappings())
+
+
+def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
     """Give back what this process has read of its libraries' files. What is used again comes back, at a fault each.
 
     Starting reads most of a library once, to bind it; of torch that is 70 MB that count as this process's memory.
-    Only files that are mapped read-only, and of which no page was changed, are given back.
+
+    Args:
+        mappings: from an earlier look. Others are left alone: a library that is being loaded is mapped as a whole for a
+            moment, the parts that will be written included. So are those of which a page was changed.
     """
-    start, end, is_read_only_file = 0, 0, False
+    for start, end, is_changed in _mappings():
+        if not is_changed and (start, end) in mappings:
+            _madvise(start, end - start, MADV_DONTNEED)
+
+
+def _mappings() -> Iterator[tuple[int, int, bool]]:
+    """Read-only mappings of files: start, end, and whether a page was changed."""
+    start, end, is_file = 0, 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         fields = line.split()
         if not fields[0].endswith(":"):  # the next mapping
             start, end = (int(address, 16) for address in fields[0].split("-"))
-            is_read_only_file = fields[1] in ("r--p", "r-xp") and fields[4] != "0"
-        elif fields[:2] == ["Anonymous:", "0"] and is_read_only_file:
-            _madvise(start, end - start, MADV_DONTNEED)
+            is_file = fields[1] in ("r--p", "r-xp") and fields[4] != "0"
+        elif is_file and fields[0] == "Anonymous:":
+            yield start, end, fields[1] != "0"
 
 
-def _advise(tensor: Tensor, page: int, advice: int) -> None:
-    """`madvise` on the whole pages within a tensor."""
+def _advise(tensor: Tensor, page: int, advice: int, outward: bool = False) -> None:
+    """`madvise` on the whole pages within a tensor, or on all that it touches."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
-    start = -(-tensor.data_ptr() // page) * page
-    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if size > 0:
-        _madvise(start, size, advice)
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    start, end = (first // page, -(-last // page)) if outward else (-(-first // page), last // page)
+    if start < end:
+        _madvise(start * page, (end - start) * page, advice)
 
 
 def _madvise(start: int, size: int, advice: int) -> None:
