@@ -95,8 +95,10 @@ def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> 
         elif option.many and option.kind is str:
             arguments |= {"action": "append", "metavar": "TEXT"}
         elif option.many:
-            convert, metavar = {int: (integers, "N,N,..."), float: (numbers, "X,X,...")}[option.kind]
-            arguments |= {"type": _one_or_several(option.kind) if option.alone else convert, "metavar": metavar}
+            several: dict[type, tuple[Callable[[str], list[Any]], str]]
+            several = {int: (integers, "N,N,..."), float: (numbers, "X,X,...")}
+            convert, metavar = several[option.kind]
+            arguments |= {"type": _one_or_several(convert) if option.alone else convert, "metavar": metavar}
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
             arguments |= {"type": _converter(option.kind), "metavar": metavar}
@@ -121,10 +123,14 @@ def _converter(kind: type) -> Callable[[str], Any]:
     return convert
 
 
-def _one_or_several(kind: type) -> Callable[[str], Any]:
-    """One value where there is no comma, else a list."""
-    convert = _converter(kind)
-    return lambda text: [convert(word) for word in text.split(",")] if "," in text else convert(text)
+def _one_or_several(convert: Callable[[str], list[Any]]) -> Callable[[str], Any]:
+    """What `convert` makes of a flag's value; where that is one value, this alone."""
+
+    def convert_or_take(text: str) -> Any:
+        values = convert(text)
+        return values if len(values) > 1 else values[0]
+
+    return convert_or_take
 
 
 def integers(text: str) -> list[int]:

@@ -126,7 +126,7 @@ class Worker:
         self.source: WeightSource = (
             RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
         )
-        libraries = library_mappings()
+        libraries = library_mappings() if self.device.type == "cpu" else frozenset()
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
@@ -157,7 +157,7 @@ class Worker:
                 device=self.device,
                 capture=capture,
             )
-        if self.device.type == "cpu":
+        if libraries:
             release_library_pages(libraries)
         self.info = RankInfo(
             rank=rank,

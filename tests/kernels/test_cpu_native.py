@@ -15,7 +15,7 @@ import torch
 from cpu_cases import DTYPES, assert_close, experts_of, normal
 
 from moe_runtime.kernels import reference, torch_ops
-from moe_runtime.kernels.cpu.packed import PANEL, PackedLinear
+from moe_runtime.kernels.cpu.packed import PANEL, PackedExperts, PackedLinear
 
 pytestmark = pytest.mark.usefixtures("threads")
 SIZES = [(1, 1), (64, 64), (70, 33), (130, 257), (192, 1030)]
@@ -58,6 +58,13 @@ def test_products_with_bf16_weights_of_any_size(kernels, rows):
         weight, x = (normal(130, 514) * scale).bfloat16(), normal(rows, 514, dtype=torch.bfloat16)
         exact = x.double() @ weight.double().T
         assert_close(PackedLinear.pack(kernels, weight)(x, float32=True), exact.float(), scale=5)
+
+
+def test_other_dtypes_are_refused_before_anything_is_packed(kernels):
+    with pytest.raises(ValueError, match=r"dtype: torch\.float16 is not allowed"):
+        PackedLinear(kernels, 64, 64, torch.float16)
+    with pytest.raises(ValueError, match=r"dtype: torch\.float64 is not allowed"):
+        PackedExperts(kernels, 1, 64, 64, torch.float64)
 
 
 @DTYPES

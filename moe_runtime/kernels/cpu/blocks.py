@@ -71,7 +71,7 @@ class AttentionBlock:
         self.next_norm = next_norm
         self._keep = (q_norm_d, k_norm_d)
         self._dtype = qkv.dtype
-        self._is_bf16 = qkv.dtype == torch.bfloat16
+        self._is_bf16 = qkv.is_bf16
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +205,7 @@ class SparseBlock:
         shared_address = None if shared is None else shared.address
         self.block = structs.SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
         self.address = ctypes.addressof(self.block)
-        self._is_bf16 = experts.dtype == torch.bfloat16
+        self._is_bf16 = experts.is_bf16
 
     def __call__(
         self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None, routing: Routing = NO_ROUTING
@@ -240,7 +240,7 @@ class DenseBlock:
         self.mlp, self.next_norm = mlp, next_norm
         self.block = structs.DenseBlock(_next_norm(next_norm), mlp.address)
         self.address = ctypes.addressof(self.block)
-        self._is_bf16 = mlp.dtype == torch.bfloat16
+        self._is_bf16 = mlp.is_bf16
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
         """`[T, D]`."""
@@ -271,7 +271,7 @@ class Layers:
         self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
         self._dtype = blocks[0][0].qkv.dtype
-        self._is_bf16 = self._dtype == torch.bfloat16
+        self._is_bf16 = blocks[0][0].qkv.is_bf16
         self._layers = (structs.Layer * len(blocks))(
             *(
                 structs.Layer(

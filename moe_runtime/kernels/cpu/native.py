@@ -67,9 +67,14 @@ def is_bf16(tensor: Tensor) -> bool:
     Raises:
         ValueError: it is neither.
     """
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"dtype: {tensor.dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
-    return tensor.dtype == torch.bfloat16
+    return is_bf16_dtype(tensor.dtype)
+
+
+def is_bf16_dtype(dtype: torch.dtype) -> bool:
+    """See `is_bf16`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
+    return dtype == torch.bfloat16
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, is_bf16, pointer
+from moe_runtime.kernels.cpu.native import Kernels, is_bf16_dtype, pointer
 from moe_runtime.kernels.cpu.structs import Weight
 
 PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
@@ -24,17 +24,21 @@ class PackedMatrices:
     """Room for weights `[outputs, inputs]`, packed one after the other. Load all rows of one before its use.
 
     Attributes:
+        is_bf16: whether they are in codes; else they are float32.
         data: uint8 `[copies, bytes]`.
         escapes: int64 `[copies, panels]`, addresses of the lists of what the codes of bfloat16 panels leave out; 0 for
             none. They belong to this object.
+
+    Raises:
+        ValueError: a dtype that is neither float32 nor bfloat16.
     """
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> None:
+        self.is_bf16 = is_bf16_dtype(dtype)
         self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs = outputs, inputs
         self.data = kernels.packed_empty(dtype, outputs, inputs, copies)
         self.escapes = torch.zeros(copies, -(-outputs // PANEL), dtype=torch.int64)
-        self._is_bf16 = dtype == torch.bfloat16
         weakref.finalize(self, _free_escapes, kernels, self.escapes)
 
     @property
@@ -47,7 +51,7 @@ class PackedMatrices:
         assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
         assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
         self.kernels.library.moe_pack(
-            self._is_bf16,
+            self.is_bf16,
             weight_MD.data_ptr(),
             weight_MD.stride(0),
             first_row // PANEL,
@@ -61,7 +65,7 @@ class PackedMatrices:
         """Rows of a weight, `[rows, inputs]`."""
         out = torch.empty(rows, self.inputs, dtype=self.dtype)
         self.kernels.library.moe_unpack(
-            self._is_bf16,
+            self.is_bf16,
             self.data[copy].data_ptr(),
             self.escapes[copy].data_ptr(),
             first_row,
@@ -99,14 +103,13 @@ class PackedLinear:
         self.outputs, self.inputs, self.bias = outputs, inputs, bias
         self.matrix = PackedMatrices(kernels, dtype, outputs, inputs)
         self.weight = Weight(self.matrix.data.data_ptr(), self.matrix.escapes.data_ptr(), outputs, inputs)
-        self._is_bf16 = dtype == torch.bfloat16
+        self.is_bf16 = self.matrix.is_bf16
         self._address = ctypes.addressof(self.weight)
         self._bias = pointer(bias)
 
     @classmethod
     def pack(cls, kernels: Kernels, weight_ND: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """Pack a whole weight."""
-        is_bf16(weight_ND)
         packed = cls(kernels, weight_ND.shape[0], weight_ND.shape[1], weight_ND.dtype, bias)
         packed.load(0, weight_ND)
         return packed
@@ -133,7 +136,7 @@ class PackedLinear:
         if len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < self.outputs:
             raise ValueError(f"index: {index_T.tolist()} is not allowed; it must be from 0 to {self.outputs - 1}")
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
-        self.kernels.library.moe_take_rows(self._is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr())
+        self.kernels.library.moe_take_rows(self.is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr())
         return out
 
     def __call__(self, x_TD: Tensor, *, float32: bool = False) -> Tensor:
@@ -141,7 +144,7 @@ class PackedLinear:
         assert x_TD.dtype == self.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
         out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
         self.kernels.library.moe_linear(
-            self._is_bf16, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
+            self.is_bf16, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
         )
         return out
 
@@ -167,7 +170,7 @@ class PackedExperts:
             intermediate_size,
         )
         self.address = ctypes.addressof(self.experts)
-        self._is_bf16 = dtype == torch.bfloat16
+        self.is_bf16 = self.w13.is_bf16
 
     @property
     def nbytes(self) -> int:
@@ -202,6 +205,6 @@ class PackedExperts:
         rows = len(x_ND) if row_R is None else len(row_R)
         y_RD = x_ND.new_empty(rows, self.hidden_size)
         self.kernels.library.moe_grouped_mlp(
-            self._is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
+            self.is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
         )
         return y_RD

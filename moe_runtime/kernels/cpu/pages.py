@@ -32,13 +32,7 @@ def release_pages(tensor: Tensor, mapped: Iterable[tuple[int, int]] = ()) -> Non
 def mappings_of(files: Iterable[Path]) -> list[tuple[int, int]]:
     """Start and end of what is mapped of files."""
     paths = {str(file.resolve()) for file in files}
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5] in paths:
-            start, end = (int(address, 16) for address in fields[0].split("-"))
-            found.append((start, end))
-    return found
+    return [_range_of(fields) for fields in _fields("maps") if len(fields) == 6 and fields[5] in paths]
 
 
 def ask_for_huge_pages(tensor: Tensor) -> None:
@@ -48,7 +42,7 @@ def ask_for_huge_pages(tensor: Tensor) -> None:
 
 def library_mappings() -> frozenset[tuple[int, int]]:
     """Start and end of what is mapped of files, read-only."""
-    return frozenset((start, end) for start, end, _ in _mappings())
+    return frozenset(_range_of(fields) for fields in _fields("maps") if _is_read_only_file(fields))
 
 
 def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
@@ -60,21 +54,28 @@ def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
         mappings: from an earlier look. Others are left alone: a library that is being loaded is mapped as a whole for a
             moment, the parts that will be written included. So are those of which a page was changed.
     """
-    for start, end, is_changed in _mappings():
-        if not is_changed and (start, end) in mappings:
-            _madvise(start, end - start, MADV_DONTNEED)
-
-
-def _mappings() -> Iterator[tuple[int, int, bool]]:
-    """Read-only mappings of files: start, end, and whether a page was changed."""
-    start, end, is_file = 0, 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        fields = line.split()
+    found, is_known = (0, 0), False
+    for fields in _fields("smaps"):
         if not fields[0].endswith(":"):  # the next mapping
-            start, end = (int(address, 16) for address in fields[0].split("-"))
-            is_file = fields[1] in ("r--p", "r-xp") and fields[4] != "0"
-        elif is_file and fields[0] == "Anonymous:":
-            yield start, end, fields[1] != "0"
+            found = _range_of(fields)
+            is_known = _is_read_only_file(fields) and found in mappings
+        elif is_known and fields[:2] == ["Anonymous:", "0"]:
+            _madvise(found[0], found[1] - found[0], MADV_DONTNEED)
+
+
+def _fields(listing: str) -> Iterator[list[str]]:
+    """Of the lines of this process's "maps" or "smaps": range, rights, offset, device, inode, and the path if any."""
+    for line in Path("/proc/self", listing).read_text().splitlines():
+        yield line.split(maxsplit=5)
+
+
+def _range_of(fields: list[str]) -> tuple[int, int]:
+    start, end = (int(address, 16) for address in fields[0].split("-"))
+    return start, end
+
+
+def _is_read_only_file(fields: list[str]) -> bool:
+    return fields[1] in ("r--p", "r-xp") and fields[4] != "0"
 
 
 def _advise(tensor: Tensor, page: int, advice: int, outward: bool = False) -> None:
