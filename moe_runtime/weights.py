@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_runtime.config import ModelConfig
 from moe_runtime.deepspeed_files import DeepSpeedFiles
-from moe_runtime.kernels.cpu.pages import mappings_of, release_pages
+from moe_runtime.kernels.cpu.pages import release_mappings, release_pages
 
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
@@ -63,6 +63,9 @@ class WeightSource(Protocol):
     def release(self, tensor: Tensor) -> None:
         """Give back the memory of a tensor from `read`, or of a part of it, that is not needed any more."""
 
+    def release_all(self) -> None:
+        """Give back what was read and can be read again; tensors in use keep their values."""
+
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
@@ -101,7 +104,6 @@ class Checkpoint:
             if not files:
                 raise ValueError(f"model: {path} holds no .safetensors file")
         self._handles = {file: self._open(file) for file in files}
-        self._mapped: list[tuple[int, int]] = []
         if not index.exists():
             self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
 
@@ -128,9 +130,10 @@ class Checkpoint:
         return tensor
 
     def release(self, tensor: Tensor) -> None:
-        if not self._mapped:
-            self._mapped = mappings_of(self.path / file for file in self._handles)
-        release_pages(tensor, self._mapped)
+        release_pages(tensor)
+
+    def release_all(self) -> None:
+        release_mappings(self.path / file for file in self._handles)
 
     def _open(self, name: str) -> safe_open:
         file = self.path / name
@@ -166,3 +169,6 @@ class RandomWeights:
 
     def release(self, tensor: Tensor) -> None:
         """Nothing: it goes when nobody holds it."""
+
+    def release_all(self) -> None:
+        """Nothing, as with one."""

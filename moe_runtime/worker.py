@@ -157,7 +157,8 @@ class Worker:
                 device=self.device,
                 capture=capture,
             )
-        if libraries:
+        if self.device.type == "cpu":
+            self.source.release_all()
             release_library_pages(libraries)
         self.info = RankInfo(
             rank=rank,

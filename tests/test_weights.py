@@ -270,6 +270,7 @@ def test_what_is_released_of_a_checkpoint_is_read_again(tmp_path: Path) -> None:
         first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         assert any(start <= first and last <= end for start, end in mapped), "a view, not a copy"
         source.release(tensor)
+    source.release_all()
     assert all(torch.equal(views[name], tensors[name]) for name in tensors) and torch.equal(row, tensors["b"][1])
 
 

@@ -15,18 +15,19 @@ MADV_DONTNEED, MADV_HUGEPAGE = 4, 14
 HUGE_PAGE = 2 << 20
 
 
-def release_pages(tensor: Tensor, mapped: Iterable[tuple[int, int]] = ()) -> None:
+def release_pages(tensor: Tensor) -> None:
     """Give back the pages of a contiguous CPU tensor that is not needed any more; its values are lost.
 
-    Pages that it shares with its neighbours stay, but for views of a mapped file: what is used of one again is read
-    again.
-
-    Args:
-        mapped: where files are mapped to which nothing is written; `mappings_of`.
+    A checkpoint's tensor is a view of a mapped file: what was read of it counts as this process's memory until then.
+    Pages that the tensor shares with its neighbours stay.
     """
-    end = tensor.data_ptr() + tensor.nbytes
-    is_view = any(first <= tensor.data_ptr() and end <= last for first, last in mapped)
-    _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED, outward=is_view)
+    _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED)
+
+
+def release_mappings(files: Iterable[Path]) -> None:
+    """Give back what was read of mapped files, which nobody may have written to; what is used again is read again."""
+    for start, end in mappings_of(files):
+        _madvise(start, end - start, MADV_DONTNEED)
 
 
 def mappings_of(files: Iterable[Path]) -> list[tuple[int, int]]:
@@ -78,14 +79,14 @@ def _is_read_only_file(fields: list[str]) -> bool:
     return fields[1] in ("r--p", "r-xp") and fields[4] != "0"
 
 
-def _advise(tensor: Tensor, page: int, advice: int, outward: bool = False) -> None:
-    """`madvise` on the whole pages within a tensor, or on all that it touches."""
+def _advise(tensor: Tensor, page: int, advice: int) -> None:
+    """`madvise` on the whole pages within a tensor."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    start, end = (first // page, -(-last // page)) if outward else (-(-first // page), last // page)
-    if start < end:
-        _madvise(start * page, (end - start) * page, advice)
+    start = -(-tensor.data_ptr() // page) * page
+    size = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if size > 0:
+        _madvise(start, size, advice)
 
 
 def _madvise(start: int, size: int, advice: int) -> None:
