@@ -55,8 +55,8 @@ class Experts(Protocol):
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
 
-    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
-        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot."""
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
+        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot; they may be put into `room_RD`."""
 
 
 class Shared(Protocol):
@@ -127,7 +127,10 @@ class MoELayer:
         return self.gate.nbytes + self.experts.nbytes + (self.shared.nbytes if self.shared else 0)
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The normed rows and the residual rows. All ranks call it for the same step, also one that has no token."""
+        """The normed rows and the residual rows, which may take the places of `x_TD` and `residual_TD`.
+
+        All ranks call it for the same step, also one that has no token.
+        """
         way = self.dispatchers[batch.dispatcher]
         weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.routing)
         if self.limits is not None and self.limits.changes_experts:
@@ -144,7 +147,7 @@ class MoELayer:
             out_TD = self._in_parts(way, x_TD, slot_TK, weights_TK, batch)
 
         if shared_TD is not None:
-            out_TD = out_TD + shared_TD()
+            out_TD += shared_TD()
         return self.next_norm.add(out_TD, residual_TD)
 
     def route(self, expert: int, slots: list[int]) -> None:
@@ -162,19 +165,19 @@ class MoELayer:
         return self.slot_EP[chosen, turn % ROUTE_LENGTH].view_as(experts_TK)
 
     def _in_parts(self, way: Dispatcher, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch) -> Tensor:
-        """Dispatch, experts and combine; on CPUs for `tokens_at_once` tokens of each rank at a time."""
+        """Dispatch, experts and combine; on CPUs for `tokens_at_once` tokens of each rank at a time, in place."""
         most, num_parts = max(batch.tokens_per_rank), 1
         if x_TD.device.type == "cpu":
             num_experts, top_k = len(self.slot_EP) - 1, slot_TK.shape[1]
             num_parts = -(-most // tokens_at_once(num_experts, top_k, len(batch.tokens_per_rank)))
         if num_parts <= 1:
             return self._pass(way, x_TD, slot_TK, weights_TK, batch, batch.tokens_per_rank)
-        out_TD, size = torch.empty_like(x_TD), -(-most // num_parts)
+        size = -(-most // num_parts)
         for first in range(0, most, size):
             part = slice(first, first + size)
             tokens_per_rank = [len(range(tokens)[part]) for tokens in batch.tokens_per_rank]
-            out_TD[part] = self._pass(way, x_TD[part], slot_TK[part], weights_TK[part], batch, tokens_per_rank)
-        return out_TD
+            x_TD[part] = self._pass(way, x_TD[part], slot_TK[part], weights_TK[part], batch, tokens_per_rank)
+        return x_TD
 
     def _pass(
         self,
@@ -208,10 +211,10 @@ class MoELayer:
         if self.limits is not None and batch.limits is not None:
             batch.limits.rows_L[self.limits.layer] += sent.counts_S.sum()
         if work is None:
-            return self.experts(sent.x_ND, sent.row_R, counts_S)
+            return self.experts(sent.x_ND, sent.row_R, counts_S, sent.room_RD)
         counts = counts_S.tolist()  # waits for the device, as the second synchronize does
         start = time.perf_counter()
-        y_RD = self.experts(sent.x_ND, sent.row_R, counts_S)
+        y_RD = self.experts(sent.x_ND, sent.row_R, counts_S, sent.room_RD)
         if y_RD.is_cuda:
             torch.cuda.synchronize(y_RD.device)
         seconds = time.perf_counter() - start

@@ -67,7 +67,7 @@ class NativeAttention:
         return self.block.nbytes
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        return self.block(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD), residual_TD
+        return self.block(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD, in_place=True), residual_TD
 
 
 class NativeMLP:

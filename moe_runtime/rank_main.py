@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 COLLECTIVE_MARGIN = 10.0  # seconds by which the front's deadline for a step comes before that of a collective
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
-MMAP_THRESHOLD = 1 << 20  # bytes from which on an allocation is given back to the system when it is freed
+MMAP_THRESHOLD = 2 << 20  # bytes from which on an allocation is given back to the system when it is freed
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
         if isinstance(init, Init):
             logging.getLogger("moe_runtime").setLevel(init.log_level)
             worker = make_worker(seat, init)
+            ctypes.CDLL(None).malloc_trim(0)  # what loading has left
             loaded = True
             front.send(Ready(worker.info))
             _serve(front, worker, seat.rank, init.num_ranks)

@@ -63,12 +63,14 @@ class Dispatched:
         row_R: which row of `x_ND` each computation reads, grouped by local slot.
         counts_S: computations per local slot.
         handle: what `combine` of the same dispatcher needs.
+        room_RD: where the experts' rows may be put, if there is such a place.
     """
 
     x_ND: Tensor
     row_R: Tensor
     counts_S: Tensor
     handle: Any
+    room_RD: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,20 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 
 
+class Room:
+    """Memory for rows that are needed a short time each. It is kept: the system gives new memory page by page."""
+
+    def __init__(self, row_size: int, dtype: torch.dtype) -> None:
+        self._rows = torch.empty(0, row_size, dtype=dtype)
+
+    def rows(self, count: int) -> Tensor:
+        """`[count, row_size]`, the same memory every time."""
+        if count > len(self._rows):
+            self._rows = self._rows.new_empty(0, self._rows.shape[1])  # given back before more is taken
+            self._rows = self._rows.new_empty(count, self._rows.shape[1])
+        return self._rows[:count]
+
+
 class SymmetricDispatcher:
     """Puts rows into the peers' shared memory and waits on flags in its own; see `dispatch.Dispatcher`.
 
@@ -99,6 +113,7 @@ class SymmetricDispatcher:
         self._timeout_ns = int(timeout * 1e9)
         self._is_bf16 = dtype == torch.bfloat16
         self._number = 0
+        self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
         self._kernels = native.load()
         self._library = self._kernels.library
         for name, (result, arguments) in _SIGNATURES.items():
@@ -159,7 +174,7 @@ class SymmetricDispatcher:
         assert x_TD.dtype == self.dtype and x_TD.shape == (num_tokens, self.hidden_size)
         assert slot_TK.dtype == torch.int64 and slot_TK.shape == (num_tokens, self.top_k)
         x_TD, slot_TK = x_TD.contiguous(), slot_TK.contiguous()
-        x_ND = x_TD.new_empty(all_tokens, self.hidden_size)
+        x_ND = self._arrived.rows(all_tokens)
         row_R = slot_TK.new_empty(all_tokens * self.top_k)
         counts_S = slot_TK.new_empty(self.num_slots)
         largest = c_int64()
@@ -179,7 +194,8 @@ class SymmetricDispatcher:
         if total < 0:
             raise self._late(-1 - total)
         self._number += 1
-        return Dispatched(x_ND, row_R[:total], counts_S, (self._number, slot_TK)), largest.value
+        sent = Dispatched(x_ND, row_R[:total], counts_S, (self._number, slot_TK), self._computed.rows(total))
+        return sent, largest.value
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
         """See `dispatch.Dispatcher`; `weights_TK` is float32."""

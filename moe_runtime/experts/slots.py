@@ -52,6 +52,6 @@ class ExpertSlots:
         """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
         return self.w13_SGD[slot], self.w2_SDF[slot]
 
-    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
         """`w2 @ (silu(gate @ x) * (up @ x))` of the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order."""
         return self.forms.grouped_mlp(x_ND, row_R, counts_S, self.w13_SGD, self.w2_SDF)

@@ -67,6 +67,8 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
         (normed, total), kernels.add_rms_norm(actual, residual, next_norm.weight_D, 1e-5), strict=True
     ):
         assert torch.equal(fused, plain)
+    kept = block(x, step, own_k, own_v, in_place=True)
+    assert kept is x and torch.equal(x, actual)
     untouched = torch.ones(k_cache.shape[:2], dtype=torch.bool)
     untouched.view(-1)[slots] = False
     assert torch.equal(own_k[untouched], k_cache[untouched])

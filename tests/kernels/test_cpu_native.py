@@ -208,6 +208,8 @@ def test_grouped_mlp(kernels, dtype, counts, hidden, inner):
     assert_close(actual, reference.grouped_mlp(x, row, counts, w13, w2), scale=4)
     assert_close(actual, torch_ops.grouped_mlp(x, row, counts, w13, w2), scale=8)
     assert torch.equal(experts(x[row], None, counts), actual)
+    room = torch.full_like(actual, torch.nan)
+    assert experts(x, row, counts, room) is room and torch.equal(room, actual)
 
 
 def test_more_threads_than_cores_and_several_callers(kernels):

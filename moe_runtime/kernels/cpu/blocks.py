@@ -84,11 +84,14 @@ class AttentionBlock:
         k_cache_NBGd: Tensor,
         v_cache_NBGd: Tensor,
         residual_TD: Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """`[T, D]`; writes the tokens' keys and values into the cache."""
+        """`[T, D]`, with `in_place` in the place of `x_TD`; writes the tokens' keys and values into the cache."""
         assert x_TD.dtype == k_cache_NBGd.dtype == self._dtype and len(x_TD) == step.layout.tokens
         step.heads.page_size = k_cache_NBGd.shape[1]
-        out_TD = torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
+        out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
+        assert out_TD.shape == (len(x_TD), self.output.outputs)
         self.kernels.library.moe_attention_block(
             self._is_bf16,
             self.address,

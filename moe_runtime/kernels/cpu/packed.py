@@ -197,13 +197,17 @@ class PackedExperts:
         gate, up = (self.w13.unpack(slot, row, self.intermediate_size) for row in (0, self._up_row))
         return gate, up, self.w2.unpack(slot, 0, self.hidden_size)
 
-    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor) -> Tensor:
-        """See `torch_ops.grouped_mlp`; the product between the projections is rounded once."""
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
+        """See `torch_ops.grouped_mlp`; the product between the projections is rounded once.
+
+        The rows are in `room_RD` where it is given.
+        """
         assert x_ND.dtype == self.dtype and x_ND.ndim == 2 and x_ND.shape[1] == self.hidden_size
         assert counts_S.dtype == torch.int64 and len(counts_S) == self.num_slots
         assert row_R is None or row_R.dtype == torch.int64
         rows = len(x_ND) if row_R is None else len(row_R)
-        y_RD = x_ND.new_empty(rows, self.hidden_size)
+        y_RD = x_ND.new_empty(rows, self.hidden_size) if room_RD is None else room_RD
+        assert y_RD.dtype == self.dtype and y_RD.shape == (rows, self.hidden_size) and y_RD.is_contiguous()
         self.kernels.library.moe_grouped_mlp(
             self.is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
         )
