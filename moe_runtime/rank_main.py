@@ -131,7 +131,6 @@ def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
         if isinstance(init, Init):
             logging.getLogger("moe_runtime").setLevel(init.log_level)
             worker = make_worker(seat, init)
-            ctypes.CDLL(None).malloc_trim(0)  # what loading has left
             loaded = True
             front.send(Ready(worker.info))
             _serve(front, worker, seat.rank, init.num_ranks)

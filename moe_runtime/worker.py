@@ -25,7 +25,7 @@ from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.pages import library_mappings, release_library_pages
+from moe_runtime.kernels.cpu.pages import library_mappings, release_free_memory, release_library_pages
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
@@ -127,6 +127,7 @@ class Worker:
             RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
         )
         libraries = library_mappings() if self.device.type == "cpu" else frozenset()
+        release_library_pages(libraries)
         with tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         ) as bar:
@@ -158,8 +159,8 @@ class Worker:
                 capture=capture,
             )
         if self.device.type == "cpu":
-            self.source.release_all()
             release_library_pages(libraries)
+            release_free_memory()
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),

@@ -118,12 +118,14 @@ class ModelLoader:
         layers = []
         for index, next_norm in enumerate(next_norms):
             layers.append(self.layer(index, next_norm))
+            self.source.release_all()  # also pages that tensors share, or that were read beside them
             progress()
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
         head, rows = kit.head(*shape)
         self.fill(rows, {"model.embed_tokens.weight" if tied else "lm_head.weight": config.vocab_size})
         embed = head.tied_embedding() if tied else Embedding(self.tensor("model.embed_tokens.weight", *shape))
+        self.source.release_all()
         nbytes = head.nbytes + (0 if tied else embed.nbytes)
         nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
         rope = RotaryEmbedding(config.rope, kit.device)
