@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from moe_runtime.config import EngineConfig, ModelConfig
 from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.pages import library_mappings, release_free_memory, release_library_pages
+from moe_runtime.kernels.cpu.pages import giving_memory_back
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
@@ -126,11 +126,10 @@ class Worker:
         self.source: WeightSource = (
             RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
         )
-        libraries = library_mappings() if self.device.type == "cpu" else frozenset()
-        release_library_pages(libraries)
-        with tqdm(
+        bar = tqdm(
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
-        ) as bar:
+        )
+        with bar, giving_memory_back() if self.device.type == "cpu" else nullcontext():
             loader = ModelLoader(
                 model_config, self.source, placement, rank, num_slots, dispatchers, self.counter, kit, self._limits
             )
@@ -158,9 +157,6 @@ class Worker:
                 device=self.device,
                 capture=capture,
             )
-        if self.device.type == "cpu":
-            release_library_pages(libraries)
-            release_free_memory()
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +65,13 @@ def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
             _madvise(found[0], found[1] - found[0], MADV_DONTNEED)
 
 
-def release_free_memory() -> None:
-    """Give back what the allocator keeps of memory that was freed."""
+@contextmanager
+def giving_memory_back() -> Iterator[None]:
+    """Around loading: give back what was read of libraries before and after it, and then all memory that was freed."""
+    libraries = library_mappings()
+    release_library_pages(libraries)
+    yield
+    release_library_pages(libraries)
     ctypes.CDLL(None).malloc_trim(0)
 
 
