@@ -1,6 +1,6 @@
 """The parts of a decoder in torch, on any device: linear maps, norms, attention, dense and sparse blocks.
 
-`TorchKit` makes them; `moe_runtime.native_layers` has the same for the native CPU kernels. Parts are plain objects that
+`TorchKit` makes them; `moe_runtime.native_kit` makes the same on the native CPU kernels. Parts are plain objects that
 hold tensors and are called; what a step brings comes as arguments. A block ends in the norm behind it: it takes and
 gives the residual rows.
 
@@ -291,7 +291,6 @@ class TorchKit:
         config: MoEConfig,
         weight_ED: Tensor,
         bias_E: Tensor | None,
-        slot_E: Tensor,
         counts_2E: Tensor | None,
         layer: int,
     ) -> Gate:

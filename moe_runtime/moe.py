@@ -75,6 +75,13 @@ class Norm(Protocol):
         """The norm of `residual + x`, and that sum; they may take the places of `x` and `residual`."""
 
 
+def part_size(tokens_per_rank: list[int], num_experts: int, top_k: int) -> int:
+    """Tokens of each rank that pass a sparse layer at a time on CPUs: equal parts of `tokens_at_once` at most."""
+    most = max(tokens_per_rank)
+    num_parts = max(1, -(-most // tokens_at_once(num_experts, top_k, len(tokens_per_rank))))
+    return -(-most // num_parts)
+
+
 class ExpertCounter:
     """Tokens per (phase, sparse layer, logical expert) on this rank, counted on the device without a sync."""
 
@@ -166,13 +173,11 @@ class MoELayer:
 
     def _in_parts(self, way: Dispatcher, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch) -> Tensor:
         """Dispatch, experts and combine; on CPUs for `tokens_at_once` tokens of each rank at a time, in place."""
-        most, num_parts = max(batch.tokens_per_rank), 1
+        size = most = max(batch.tokens_per_rank)
         if x_TD.device.type == "cpu":
-            num_experts, top_k = len(self.slot_EP) - 1, slot_TK.shape[1]
-            num_parts = -(-most // tokens_at_once(num_experts, top_k, len(batch.tokens_per_rank)))
-        if num_parts <= 1:
+            size = part_size(batch.tokens_per_rank, len(self.slot_EP) - 1, slot_TK.shape[1])
+        if size == most:
             return self._pass(way, x_TD, slot_TK, weights_TK, batch, batch.tokens_per_rank)
-        size = -(-most // num_parts)
         for first in range(0, most, size):
             part = slice(first, first + size)
             tokens_per_rank = [len(range(tokens)[part]) for tokens in batch.tokens_per_rank]

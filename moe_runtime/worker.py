@@ -43,7 +43,7 @@ from moe_runtime.messages import (
 from moe_runtime.model_size import weights_dtype
 from moe_runtime.models.loader import Kit, ModelLoader
 from moe_runtime.moe import ExpertCounter
-from moe_runtime.native_layers import NativeKit
+from moe_runtime.native_kit import NativeKit
 from moe_runtime.placements import initial_placement, slots_per_rank
 from moe_runtime.rank_setup import choose_device, choose_dispatchers, native_kernels
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs

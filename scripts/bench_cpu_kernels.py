@@ -168,9 +168,9 @@ class SparseLayers:
                     experts.load(slot, part, 0, rows)
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
             router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
-            router = Router(kernels, gate, router_weight, torch.arange(EXPERTS))
+            router = Router(kernels, gate, router_weight)
             self.weights.append((router_weight, w13, w2))
-            self.blocks.append(SparseBlock(router, experts, None))
+            self.blocks.append(SparseBlock(router, torch.arange(EXPERTS)[:, None], experts, None))
 
     def case(self, rows: int) -> Case:
         x, copies, block = torch.randn(rows, HIDDEN).to(DTYPE), len(self.blocks), self.blocks[0]

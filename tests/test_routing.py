@@ -201,7 +201,7 @@ def test_gates_drop_what_the_policy_says(scoring: Any, normalize: bool, native: 
         kernels = load_or_none()
         if kernels is None:
             pytest.skip("no native CPU kernels here")
-        router = Router(kernels, gate_config(20, **options), weight_ED, torch.arange(20), counts_2E)
+        router = Router(kernels, gate_config(20, **options), weight_ED, counts_2E)
         unruled, experts = router(x_TD, 30)
         assert torch.equal(experts, plain_experts)
         counts_2E.zero_()

@@ -28,12 +28,12 @@ from moe_runtime.models import load_model_config
 from moe_runtime.models.decoder import Decoder
 from moe_runtime.models.loader import ModelLoader
 from moe_runtime.moe import ExpertCounter, MoELayer
+from moe_runtime.native_kit import NativeKit
 from moe_runtime.native_layers import (
     NativeAttention,
     NativeDenseBlock,
     NativeEmbedding,
     NativeHead,
-    NativeKit,
     NativeMLP,
     NativeNorm,
     NativeSparseBlock,

@@ -1,6 +1,7 @@
 """Dispatch and combine between CPU ranks of one host: one-sided puts into shared memory, no sockets.
 
-The data path is `kernels/cpu/exchange.h`, two native calls per layer; here are the memory and the start.
+The data path is `kernels/cpu/exchange.h`; here are the memory and the start. Native layers exchange rows themselves, by
+`exchange` and `step`; whoever else does has two native calls per layer, `dispatch` and `combine`.
 
 Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S slots per rank, N rows that arrived
 (each token once), R rows that experts compute here.
@@ -15,7 +16,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,37 +27,13 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatched, Returned
 from moe_runtime.all2all.rounds import counts_of, in_round, round_of
 from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu.native import check_arrived
+from moe_runtime.kernels.cpu.structs import ExchangeShape, SpreadStep
 
 Value = TypeVar("Value")
 
 SHARED_MEMORY = Path("/dev/shm")
 MAX_BYTES = 48 << 20  # of all ranks: fits the 64 MB that containers have by default, and mostly the last-level cache
-
-
-class _Shape(ctypes.Structure):
-    _fields_ = (
-        ("ranks", c_int64),
-        ("rank", c_int64),
-        ("slots", c_int64),
-        ("hidden", c_int64),
-        ("top_k", c_int64),
-        ("capacity", c_int64),
-        ("row_bytes", c_int64),
-        ("ranks_share_cores", c_int64),
-    )
-
-
-_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "moe_exchange_segment_bytes": (c_int64, (c_void_p,)),
-    "moe_exchange_open": (c_void_p, (c_void_p, c_void_p)),
-    "moe_exchange_close": (None, (c_void_p,)),
-    "moe_exchange_dispatch": (
-        c_int64,
-        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
-    ),
-    "moe_exchange_bring_back": (c_int64, (c_void_p, c_void_p, c_int64, c_void_p)),
-    "moe_exchange_combine": (c_int64, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
-}
 
 
 class Room:
@@ -109,19 +86,15 @@ class SymmetricDispatcher:
         if dtype not in native.DTYPES:
             raise ValueError(f"dtype: {dtype} is not allowed with symmetric; it must be one of {native.DTYPES}")
         self.num_slots, self.hidden_size, self.top_k, self.dtype = num_slots, hidden_size, top_k, dtype
-        self.rank, self.timeout = group.rank(), timeout
+        self.rank = group.rank()
         self._timeout_ns = int(timeout * 1e9)
         self._is_bf16 = dtype == torch.bfloat16
         self._number = 0
         self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
         self._kernels = native.load()
         self._library = self._kernels.library
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.restype, function.argtypes = result, arguments
-
         cores = set().union(*_gather(group, os.sched_getaffinity(0)))
-        shape = _Shape(
+        shape = ExchangeShape(
             ranks=group.size(),
             rank=self.rank,
             slots=num_slots,
@@ -136,10 +109,10 @@ class SymmetricDispatcher:
         maps = _share(group, self.nbytes)
         views = [ctypes.c_char.from_buffer(segment) for segment in maps]
         addresses = (c_void_p * len(views))(*map(ctypes.addressof, views))
-        self._exchange = self._library.moe_exchange_open(ctypes.addressof(shape), addresses)
-        weakref.finalize(self, _close, self._library, self._exchange, views).atexit = False
+        self.exchange = self._library.moe_exchange_open(ctypes.addressof(shape), addresses)
+        weakref.finalize(self, _close, self._library, self.exchange, views).atexit = False
 
-    def _choose_capacity(self, shape: _Shape, max_tokens: int, max_bytes: int) -> int:
+    def _choose_capacity(self, shape: ExchangeShape, max_tokens: int, max_bytes: int) -> int:
         """Set the tokens of an exchange, an even number; returns the size of a segment."""
 
         def size(capacity: int) -> int:
@@ -151,6 +124,15 @@ class SymmetricDispatcher:
         per_pair = max(1, (size(2048) - fixed) // 1024)
         fitting = (max_bytes - fixed) // per_pair
         return size(2 * max(1, min(-(-max_tokens // 2), fitting)))
+
+    def step(self, tokens_per_rank: list[int], part_tokens: int) -> SpreadStep:
+        """What native layers need to exchange rows themselves, `part_tokens` of each rank at a time."""
+        rows = sum(min(tokens, part_tokens) for tokens in tokens_per_rank)
+        arrived, computed = self._arrived.rows(rows), self._computed.rows(rows * self.top_k)
+        pointers = arrived.data_ptr(), computed.data_ptr()
+        step = SpreadStep(max(tokens_per_rank), part_tokens, rows, self._timeout_ns, *pointers)
+        step.keep = (arrived, computed)
+        return step
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         """See `dispatch.Dispatcher`; `slot_TK` is int64."""
@@ -179,7 +161,7 @@ class SymmetricDispatcher:
         counts_S = slot_TK.new_empty(self.num_slots)
         largest = c_int64()
         total = self._library.moe_exchange_dispatch(
-            self._exchange,
+            self.exchange,
             x_TD.data_ptr(),
             slot_TK.data_ptr(),
             num_tokens,
@@ -191,8 +173,7 @@ class SymmetricDispatcher:
             counts_S.data_ptr(),
             ctypes.addressof(largest),
         )
-        if total < 0:
-            raise self._late(-1 - total)
+        check_arrived(-1 - total, self._timeout_ns)
         self._number += 1
         sent = Dispatched(x_ND, row_R[:total], counts_S, (self._number, slot_TK), self._computed.rows(total))
         return sent, largest.value
@@ -205,14 +186,13 @@ class SymmetricDispatcher:
         out_TD = y_RD.new_empty(len(weights_TK), self.hidden_size)
         late = self._library.moe_exchange_combine(
             self._is_bf16,
-            self._exchange,
+            self.exchange,
             y_RD.data_ptr(),
             weights_TK.data_ptr(),
             self._timeout_ns,
             out_TD.data_ptr(),
         )
-        if late >= 0:
-            raise self._late(late)
+        check_arrived(late, self._timeout_ns)
         return out_TD
 
     def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
@@ -220,9 +200,8 @@ class SymmetricDispatcher:
         slot_TK = self._check(y_RD, sent)
         y_RD = y_RD.contiguous()
         y_ND = y_RD.new_empty(slot_TK.numel(), self.hidden_size)
-        late = self._library.moe_exchange_bring_back(self._exchange, y_RD.data_ptr(), self._timeout_ns, y_ND.data_ptr())
-        if late >= 0:
-            raise self._late(late)
+        late = self._library.moe_exchange_bring_back(self.exchange, y_RD.data_ptr(), self._timeout_ns, y_ND.data_ptr())
+        check_arrived(late, self._timeout_ns)
         pair_R = (slot_TK.flatten() >= 0).nonzero().flatten()
         return Returned(y_ND[pair_R], pair_R)
 
@@ -238,9 +217,6 @@ class SymmetricDispatcher:
         assert y_RD.dtype == self.dtype and y_RD.shape == (len(sent.row_R), self.hidden_size)
         slots: Tensor = slot_TK
         return slots
-
-    def _late(self, rank: int) -> TimeoutError:
-        return TimeoutError(f"symmetric: no rows from rank {rank} within {self.timeout:g} s")
 
 
 def free_bytes() -> int:

@@ -70,7 +70,6 @@ class Kit(Protocol):
         config: MoEConfig,
         weight_ED: Tensor,
         bias_E: Tensor | None,
-        slot_E: Tensor,
         counts_2E: Tensor | None,
         layer: int,
     ) -> Any: ...
@@ -203,7 +202,7 @@ class ModelLoader:
         if self.limits is not None:
             limits = LayerLimits(self.limits, moe, bias_E, counts_2E, row, slots_WS.shape[1])
         gate_counts = limits is None or not limits.changes_experts
-        gate = self.kit.gate(moe, weight_ED, bias_E, slot_E, counts_2E if gate_counts else None, row)
+        gate = self.kit.gate(moe, weight_ED, bias_E, counts_2E if gate_counts else None, row)
         experts = self.kit.experts(self.num_slots, c.hidden_size, moe.intermediate_size)
         for slot, expert in enumerate(slots_WS[self.rank, : self.num_slots].tolist()):
             if expert >= 0:

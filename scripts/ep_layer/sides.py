@@ -22,6 +22,7 @@ from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
 from moe_runtime.kernels.cpu.packed import PackedExperts
+from moe_runtime.moe import part_size
 
 HIDDEN, LAYERS, INPUTS = 1024, 2, 8
 SHIFT = 8.0  # of all inputs along one direction, through which router weights set the load
@@ -142,16 +143,24 @@ class OurSide:
         gate = native.gate_config(
             self.shape.experts, top_k=self.shape.top_k, scoring="softmax", normalize=self.shape.top_k > 1
         )
-        slot_E = torch.arange(self.shape.experts)
         # Rounded as DeepSpeed's is, and multiplied in float32, as DeepSpeed does.
         weights = [router_weight(self.shape, layer, routing).to(self.dtype).float() for layer in range(LAYERS)]
-        self.routers = [Router(self.kernels, gate, weight_ED, slot_E) for weight_ED in weights]
+        self.routers = [Router(self.kernels, gate, weight_ED) for weight_ED in weights]
 
     def calls(self, inputs: list[Tensor]) -> dict[str, Call]:
-        if self.ranks == 1:
-            blocks = [SparseBlock(router, e, None) for router, e in zip(self.routers, self.experts, strict=True)]
-            return {"local": lambda i: blocks[i % LAYERS](inputs[i % INPUTS], 0)}
-        return {name: partial(self._call, way, inputs) for name, way in self.ways.items()}
+        slot_EP, shared = torch.arange(self.shape.experts)[:, None], self.ways.get("symmetric")
+        exchange, step = None, None
+        if isinstance(shared, SymmetricDispatcher):
+            tokens_per_rank = [len(inputs[0])] * self.ranks
+            exchange = shared.exchange
+            step = shared.step(tokens_per_rank, part_size(tokens_per_rank, self.shape.experts, self.shape.top_k))
+        parts = zip(self.routers, self.experts, strict=True)
+        blocks = [SparseBlock(router, slot_EP, experts, None, exchange=exchange) for router, experts in parts]
+        calls: dict[str, Call] = {name: partial(self._call, way, inputs) for name, way in self.ways.items()}
+        calls["local" if step is None else "symmetric"] = lambda i: blocks[i % LAYERS](
+            inputs[i % INPUTS], 0, spread=step
+        )
+        return calls
 
     def _call(self, way: Dispatcher, inputs: list[Tensor], index: int) -> Tensor:
         x_TD = inputs[index % INPUTS]

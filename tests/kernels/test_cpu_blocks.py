@@ -109,9 +109,10 @@ def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72
     w13 = normal(num_experts, 2 * inner, hidden, dtype=dtype) / 8
     w2 = normal(num_experts, hidden, inner, dtype=dtype) / 8
     slot_E, counts = torch.randperm(num_experts), torch.zeros(2, 3, num_experts, dtype=torch.int64)
-    router = Router(kernels, gate, weight, slot_E, counts[:, 1])
+    router = Router(kernels, gate, weight, counts[:, 1])
     shared_weights = (normal(1, 34, hidden, dtype=dtype) / 8, normal(1, hidden, 17, dtype=dtype) / 8)
-    block = SparseBlock(router, experts_of(kernels, w13, w2), experts_of(kernels, *shared_weights) if shared else None)
+    shared_experts = experts_of(kernels, *shared_weights) if shared else None
+    block = SparseBlock(router, slot_E[:, None], experts_of(kernels, w13, w2), shared_experts)
     return block, weight, w13, w2, slot_E, counts, shared_weights if shared else None
 
 
@@ -159,14 +160,15 @@ def test_a_token_leaves_the_sparse_block_with_the_same_bits_in_any_batch(kernels
 
 @DTYPES
 def test_blocks_with_the_norm_behind_them(kernels, dtype):
-    block, *_ = sparse_block(kernels, dtype, torch.float32, shared=False)
+    block, _, _, _, slot_E, *_ = sparse_block(kernels, dtype, torch.float32, shared=False)
     x, residual = normal(20, 72, dtype=dtype), normal(20, 72, dtype=dtype)
     norm = NextNorm(normal(72, dtype=dtype), 1e-6)
     w13, w2 = normal(1, 60, 72, dtype=dtype) / 8, normal(1, 72, 30, dtype=dtype) / 8
     mlp = experts_of(kernels, w13, w2)
     dense = DenseBlock(mlp)(x)
     assert torch.equal(dense, mlp(x, None, torch.tensor([20])))
-    with_norm = (SparseBlock(block.router, block.experts, None, norm), (0,)), (DenseBlock(mlp, norm), ())
+    sparse = SparseBlock(block.router, slot_E[:, None], block.experts, None, norm)
+    with_norm = (sparse, (0,)), (DenseBlock(mlp, norm), ())
     for (fused, arguments), plain in zip(with_norm, (block(x, 0), dense), strict=True):
         total = residual.clone()
         normed = fused(x, *arguments, total)

@@ -2,9 +2,7 @@
 // `is_bf16` names the element type of activations and weights: bf16, else float32.
 #include <mutex>
 
-#include "attention.h"
-#include "heads.h"
-#include "moe.h"
+#include "layers.h"
 #include "packing.h"
 
 namespace moe {
@@ -15,33 +13,9 @@ Engine& engine = *new Engine;
 std::mutex mutex;
 
 template <class Body>
-void dispatch(int is_bf16, const Body& body) {
+auto dispatch(int is_bf16, const Body& body) {
   const std::lock_guard<std::mutex> lock(mutex);
-  is_bf16 ? body(bf16{}) : body(0.0f);
-}
-
-// Rows that one task takes where a row is little work.
-template <class Body>
-void for_rows(int64_t rows, const Body& body) {
-  constexpr int64_t kRows = 16;
-  engine.pool.run(ceil_div(rows, kRows), [&](int64_t task, int) {
-    for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) body(i);
-  });
-}
-
-// The norm between a block and the next: residual += out, out = norm of that. None where `weight` is null.
-struct NextNorm {
-  const void* weight;
-  float eps;
-};
-
-template <class T>
-void normalize(const NextNorm& next, int64_t rows, int64_t size, T* residual, T* out) {
-  if (next.weight == nullptr) return;
-  for_rows(rows, [&](int64_t i) {
-    T *total = residual + i * size, *row = out + i * size;
-    add_rms_norm_row(row, total, static_cast<const T*>(next.weight), size, next.eps, total, row);
-  });
+  return is_bf16 ? body(bf16{}) : body(0.0f);
 }
 
 }  // namespace
@@ -107,7 +81,7 @@ void moe_free_escapes(Escape** escapes, int64_t panels) { std::for_each_n(escape
 void moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    for_rows(count, [&](int64_t i) {
+    for_rows(engine.pool, count, [&](int64_t i) {
       unpack_rows(weight->data, weight->escapes, rows[i], 1, weight->inputs, static_cast<T*>(out) + i * weight->inputs);
     });
   });
@@ -130,7 +104,7 @@ void moe_linear(int is_bf16, int out_float32, const Weight* weight, const void* 
 void moe_rms_norm(int is_bf16, const void* x, const void* weight, int64_t rows, int64_t size, float eps, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    for_rows(rows, [&](int64_t i) {
+    for_rows(engine.pool, rows, [&](int64_t i) {
       rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(weight), size, eps,
                    static_cast<T*>(out) + i * size);
     });
@@ -141,7 +115,7 @@ void moe_add_rms_norm(int is_bf16, const void* x, const void* residual, const vo
                       float eps, void* total, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    for_rows(rows, [&](int64_t i) {
+    for_rows(engine.pool, rows, [&](int64_t i) {
       add_rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(residual) + i * size,
                        static_cast<const T*>(weight), size, eps, static_cast<T*>(total) + i * size,
                        static_cast<T*>(out) + i * size);
@@ -152,7 +126,7 @@ void moe_add_rms_norm(int is_bf16, const void* x, const void* residual, const vo
 void moe_silu_mul(int is_bf16, const void* gate_up, int64_t rows, int64_t size, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    for_rows(rows, [&](int64_t i) {
+    for_rows(engine.pool, rows, [&](int64_t i) {
       const T* gate = static_cast<const T*>(gate_up) + i * 2 * size;
       silu_mul_row(gate, gate + size, size, static_cast<T*>(out) + i * size);
     });
@@ -168,49 +142,11 @@ void moe_paged_attention(int is_bf16, const AttentionShape* shape, const StepLay
   });
 }
 
-struct AttentionBlock {
-  NextNorm next;
-  AttentionShape shape;
-  HeadOps heads;
-  Weight qkv;
-  const void* qkv_bias;
-  Weight output;
-  const void* output_bias;
-};
-
-}  // extern "C"
-#pragma GCC visibility pop
-
-namespace moe {
-namespace {
-
-// Projection, head ops, attention, projection back; then what `NextNorm` says. `x` and `out` may be the same.
-template <class T>
-void attention_block(const AttentionBlock& block, const StepLayout& step, const StepHeads& heads, const T* x,
-                     T* key_cache, T* value_cache, T* residual, T* out) {
-  const int64_t tokens = step.tokens, inner = block.output.inputs;
-  T* qkv = engine.qkv.get<T>(tokens * block.qkv.outputs);
-  T* attended = engine.attended.get<T>(tokens * inner);
-  linear(engine, block.qkv, static_cast<const T*>(block.qkv_bias), x, tokens, block.qkv.inputs, qkv);
-  AttentionShape shape = block.shape;
-  shape.page_size = heads.page_size;
-  finish_heads(engine, shape, block.heads, heads, tokens, qkv, key_cache, value_cache);
-  paged_attention(engine, shape, step, qkv, block.qkv.outputs, key_cache, value_cache, attended);
-  linear(engine, block.output, static_cast<const T*>(block.output_bias), attended, tokens, inner, out);
-  normalize(block.next, tokens, block.output.outputs, residual, out);
-}
-
-}  // namespace
-}  // namespace moe
-
-#pragma GCC visibility push(default)
-extern "C" {
-
 void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLayout* step, const StepHeads* heads,
                          const void* x, void* key_cache, void* value_cache, void* residual, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    attention_block(*block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
+    attention_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
                     static_cast<T*>(value_cache), static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
@@ -277,68 +213,58 @@ void moe_route(int is_bf16, const Router* router, const Routing* routing, const 
   });
 }
 
-struct SparseBlock {
-  NextNorm next;
-  const Router* router;
-  const Experts* experts;
-  const Experts* shared;  // or null
-};
-
-// The sparse block where all experts are local; then what `NextNorm` says.
-void moe_sparse_block(int is_bf16, const SparseBlock* block, const Routing* routing, const void* x, int64_t tokens,
-                      int64_t num_decode, void* residual, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+int64_t moe_sparse_block(int is_bf16, const SparseBlock* block, const Routing* routing, const SpreadStep* spread,
+                         const void* x, int64_t tokens, int64_t num_decode, void* residual, void* out) {
+  return dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    sparse_block(engine, *block->router, *routing, *block->experts, block->shared, static_cast<const T*>(x), tokens,
-                 num_decode, static_cast<T*>(out));
-    normalize(block->next, tokens, block->experts->hidden, static_cast<T*>(residual), static_cast<T*>(out));
+    return sparse_block(engine, *block, *routing, spread, static_cast<const T*>(x), tokens, num_decode,
+                        static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
 
-struct DenseBlock {
-  NextNorm next;
-  const Experts* mlp;  // one slot
-};
-
-// All rows through one SwiGLU; then what `NextNorm` says.
 void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_t tokens, void* residual, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    grouped_mlp(engine, *block->mlp, static_cast<const T*>(x), tokens, nullptr, &tokens, static_cast<T*>(out));
-    normalize(block->next, tokens, block->mlp->hidden, static_cast<T*>(residual), static_cast<T*>(out));
+    dense_block(engine, *block, static_cast<const T*>(x), tokens, static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
 
-// A layer whose sparse or dense block is all here; the other one is null. Blocks have norms behind them.
-struct Layer {
-  const AttentionBlock* attention;
-  const SparseBlock* sparse;
-  const DenseBlock* dense;
-  void* key_cache;
-  void* value_cache;
-};
-
-// All layers of a decoder, one after the other: `x` and `residual` are changed in place. `routing` has one for each
-// sparse layer, in order, or is null.
-void moe_layers(int is_bf16, const Layer* layers, int64_t count, const Routing* routing, const StepLayout* step,
-                const StepHeads* heads, int64_t num_decode, void* residual, void* x) {
-  dispatch(is_bf16, [&](auto type) {
+int64_t moe_layers(int is_bf16, const Layer* layers, int64_t count, const Routing* routing, const SpreadStep* spread,
+                   const StepLayout* step, const StepHeads* heads, int64_t num_decode, void* residual, void* x) {
+  return dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    T *rows = static_cast<T*>(x), *sums = static_cast<T*>(residual);
-    for (const Layer* layer = layers; layer < layers + count; layer++) {
-      attention_block(*layer->attention, *step, *heads, rows, static_cast<T*>(layer->key_cache),
-                      static_cast<T*>(layer->value_cache), sums, rows);
-      if (layer->sparse) {
-        const SparseBlock& block = *layer->sparse;
-        const Routing asked = routing ? *routing++ : Routing{};
-        sparse_block(engine, *block.router, asked, *block.experts, block.shared, rows, step->tokens, num_decode, rows);
-        normalize(block.next, step->tokens, block.experts->hidden, sums, rows);
-      } else {
-        const DenseBlock& block = *layer->dense;
-        grouped_mlp(engine, *block.mlp, rows, step->tokens, nullptr, &step->tokens, rows);
-        normalize(block.next, step->tokens, block.mlp->hidden, sums, rows);
-      }
-    }
+    return run_layers(engine, layers, count, routing, spread, *step, *heads, num_decode, static_cast<T*>(residual),
+                      static_cast<T*>(x));
+  });
+}
+
+int64_t moe_exchange_segment_bytes(const ExchangeShape* shape) { return Exchange::segment_bytes(*shape); }
+
+// The segments, one of each rank, begin as zeros and must outlive the exchange.
+Exchange* moe_exchange_open(const ExchangeShape* shape, char* const* segments) {
+  return new Exchange(*shape, segments);
+}
+
+void moe_exchange_close(Exchange* exchange) { delete exchange; }
+
+int64_t moe_exchange_dispatch(Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
+                              int64_t most_tokens, int64_t own, int64_t timeout_ns, char* received, int64_t* row,
+                              int64_t* counts, int64_t* largest) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return exchange->dispatch(engine, x, slot, tokens, most_tokens, own, timeout_ns, received, row, counts, largest);
+}
+
+int64_t moe_exchange_bring_back(Exchange* exchange, const char* y, int64_t timeout_ns, char* out) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return exchange->bring_back(engine, y, timeout_ns, out);
+}
+
+int64_t moe_exchange_combine(int is_bf16, Exchange* exchange, const void* y, const float* weights, int64_t timeout_ns,
+                             void* out) {
+  return dispatch(is_bf16, [&](auto type) {
+    using T = decltype(type);
+    return exchange->combine(engine, static_cast<const T*>(y), weights, static_cast<const T*>(nullptr), timeout_ns,
+                             static_cast<T*>(out));
   });
 }
 
@@ -362,5 +288,3 @@ uint64_t moe_read(const void* data, int64_t bytes) {
 
 }  // extern "C"
 #pragma GCC visibility pop
-
-#include "exchange.h"

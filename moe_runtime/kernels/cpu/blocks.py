@@ -1,4 +1,4 @@
-"""The parts of a decoder layer that are one native call each, and all layers in one.
+"""The parts of a decoder layer that are one native call each.
 
 Their C structs hold what does not change, so that a call passes a few pointers. A block may take the norm behind it:
 called with the residual rows, it adds its output to them in place and returns the norm of the sum. Shape suffixes are
@@ -8,14 +8,13 @@ those of `native`.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, Step, is_bf16, pointer
+from moe_runtime.kernels.cpu.native import Kernels, Step, check_arrived, is_bf16, pointer
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
 
@@ -139,15 +138,12 @@ class Router:
     Args:
         gate: from `native.gate_config`.
         weight_ED: in the model's dtype or in float32.
-        slot_E: int64, the slot of each expert; what `SparseBlock` uses.
         counts_2E: int64, tokens of each expert in prefill and decode, which grow with every call; None counts nothing.
             Rows may be apart, so a layer of a larger tensor fits.
     """
 
-    def __init__(
-        self, kernels: Kernels, gate: GateConfig, weight_ED: Tensor, slot_E: Tensor, counts_2E: Tensor | None = None
-    ) -> None:
-        assert len(weight_ED) == gate.experts == len(slot_E) and slot_E.dtype == torch.int64
+    def __init__(self, kernels: Kernels, gate: GateConfig, weight_ED: Tensor, counts_2E: Tensor | None = None) -> None:
+        assert len(weight_ED) == gate.experts
         assert counts_2E is None or (counts_2E.dtype == torch.int64 and counts_2E.stride(1) == 1)
         self.kernels = kernels
         self.top_k = gate.top_k
@@ -156,13 +152,12 @@ class Router:
             gate,
             self.linear.weight,
             weight_ED.dtype == torch.float32,
-            pointer(slot_E),
             None if counts_2E is None else counts_2E.data_ptr(),
             0 if counts_2E is None else counts_2E.stride(0),
         )
         self.address = ctypes.addressof(self.router)
-        self.slot_E, self.counts_2E = slot_E, counts_2E
-        self._keep = gate.keep
+        self.num_experts = gate.experts
+        self._keep = (gate.keep, counts_2E)
 
     @property
     def nbytes(self) -> int:
@@ -192,42 +187,73 @@ class Router:
 
 
 class SparseBlock:
-    """The whole sparse block where all experts are local: route, experts, weighted sum, shared experts.
+    """The whole sparse block: route, experts, weighted sum, shared experts.
 
     Args:
+        slot_EP: int64, the slots that each expert's rows go to in turn; P is a power of two. It may change.
         shared: the experts that every token uses, as one slot; or None.
         next_norm: the norm behind, or None.
+        exchange: address of the exchange with all ranks, whose slots `slot_EP` has; None: all experts are here.
     """
 
     def __init__(
-        self, router: Router, experts: PackedExperts, shared: PackedExperts | None, next_norm: NextNorm | None = None
+        self,
+        router: Router,
+        slot_EP: Tensor,
+        experts: PackedExperts,
+        shared: PackedExperts | None,
+        next_norm: NextNorm | None = None,
+        exchange: int | None = None,
     ) -> None:
         assert shared is None or shared.num_slots == 1
-        assert int(router.slot_E.min()) >= 0 and int(router.slot_E.max()) < experts.num_slots
+        assert slot_EP.dtype == torch.int64 and len(slot_EP) == router.num_experts and int(slot_EP.min()) >= 0
+        assert slot_EP.shape[1].bit_count() == 1
+        assert exchange is not None or int(slot_EP.max()) < experts.num_slots
         self.router, self.experts, self.shared, self.next_norm = router, experts, shared, next_norm
-        shared_address = None if shared is None else shared.address
-        self.block = structs.SparseBlock(_next_norm(next_norm), router.address, experts.address, shared_address)
+        self.block = structs.SparseBlock(
+            _next_norm(next_norm),
+            router.address,
+            experts.address,
+            None if shared is None else shared.address,
+            exchange,
+            structs.Routes(pointer(slot_EP), slot_EP.shape[1]),
+        )
         self.address = ctypes.addressof(self.block)
+        self.has_exchange = exchange is not None
+        self._keep = slot_EP
         self._is_bf16 = experts.is_bf16
 
     def __call__(
-        self, x_TD: Tensor, num_decode: int, residual_TD: Tensor | None = None, routing: Routing = NO_ROUTING
+        self,
+        x_TD: Tensor,
+        num_decode: int,
+        residual_TD: Tensor | None = None,
+        routing: Routing = NO_ROUTING,
+        spread: structs.SpreadStep | None = None,
     ) -> Tensor:
-        """`[T, D]`; the first `num_decode` rows are counted as decode."""
+        """`[T, D]`; the first `num_decode` rows are counted as decode. `spread` where there is an exchange.
+
+        Raises:
+            TimeoutError: a rank did not come to the exchange in time.
+        """
         assert x_TD.dtype == self.experts.dtype and x_TD.shape[1] == self.experts.hidden_size
+        assert self.has_exchange == (spread is not None)
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         asked = routing.struct(len(x_TD), self.router.top_k)
-        self.experts.kernels.library.moe_sparse_block(
+        late = self.experts.kernels.library.moe_sparse_block(
             self._is_bf16,
             self.address,
             ctypes.addressof(asked),
+            structs.address(spread),
             pointer(x_TD),
             len(x_TD),
             num_decode,
             residual,
             out_TD.data_ptr(),
         )
+        if spread is not None:
+            check_arrived(late, spread.timeout_ns)
         return out_TD
 
 
@@ -254,65 +280,6 @@ class DenseBlock:
             self._is_bf16, self.address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
         )
         return out_TD
-
-
-class Layers:
-    """All layers of a decoder whose experts are all here, in one call.
-
-    Args:
-        blocks: attention and MLP of each layer, with norms behind them.
-        caches: keys and values `[N, B, G, d]` of each layer.
-    """
-
-    def __init__(
-        self, blocks: Sequence[tuple[AttentionBlock, SparseBlock | DenseBlock]], caches: Sequence[tuple[Tensor, Tensor]]
-    ) -> None:
-        assert all(part.next_norm is not None for layer in blocks for part in layer)
-        self._keep = (list(blocks), list(caches))
-        self._page_size = caches[0][0].shape[1]
-        self._top_k = [mlp.router.top_k for _, mlp in blocks if isinstance(mlp, SparseBlock)]
-        self.num_sparse = len(self._top_k)
-        self._library = blocks[0][0].kernels.library
-        self._dtype = blocks[0][0].qkv.dtype
-        self._is_bf16 = blocks[0][0].qkv.is_bf16
-        self._layers = (structs.Layer * len(blocks))(
-            *(
-                structs.Layer(
-                    attention.address,
-                    mlp.address if isinstance(mlp, SparseBlock) else None,
-                    mlp.address if isinstance(mlp, DenseBlock) else None,
-                    pointer(keys),
-                    pointer(values),
-                )
-                for (attention, mlp), (keys, values) in zip(blocks, caches, strict=True)
-            )
-        )
-        self._address = ctypes.addressof(self._layers)
-
-    def __call__(
-        self, x_TD: Tensor, residual_TD: Tensor, step: Step, num_decode: int, routing: Sequence[Routing] = ()
-    ) -> None:
-        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place.
-
-        `routing` has one for each sparse layer, or none at all.
-        """
-        assert not routing or len(routing) == self.num_sparse
-        asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(routing, self._top_k, strict=False)]
-        structure = (structs.Routing * len(asked))(*asked) if asked else None
-        assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
-        assert x_TD.shape[0] == step.layout.tokens
-        step.heads.page_size = self._page_size
-        self._library.moe_layers(
-            self._is_bf16,
-            self._address,
-            len(self._layers),
-            structure,
-            step.address,
-            step.heads_address,
-            num_decode,
-            pointer(residual_TD),
-            pointer(x_TD),
-        )
 
 
 def _next_norm(norm: NextNorm | None) -> structs.NextNorm:

@@ -65,8 +65,18 @@ struct Engine {
   std::vector<Scratch> scratch = std::vector<Scratch>(1);
   std::vector<PanelTask> panel_tasks;
   std::vector<AttentionTask> attention_tasks;
-  Buffer padded, widened, logits, qkv, attended, hidden, expert_rows, shared_rows, routing, parts;
+  Buffer padded, widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, routing,
+      parts;
 };
+
+// Rows that one task takes where a row is little work.
+template <class Body>
+void for_rows(Pool& pool, int64_t rows, const Body& body) {
+  constexpr int64_t kRows = 16;
+  pool.run(ceil_div(rows, kRows), [&](int64_t task, int) {
+    for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) body(i);
+  });
+}
 
 // A packed weight; plain data, filled by the caller. `escapes` has a list for each panel of bf16.
 struct Weight {

@@ -1,5 +1,4 @@
-// Token rows to the experts of the other ranks of this host and back, through shared memory. api.cpp includes this file
-// behind the engine and the lock that its functions use.
+// Token rows to the experts of the other ranks of this host and back, through shared memory.
 //
 // Every rank has a segment, which all ranks map. Exchanges are numbered, and all ranks make the same ones in the same
 // order. In exchange n a rank puts what it has for its peers into their segments, then its flag "n" into each of them,
@@ -39,6 +38,8 @@ class Exchange {
     return returned_offset(shape) + shape.capacity * shape.top_k * shape.row_bytes;
   }
 
+  int64_t slots() const { return shape_.slots; }
+
   // Puts each token, once, into the segments of the ranks that have its slots (`slot[tokens, top_k]`, global, -1 for
   // none), and takes what the peers put here: rows into `received`; into `row` and `counts` the row of each
   // computation, grouped by slot. `most_tokens` is the largest number of tokens of any rank. Each rank brings a number,
@@ -68,25 +69,25 @@ class Exchange {
       }
     }
     const int64_t total = pairs_.size();
-    int64_t* order = engine.routing.get<int64_t>(total);
-    group_by_slot(slots_.data(), total, shape_.slots, order, counts);
+    order_.resize(total);
+    group_by_slot(slots_.data(), total, shape_.slots, order_.data(), counts);
     for (int64_t i = 0; i < total; i++) {
-      row[i] = pairs_[order[i]].row;
-      pairs_[order[i]].computation = i;
+      row[i] = pairs_[order_[i]].row;
+      pairs_[order_[i]].computation = i;
     }
     return total;
   }
 
   // The way back of the last dispatch: `y` has its computations in order. `out[tokens, hidden]` is each token's sum
-  // over k, in order. Returns -1, or the rank that did not arrive in time.
+  // over k, in order, and its row of `extra`, unless that is null. Returns -1, or the rank that did not arrive in time.
   template <class T>
-  int64_t combine(Engine& engine, const T* y, const float* weights, int64_t timeout_ns, T* out) {
+  int64_t combine(Engine& engine, const T* y, const float* weights, const T* extra, int64_t timeout_ns, T* out) {
     const int64_t top_k = shape_.top_k;
     return way_back(engine.pool, reinterpret_cast<const char*>(y), timeout_ns,
                     [&](int64_t first, int64_t count, const char* rows) {
                       moe::combine(engine, reinterpret_cast<const T*>(rows), place_.data() + first * top_k,
                                    weights + first * top_k, count, top_k, shape_.hidden,
-                                   static_cast<const T*>(nullptr), out + first * shape_.hidden);
+                                   extra ? extra + first * shape_.hidden : nullptr, out + first * shape_.hidden);
                     });
   }
 
@@ -297,47 +298,10 @@ class Exchange {
 
   // Of the last dispatch; pairs in the order of arrival.
   int64_t tokens_ = 0, round_tokens_ = 1, rounds_ = 0;
-  std::vector<int64_t> place_, round_end_, slots_;
+  std::vector<int64_t> place_, round_end_, slots_, order_;
   std::vector<Pair> pairs_;
 };
 
 static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
 
 }  // namespace moe
-
-#pragma GCC visibility push(default)
-extern "C" {
-
-int64_t moe_exchange_segment_bytes(const moe::ExchangeShape* shape) { return moe::Exchange::segment_bytes(*shape); }
-
-// The segments, one of each rank, begin as zeros and must outlive the exchange.
-moe::Exchange* moe_exchange_open(const moe::ExchangeShape* shape, char* const* segments) {
-  return new moe::Exchange(*shape, segments);
-}
-
-void moe_exchange_close(moe::Exchange* exchange) { delete exchange; }
-
-int64_t moe_exchange_dispatch(moe::Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
-                              int64_t most_tokens, int64_t own, int64_t timeout_ns, char* received, int64_t* row,
-                              int64_t* counts, int64_t* largest) {
-  const std::lock_guard<std::mutex> lock(moe::mutex);
-  return exchange->dispatch(moe::engine, x, slot, tokens, most_tokens, own, timeout_ns, received, row, counts, largest);
-}
-
-int64_t moe_exchange_bring_back(moe::Exchange* exchange, const char* y, int64_t timeout_ns, char* out) {
-  const std::lock_guard<std::mutex> lock(moe::mutex);
-  return exchange->bring_back(moe::engine, y, timeout_ns, out);
-}
-
-int64_t moe_exchange_combine(int is_bf16, moe::Exchange* exchange, const void* y, const float* weights,
-                             int64_t timeout_ns, void* out) {
-  int64_t late;
-  moe::dispatch(is_bf16, [&](auto type) {
-    using T = decltype(type);
-    late = exchange->combine(moe::engine, static_cast<const T*>(y), weights, timeout_ns, static_cast<T*>(out));
-  });
-  return late;
-}
-
-}  // extern "C"
-#pragma GCC visibility pop

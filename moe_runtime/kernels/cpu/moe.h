@@ -1,4 +1,4 @@
-// The sparse block: router, grouping by slot, SwiGLU experts over groups of rows, weighted sum per token.
+// The parts of a sparse block: router, grouping by slot, SwiGLU experts over groups of rows, weighted sum per token.
 #pragma once
 
 #include "engine.h"
@@ -131,7 +131,6 @@ struct Router {
   GateConfig gate;
   Weight weight;  // [experts, hidden]
   int32_t weight_is_float32;
-  const int64_t* slot;  // of each expert
   int64_t* counts;      // [2, experts] of this layer, prefill then decode; grows
   int64_t phase_stride;  // elements between the phases
 };
@@ -165,24 +164,47 @@ void route(Engine& engine, const Router& router, const Routing& routing, const T
   }
 }
 
+// Where experts are: the i-th row of an expert goes to entry i % length of its list, `slot[experts, length]`. The length
+// is a power of two.
+struct Routes {
+  const int64_t* slot;
+  int64_t length;
+};
+
+// Replaces each of `size` experts by a slot, -1 by -1.
+inline void take_slots(Engine& engine, const Routes& routes, int64_t experts, int64_t size, int64_t* chosen) {
+  int64_t* turns = engine.turns.get<int64_t>(experts);
+  std::fill_n(turns, experts, 0);
+  for (int64_t i = 0; i < size; i++) {
+    const int64_t expert = chosen[i];
+    if (expert >= 0) chosen[i] = routes.slot[expert * routes.length + (turns[expert]++ & (routes.length - 1))];
+  }
+}
+
+// The rows of the experts that every token uses; null where there are none.
+template <class T>
+const T* shared_rows(Engine& engine, const Experts* shared, const T* x, int64_t tokens) {
+  if (shared == nullptr) return nullptr;
+  T* rows = engine.shared_rows.get<T>(tokens * shared->hidden);
+  grouped_mlp(engine, *shared, x, tokens, nullptr, &tokens, rows);
+  return rows;
+}
+
 // Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
 constexpr int64_t kExpertRows = 128;
 
-// The whole sparse block of a rank that holds all experts. `shared` may be null.
+// The weighted sum of each token's experts `slot[tokens, top_k]`, all of which are here, and the shared ones, unless
+// that is null.
 template <class T>
-void sparse_block(Engine& engine, const Router& router, const Routing& routing, const Experts& experts,
-                  const Experts* shared, const T* x, int64_t tokens, int64_t num_decode, T* out) {
-  const int64_t top_k = router.gate.top_k, all = tokens * top_k;
-  int64_t* chosen = engine.routing.get<int64_t>(5 * all + experts.slots);
-  int64_t *order = chosen + all, *row = order + all, *place = row + all, *counts = place + all;
-  float* weights = reinterpret_cast<float*>(counts + experts.slots);
-  route(engine, router, routing, x, tokens, num_decode, weights, chosen);
-  for (int64_t i = 0; i < all; i++) chosen[i] = chosen[i] < 0 ? -1 : router.slot[chosen[i]];
-  const int64_t parts = ceil_div(all, kExpertRows * experts.slots);
+void local_experts(Engine& engine, const Experts& experts, const Experts* shared, const int64_t* slot,
+                   const float* weights, const T* x, int64_t tokens, int64_t top_k, T* out) {
+  const int64_t all = tokens * top_k, parts = ceil_div(all, kExpertRows * experts.slots);
+  int64_t* counts = engine.routing.get<int64_t>(experts.slots + 3 * all);
+  int64_t *order = counts + experts.slots, *row = order + all, *place = row + all;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = tokens * part / parts, count = tokens * (part + 1) / parts - first, size = count * top_k;
     const T* rows = x + first * experts.hidden;
-    const int64_t kept = group_by_slot(chosen + first * top_k, size, experts.slots, order, counts);
+    const int64_t kept = group_by_slot(slot + first * top_k, size, experts.slots, order, counts);
     if (kept < size) std::fill_n(place, size, -1);
     for (int64_t i = 0; i < kept; i++) {
       row[i] = order[i] / top_k;
@@ -190,11 +212,7 @@ void sparse_block(Engine& engine, const Router& router, const Routing& routing, 
     }
     T* y = engine.expert_rows.get<T>(size * experts.hidden);
     grouped_mlp(engine, experts, rows, count, row, counts, y);
-    T* extra = nullptr;
-    if (shared) {
-      extra = engine.shared_rows.get<T>(count * experts.hidden);
-      grouped_mlp(engine, *shared, rows, count, nullptr, &count, extra);
-    }
+    const T* extra = shared_rows(engine, shared, rows, count);
     combine(engine, y, place, weights + first * top_k, count, top_k, experts.hidden, extra,
             out + first * experts.hidden);
   }

@@ -77,6 +77,12 @@ def is_bf16_dtype(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
+def check_arrived(late: int, timeout_ns: int) -> None:
+    """Raise TimeoutError if a call says that a rank did not come to an exchange in time; below 0 all came."""
+    if late >= 0:
+        raise TimeoutError(f"symmetric: no rows from rank {late} within {timeout_ns / 1e9:g} s")
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Where the data of a contiguous CPU tensor begin.
 

@@ -69,8 +69,31 @@ class NextNorm(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("eps", c_float))
 
 
+class Routes(ctypes.Structure):
+    _fields_ = (("slot", c_void_p), ("length", c_int64))
+
+
 class SparseBlock(ctypes.Structure):
-    _fields_ = (("next", NextNorm), ("router", c_void_p), ("experts", c_void_p), ("shared", c_void_p))
+    _fields_ = (
+        ("next", NextNorm),
+        ("router", c_void_p),
+        ("experts", c_void_p),
+        ("shared", c_void_p),
+        ("exchange", c_void_p),
+        ("routes", Routes),
+    )
+
+
+class SpreadStep(ctypes.Structure):
+    _fields_ = (
+        ("most_tokens", c_int64),
+        ("part_tokens", c_int64),
+        ("part_rows", c_int64),
+        ("timeout_ns", c_int64),
+        ("arrived", c_void_p),
+        ("computed", c_void_p),
+    )
+    keep: object = None  # what the pointers point to
 
 
 class DenseBlock(ctypes.Structure):
@@ -116,7 +139,6 @@ class Router(ctypes.Structure):
         ("gate", GateConfig),
         ("weight", Weight),
         ("weight_is_float32", c_int32),
-        ("slot", c_void_p),
         ("counts", c_void_p),
         ("phase_stride", c_int64),
     )
@@ -124,6 +146,24 @@ class Router(ctypes.Structure):
 
 class Routing(ctypes.Structure):
     _fields_ = (("policy", c_void_p), ("policies", c_void_p), ("chosen", c_void_p))
+
+
+class ExchangeShape(ctypes.Structure):
+    _fields_ = (
+        ("ranks", c_int64),
+        ("rank", c_int64),
+        ("slots", c_int64),
+        ("hidden", c_int64),
+        ("top_k", c_int64),
+        ("capacity", c_int64),
+        ("row_bytes", c_int64),
+        ("ranks_share_cores", c_int64),
+    )
+
+
+def address(structure: ctypes.Structure | None) -> int | None:
+    """Where a struct is; null for none."""
+    return None if structure is None else ctypes.addressof(structure)
 
 
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
@@ -150,7 +190,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
-    "moe_layers": (None, (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_layers": (
+        c_int64,
+        (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
+    ),
     "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
@@ -160,7 +203,19 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     ),
     "moe_route": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
-    "moe_sparse_block": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_sparse_block": (
+        c_int64,
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),
+    ),
     "moe_dense_block": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
+    "moe_exchange_segment_bytes": (c_int64, (c_void_p,)),
+    "moe_exchange_open": (c_void_p, (c_void_p, c_void_p)),
+    "moe_exchange_close": (None, (c_void_p,)),
+    "moe_exchange_dispatch": (
+        c_int64,
+        (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_exchange_bring_back": (c_int64, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "moe_exchange_combine": (c_int64, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_read": (c_uint64, (c_void_p, c_int64)),
 }

@@ -1,0 +1,157 @@
+// The blocks of a decoder's layers, each with the norm behind it, and all layers one after the other.
+#pragma once
+
+#include "attention.h"
+#include "exchange.h"
+#include "heads.h"
+#include "moe.h"
+
+namespace moe {
+
+// The norm between a block and the next: residual += out, out = norm of that. None where `weight` is null.
+struct NextNorm {
+  const void* weight;
+  float eps;
+};
+
+template <class T>
+void normalize(Engine& engine, const NextNorm& next, int64_t rows, int64_t size, T* residual, T* out) {
+  if (next.weight == nullptr) return;
+  for_rows(engine.pool, rows, [&](int64_t i) {
+    T *total = residual + i * size, *row = out + i * size;
+    add_rms_norm_row(row, total, static_cast<const T*>(next.weight), size, next.eps, total, row);
+  });
+}
+
+struct AttentionBlock {
+  NextNorm next;
+  AttentionShape shape;
+  HeadOps heads;
+  Weight qkv;
+  const void* qkv_bias;
+  Weight output;
+  const void* output_bias;
+};
+
+// Projection, head ops, attention, projection back. `x` and `out` may be the same, as in the blocks below.
+template <class T>
+void attention_block(Engine& engine, const AttentionBlock& block, const StepLayout& step, const StepHeads& heads,
+                     const T* x, T* key_cache, T* value_cache, T* residual, T* out) {
+  const int64_t tokens = step.tokens, inner = block.output.inputs;
+  T* qkv = engine.qkv.get<T>(tokens * block.qkv.outputs);
+  T* attended = engine.attended.get<T>(tokens * inner);
+  linear(engine, block.qkv, static_cast<const T*>(block.qkv_bias), x, tokens, block.qkv.inputs, qkv);
+  AttentionShape shape = block.shape;
+  shape.page_size = heads.page_size;
+  finish_heads(engine, shape, block.heads, heads, tokens, qkv, key_cache, value_cache);
+  paged_attention(engine, shape, step, qkv, block.qkv.outputs, key_cache, value_cache, attended);
+  linear(engine, block.output, static_cast<const T*>(block.output_bias), attended, tokens, inner, out);
+  normalize(engine, block.next, tokens, block.output.outputs, residual, out);
+}
+
+struct DenseBlock {
+  NextNorm next;
+  const Experts* mlp;  // one slot
+};
+
+// All rows through one SwiGLU.
+template <class T>
+void dense_block(Engine& engine, const DenseBlock& block, const T* x, int64_t tokens, T* residual, T* out) {
+  grouped_mlp(engine, *block.mlp, x, tokens, nullptr, &tokens, out);
+  normalize(engine, block.next, tokens, block.mlp->hidden, residual, out);
+}
+
+struct SparseBlock {
+  NextNorm next;
+  const Router* router;
+  const Experts* experts;
+  const Experts* shared;  // or null
+  Exchange* exchange;     // with the other ranks that have experts; null: all are here
+  Routes routes;
+};
+
+// What a step of several ranks tells all its sparse blocks.
+struct SpreadStep {
+  int64_t most_tokens;  // of any rank
+  int64_t part_tokens;  // of each rank, that pass a block at a time
+  int64_t part_rows;    // of all ranks together, that do so at most
+  int64_t timeout_ns;   // of a wait for the peers
+  void* arrived;        // room for so many rows,
+  void* computed;       // and for top_k times as many
+};
+
+// Out to the experts' ranks and back. Returns -1, or the rank that did not arrive in time.
+template <class T>
+int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadStep& step, const int64_t* slot,
+                       const float* weights, const T* x, int64_t tokens, T* out) {
+  const int64_t top_k = block.router->gate.top_k, hidden = block.experts->hidden, slots = block.exchange->slots();
+  T *arrived = static_cast<T*>(step.arrived), *computed = static_cast<T*>(step.computed);
+  int64_t* counts = engine.routing.get<int64_t>(slots + step.part_rows * top_k);
+  int64_t *row = counts + slots, largest;
+  for (int64_t first = 0; first < step.most_tokens; first += step.part_tokens) {
+    const int64_t count = std::clamp<int64_t>(tokens - first, 0, step.part_tokens);
+    const int64_t most = std::min(step.part_tokens, step.most_tokens - first);
+    const T* rows = x + first * hidden;
+    const int64_t total =
+        block.exchange->dispatch(engine, reinterpret_cast<const char*>(rows), slot + first * top_k, count, most, 0,
+                                 step.timeout_ns, reinterpret_cast<char*>(arrived), row, counts, &largest);
+    if (total < 0) return -1 - total;
+    grouped_mlp(engine, *block.experts, arrived, step.part_rows, row, counts, computed);
+    const T* extra = shared_rows(engine, block.shared, rows, count);
+    const int64_t late = block.exchange->combine(engine, computed, weights + first * top_k, extra, step.timeout_ns,
+                                                 out + first * hidden);
+    if (late >= 0) return late;
+  }
+  return -1;
+}
+
+// Router, gate, experts, weighted sum, shared experts. `spread` where there is an exchange. Returns -1, or the rank that
+// did not arrive in time.
+template <class T>
+int64_t sparse_block(Engine& engine, const SparseBlock& block, const Routing& routing, const SpreadStep* spread,
+                     const T* x, int64_t tokens, int64_t num_decode, T* residual, T* out) {
+  const int64_t size = tokens * block.router->gate.top_k;
+  float* weights = engine.gate_weights.get<float>(size);
+  int64_t* slot = engine.slots.get<int64_t>(size);
+  route(engine, *block.router, routing, x, tokens, num_decode, weights, slot);
+  take_slots(engine, block.routes, block.router->gate.experts, size, slot);
+  if (block.exchange) {
+    const int64_t late = spread_experts(engine, block, *spread, slot, weights, x, tokens, out);
+    if (late >= 0) return late;
+  } else {
+    local_experts(engine, *block.experts, block.shared, slot, weights, x, tokens, block.router->gate.top_k, out);
+  }
+  normalize(engine, block.next, tokens, block.experts->hidden, residual, out);
+  return -1;
+}
+
+// One of `sparse` and `dense` is null. The blocks have norms behind them.
+struct Layer {
+  const AttentionBlock* attention;
+  const SparseBlock* sparse;
+  const DenseBlock* dense;
+  void* key_cache;
+  void* value_cache;
+};
+
+// All layers of a decoder: `x` and `residual` are changed in place. `routing` has one for each sparse layer, in order,
+// or is null. Returns -1, or the rank that did not arrive in time.
+template <class T>
+int64_t run_layers(Engine& engine, const Layer* layers, int64_t count, const Routing* routing, const SpreadStep* spread,
+                   const StepLayout& step, const StepHeads& heads, int64_t num_decode, T* residual, T* x) {
+  for (const Layer* layer = layers; layer < layers + count; layer++) {
+    attention_block(engine, *layer->attention, step, heads, x, static_cast<T*>(layer->key_cache),
+                    static_cast<T*>(layer->value_cache), residual, x);
+    if (layer->dense) {
+      dense_block(engine, *layer->dense, x, step.tokens, residual, x);
+      continue;
+    }
+    const Routing asked = routing ? *routing++ : Routing{};
+    const int64_t late =
+        sparse_block(engine, *layer->sparse, asked, spread, x, step.tokens, num_decode, residual, x);
+    if (late >= 0) return late;
+  }
+  return -1;
+}
+
+}  // namespace moe

@@ -1,0 +1,87 @@
+"""All layers of a decoder in one native call; see `layers.h`. Shape suffixes are those of `native`."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moe_runtime.kernels.cpu import structs
+from moe_runtime.kernels.cpu.blocks import AttentionBlock, DenseBlock, Routing, SparseBlock
+from moe_runtime.kernels.cpu.native import Step, check_arrived, pointer
+
+
+class Layers:
+    """All layers of a decoder in one call.
+
+    Args:
+        blocks: attention and MLP of each layer, with norms behind them; all sparse ones have an exchange, or none.
+        caches: keys and values `[N, B, G, d]` of each layer.
+    """
+
+    def __init__(
+        self, blocks: Sequence[tuple[AttentionBlock, SparseBlock | DenseBlock]], caches: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        assert all(part.next_norm is not None for layer in blocks for part in layer)
+        self._keep = (list(blocks), list(caches))
+        self._page_size = caches[0][0].shape[1]
+        sparse = [mlp for _, mlp in blocks if isinstance(mlp, SparseBlock)]
+        self._top_k = [mlp.router.top_k for mlp in sparse]
+        self.num_experts = max((mlp.router.num_experts for mlp in sparse), default=0)
+        self._has_exchange = any(mlp.has_exchange for mlp in sparse)
+        assert self._has_exchange == all(mlp.has_exchange for mlp in sparse)
+        self.num_sparse = len(self._top_k)
+        self._library = blocks[0][0].kernels.library
+        self._dtype = blocks[0][0].qkv.dtype
+        self._is_bf16 = blocks[0][0].qkv.is_bf16
+        self._layers = (structs.Layer * len(blocks))(
+            *(
+                structs.Layer(
+                    attention.address,
+                    mlp.address if isinstance(mlp, SparseBlock) else None,
+                    mlp.address if isinstance(mlp, DenseBlock) else None,
+                    pointer(keys),
+                    pointer(values),
+                )
+                for (attention, mlp), (keys, values) in zip(blocks, caches, strict=True)
+            )
+        )
+        self._address = ctypes.addressof(self._layers)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        step: Step,
+        num_decode: int,
+        routing: Sequence[Routing] = (),
+        spread: structs.SpreadStep | None = None,
+    ) -> None:
+        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place.
+
+        `routing` has one for each sparse layer, or none at all; `spread` is there where there is an exchange.
+
+        Raises:
+            TimeoutError: a rank did not come to the exchange in time.
+        """
+        assert not routing or len(routing) == self.num_sparse
+        asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(routing, self._top_k, strict=False)]
+        structure = (structs.Routing * len(asked))(*asked) if asked else None
+        assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
+        assert x_TD.shape[0] == step.layout.tokens and self._has_exchange == (spread is not None)
+        step.heads.page_size = self._page_size
+        late = self._library.moe_layers(
+            self._is_bf16,
+            self._address,
+            len(self._layers),
+            structure,
+            structs.address(spread),
+            step.address,
+            step.heads_address,
+            num_decode,
+            pointer(residual_TD),
+            pointer(x_TD),
+        )
+        if spread is not None:
+            check_arrived(late, spread.timeout_ns)
