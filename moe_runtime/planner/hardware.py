@@ -41,15 +41,14 @@ class Link:
 class Overheads:
     """Seconds that a step takes beside its reading, computing and sending.
 
-    What the interpreter does (`step`, `step_ranks`, `layer_ranks`) is given as it is while caches hold it, and takes
-    `cold_factor` times as long where weights have passed through them meanwhile.
+    What the interpreter does (`step`, `step_ranks`) is given as it is while caches hold it, and takes `cold_factor`
+    times as long where weights have passed through them meanwhile.
 
     Attributes:
         step: of a step with one rank.
         step_ranks: of a step with several.
         step_row: per sequence of the busiest rank in a step: sampling, bookkeeping.
         layer: of a layer: norms, threads that begin and end together.
-        layer_ranks: of a layer where there are several ranks: what the interpreter does between its parts.
         layer_row: per token of the busiest rank and layer, whatever its size: rotation, gate, grouping.
         layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer pass over.
         slot: per expert that has rows, in each layer.
@@ -61,7 +60,6 @@ class Overheads:
     step_ranks: float
     step_row: float
     layer: float
-    layer_ranks: float
     layer_row: float
     layer_byte: float
     slot: float

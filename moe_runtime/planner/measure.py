@@ -127,7 +127,6 @@ def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[st
             step_ranks=0.0,
             step_row=0.0,
             layer=0.0,
-            layer_ranks=0.0,
             layer_row=0.0,
             layer_byte=figure["layer byte", 0],
             slot=figure["slot", 0],
@@ -154,7 +153,7 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     works = [Workload("decode", 2, PROBE_KEYS)]
     found = probe.steps([*variants, streaming(2, *STREAMING_COLD)], works, STREAMING_TOKENS)
     one_stream = replace(hardware, expert_bandwidth=1.0)  # all experts are used, and lie side by side
-    fitted = fit(one_stream, found, ("step", "layer", "step_ranks", "layer_ranks", "latency"))
+    fitted = fit(one_stream, found, ("step", "layer", "step_ranks", "latency"))
     hardware = with_overheads(hardware, **fitted)
 
     # One rank computes the same on all cores: the difference is what is sent.
@@ -187,9 +186,9 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     sources = dict(hardware.sources) | {
         "overheads.step_row": rows,
         "overheads.layer_row": rows,
-        **{f"overheads.{name}": rest for name in ("step", "step_ranks", "layer", "layer_ranks")},
+        **{f"overheads.{name}": rest for name in ("step", "step_ranks", "layer")},
         "overheads.wait": f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores",
-        "intra_node.latency": "measured: what a layer takes longer with two ranks, but for what the interpreter does",
+        "intra_node.latency": "measured: what a layer takes longer with two ranks",
         "intra_node.bandwidth": f"measured: what two prompts of {PROBE_PROMPT} tokens take longer with two ranks",
     }
     return replace(with_overheads(hardware, wait=wait), sources=sources)

@@ -180,16 +180,14 @@ def predict(
     sparse = _sparse_layers(shape, hardware, placement, routing, tokens_W)
     over = hardware.overheads
     on_node = min(num_ranks, hardware.ranks_per_node)
-    per_layer, per_step = _bytes_read(shape, hardware, work, sequences_W, sparse.bytes_read)
-    cold_layer, cold_step = (hardware.cold(each * on_node / num_ranks) for each in (per_layer, per_step))
-    step = (over.step if num_ranks == 1 else over.step_ranks) * cold_step
+    nbytes = _bytes_read(shape, hardware, work, sequences_W, sparse.bytes_read)
+    cold = hardware.cold(nbytes * on_node / num_ranks)
+    step = (over.step if num_ranks == 1 else over.step_ranks) * cold
     head_W = rates.products((shape.head,), sequences_W)
     passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row for each k
     bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
     own_W = halves * (shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W)
     own_W = own_W + over.step_row * sequences_W
-    if num_ranks > 1:
-        own_W = own_W + halves * shape.num_sparse_layers * over.layer_ranks * cold_layer
 
     turns, alone = hardware.turns(on_node), hardware.turns(rates.active)
     parts = {name: alone * halves * float(seconds_W.max()) for name, seconds_W in layers_W.items()}
@@ -206,7 +204,7 @@ def predict(
     memory = _memory(shape, hardware, placement, work, float(sequences_W.max()))
     return Prediction(
         parts=parts,
-        busy_seconds=float(busy_W.sum()) + num_ranks * over.step * cold_step,
+        busy_seconds=float(busy_W.sum()) + num_ranks * over.step * cold,
         tokens=work.sequences * work.tokens_per_sequence,
         balancedness=sparse.balancedness,
         rank_memory=memory,
@@ -264,13 +262,11 @@ def _sparse_layers(
 
 def _bytes_read(
     shape: ModelShape, hardware: Hardware, work: Workload, sequences_W: Floats, expert_bytes: float
-) -> tuple[float, float]:
-    """What all ranks together read in a layer, and in a step. `expert_bytes` are those of a sparse layer's experts."""
+) -> float:
+    """What all ranks together read in a step. `expert_bytes` are those of a sparse layer's experts."""
     at_work = float((sequences_W > 0).sum())
-    head = at_work * hardware.stored_bytes((shape.head,))
     pages = shape.num_layers * work.sequences * work.length * shape.kv_bytes
-    layers = at_work * hardware.stored_bytes(shape.dense) - head + shape.num_sparse_layers * expert_bytes + pages
-    return layers / shape.num_layers, layers + head
+    return at_work * hardware.stored_bytes(shape.dense) + shape.num_sparse_layers * expert_bytes + pages
 
 
 def _memory(shape: ModelShape, hardware: Hardware, placement: Placement, work: Workload, sequences: float) -> Memory:

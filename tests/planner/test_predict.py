@@ -27,7 +27,6 @@ FREE = Overheads(
     step_ranks=0,
     step_row=0,
     layer=0,
-    layer_ranks=0,
     layer_row=0,
     layer_byte=0,
     slot=0,
@@ -137,19 +136,17 @@ def test_reading_experts_reaches_a_share_of_the_bandwidth():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_interpreter_takes_longer_the_more_was_read_meanwhile(ranks):
-    """Of a layer and of a step: what all ranks read, each its own dense weights."""
+    """Of a step: what all ranks read, each its own dense weights."""
     shape = tiny(top_k=4)
     dense = ranks * (2 * 10_000 + 20_000 + 400)
-    layer = (dense + 400_000 + 2 * 2 * ranks * 30 * 200) / 2
-    step = 2 * layer + ranks * 100_000
+    step = dense + 400_000 + 2 * 2 * ranks * 30 * 200 + ranks * 100_000
     hardware = replace(
         IDEAL,
         cold_factor=((0, 1.0), (1e7, 11.0)),  # 1e-6 more for each byte
-        overheads=replace(FREE, step=1e-3, step_ranks=2e-3, layer_ranks=1e-4),
+        overheads=replace(FREE, step=1e-3, step_ranks=2e-3),
     )
     found = predict(shape, hardware, even(shape, ranks), certain(shape), Workload("decode", 2 * ranks, 30))
-    in_layers = 1e-4 * (1 + layer * 1e-6) if ranks > 1 else 0.0
-    assert found.parts["overhead"] == pytest.approx(ranks * 1e-3 * (1 + step * 1e-6) + in_layers)
+    assert found.parts["overhead"] == pytest.approx(ranks * 1e-3 * (1 + step * 1e-6))
 
 
 def test_many_rows_are_bound_by_computing():
@@ -393,10 +390,10 @@ def test_a_placement_or_dtype_that_does_not_fit():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(1e-5, 1e-3), min_size=5, max_size=5), st.floats(0.5, 1.0))
+@given(st.lists(st.floats(1e-5, 1e-3), min_size=4, max_size=4), st.floats(0.5, 1.0))
 def test_overheads_are_found_again(truth, read):
     """Whatever the bandwidth was while steps were measured."""
-    names = ("step", "layer", "step_ranks", "layer_ranks", "latency")
+    names = ("step", "layer", "step_ranks", "latency")
     hardware = replace(IDEAL, cores=2, cold_factor=((0, 1.0), (1e6, 9.0)))
     actual = with_overheads(hardware, **dict(zip(names, truth, strict=True))).at_pace(read, 1.0)
     found = []
