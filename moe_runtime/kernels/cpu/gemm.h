@@ -195,21 +195,28 @@ void multiply_tile(int rows, const T* const* x, int64_t first_input, Steps& pane
 // How often rows pass over a panel.
 inline int64_t passes_of(int64_t rows) { return ceil_div(rows, kTileRows) * (kPanel / kTileOutputs); }
 
+// Calls `body` with the first row and the number of rows of each tile.
+template <class Body>
+void for_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  for (int64_t tile = 0, row = 0; tile < tiles; tile++) {
+    const int tile_rows = static_cast<int>(ceil_div(rows - row, tiles - tile));  // 7 rows: 4 and 3, not 6 and 1
+    body(row, tile_rows);
+    row += tile_rows;
+  }
+}
+
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with a block of a panel, tile by tile.
 template <bool kAhead, class T>
 void multiply_block(const T* const* x, int64_t rows, int64_t first_input, const T* block, int64_t steps, Prefetch ahead,
                     float* out, bool resume) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  int64_t row = 0;
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    const int tile_rows = static_cast<int>(ceil_div(rows - row, tiles - tile));  // 7 rows: 4 and 3, not 6 and 1
+  for_tiles(rows, [&](int64_t row, int tile_rows) {
     for (int column = 0; column < kPanel; column += kTileOutputs) {
       PlainSteps<T> weights(block + column * kStepInputs<T>);
       multiply_tile<kAhead>(tile_rows, x + row, first_input, weights, steps, ahead, out + row * kPanel + column, resume);
       ahead.next += steps * ahead.step_bytes;
     }
-    row += tile_rows;
-  }
+  });
 }
 
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with `steps` steps of a panel.
@@ -230,22 +237,40 @@ void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t ste
   }
 }
 
-// The same of a panel in codes. With products of bf16 the first tile decodes a block in registers, and keeps its words
-// where there are more tiles; without, blocks are decoded beforehand: widened weights need the registers.
+#if defined(__AVX512BF16__)
+// The same of a panel in codes: each tile decodes the words that it multiplies, in registers.
+inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
+  using Steps = CodedSteps<false>;
+  const int64_t passes = passes_of(rows), block_size = passes == 1 ? steps : kMaxBlockSteps;
+  const auto multiply = passes == 1 ? multiply_tile<false, bf16, Steps> : multiply_tile<true, bf16, Steps>;
+  Steps weights(panel);
+  for (int64_t block = 0; block < steps; block += block_size) {
+    const int64_t block_steps = std::min(block_size, steps - block), first_input = block * kStepInputs<bf16>;
+    const auto* behind = reinterpret_cast<const char*>(panel.data + coded_panel_bytes(block + block_size));
+    Prefetch ahead{behind, kCodedStepBytes / passes};
+    const Steps first = weights;
+    for_tiles(rows, [&](int64_t row, int tile_rows) {
+      weights = first;
+      multiply(tile_rows, x + row, first_input, weights, block_steps, ahead, out + row * kPanel, block > 0);
+      ahead.next += block_steps * ahead.step_bytes;
+    });
+  }
+}
+#endif
+
+// The same of a panel in codes. With products of bf16 one or two tiles decode for themselves; of more, the first keeps the
+// words of a block for the others. Without, blocks are decoded beforehand: widened weights need the registers.
 inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
   const int64_t passes = passes_of(rows), block_size = block_steps_of(passes);
-  alignas(64) bf16 words[kMaxBlockSteps * kStepWords];
 #if defined(__AVX512BF16__)
-  if (passes == 1) {
-    CodedSteps<false> weights(panel);
-    return multiply_tile<false>(static_cast<int>(rows), x, 0, weights, steps, Prefetch{}, out, false);
-  }
+  if (passes <= 2) return multiply_codes(x, rows, panel, steps, out);
   CodedSteps<true> weights(panel);
   const int first_rows = static_cast<int>(ceil_div(rows, passes));
 #else
   const Escape* escape = first_escape(panel);
   constexpr int first_rows = 0;
 #endif
+  alignas(64) bf16 words[kMaxBlockSteps * kStepWords];
   for (int64_t block = 0; block < steps; block += block_size) {
     const int64_t block_steps = std::min(block_size, steps - block), first_input = block * kStepInputs<bf16>;
     const auto* behind = reinterpret_cast<const char*>(panel.data + coded_panel_bytes(block + block_size));
