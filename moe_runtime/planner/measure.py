@@ -139,8 +139,6 @@ def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[st
 
 def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     """Fit what steps of the probe models take beside their work."""
-    few, many = PROBE_LAYERS
-
     # What grows with rows shows with models that caches hold: their steps are short.
     cached = replace(hardware, memory_bandwidth=((1.0, math.inf),))
     works = [Workload("decode", batch, PROBE_KEYS) for batch in PROBE_BATCHES]
@@ -157,6 +155,7 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     hardware = with_overheads(hardware, **fitted)
 
     # One rank computes the same on all cores: the difference is what is sent.
+    many = max(PROBE_LAYERS)
     variants = [Variant(ep_size, many, SENDING) for ep_size in (1, 2)]
     alone, both = probe.steps(variants, [Workload("prefill", 2, PROBE_PROMPT)])
     rounds = zip(both.spare(hardware, "prefill"), alone.spare(hardware, "prefill"), strict=True)
@@ -167,15 +166,17 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     hardware = replace(hardware, intra_node=link)
 
     cores = min(TURNS_CORES, hardware.cores or 1)
-    cached = replace(hardware, cores=cores, memory_bandwidth=cached.memory_bandwidth)
+    one_stream = replace(hardware, cores=cores, expert_bandwidth=1.0)
     works = [Workload("decode", count, PROBE_KEYS) for count in TURNS_BATCHES]
+    variants = [streaming(TURNS_RANKS, *layers) for layers in STREAMING_LAYERS]
     with _cores(cores):
-        found = probe.steps([Variant(TURNS_RANKS, layers) for layers in PROBE_LAYERS], works)
+        found = probe.steps(variants, works, STREAMING_TOKENS)
+    few, many = (variant.num_layers for variant in variants)
     busy = {
         layers: statistics.mean(
-            statistics.median(each.spare(cached, "busy")) for each in found if each.variant.num_layers == layers
+            statistics.median(each.spare(one_stream, "busy")) for each in found if each.variant.num_layers == layers
         )
-        for layers in PROBE_LAYERS
+        for layers in (few, many)
     }
     wait = max(busy[many] - busy[few], 0.0) / ((many - few) * 2 * TURNS_RANKS)
 

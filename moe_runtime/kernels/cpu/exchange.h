@@ -17,6 +17,10 @@
 
 namespace moe {
 
+// A rank that has spun in vain looks out for its peers so much longer, and lets others have its core between two looks:
+// to be woken takes as long as many a wait. Then it sleeps.
+constexpr auto kYield = std::chrono::microseconds(300);
+
 // The same on all ranks but for `rank`; filled by the caller. `capacity` is even: the tokens of a rank in one exchange.
 struct ExchangeShape {
   int64_t ranks;
@@ -266,12 +270,14 @@ class Exchange {
 
   // Waits for all flags; returns -1, or a rank that did not arrive in time.
   int64_t wait(int64_t timeout_ns) {
-    const auto arrived = [this] {
+    const auto arrived = [this] { return missing() < 0; };
+    const auto arrived_meanwhile = [this] {  // the core is for whoever wants it: a rank that is waited for, or the front
       if (missing() < 0) return true;
-      if (shape_.ranks_share_cores) sched_yield();  // to the rank that is waited for
+      sched_yield();
       return false;
     };
-    if (spin_until(arrived)) return -1;
+    if (!shape_.ranks_share_cores && spin_until(arrived)) return -1;
+    if (spin_until(arrived_meanwhile, shape_.ranks_share_cores ? kSpin : kYield)) return -1;
     using Clock = std::chrono::steady_clock;
     const auto deadline = Clock::now() + std::chrono::nanoseconds(timeout_ns);
     Bell& mine = bell(shape_.rank);

@@ -32,14 +32,14 @@ inline void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Spins until `ready()` or until kSpin has passed; says which.
+// Spins until `ready()` or until so much time has passed; says which.
 template <class Ready>
-bool spin_until(const Ready& ready) {
+bool spin_until(const Ready& ready, std::chrono::microseconds most = kSpin) {
   for (int i = 0; i < 64; i++) {
     if (ready()) return true;
     __builtin_ia32_pause();
   }
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  const auto deadline = std::chrono::steady_clock::now() + most;
   do {
     for (int i = 0; i < 32; i++) {
       if (ready()) return true;
