@@ -53,7 +53,8 @@ class Overheads:
         layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer pass over.
         slot: per expert that has rows, in each layer.
         expert_byte: on one core, per byte of an expert's rows: gathering, activation and writing, beyond its products.
-        wait: processor time of a rank for each exchange, where ranks take turns on cores and look out for each other.
+        wait: processor time of a rank without sequences for each exchange, where ranks take turns on cores: it looks
+            out for the others.
     """
 
     step: float

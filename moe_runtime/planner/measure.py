@@ -31,7 +31,7 @@ PROBE_PROMPT = 512
 STREAMING_LAYERS = ((4, 39 << 20), (40, 15 << 18))
 STREAMING_COLD = (4, 96 << 20)  # so that each layer finds nothing in the caches
 STREAMING_TOKENS = 16  # few: what is measured around a run must tell what it had
-TURNS_RANKS, TURNS_CORES, TURNS_BATCHES = 4, 2, (1, 4)
+TURNS_RANKS, TURNS_CORES = 4, 2
 
 
 def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> Hardware:
@@ -155,30 +155,23 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
     hardware = with_overheads(hardware, **fitted)
 
     # One rank computes the same on all cores: the difference is what is sent.
-    many = max(PROBE_LAYERS)
-    variants = [Variant(ep_size, many, SENDING) for ep_size in (1, 2)]
+    layers = max(PROBE_LAYERS)
+    variants = [Variant(ep_size, layers, SENDING) for ep_size in (1, 2)]
     alone, both = probe.steps(variants, [Workload("prefill", 2, PROBE_PROMPT)])
     rounds = zip(both.spare(hardware, "prefill"), alone.spare(hardware, "prefill"), strict=True)
     beyond = statistics.median(late - early for late, early in rounds)
     link = hardware.intra_node
-    copying = both.predict(hardware).parts["exchange"] - 2 * many * link.latency
+    copying = both.predict(hardware).parts["exchange"] - 2 * layers * link.latency
     link = replace(link, bandwidth=link.bandwidth * copying / (copying + max(beyond, 0.0)))
     hardware = replace(hardware, intra_node=link)
 
     cores = min(TURNS_CORES, hardware.cores or 1)
     one_stream = replace(hardware, cores=cores, expert_bandwidth=1.0)
-    works = [Workload("decode", count, PROBE_KEYS) for count in TURNS_BATCHES]
-    variants = [streaming(TURNS_RANKS, *layers) for layers in STREAMING_LAYERS]
+    few, many = (streaming(TURNS_RANKS, *layers) for layers in STREAMING_LAYERS)
     with _cores(cores):
-        found = probe.steps(variants, works, STREAMING_TOKENS)
-    few, many = (variant.num_layers for variant in variants)
-    busy = {
-        layers: statistics.mean(
-            statistics.median(each.spare(one_stream, "busy")) for each in found if each.variant.num_layers == layers
-        )
-        for layers in (few, many)
-    }
-    wait = max(busy[many] - busy[few], 0.0) / ((many - few) * 2 * TURNS_RANKS)
+        found = probe.steps([few, many], [Workload("decode", 1, PROBE_KEYS)], STREAMING_TOKENS)
+    early, late = (statistics.median(step.spare(one_stream, "busy")) for step in found)
+    wait = max(late - early, 0.0) / ((many.num_layers - few.num_layers) * 2 * (TURNS_RANKS - 1))
 
     rows = (
         f"measured: steps of an engine of {PROBE_LAYERS} small layers with {PROBE_BATCHES} sequences, less their work"
@@ -188,7 +181,7 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
         "overheads.step_row": rows,
         "overheads.layer_row": rows,
         **{f"overheads.{name}": rest for name in ("step", "step_ranks", "layer")},
-        "overheads.wait": f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores",
+        "overheads.wait": f"measured: processor time of {TURNS_RANKS} ranks on {cores} cores, one with a sequence",
         "intra_node.latency": "measured: what a layer takes longer with two ranks",
         "intra_node.bandwidth": f"measured: what two prompts of {PROBE_PROMPT} tokens take longer with two ranks",
     }

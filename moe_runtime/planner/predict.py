@@ -200,7 +200,7 @@ def predict(
     if hardware.cores is not None:  # sending is work of the rank's own cores
         busy_W = busy_W + halves * sparse.exchange
     if turns > 1:
-        busy_W = busy_W + halves * 2 * shape.num_sparse_layers * over.wait
+        busy_W = busy_W + (sequences_W == 0) * 2 * shape.num_sparse_layers * over.wait
     memory = _memory(shape, hardware, placement, work, float(sequences_W.max()))
     return Prediction(
         parts=parts,

@@ -208,8 +208,11 @@ def test_ranks_that_take_turns_on_cores():
     assert found.parts["attention"] == pytest.approx(2 * 2 * 10_000 / 0.75e9)  # two turns, two at work at once
     assert found.busy_seconds > found.step_seconds
     waiting = replace(cores, overheads=replace(FREE, wait=0.01))
-    spent = predict(shape, waiting, placement, routing, Workload("decode", 4, 30)).busy_seconds - found.busy_seconds
-    assert spent == pytest.approx(4 * 2 * 0.01)  # ranks, exchanges of the one sparse layer
+    assert predict(shape, waiting, placement, routing, Workload("decode", 4, 30)) == found
+    one = Workload("decode", 1, 30)
+    spent = predict(shape, waiting, placement, routing, one).busy_seconds
+    spent -= predict(shape, cores, placement, routing, one).busy_seconds
+    assert spent == pytest.approx(3 * 2 * 0.01)  # ranks without a sequence, exchanges of the one sparse layer
 
 
 def test_ranks_with_cores_copy_their_own_rows_too():
