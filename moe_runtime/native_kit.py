@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.batch import Batch
 from moe_runtime.capacity import LayerLimits
 from moe_runtime.config import ModelConfig, MoEConfig
@@ -161,7 +160,6 @@ class NativeKit:
             return NativeSparseBlock(
                 SparseBlock(gate.router, slot_E[:, None], experts, shared_experts, next_norm.behind), gate
             )
-        way = dispatchers.get("symmetric")
-        if isinstance(way, SymmetricDispatcher) and limits is None:
-            return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, way)
+        if "symmetric" in dispatchers and limits is None:
+            return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
         return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)

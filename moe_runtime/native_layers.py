@@ -158,9 +158,10 @@ class NativeMoELayer(MoELayer):
         shared: NativeMLP | None,
         next_norm: NativeNorm,
         dispatchers: Mapping[str, Dispatcher],
-        way: SymmetricDispatcher,
     ) -> None:
         super().__init__(gate, slot_E, experts, shared, next_norm, dispatchers)
+        way = dispatchers["symmetric"]
+        assert isinstance(way, SymmetricDispatcher)
         shared_experts = None if shared is None else shared.experts
         slot_EP = self.slot_EP[:-1]  # which `route` changes
         self.block = SparseBlock(gate.router, slot_EP, experts, shared_experts, next_norm.behind, way.exchange)

@@ -35,8 +35,7 @@ def make_layer(
     norm = NativeNorm(kernels, normal(HIDDEN, dtype=dtype), 1e-6)
     own = slice(context.rank * SLOTS, (context.rank + 1) * SLOTS)
     experts = experts_of(kernels, w13[own], w2[own])
-    dispatchers = {"symmetric": way}
-    layer = NativeMoELayer(gate, torch.arange(EXPERTS), experts, NativeMLP(shared), norm, dispatchers, way)
+    layer = NativeMoELayer(gate, torch.arange(EXPERTS), experts, NativeMLP(shared), norm, {"symmetric": way})
     for expert in range(EXPERTS):
         slots = list(range(expert, num_slots, EXPERTS))
         layer.route(expert, slots[: 1 << (len(slots).bit_length() - 1)])
