@@ -49,10 +49,10 @@ class StepLimits:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model's layers need to know of a step; decode rows come first.
+    """What the model's layers need to know of a step beside its tokens; decode rows come first.
 
     Attributes:
-        token_T, position_T: token ids and their positions, int64.
+        position_T: of each token, int64.
         num_prompt_T: length of the prompt of each token's sequence.
         slot_T: where each token's key and value go: page * block size + offset.
         attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
@@ -63,7 +63,6 @@ class Batch:
         limits: of experts and ranks; None where there are none.
     """
 
-    token_T: Tensor
     position_T: Tensor
     num_prompt_T: Tensor
     slot_T: Tensor

@@ -81,12 +81,11 @@ class Blocks:
     def __init__(self, worker: Worker, model: ModelConfig) -> None:
         self.worker, self.model = worker, model
 
-    def batch(self, token_ids: Sequence[int], routing: StepRouting | None) -> Batch:
-        count, device, size = len(token_ids), self.worker.device, self.worker.config.block_size
+    def batch(self, count: int, routing: StepRouting | None) -> Batch:
+        device, size = self.worker.device, self.worker.config.block_size
         pages = list(range(-(-count // size)))
         where_T = torch.arange(count, device=device)
         return Batch(
-            token_T=torch.tensor(token_ids, device=device),
             position_T=where_T,
             num_prompt_T=torch.full_like(where_T, count),
             slot_T=where_T,
@@ -105,17 +104,17 @@ class Blocks:
         rows = [each.rows(num_layers, top_k) for each in (RoutingPolicy(), policy or RoutingPolicy())]
         policies_LP4 = torch.tensor(rows, device=device).transpose(0, 1).contiguous()
         which_T = torch.full((count,), int(policy is not None), device=device)
-        batch = self.batch(token_ids, StepRouting(which_T, policies_LP4, chosen_LTK))
-        hidden_TD = self.worker.run_batch(batch)
+        batch = self.batch(count, StepRouting(which_T, policies_LP4, chosen_LTK))
+        hidden_TD = self.worker.run_batch(torch.tensor(token_ids, device=device), batch)
         mean_k = float((chosen_LTK >= 0).sum()) / (num_layers * count)
         return self.worker.model.logits(hidden_TD).log_softmax(-1), mean_k
 
     def observe(self, token_ids: Sequence[int]) -> Observed:
         """Run a block as the model is, layer by layer, and keep what gates chose and experts gave."""
         model, cache = self.worker.model, self.worker.cache
-        batch = self.batch(token_ids, None)
+        batch = self.batch(len(token_ids), None)
         step = model.attention_step(batch, model.rope)
-        residual_TD = model.embed(batch.token_T)
+        residual_TD = model.embed(torch.tensor(token_ids, device=self.worker.device))
         x_TD = model.first_norm(residual_TD)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for index, layer in enumerate(model.layers):

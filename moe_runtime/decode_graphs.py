@@ -11,7 +11,6 @@ Shape suffixes: T rows of a bucket, P rows of the largest bucket, D hidden, M pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -21,23 +20,13 @@ from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import DecodeRows
 from moe_runtime.messages import PADDED, ExpertWork
+from moe_runtime.rank_step import StepRows
 
 WARM_UPS = 2  # compile what there is to compile, and let collectives connect
 SHORTEST_CONTEXT = 4096
 CONTEXT_FACTOR = 4
 
 Run = Callable[[], None]
-
-
-@dataclass
-class StepRows:
-    """A step's rows on one rank as plain numbers, in order; `blocks` are the pages of each sequence."""
-
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    num_prompt: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    blocks: list[list[int]] = field(default_factory=list)
 
 
 def context_sizes(longest: int) -> tuple[int, ...]:
@@ -81,7 +70,7 @@ class DecodeGraphs:
     """Runs decode steps of a rank in buckets.
 
     Args:
-        forward: hidden states `[T, D]` of a batch.
+        forward: hidden states `[T, D]` of token ids and a batch.
         buckets: numbers of rows, ascending.
         num_ranks: that run each step.
         max_context: longest context of a sequence.
@@ -92,7 +81,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Callable[[Batch], Tensor],
+        forward: Callable[[Tensor, Batch], Tensor],
         buckets: Sequence[int],
         *,
         num_ranks: int,
@@ -115,7 +104,7 @@ class DecodeGraphs:
         self._sequence_P = torch.arange(most, device=device)
         self._out_PD = torch.zeros(most, hidden_size, dtype=dtype, device=device)
         self._copied = torch.cuda.Event() if pinned else None
-        self._fill(StepRows(), most)
+        self._fill([], StepRows(), most)
         free = _free_bytes(device)
         with torch.inference_mode():
             self._replays = {
@@ -126,28 +115,30 @@ class DecodeGraphs:
         static = (self._rows_5P, self._table_PM, self._sequence_P, self._out_PD)
         self.nbytes = sum(tensor.nbytes for tensor in static) + free - _free_bytes(device)
 
-    def __call__(self, rows: StepRows, bucket: int, expert_work: list[ExpertWork] | None = None) -> Tensor:
+    def __call__(
+        self, tokens: list[int], rows: StepRows, bucket: int, expert_work: list[ExpertWork] | None = None
+    ) -> Tensor:
         """Hidden states of the rows, valid until the next call. All ranks call it for the same step and bucket.
 
         With `expert_work` layers note what their experts did, which takes an ordinary run.
         """
-        self._fill(rows, bucket)
+        self._fill(tokens, rows, bucket)
         longest = max(rows.positions, default=0) + 1
         context = next(size for size in self._contexts if size >= longest)
         if expert_work is None:
             self._replays[bucket, context]()
         else:
             self._run(bucket, context, expert_work)
-        return self._out_PD[: len(rows.tokens)]
+        return self._out_PD[: len(tokens)]
 
-    def _fill(self, rows: StepRows, bucket: int) -> None:
+    def _fill(self, tokens: list[int], rows: StepRows, bucket: int) -> None:
         """Bring a step to the device; waits at most until the step before has arrived there."""
         if self._copied is not None:
             self._copied.synchronize()
-        num_rows = len(rows.tokens)
+        num_rows = len(tokens)
         host_5P, table_PM = self._on_host["rows"].numpy(), self._on_host["table"].numpy()
         host_5P[:, num_rows:bucket] = [[0], [0], [1], [self._spare_slot], [0]]
-        for column, values in zip(host_5P, (rows.tokens, rows.positions, rows.num_prompt, rows.slots), strict=False):
+        for column, values in zip(host_5P, (tokens, rows.positions, rows.num_prompt, rows.slots), strict=False):
             column[:num_rows] = values
         host_5P[4, :num_rows] = 1
         for row, blocks in enumerate(rows.blocks):
@@ -160,7 +151,6 @@ class DecodeGraphs:
     def _run(self, bucket: int, context: int, expert_work: list[ExpertWork] | None) -> None:
         token_T, position_T, num_prompt_T, slot_T, live_T = self._rows_5P[:, :bucket]
         batch = Batch(
-            token_T=token_T,
             position_T=position_T,
             num_prompt_T=num_prompt_T,
             slot_T=slot_T,
@@ -171,7 +161,7 @@ class DecodeGraphs:
             expert_work=expert_work,
             routing=StepRouting(live_T=live_T > 0),
         )
-        self._out_PD[:bucket] = self._forward(batch)
+        self._out_PD[:bucket] = self._forward(token_T, batch)
 
 
 def _free_bytes(device: torch.device) -> int:

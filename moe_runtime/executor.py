@@ -54,8 +54,7 @@ class Executor(Protocol):
 
     Attributes:
         ranks: what each rank reported, in order of rank.
-        max_inflight: how many submitted steps may wait for `collect`. 1 in process; 2 with ranks of their own, so
-            that the next step is planned while one runs.
+        max_inflight: how many submitted steps may wait for `collect`. 2: the next step is planned while one runs.
     """
 
     ranks: list[RankInfo]

@@ -28,7 +28,7 @@ from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, Step
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kv_cache import LayerCache
-from moe_runtime.models.decoder import LayerLoop
+from moe_runtime.models.decoder import LayerLoop, Rows
 from moe_runtime.moe import MoELayer, part_size
 
 
@@ -182,17 +182,22 @@ class FusedLayers:
         self._way = way
         self._loop = loop
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, batch: Batch) -> Tensor:
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: Step, batch: Batch) -> Rows:
         spread = None
         if self._way is not None:
             if batch.dispatcher != "symmetric" or batch.expert_work is not None:
-                return self._loop(x_TD, residual_TD, step, batch)
+                return self._loop.begin(x_TD, residual_TD, step, batch)
             tokens_per_rank = batch.tokens_per_rank
             size = part_size(tokens_per_rank, self._layers.num_experts, self._way.top_k)
             spread = self._way.step(tokens_per_rank, size)
         routing = batch.routing and [_of_layer(batch.routing, layer) for layer in range(self._layers.num_sparse)]
-        self._layers(x_TD, residual_TD, step, batch.num_decode, routing or (), spread)
-        return x_TD
+        running = self._layers.begin(x_TD, residual_TD, step, batch.num_decode, routing or (), spread)
+
+        def rows() -> Tensor:
+            running.wait()
+            return x_TD
+
+        return rows
 
 
 class NativeHead:

@@ -10,6 +10,7 @@ import torch
 from moe_runtime.batch import StepRouting
 from moe_runtime.config import ModelConfig
 from moe_runtime.messages import RankPlan, RoutedExperts
+from moe_runtime.rank_step import PreparedStep
 from moe_runtime.routing import RoutingPolicy
 from moe_runtime.sampling_params import SamplingParams
 
@@ -45,17 +46,15 @@ def step_routing(
     return StepRouting(policy_T, policies_LP4, chosen_LTK)
 
 
-def routed_experts(
-    work: RankPlan, params: list[SamplingParams], routing: StepRouting | None, *, keep_all: bool
-) -> list[RoutedExperts]:
+def routed_experts(step: PreparedStep, *, keep_all: bool) -> list[RoutedExperts]:
     """The experts of the chunks whose sequences ask for them, or of all; after the step."""
-    if routing is None or routing.chosen_LTK is None:
+    if step.routing is None or step.routing.chosen_LTK is None:
         return []
-    experts_TLK = routing.chosen_LTK.transpose(0, 1).cpu().numpy()
+    experts_TLK = step.routing.chosen_LTK.transpose(0, 1).cpu().numpy()
     found, row = [], 0
-    for index, (chunk, asked) in enumerate(zip(work.chunks, params, strict=True)):
-        if keep_all or asked.return_routed_experts:
+    for index, (chunk, sequence) in enumerate(zip(step.work.chunks, step.sequences, strict=True)):
+        if keep_all or sequence.params.return_routed_experts:
             experts = experts_TLK[row : row + chunk.num_tokens].tobytes()
-            found.append(RoutedExperts(chunk.seq_id, chunk.start, index < work.num_decode, experts))
+            found.append(RoutedExperts(chunk.seq_id, chunk.start, index < step.work.num_decode, experts))
         row += chunk.num_tokens
     return found

@@ -9,8 +9,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +20,13 @@ from tqdm import tqdm
 from moe_runtime.batch import Batch, StepLimits, StepRouting
 from moe_runtime.capacity import Limits, step_limits, with_limits
 from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.decode_graphs import DecodeGraphs, StepRows, capture_on
+from moe_runtime.decode_graphs import DecodeGraphs, capture_on
 from moe_runtime.executor import RankInfo
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.pages import giving_memory_back
 from moe_runtime.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers import TorchKit
 from moe_runtime.messages import (
-    Chunk,
     ExpertWork,
     PromptLogprobs,
     RankPlan,
@@ -41,30 +38,20 @@ from moe_runtime.messages import (
     TokenLogprobs,
 )
 from moe_runtime.model_size import weights_dtype
+from moe_runtime.models.decoder import Rows
 from moe_runtime.models.loader import Kit, ModelLoader
 from moe_runtime.moe import ExpertCounter
 from moe_runtime.native_kit import NativeKit
 from moe_runtime.placements import initial_placement, slots_per_rank
 from moe_runtime.rank_setup import choose_device, choose_dispatchers, native_kernels
+from moe_runtime.rank_step import PreparedStep, RunningStep, Sequence, StepRows
 from moe_runtime.sampler import SamplingRow, sample, token_logprobs
-from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.scheduler import buckets_of
 from moe_runtime.slot_tasks import SlotTasks
 from moe_runtime.step_routing import routed_experts, step_routing
 from moe_runtime.weights import RandomWeights, WeightSource, open_weights
 
 PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
-
-
-@dataclass
-class Sequence:
-    """A sequence that lives on this rank: all its tokens so far and the pages that hold its keys and values."""
-
-    token_ids: list[int]
-    num_prompt_tokens: int
-    params: SamplingParams
-    seed: int
-    blocks: list[int]
 
 
 class Worker:
@@ -140,13 +127,14 @@ class Worker:
         num_pages = num_blocks + (capture is not None)
         self.cache = KVCache(model_config, num_pages, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
-        self._run_layers = kit.bind(self.model.layers, self.cache)
+        self._layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
+        self._running: RunningStep | None = None
         self._keeps_experts = config.record_trace is not None
         self._graphs: DecodeGraphs | None = None
         if capture is not None:
             self._graphs = DecodeGraphs(
-                partial(self.model.forward, run_layers=self._run_layers),
+                self.run_batch,
                 buckets,
                 num_ranks=num_ranks,
                 max_context=config.max_model_len or model_config.max_model_len,
@@ -174,43 +162,70 @@ class Worker:
             graph_bytes=0 if self._graphs is None else self._graphs.nbytes,
         )
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> RankResult:
         """Run this rank's share of a plan. Every rank runs every plan, also without tokens of its own."""
+        self.begin(self.prepare(plan))
+        return self.finish()
+
+    @torch.inference_mode()
+    def prepare(self, plan: StepPlan) -> PreparedStep:
+        """Do for a step what needs no tokens of the one before, which may be running. Plans come in their order."""
         start = time.perf_counter()
         work = plan.ranks[self.rank]
         self._admit(work)
+        sequences = [self.sequences[chunk.seq_id] for chunk in work.chunks]
+        rows = StepRows.take(work.chunks, sequences, self.config.block_size)
+        params = [sequence.params for sequence in sequences]
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
+        batch = attention = None
         with self._torch_threads():
-            params = [self.sequences[chunk.seq_id].params for chunk in work.chunks]
             routing = step_routing(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
             limits = self._step_limits(work, plan)
-            hidden_TD = self.forward(work, plan, expert_work, routing, limits)
-            samples = self._sample(work.chunks, hidden_TD)
-            prompt_logprobs = self._prompt_logprobs(work.chunks, hidden_TD)
+            if not plan.bucket:
+                batch = self._batch(work, plan, rows, expert_work, routing, limits)
+                attention = self.model.attention_step(batch, self.model.rope)
         seconds = time.perf_counter() - start
-        routed = routed_experts(work, params, routing, keep_all=self._keeps_experts)
-        result = RankResult(plan.step, self.rank, samples, prompt_logprobs, seconds, expert_work or [], routed)
-        return result if limits is None else with_limits(result, work, limits)
+        return PreparedStep(plan, work, sequences, rows, batch, attention, expert_work, routing, limits, seconds)
 
-    def forward(
-        self,
-        work: RankPlan,
-        plan: StepPlan,
-        expert_work: list[ExpertWork] | None = None,
-        routing: StepRouting | None = None,
-        limits: StepLimits | None = None,
-    ) -> Tensor:
-        """Hidden states of the tokens of this rank's share, in its order."""
-        rows = self._rows(work)
-        if plan.bucket:
-            assert self._graphs is not None and routing is None and work.num_decode == len(work.chunks)
-            return self._graphs(rows, plan.bucket, expert_work)
-        return self.run_batch(self._batch(work, plan, rows, expert_work, routing, limits))
+    @torch.inference_mode()
+    def begin(self, step: PreparedStep) -> None:
+        """Start a step: its layers then run on a GPU, or in threads of the native kernels, until `finish`."""
+        assert self._running is None
+        start = time.perf_counter()
+        for route in step.work.routes:
+            self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
+        with self._torch_threads():
+            self._running = RunningStep(step, start, self.launch(step))
 
-    def run_batch(self, batch: Batch) -> Tensor:
+    @torch.inference_mode()
+    def finish(self) -> RankResult:
+        """Wait for the layers of the step that has begun, and sample."""
+        assert self._running is not None
+        running, self._running = self._running, None
+        step = running.step
+        with self._torch_threads():
+            hidden_TD = running.hidden()
+            samples = self.sample(step, hidden_TD)
+            prompt_logprobs = self._prompt_logprobs(step, hidden_TD)
+        seconds = step.seconds + time.perf_counter() - running.start
+        routed = routed_experts(step, keep_all=self._keeps_experts)
+        work = step.expert_work or []
+        result = RankResult(step.plan.step, self.rank, samples, prompt_logprobs, seconds, work, routed)
+        return result if step.limits is None else with_limits(result, step.work, step.limits)
+
+    def launch(self, step: PreparedStep) -> Rows:
+        """Start the layers; the rows are hidden states of the tokens of this rank's share, in its order."""
+        tokens, bucket = step.tokens(), step.plan.bucket
+        if step.batch is not None:
+            return self.model.begin(self._tensor(tokens), step.batch, step.attention, self._layers)
+        assert self._graphs is not None and step.routing is None
+        hidden_TD = self._graphs(tokens, step.rows, bucket, step.expert_work)
+        return lambda: hidden_TD
+
+    def run_batch(self, token_T: Tensor, batch: Batch) -> Tensor:
         """Hidden states `[T, D]` of a batch."""
-        return self.model.forward(batch, self._run_layers)
+        attention = self.model.attention_step(batch, self.model.rope)
+        return self.model.begin(token_T, batch, attention, self._layers)()
 
     @torch.inference_mode()
     def run_task(self, task: SlotTask) -> SlotReport:
@@ -241,29 +256,11 @@ class Worker:
             self.sequences[new.seq_id] = Sequence(
                 list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, blocks=[]
             )
-        for route in work.routes:
-            self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
 
     def _step_limits(self, work: RankPlan, plan: StepPlan) -> StepLimits | None:
         if self._limits is None:
             return None
         return step_limits(plan.rank_rows, work.num_tokens, len(self._model_config.moe_layers), self.device)
-
-    def _rows(self, work: RankPlan) -> StepRows:
-        """The rows of this rank's share; its sequences take their new pages."""
-        rows = StepRows()
-        size = self.config.block_size
-        for chunk in work.chunks:
-            sequence = self.sequences[chunk.seq_id]
-            sequence.blocks.extend(chunk.new_blocks)
-            where = range(chunk.start, chunk.start + chunk.num_tokens)
-            rows.tokens += sequence.token_ids[chunk.start : where.stop]
-            rows.positions += where
-            rows.num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
-            rows.slots += [sequence.blocks[position // size] * size + position % size for position in where]
-            rows.blocks.append(sequence.blocks)
-        assert len(rows.tokens) == len(rows.positions), "a plan names positions whose tokens this rank does not have"
-        return rows
 
     def _batch(
         self,
@@ -274,7 +271,7 @@ class Worker:
         routing: StepRouting | None,
         limits: StepLimits | None,
     ) -> Batch:
-        columns = self._tensor([*rows.tokens, *rows.positions, *rows.num_prompt, *rows.slots]).view(4, len(rows.tokens))
+        columns = self._tensor([*rows.positions, *rows.num_prompt, *rows.slots]).view(3, work.num_tokens)
         attention = AttentionMetadata.build(
             [chunk.num_tokens for chunk in work.chunks],
             [chunk.start + chunk.num_tokens for chunk in work.chunks],
@@ -282,10 +279,9 @@ class Worker:
             self.device,
         )
         return Batch(
-            token_T=columns[0],
-            position_T=columns[1],
-            num_prompt_T=columns[2],
-            slot_T=columns[3],
+            position_T=columns[0],
+            num_prompt_T=columns[1],
+            slot_T=columns[2],
             attention=attention,
             num_decode=work.num_decode,
             dispatcher=plan.dispatcher,
@@ -295,18 +291,20 @@ class Worker:
             limits=limits,
         )
 
-    def _sample(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[Sample]:
+    def sample(self, step: PreparedStep, hidden_TD: Tensor) -> list[Sample]:
         """Sample behind every chunk that asks for it, and append each token to its sequence."""
         last: list[int] = []  # rows behind which to sample
+        seq_ids: list[int] = []
+        sequences: list[Sequence] = []
         end = 0
-        for chunk in chunks:
+        for chunk, sequence in zip(step.work.chunks, step.sequences, strict=True):
             end += chunk.num_tokens
             if chunk.sample:
                 last.append(end - 1)
+                seq_ids.append(chunk.seq_id)
+                sequences.append(sequence)
         if not last:
             return []
-        seq_ids = [chunk.seq_id for chunk in chunks if chunk.sample]
-        sequences = [self.sequences[seq_id] for seq_id in seq_ids]
         # In a step of decode rows that is every row.
         logits_BV = self.model.logits(hidden_TD if len(last) == end else hidden_TD[self._tensor(last)])
         rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
@@ -321,10 +319,9 @@ class Worker:
             sequence.token_ids.append(token)
         return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, strict=True)]
 
-    def _prompt_logprobs(self, chunks: list[Chunk], hidden_TD: Tensor) -> list[PromptLogprobs]:
+    def _prompt_logprobs(self, step: PreparedStep, hidden_TD: Tensor) -> list[PromptLogprobs]:
         found, row = [], 0
-        for chunk in chunks:
-            sequence = self.sequences[chunk.seq_id]
+        for chunk, sequence in zip(step.work.chunks, step.sequences, strict=True):
             num_best = sequence.params.prompt_logprobs
             known = sequence.token_ids[chunk.start + 1 : sequence.num_prompt_tokens][: chunk.num_tokens]
             if num_best is not None and known:

@@ -1,6 +1,7 @@
 """How much of a decode step is spent outside the native kernels, and where: wall time, one rank, in process.
 
-Every call of the native library is timed; the rest of a step is Python and torch. `--functions` shows where that goes.
+Every call of the native library is timed, the layers from their begin to their end, for they run while the next step is
+planned; the rest of a step is Python and torch. `--functions` shows where that goes.
 """
 
 from __future__ import annotations
@@ -25,24 +26,40 @@ PROMPT_TOKENS = 128
 
 
 class TimedLibrary:
-    """The native library, with the time spent in it."""
+    """The native library, with the time in which it ran since `take` was called last."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.seconds, self.calls = 0.0, 0
+        self._seconds, self._calls = 0.0, 0
+        self._layers_since: float | None = None  # while layers run beside Python
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._library, name)
 
         def timed(*arguments: Any) -> Any:
-            start = time.perf_counter()
+            since = self._layers_since
+            start = time.perf_counter() if since is None else since
             result = function(*arguments)
-            self.seconds += time.perf_counter() - start
-            self.calls += 1
+            if name == "moe_layers_begin":
+                self._layers_since = start
+            else:
+                self._seconds += time.perf_counter() - start
+                self._layers_since = None
+            self._calls += 1
             return result
 
         setattr(self, name, timed)
         return timed
+
+    def take(self) -> tuple[float, int]:
+        """Seconds and calls."""
+        now = time.perf_counter()
+        if self._layers_since is not None:
+            self._seconds += now - self._layers_since
+            self._layers_since = now
+        taken = self._seconds, self._calls
+        self._seconds, self._calls = 0.0, 0
+        return taken
 
 
 def decode(engine: Engine, library: TimedLibrary, batch: int, steps: int, profile: cProfile.Profile | None) -> str:
@@ -54,21 +71,22 @@ def decode(engine: Engine, library: TimedLibrary, batch: int, steps: int, profil
     first = engine.stats().generation_tokens + batch
     while engine.stats().generation_tokens < first:
         engine.step()
-    whole, inside, calls = [], [], 0
+    whole, inside, calls = [], [], []
     if profile:
         profile.enable()
     while engine.has_work:
-        library.seconds, library.calls = 0.0, 0
+        library.take()
         start = time.perf_counter()
         engine.step()
         whole.append(time.perf_counter() - start)
-        inside.append(library.seconds)
-        calls = library.calls
+        seconds, count = library.take()
+        inside.append(seconds)
+        calls.append(count)
     if profile:
         profile.disable()
     rest = [step - kernels for step, kernels in zip(whole, inside, strict=True)]
     step_ms, rest_ms = statistics.median(whole) * 1e3, statistics.median(rest) * 1e3
-    return f"| {batch} | {step_ms:.2f} | {calls} | {rest_ms:.2f} | {rest_ms / step_ms:.1%} |"
+    return f"| {batch} | {step_ms:.2f} | {statistics.median(calls):.0f} | {rest_ms:.2f} | {rest_ms / step_ms:.1%} |"
 
 
 def main() -> None:

@@ -324,23 +324,40 @@ def test_in_process_a_step_is_run_and_errors_pass_through(monkeypatch):
         def __init__(self, *args) -> None:
             made.append(args)
 
-        def step(self, plan: StepPlan) -> RankResult:
+        def prepare(self, plan: StepPlan) -> StepPlan:
+            asked.append(f"prepare {plan.step}")
+            return plan
+
+        def begin(self, plan: StepPlan) -> None:
             if plan.dispatcher:
                 raise RuntimeError(plan.dispatcher)
-            return RankResult(plan.step, 0)
+            asked.append(f"begin {plan.step}")
+            self.step = plan.step
+
+        def finish(self) -> RankResult:
+            asked.append(f"finish {self.step}")
+            return RankResult(self.step, 0)
 
         def expert_counts(self) -> np.ndarray:
+            asked.append("counts")
             return np.ones((2, 3, 4), dtype=np.int64)
 
+    asked: list[str] = []
     monkeypatch.setattr(in_process, "Worker", Worker)
     config = EngineConfig(model="fake")
     executor = in_process.InProcessExecutor(config, model_config(), NOWHERE)
     assert made == [(config, model_config(), NOWHERE)]
-    assert (executor.ranks, executor.max_inflight) == ([Worker.info], 1)
+    assert (executor.ranks, executor.max_inflight) == ([Worker.info], 2)
     executor.submit(step_plan(4, 1))
+    executor.request_counts()
+    executor.submit(step_plan(5, 1))
+    assert asked == ["prepare 4", "begin 4", "prepare 5"] and not executor.reports()
     assert executor.collect() == [RankResult(4, 0)]
+    assert asked[3:] == ["finish 4", "counts", "begin 5"]  # counts are those behind step 4
+    assert [report.rank for report in executor.reports()] == [0]
+    assert executor.collect() == [RankResult(5, 0)]
     with pytest.raises(RuntimeError, match=r"^no such expert$"):
-        executor.submit(step_plan(5, 1, commands="no such expert"))
+        executor.submit(step_plan(6, 1, commands="no such expert"))
     assert executor.expert_counts().sum() == 24
     executor.check()
     executor.close()

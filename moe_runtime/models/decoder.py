@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,25 +56,28 @@ class DecoderLayer:
     mlp: MLPBlock
 
 
+Rows = Callable[[], Tensor]  # waits until rows are there
+
+
 class LayerRunner(Protocol):
     """All layers of a decoder over one cache."""
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Tensor:
-        """The rows after the last norm. `x_TD` and `residual_TD` may be overwritten."""
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Rows:
+        """Start; the rows are those after the last norm. `x_TD` and `residual_TD` may be overwritten."""
 
 
 class LayerLoop:
-    """Runs layers one after the other."""
+    """Runs layers one after the other, at once."""
 
     def __init__(self, layers: list[DecoderLayer], cache: KVCache) -> None:
         self.layers = layers
         self.cache = cache
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Tensor:
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: Any, batch: Batch) -> Rows:
         for index, layer in enumerate(self.layers):
             x_TD, residual_TD = layer.attention(x_TD, residual_TD, step, self.cache.layer(index))
             x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)
-        return x_TD
+        return lambda: x_TD
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,14 @@ class Decoder:
     attention_step: StepMaker
     nbytes: int
 
-    def forward(self, batch: Batch, run_layers: LayerRunner) -> Tensor:
-        """Hidden states `[T, D]` after the last norm. All ranks call it for the same step, also without tokens.
+    def begin(self, token_T: Tensor, batch: Batch, step: Any, layers: LayerRunner) -> Rows:
+        """Start on tokens, int64 ids; the rows are hidden states `[T, D]` after the last norm.
 
-        `run_layers` is what the kit's `bind` makes of `layers` and a cache.
+        All ranks call it for the same step, also without tokens. `step` is what `attention_step` gave, `layers` what
+        the kit's `bind` makes of the layers and a cache.
         """
-        step = self.attention_step(batch, self.rope)
-        residual_TD = self.embed(batch.token_T)
-        return run_layers(self.first_norm(residual_TD), residual_TD, step, batch)
+        residual_TD = self.embed(token_T)
+        return layers.begin(self.first_norm(residual_TD), residual_TD, step, batch)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """`[T, V]` in float32."""

@@ -64,10 +64,10 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
         named = bucket if step else 0
         plan = StepPlan(step, PADDED if named else "local", [work.num_tokens], [work], bucket=named)
         with torch.inference_mode():
-            rank._admit(work)
-            hidden_TD = rank.forward(work, plan)
+            prepared = rank.prepare(plan)
+            hidden_TD = rank.launch(prepared)()
             logits.append(rank.model.logits(hidden_TD))
-            for sample in rank._sample(work.chunks, hidden_TD):
+            for sample in rank.sample(prepared, hidden_TD):
                 tokens[sample.seq_id].append(sample.token_id)
     return tokens, logits[1:]
 

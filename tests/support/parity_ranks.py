@@ -86,8 +86,7 @@ def run_steps(
         with torch.inference_mode():
             for plan in steps:
                 work = plan.ranks[context.rank]
-                worker._admit(work)
-                rows = worker.model.logits(worker.forward(work, plan))
+                rows = worker.model.logits(worker.launch(worker.prepare(plan))())
                 for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
                     logits.setdefault(chunk.seq_id, []).append(part)
     return logits

@@ -1,7 +1,5 @@
 // The C interface. Python holds the structs; pointers in them must outlive the calls. All sizes are in elements.
 // `is_bf16` names the element type of activations and weights: bf16, else float32.
-#include <mutex>
-
 #include "layers.h"
 #include "packing.h"
 
@@ -10,11 +8,9 @@ namespace {
 
 // One call at a time; never destroyed, so that no thread is joined when the process ends.
 Engine& engine = *new Engine;
-std::mutex mutex;
-
 template <class Body>
 auto dispatch(int is_bf16, const Body& body) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   return is_bf16 ? body(bf16{}) : body(0.0f);
 }
 
@@ -27,7 +23,7 @@ using namespace moe;
 extern "C" {
 
 void moe_set_threads(int threads) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   if (threads == engine.pool.size()) return;
   engine.pool.resize(threads);
   engine.scratch = std::vector<Scratch>(threads);
@@ -77,14 +73,19 @@ int64_t moe_list_escapes(const Escape* const* escapes, int64_t panels, Escape* o
 
 void moe_free_escapes(Escape** escapes, int64_t panels) { std::for_each_n(escapes, panels, std::free); }
 
-// out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head.
-void moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
+// out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head. Returns `count`, or the
+// place of the first index that is no row; nothing is taken then.
+int64_t moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
+  const auto is_row = [&](int64_t row) { return row >= 0 && row < weight->outputs; };
+  const int64_t valid = std::find_if_not(rows, rows + count, is_row) - rows;
+  if (valid < count) return valid;
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, count, [&](int64_t i) {
       unpack_rows(weight->data, weight->escapes, rows[i], 1, weight->inputs, static_cast<T*>(out) + i * weight->inputs);
     });
   });
+  return count;
 }
 
 // `out` is float32 where `out_float32`, else of the element type.
@@ -152,14 +153,14 @@ void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLay
 }
 
 void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   gate(engine, *config, Routing{}, logits, rows, weights, experts);
 }
 
 // best[i] = place of the first largest of row i, or 0 where all are NaN. A row is cut into blocks, which tasks share.
 void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   constexpr int64_t kBlock = 8192;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   const int64_t blocks = ceil_div(size, kBlock);
   float* largest = engine.logits.get<float>(rows * blocks);
   engine.pool.run(rows * blocks, [&](int64_t task, int) {
@@ -229,13 +230,19 @@ void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_
   });
 }
 
-int64_t moe_layers(int is_bf16, const Layer* layers, int64_t count, const Routing* routing, const SpreadStep* spread,
-                   const StepLayout* step, const StepHeads* heads, int64_t num_decode, void* residual, void* x) {
-  return dispatch(is_bf16, [&](auto type) {
-    using T = decltype(type);
-    return run_layers(engine, layers, count, routing, spread, *step, *heads, num_decode, static_cast<T*>(residual),
-                      static_cast<T*>(x));
-  });
+// Starts all layers, which a worker may run while the caller gets on; `moe_layers_end` must follow.
+void moe_layers_begin(LayersCall* call) {
+  call->errand.run = [](Errand* errand) {
+    LayersCall& call = *reinterpret_cast<LayersCall*>(errand);
+    call.late = call.is_bf16 ? run_layers<bf16>(engine, call) : run_layers<float>(engine, call);
+  };
+  engine.pool.post(call->errand);
+}
+
+// Takes part until all layers have run. Returns -1, or the rank that did not arrive in time.
+int64_t moe_layers_end(LayersCall* call) {
+  engine.pool.finish(call->errand);
+  return call->late;
 }
 
 int64_t moe_exchange_segment_bytes(const ExchangeShape* shape) { return Exchange::segment_bytes(*shape); }
@@ -250,12 +257,12 @@ void moe_exchange_close(Exchange* exchange) { delete exchange; }
 int64_t moe_exchange_dispatch(Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
                               int64_t most_tokens, int64_t own, int64_t timeout_ns, char* received, int64_t* row,
                               int64_t* counts, int64_t* largest) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   return exchange->dispatch(engine, x, slot, tokens, most_tokens, own, timeout_ns, received, row, counts, largest);
 }
 
 int64_t moe_exchange_bring_back(Exchange* exchange, const char* y, int64_t timeout_ns, char* out) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   return exchange->bring_back(engine, y, timeout_ns, out);
 }
 
@@ -270,7 +277,7 @@ int64_t moe_exchange_combine(int is_bf16, Exchange* exchange, const void* y, con
 
 // Reads `bytes` (whole MiB) once with all threads: the floor of everything that streams weights.
 uint64_t moe_read(const void* data, int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(engine.pool.busy);
   constexpr int64_t kBlock = 1 << 20;
   std::atomic<uint64_t> total{0};
   engine.pool.run(bytes / kBlock, [&](int64_t task, int) {

@@ -134,21 +134,37 @@ struct Layer {
   void* value_cache;
 };
 
-// All layers of a decoder: `x` and `residual` are changed in place. `routing` has one for each sparse layer, in order,
-// or is null. Returns -1, or the rank that did not arrive in time.
+// All layers of a decoder. `x` holds the normed rows before and after, `residual` the residual rows.
+struct LayersCall {
+  Errand errand;
+  int64_t is_bf16;
+  const Layer* layers;
+  int64_t count;
+  const Routing* routing;    // one for each sparse layer, in order, or null
+  const SpreadStep* spread;  // where there is an exchange
+  const StepLayout* step;
+  const StepHeads* heads;
+  int64_t num_decode;
+  void* residual;
+  void* x;
+  int64_t late;  // the result
+};
+
+// Returns -1, or the rank that did not arrive in time.
 template <class T>
-int64_t run_layers(Engine& engine, const Layer* layers, int64_t count, const Routing* routing, const SpreadStep* spread,
-                   const StepLayout& step, const StepHeads& heads, int64_t num_decode, T* residual, T* x) {
-  for (const Layer* layer = layers; layer < layers + count; layer++) {
-    attention_block(engine, *layer->attention, step, heads, x, static_cast<T*>(layer->key_cache),
+int64_t run_layers(Engine& engine, const LayersCall& call) {
+  const Routing* routing = call.routing;
+  T *residual = static_cast<T*>(call.residual), *x = static_cast<T*>(call.x);
+  for (const Layer* layer = call.layers; layer < call.layers + call.count; layer++) {
+    attention_block(engine, *layer->attention, *call.step, *call.heads, x, static_cast<T*>(layer->key_cache),
                     static_cast<T*>(layer->value_cache), residual, x);
     if (layer->dense) {
-      dense_block(engine, *layer->dense, x, step.tokens, residual, x);
+      dense_block(engine, *layer->dense, x, call.step->tokens, residual, x);
       continue;
     }
     const Routing asked = routing ? *routing++ : Routing{};
-    const int64_t late =
-        sparse_block(engine, *layer->sparse, asked, spread, x, step.tokens, num_decode, residual, x);
+    const int64_t late = sparse_block(engine, *layer->sparse, asked, call.spread, x, call.step->tokens,
+                                      call.num_decode, residual, x);
     if (late >= 0) return late;
   }
   return -1;

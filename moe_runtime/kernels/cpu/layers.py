@@ -1,4 +1,7 @@
-"""All layers of a decoder in one native call; see `layers.h`. Shape suffixes are those of `native`."""
+"""All layers of a decoder in one native call that runs beside its caller; see `layers.h`.
+
+Shape suffixes are those of `native`.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class Layers:
         )
         self._address = ctypes.addressof(self._layers)
 
-    def __call__(
+    def begin(
         self,
         x_TD: Tensor,
         residual_TD: Tensor,
@@ -57,13 +60,10 @@ class Layers:
         num_decode: int,
         routing: Sequence[Routing] = (),
         spread: structs.SpreadStep | None = None,
-    ) -> None:
-        """`x_TD` holds the normed rows before and after, `residual_TD` the residual rows; both change in place.
+    ) -> RunningLayers:
+        """Start on `x_TD`, the normed rows before and after, and `residual_TD`, the residual rows, both in place.
 
         `routing` has one for each sparse layer, or none at all; `spread` is there where there is an exchange.
-
-        Raises:
-            TimeoutError: a rank did not come to the exchange in time.
         """
         assert not routing or len(routing) == self.num_sparse
         asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(routing, self._top_k, strict=False)]
@@ -71,17 +71,52 @@ class Layers:
         assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
         assert x_TD.shape[0] == step.layout.tokens and self._has_exchange == (spread is not None)
         step.heads.page_size = self._page_size
-        late = self._library.moe_layers(
-            self._is_bf16,
-            self._address,
-            len(self._layers),
-            structure,
-            structs.address(spread),
-            step.address,
-            step.heads_address,
-            num_decode,
-            pointer(residual_TD),
-            pointer(x_TD),
+        call = structs.LayersCall(
+            is_bf16=self._is_bf16,
+            layers=self._address,
+            count=len(self._layers),
+            routing=None if structure is None else ctypes.addressof(structure),
+            spread=structs.address(spread),
+            step=step.address,
+            heads=step.heads_address,
+            num_decode=num_decode,
+            residual=pointer(residual_TD),
+            x=pointer(x_TD),
         )
-        if spread is not None:
-            check_arrived(late, spread.timeout_ns)
+        return RunningLayers(self._library, call, spread, keep=(self, x_TD, residual_TD, step, routing, structure))
+
+
+class RunningLayers:
+    """A call that a worker runs, if one is awake, until `wait`, which takes part.
+
+    Args:
+        spread: as `call` has it.
+        keep: what else `call` points to.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL, call: structs.LayersCall, spread: structs.SpreadStep | None, keep: object
+    ) -> None:
+        self._library = library
+        self._spread = spread
+        self._keep: object | None = (call, keep)  # None once all has run
+        self._address = ctypes.addressof(call)
+        library.moe_layers_begin(self._address)
+
+    def wait(self) -> None:
+        """Return when all layers have run.
+
+        Raises:
+            TimeoutError: a rank did not come to the exchange in time.
+        """
+        if self._keep is None:
+            return
+        late = self._library.moe_layers_end(self._address)
+        self._keep = None
+        if self._spread is not None:
+            check_arrived(late, self._spread.timeout_ns)
+
+    def __del__(self) -> None:
+        # Whoever gave up the step must not take the memory away in which it runs.
+        if self._keep is not None:
+            self._library.moe_layers_end(self._address)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from array import array
 from functools import cache
 
 import torch
@@ -139,9 +140,9 @@ class Step:
         for angle in (cos_Nr, sin_Nr):
             assert angle is None or angle.dtype == torch.float32
         num_seqs = len(meta.context_len)
-        ints = torch.tensor(meta.query_start + meta.context_len, dtype=torch.int64)
+        ints = array("q", meta.query_start + meta.context_len)  # a tensor takes longer than all the rest of this
         table = meta.block_table.contiguous()
-        start = ints.data_ptr()
+        start, _ = ints.buffer_info()
         self.layout = StepLayout(
             num_seqs, meta.num_tokens, table.shape[1], start, start + 8 * (num_seqs + 1), table.data_ptr()
         )

@@ -133,10 +133,12 @@ class PackedLinear:
             ValueError: an index is not a row.
         """
         assert index_T.dtype == torch.int64 and index_T.ndim == 1
-        if len(index_T) and not 0 <= int(index_T.min()) <= int(index_T.max()) < self.outputs:
-            raise ValueError(f"index: {index_T.tolist()} is not allowed; it must be from 0 to {self.outputs - 1}")
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
-        self.kernels.library.moe_take_rows(self.is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr())
+        taken = self.kernels.library.moe_take_rows(
+            self.is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr()
+        )
+        if taken < len(index_T):
+            raise ValueError(f"index: {int(index_T[taken])} is not allowed; it must be from 0 to {self.outputs - 1}")
         return out
 
     def __call__(self, x_TD: Tensor, *, float32: bool = False) -> Tensor:

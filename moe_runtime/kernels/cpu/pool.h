@@ -4,6 +4,9 @@
 // reads memory in one direction, and takes from the others' ranges when its own is empty. Which thread runs a task
 // never changes its result.
 //
+// Who runs jobs holds `busy`. An errand is a call that runs jobs one after the other and that a worker takes off its
+// owner's hands, if one is awake: the owner does other things, then takes part like a worker until the end.
+//
 // Workers spin for a short while after a job, then sleep on a futex. A child of fork() has no workers: it runs every
 // job alone, and must not resize the pool.
 #pragma once
@@ -17,6 +20,7 @@
 #include <climits>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -49,11 +53,18 @@ bool spin_until(const Ready& ready, std::chrono::microseconds most = kSpin) {
   return ready();
 }
 
+struct Errand {
+  void (*run)(Errand*);
+  std::atomic<uint32_t> done;
+};
+
 class Pool {
  public:
+  std::mutex busy;
+
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Number of threads from now on, the caller's included. Not while a job runs.
+  // Number of threads from now on, the caller's included. Holding `busy`.
   void resize(int threads) {
     stop_.store(true);
     epoch_.fetch_add(1);
@@ -66,7 +77,29 @@ class Pool {
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i, seen] { work(i, seen); });
   }
 
-  // Runs `task(index, thread)` for every index below `count`. Returns when all have ended.
+  // Offers `errand` to the workers. It must live until `finish` has returned.
+  void post(Errand& errand) {
+    errand.done.store(0);
+    if (Errand* other = posted_.exchange(&errand)) perform(*other);
+    call_workers();
+  }
+
+  // Runs what `post` was given, or, where a worker has begun, helps it. Not holding `busy`.
+  void finish(Errand& errand) {
+    Errand* mine = &errand;
+    if (posted_.compare_exchange_strong(mine, nullptr)) return perform(errand);
+    while (!errand.done.load(std::memory_order_acquire)) {
+      const uint32_t seen = epoch_.load();
+      if (join_job()) {
+        // The job is the errand's until that is done, which it can't be while this thread is inside.
+        if (!errand.done.load(std::memory_order_acquire) && leader_ > 0) take_tasks(leader_);
+        leave_job();
+      }
+      while (epoch_.load(std::memory_order_acquire) == seen && !errand.done.load()) await_call(seen);
+    }
+  }
+
+  // Runs `task(index, thread)` for every index below `count`. Returns when all have ended. Holding `busy`.
   template <class Task>
   void run(int64_t count, const Task& task) {
     if (count <= 1 || workers_.empty()) {
@@ -98,8 +131,46 @@ class Pool {
 
   void open() {
     door_.store(kOpen);
-    epoch_.fetch_add(1);
+    call_workers();
+  }
+
+  // Returns the epoch that this begins.
+  uint32_t call_workers() {
+    const uint32_t epoch = epoch_.fetch_add(1) + 1;
     if (sleepers_.load() > 0) futex_wake_all(epoch_);
+    return epoch;
+  }
+
+  // Waits for the epoch after `seen`; may return too early.
+  void await_call(uint32_t seen) {
+    if (spin_until([this, seen] { return epoch_.load(std::memory_order_acquire) != seen; })) return;
+    sleepers_.fetch_add(1);
+    futex_wait(epoch_, seen);
+    sleepers_.fetch_sub(1);
+  }
+
+  void perform(Errand& errand) {
+    const std::lock_guard<std::mutex> lock(busy);
+    leader_ = 0;
+    complete(errand);
+  }
+
+  // Holding `busy`. The owner may end the errand's life as soon as it is done.
+  uint32_t complete(Errand& errand) {
+    errand.run(&errand);
+    errand.done.store(1);
+    return call_workers();
+  }
+
+  // Runs the posted errand, if there is one and nobody runs jobs; says whether it did. `seen` becomes its last epoch.
+  bool lead_errand(int thread, uint32_t& seen) {
+    if (posted_.load() == nullptr) return false;
+    const std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
+    Errand* errand = lock ? posted_.exchange(nullptr) : nullptr;
+    if (errand == nullptr) return false;
+    leader_ = thread;
+    seen = complete(*errand);
+    return true;
   }
 
   void close() {
@@ -135,15 +206,11 @@ class Pool {
   }
 
   void work(int thread, uint32_t seen) {
-    const auto called = [this, &seen] { return epoch_.load(std::memory_order_acquire) != seen; };
     while (true) {
-      while (!spin_until(called)) {
-        sleepers_.fetch_add(1);
-        futex_wait(epoch_, seen);
-        sleepers_.fetch_sub(1);
-      }
+      while (epoch_.load(std::memory_order_acquire) == seen) await_call(seen);
       seen = epoch_.load();
       if (stop_.load()) return;
+      if (lead_errand(thread, seen)) continue;
       if (join_job()) {
         take_tasks(thread);
         leave_job();
@@ -155,6 +222,8 @@ class Pool {
   std::unique_ptr<Range[]> ranges_ = std::make_unique<Range[]>(1);
   const void* context_ = nullptr;
   void (*call_)(const void*, int64_t, int) = nullptr;
+  std::atomic<Errand*> posted_{nullptr};
+  int leader_ = 0;  // number of the worker that runs an errand, which its owner takes, for jobs call theirs 0; or 0
   std::atomic<bool> stop_{false};
   std::atomic<bool> waiting_{false};
   std::atomic<int> sleepers_{0};

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
 
 class Weight(ctypes.Structure):
@@ -122,6 +122,24 @@ class Layer(ctypes.Structure):
     )
 
 
+class LayersCall(ctypes.Structure):
+    _fields_ = (
+        ("run", c_void_p),
+        ("done", c_uint32),
+        ("is_bf16", c_int64),
+        ("layers", c_void_p),
+        ("count", c_int64),
+        ("routing", c_void_p),
+        ("spread", c_void_p),
+        ("step", c_void_p),
+        ("heads", c_void_p),
+        ("num_decode", c_int64),
+        ("residual", c_void_p),
+        ("x", c_void_p),
+        ("late", c_int64),
+    )
+
+
 class Experts(ctypes.Structure):
     _fields_ = (
         ("w13", c_void_p),
@@ -174,7 +192,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_unpack": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "moe_list_escapes": (c_int64, (c_void_p, c_int64, c_void_p)),
     "moe_free_escapes": (None, (c_void_p, c_int64)),
-    "moe_take_rows": (None, (c_int, c_void_p, c_void_p, c_int64, c_void_p)),
+    "moe_take_rows": (c_int64, (c_int, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_linear": (None, (c_int, c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p)),
     "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
     "moe_add_rms_norm": (
@@ -190,10 +208,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
-    "moe_layers": (
-        c_int64,
-        (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p),
-    ),
+    "moe_layers_begin": (None, (c_void_p,)),
+    "moe_layers_end": (c_int64, (c_void_p,)),
     "moe_topk_gate": (None, (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)),
     "moe_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
     "moe_group_by_slot": (c_int64, (c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
