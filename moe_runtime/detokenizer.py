@@ -26,9 +26,7 @@ class IncrementalDecoder:
     def __init__(self, decode: Decode, context: Sequence[int], hidden: Set[int] = frozenset()) -> None:
         self._decode = decode
         self._hidden = hidden
-        self._known, text = self._context(context)
-        # A prompt may end in half a character; the token that completes it then gives it whole.
-        self._known_text = text.rstrip(REPLACEMENT)
+        self._known, self._known_text = self._context(context)
         self._held: list[int] = []
 
     def _context(self, context: Sequence[int]) -> tuple[list[int], str]:
@@ -46,16 +44,19 @@ class IncrementalDecoder:
             return ""
         self._held.append(token_id)
         text = self._decode(self._known + self._held)
-        if len(text) <= len(self._known_text) or text.endswith(REPLACEMENT):
-            return ""
-        return self._advance(text)
+        return "" if text.endswith(REPLACEMENT) else self._advance(text)
 
     def flush(self) -> str:
         """The text that is still held back, when no token follows."""
         return self._advance(self._decode(self._known + self._held)) if self._held else ""
 
     def _advance(self, text: str) -> str:
-        new_text = text[len(self._known_text) :]
+        known_text = self._known_text
+        if not text.startswith(known_text):  # it ended in half a character, which is whole now
+            known_text = known_text.rstrip(REPLACEMENT)
+        new_text = text[len(known_text) :]
+        if not new_text:
+            return ""
         self._known, self._held = self._held, []
         self._known_text = self._decode(self._known)
         return new_text

@@ -68,6 +68,15 @@ def test_a_prompt_that_ends_in_half_a_character_is_continued_with_all_of_it(toke
 
 
 @pytest.mark.parametrize("name", SAVE)
+def test_a_prompt_that_ends_in_a_replacement_character_is_continued_without_it(tokenizers, name):
+    """It looks like half a character, and is a whole one."""
+    tokenizer = tokenizers[name]
+    prompt_ids, token_ids = tokenizer.encode("a \ufffd"), tokenizer.encode("a \ufffd 0")
+    pieces = pieces_of(make_decoder(tokenizer, prompt_ids), token_ids[len(prompt_ids) :])
+    assert "".join(pieces) == " 0"
+
+
+@pytest.mark.parametrize("name", SAVE)
 def test_a_prompt_that_ends_in_long_characters_is_continued_with_more(tokenizers, name):
     tokenizer = tokenizers[name]
     prompt_ids = tokenizer.encode("🦀🦑🦀🦑")
