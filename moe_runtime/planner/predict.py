@@ -19,6 +19,7 @@ from moe_runtime.planner.exchange import exchange_seconds
 from moe_runtime.planner.hardware import Hardware
 from moe_runtime.planner.routing import Routing
 from moe_runtime.planner.shape import Matrix, ModelShape
+from moe_runtime.planner.sharing import counts_up_to, ending_times
 
 Floats = npt.NDArray[np.float64]
 Phase = Literal["prefill", "decode"]
@@ -230,9 +231,6 @@ def _sparse_layers(
     shape: ModelShape, hardware: Hardware, placement: Placement, routing: Routing, tokens_W: Floats
 ) -> _Sparse:
     num_ranks, num_tokens = placement.num_ranks, max(round(float(tokens_W.sum())), 1)
-    rates = _Rates(hardware, num_ranks, min(num_ranks, hardware.ranks_per_node))
-    over = hardware.overheads
-    row_seconds = over.expert_byte * shape.bytes_back / rates.own_cores
     experts_W = np.zeros(num_ranks)
     slowest = exchange = balancedness = used = 0.0
     for layer in range(placement.num_layers):
@@ -241,10 +239,9 @@ def _sparse_layers(
             share_EW = split_tokens(count_E, placement.slots[layer])
             rows_EW = whole_shares(share_EW, count_E).astype(np.float64)
             rows_W = rows_EW.sum(axis=0)
-            products_EW = rates.products(shape.expert, rows_EW, hardware.expert_bandwidth)
-            seconds_EW = products_EW + over.slot * (rows_EW > 0) + row_seconds * rows_EW
-            experts_W += seconds_EW.sum(axis=0)
-            slowest += float(seconds_EW.sum(axis=0).max())
+            seconds_W = _experts_seconds(shape, hardware, rows_EW)
+            experts_W += seconds_W
+            slowest += float(seconds_W.max())
             used += float((rows_EW > 0).sum())
             balancedness += float(rows_W.mean() / rows_W.max()) if rows_W.any() else 1.0
             if num_ranks > 1 and draw == 0:  # it varies little
@@ -258,6 +255,26 @@ def _sparse_layers(
         balancedness=min(balancedness / samples, 1.0),
         bytes_read=used / samples * hardware.stored_bytes(shape.expert),
     )
+
+
+def _experts_seconds(shape: ModelShape, hardware: Hardware, rows_EW: Floats) -> Floats:
+    """Seconds in which each rank's experts have computed their rows, all beginning at once: `[W]`."""
+    over, num_ranks = hardware.overheads, rows_EW.shape[1]
+    on_node = min(num_ranks, hardware.ranks_per_node)
+
+    def seconds_at(active: int) -> Floats:
+        rates = _Rates(hardware, num_ranks, active)
+        row_seconds = over.expert_byte * shape.bytes_back / rates.own_cores
+        products_EW = rates.products(shape.expert, rows_EW, hardware.expert_bandwidth)
+        found: Floats = (products_EW + over.slot * (rows_EW > 0) + row_seconds * rows_EW).sum(axis=0)
+        return found
+
+    if hardware.cores is None or hardware.turns(on_node) > 1:
+        return seconds_at(on_node)
+    counts = counts_up_to(on_node)
+    seconds_CW = np.stack([seconds_at(active) for active in counts])
+    nodes = (slice(first, first + on_node) for first in range(0, num_ranks, on_node))
+    return np.concatenate([ending_times(counts, seconds_CW[:, node]) for node in nodes])
 
 
 def _bytes_read(

@@ -215,6 +215,18 @@ def test_ranks_that_take_turns_on_cores():
     assert spent == pytest.approx(3 * 2 * 0.01)  # ranks without a sequence, exchanges of the one sparse layer
 
 
+def test_a_rank_reads_its_experts_faster_once_the_other_has_read_its_own():
+    """Of 3 experts in 4 slots one rank has 2: while both read each has 0.75 GB/s, then the one alone has 1."""
+    shape = tiny(num_experts=3, top_k=3)
+    cores = replace(IDEAL, cores=2, ranks_per_node=8, memory_bandwidth=((1, 1e9), (2, 1.5e9)))
+    placement = Placement.even(1, 3, 2)
+    found = predict(shape, cores, placement, certain(shape), Workload("decode", 1, 30))
+    assert found.parts["experts"] == pytest.approx(100_000 / 0.75e9 + 100_000 / 1e9)
+    devices = replace(cores, cores=None, ranks_per_node=2)
+    apart = predict(shape, devices, placement, certain(shape), Workload("decode", 1, 30))
+    assert apart.parts["experts"] == pytest.approx(2 * 100_000 / 1e9)
+
+
 def test_ranks_with_cores_copy_their_own_rows_too():
     """Each of 2 ranks has 3 tokens, which go to both, and computes 2 rows of each of all 6."""
     shape = tiny(top_k=4)
