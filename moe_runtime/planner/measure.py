@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
-from moe_runtime.planner.measure_engine import SENDING, Variant, streaming
+from moe_runtime.planner.measure_engine import SENDING, WAITING, Variant, streaming
 from moe_runtime.planner.predict import Workload
 from moe_runtime.planner.probe import Probe, fit, with_overheads
 
@@ -167,7 +167,7 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
 
     cores = min(TURNS_CORES, hardware.cores or 1)
     one_stream = replace(hardware, cores=cores, expert_bandwidth=1.0)
-    few, many = (streaming(TURNS_RANKS, *layers) for layers in STREAMING_LAYERS)
+    few, many = (streaming(TURNS_RANKS, *layers, **WAITING) for layers in STREAMING_LAYERS)
     with _cores(cores):
         found = probe.steps([few, many], [Workload("decode", 1, PROBE_KEYS)], STREAMING_TOKENS)
     early, late = (statistics.median(step.spare(one_stream, "busy")) for step in found)

@@ -46,6 +46,8 @@ PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hol
 }
 # Changes that send many rows, and evenly: every token uses every expert.
 SENDING: dict[str, Any] = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 16}
+# Attention that takes longer than ranks without a sequence look out for the others before they sleep.
+WAITING: dict[str, int] = {"num_attention_heads": 32, "num_key_value_heads": 8}
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ class Variant:
         return {**PROBE, "num_hidden_layers": self.num_layers, **self.changes}
 
 
-def streaming(ep_size: int, num_layers: int, layer_bytes: int) -> Variant:
+def streaming(ep_size: int, num_layers: int, layer_bytes: int, **changes: int) -> Variant:
     """A probe model with so many bytes of experts in a layer, about, in bfloat16; every token uses every expert."""
     hidden, experts = 512, 4
     inner = layer_bytes // (experts * 3 * hidden * 2) // 64 * 64
     sizes = {"hidden_size": hidden, "num_experts": experts, "num_experts_per_tok": experts}
-    return Variant(ep_size, num_layers, sizes | {"moe_intermediate_size": inner})
+    return Variant(ep_size, num_layers, sizes | {"moe_intermediate_size": inner} | changes)
 
 
 def probe_steps(
