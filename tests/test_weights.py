@@ -203,6 +203,30 @@ def test_dummy_weights_do_not_depend_on_the_placement(tmp_path: Path) -> None:
     assert not torch.equal(*values(whole.embed), *values(build(path, RandomWeights(4)).embed))
 
 
+def test_dummy_weights_that_were_dropped_are_given_back() -> None:
+    """Also from between small things that are kept, as lists of escapes are."""
+    script = """
+from pathlib import Path
+from moe_runtime.weights import RandomWeights
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+source = RandomWeights(0)
+source.read("the first is freed", (1024, 1024))  # so that others of its size lie in the heap
+tensors, kept = [], []
+for index in range(100):
+    tensors.append(source.read(str(index), (512, 512)))
+    kept.append(bytes(3000))
+full = resident()
+tensors.clear()
+source.release_all()
+print((full - resident()) >> 20)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(found.stdout) > 80, "of 100 MiB"
+
+
 def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
     path = save(make_model("qwen3"), tmp_path / "a", max_shard_size="100KB")
     shards = sorted(path.glob("*.safetensors"))

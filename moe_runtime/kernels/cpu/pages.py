@@ -72,6 +72,11 @@ def giving_memory_back() -> Iterator[None]:
     release_library_pages(libraries)
     yield
     release_library_pages(libraries)
+    give_freed_memory_back()
+
+
+def give_freed_memory_back() -> None:
+    """Give back all whole pages that were freed, also those between what is in use."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
