@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_runtime.types.version import __version__
+
 if TYPE_CHECKING:
     from moe_runtime.llm import LLM
-    from moe_runtime.sampling_params import SamplingParams
+    from moe_runtime.types.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams", "__version__"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
@@ -19,7 +20,7 @@ def __getattr__(name: str) -> object:
 
         return LLM
     if name == "SamplingParams":
-        from moe_runtime.sampling_params import SamplingParams
+        from moe_runtime.types.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 import sys
 
-from moe_runtime.cli import main
+from moe_runtime.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

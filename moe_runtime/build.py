@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from moe_runtime.budget import check_budget
-from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.engine import Engine
-from moe_runtime.executor import Executor
-from moe_runtime.routing import CALIBRATION_NAME, DEMO_CALIBRATION, load_policies
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.expert_policy import CALIBRATION_NAME, DEMO_CALIBRATION, load_policies
+from moe_runtime.engine.engine import Engine
+from moe_runtime.memory.budget import check_budget
+from moe_runtime.wire.executor import Executor
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ def build_engine(
         ValueError: no such model, options that do not fit it, or less free memory here than CPU ranks need.
         RankError: a rank failed to start. Whatever was started has ended then.
     """
-    from moe_runtime.models import load_model_config
-    from moe_runtime.placements import initial_placement
-    from moe_runtime.weights import resolve_model
+    from moe_runtime.memory.initial_placement import initial_placement
+    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(config.model)
     model_config = load_model_config(path)
@@ -44,7 +44,7 @@ def build_engine(
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:
-        from moe_runtime.tokenizer import Tokenizer
+        from moe_runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_path(config.tokenizer or path)
     executor = (make_executor or _executor_class(config))(config, model_config, path)
@@ -98,9 +98,9 @@ def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
 
 def _executor_class(config: EngineConfig) -> MakeExecutor:
     if config.ep_size == 1:
-        from moe_runtime.in_process import InProcessExecutor
+        from moe_runtime.cluster.in_process import InProcessExecutor
 
         return InProcessExecutor
-    from moe_runtime.process_executor import ProcessExecutor
+    from moe_runtime.cluster.process_executor import ProcessExecutor
 
     return ProcessExecutor

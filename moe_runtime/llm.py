@@ -14,14 +14,14 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
-from moe_runtime.outputs import CompletionOutput, OutputDelta, RequestOutput
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.outputs import CompletionOutput, OutputDelta, RequestOutput
+from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from moe_runtime.balancer.live.mover import Rebalance
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
-    from moe_runtime.mover import Rebalance
 
 REBALANCE_POLL_SECONDS = 0.001
 

@@ -35,11 +35,11 @@ import numpy.typing as npt
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.balancer.split import rank_loads
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
-from moe_runtime.demo.build import ensure_demo_model
-from moe_runtime.engine import Engine
-from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.tokenizer import Tokenizer
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.demo.checkpoint import ensure_demo_model
+from moe_runtime.engine.engine import Engine
+from moe_runtime.text.tokenizer import Tokenizer
+from moe_runtime.types.sampling_params import SamplingParams
 
 WAYS = ("off", "eplb", "auto")
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 4

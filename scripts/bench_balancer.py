@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_runtime.balancer import Placement, plan_eplb, plan_placement, quotas, rank_loads, split_tokens
+from moe_runtime.balancer.live.rebalancer import ROUTE_STEPS
+from moe_runtime.balancer.live.replica_table import Routes
 from moe_runtime.balancer.synthetic import BURST, SYNTHETIC, drifted
-from moe_runtime.rebalancer import ROUTE_STEPS
-from moe_runtime.routes import Routes
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "balancer"
@@ -183,7 +183,7 @@ def record() -> None:
     from transformers import AutoTokenizer
 
     from moe_runtime import LLM, SamplingParams
-    from moe_runtime.demo.build import ensure_demo_model
+    from moe_runtime.demo.checkpoint import ensure_demo_model
     from moe_runtime.demo.texts import QUESTIONS, TOPICS
 
     texts = {

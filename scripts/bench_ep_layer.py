@@ -35,7 +35,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_runtime.host import divide_cores
+from moe_runtime.cluster.host import divide_cores
 from moe_runtime.kernels.cpu import native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set

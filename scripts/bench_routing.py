@@ -18,9 +18,10 @@ import statistics
 import time
 from pathlib import Path
 
-from moe_runtime import LLM, SamplingParams, cli
+from moe_runtime import LLM, SamplingParams
+from moe_runtime.cli import main as cli
+from moe_runtime.config.expert_policy import CLASSES, DEMO_CALIBRATION
 from moe_runtime.demo.texts import fetch_texts, novels, postgresql_docs, wordnet
-from moe_runtime.routing import CLASSES, DEMO_CALIBRATION
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "routing"
 KINDS = {"novels": novels, "postgresql": postgresql_docs, "wordnet": wordnet}

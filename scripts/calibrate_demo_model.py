@@ -28,9 +28,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, Glm4MoeForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from moe_runtime.demo import fit, measure
-from moe_runtime.demo.build import build_checkpoint
+from moe_runtime.demo import fit
+from moe_runtime.demo import quality as measure
 from moe_runtime.demo.carve import ARTIFACT_PATH, Carving
+from moe_runtime.demo.checkpoint import build_checkpoint
 from moe_runtime.demo.dense import load_dense
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import locate_gguf

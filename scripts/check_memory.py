@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
-from moe_runtime.budget import holds_codes
-from moe_runtime.model_size import expert_bytes
+from moe_runtime.memory.budget import holds_codes
+from moe_runtime.memory.model_size import expert_bytes
 
 ALLOWED = 1.1
 PERIOD = 0.05  # seconds between two looks

@@ -26,7 +26,7 @@ import numpy as np
 from make_bench_model import ensure_bench_model
 
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels.cpu.native import load
 from moe_runtime.planner.hardware import Hardware
 from moe_runtime.planner.hardware_file import load_hardware, save_hardware

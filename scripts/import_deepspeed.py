@@ -15,9 +15,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_runtime.deepspeed_checkpoint import DeepSpeedCheckpoint
-from moe_runtime.deepspeed_files import DeepSpeedFiles
-from moe_runtime.models import load_model_config
+from moe_runtime.models.registry import load_model_config
+from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
+from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 
 ALSO_COPIED = ("*.json", "*.model", "*.txt", "*.jinja")
 

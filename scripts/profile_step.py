@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
-from moe_runtime.engine import Engine
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.engine import Engine
 from moe_runtime.kernels.cpu import native
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.types.sampling_params import SamplingParams
 
 PROMPT_TOKENS = 128
 

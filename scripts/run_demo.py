@@ -38,7 +38,7 @@ def main() -> int:
         signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
-        from moe_runtime.demo.build import ensure_demo_model
+        from moe_runtime.demo.checkpoint import ensure_demo_model
 
         say(f"the model: {ensure_demo_model()}")
         with serving(args.ranks) as url:

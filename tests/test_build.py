@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 from fakes import MockExecutor, model_config, save_byte_tokenizer
 
-from moe_runtime import build, models, weights
-from moe_runtime.config import EngineConfig
+from moe_runtime import build
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.models import registry as models
+from moe_runtime.weights import checkpoint as weights
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_ranks_end_if_the_engine_cannot_be_made(checkpoint):
 def test_one_rank_runs_in_this_process_and_several_in_their_own(checkpoint, monkeypatch, ep_size, kind):
     module, name = kind.split(".")
     make_executor = Recorder()
-    monkeypatch.setitem(sys.modules, f"moe_runtime.{module}", SimpleNamespace(**{name: make_executor}))
+    monkeypatch.setitem(sys.modules, f"moe_runtime.cluster.{module}", SimpleNamespace(**{name: make_executor}))
     assert build.build_engine(EngineConfig(str(checkpoint), ep_size=ep_size)).executor is make_executor.executor
 
 
@@ -105,7 +107,7 @@ def test_the_public_names():
 
     assert dir(moe_runtime) == moe_runtime.__all__ == ["LLM", "SamplingParams", "__version__"]
     from moe_runtime.llm import LLM
-    from moe_runtime.sampling_params import SamplingParams
+    from moe_runtime.types.sampling_params import SamplingParams
 
     assert moe_runtime.LLM is LLM and moe_runtime.SamplingParams is SamplingParams
     with pytest.raises(AttributeError, match="no attribute 'Engine'"):

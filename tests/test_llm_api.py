@@ -10,9 +10,9 @@ import pytest
 from fakes import EOS, MockExecutor, generate_alone, make_engine, random_next_token, save_byte_tokenizer
 
 from moe_runtime import LLM, SamplingParams
-from moe_runtime.config import EngineConfig
-from moe_runtime.executor import RankError
-from moe_runtime.tokenizer import Tokenizer
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.text.tokenizer import Tokenizer
+from moe_runtime.wire.executor import RankError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, seed=0)
 

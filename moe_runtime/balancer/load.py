@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.balancer.files import field, parse_json, read_text, require_format
 from moe_runtime.balancer.load_csv import from_csv, to_csv
 from moe_runtime.balancer.load_files import FORMAT, FORMAT_VERSION, PHASES, from_npz, to_html, to_json, to_npz
 from moe_runtime.balancer.placement import Placement, check_layer_ids
+from moe_runtime.system.files import field, parse_json, read_text, require_format
 
 PICTURES = ("png", "svg")
 ENCODERS = {"html": to_html, "csv": to_csv, "json": to_json, "npz": to_npz}

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_runtime.balancer.files import read_text, require_format
 from moe_runtime.balancer.load_files import FORMAT, FORMAT_VERSION, PHASES
 from moe_runtime.balancer.placement import EMPTY, Placement
+from moe_runtime.system.files import read_text, require_format
 
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_runtime.balancer.files import field, read_npz, require_format
 from moe_runtime.balancer.placement import Placement
+from moe_runtime.system.files import field, read_npz, require_format
 
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad

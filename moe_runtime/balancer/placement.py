@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.balancer.files import field, parse_json, read_text, require_format
+from moe_runtime.system.files import field, parse_json, read_text, require_format
 
 FORMAT = "moe_runtime.placement"
 FORMAT_VERSION = 1

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.balancer.files import field, read_npz, require_format
 from moe_runtime.balancer.placement import check_layer_ids
+from moe_runtime.system.files import field, read_npz, require_format
 
 FORMAT = "moe_runtime.routing_trace"
 FORMAT_VERSION = 1

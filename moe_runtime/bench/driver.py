@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from moe_runtime.bench.measure import Record, Run, run_jobs
 from moe_runtime.bench.options import BenchOptions
 from moe_runtime.bench.report import Report
+from moe_runtime.bench.runs import Record, Run, run_jobs
 from moe_runtime.bench.targets import RequestError, ServerTarget, Target, start_engine
 from moe_runtime.bench.workload import Job, check_lengths, make_warmups, make_workload, rate_name, read_text
-from moe_runtime.config import EngineConfig
-from moe_runtime.options import MODEL, user_mistakes
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.options import MODEL, user_mistakes
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
-    from moe_runtime.tokenizer import Tokenizer
+    from moe_runtime.engine.engine import Engine
+    from moe_runtime.text.tokenizer import Tokenizer
 
 
 async def measure(options: BenchOptions, engine: Mapping[str, Any]) -> Report:
@@ -72,13 +72,13 @@ async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Ta
         if options.text or "vocab_size" not in target.health:
             raise ValueError(f"model: missing; the server does not say what prompts may hold; it must be {MODEL}")
         return target, range(target.health["vocab_size"])
-    from moe_runtime.models import load_model_config
-    from moe_runtime.weights import resolve_model
+    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(engine["model"], weights=False)
     tokenizer = None
     if options.text:
-        from moe_runtime.tokenizer import Tokenizer
+        from moe_runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_path(engine.get("tokenizer") or path)
     return target, _tokens(options, load_model_config(path).vocab_size, tokenizer)

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime import __version__
-from moe_runtime.bench.measure import Record, Run
 from moe_runtime.bench.options import BenchOptions
+from moe_runtime.bench.runs import Record, Run
 from moe_runtime.bench.workload import rate_name
+from moe_runtime.types.version import __version__
 
 FORMAT = "moe_runtime.bench"
 FORMAT_VERSION = 1

@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 
 import h11
 
-from moe_runtime.executor import RankError
-from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
-from moe_runtime.serve.messages import AddRequest, Loaded
+from moe_runtime.serve.engine_messages import AddRequest, Loaded
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.executor import RankError
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
+    from moe_runtime.engine.engine import Engine
 
 CLOSE_SECONDS = 30.0  # for the ranks to end
 INTERRUPTED_SECONDS = 3.0  # the same after Ctrl-C, when the engine may load or be inside a step

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from moe_runtime.bench.options import BenchOptions, Lengths
 
 if TYPE_CHECKING:
-    from moe_runtime.tokenizer import Tokenizer
+    from moe_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_runtime.budget import PROCESS_BYTES, available_host_memory
+from moe_runtime.memory.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
 from moe_runtime.planner.measure_engine import SENDING, WAITING, Variant, streaming
 from moe_runtime.planner.predict import Workload
@@ -47,7 +47,7 @@ def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> H
     Raises:
         ValueError: there are no native CPU kernels.
     """
-    from moe_runtime.kernels.cpu.build import NativeUnavailableError
+    from moe_runtime.kernels.cpu.library import NativeUnavailableError
     from moe_runtime.kernels.cpu.native import load
     from moe_runtime.planner.pace import Pace
 

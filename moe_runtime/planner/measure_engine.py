@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_runtime.config import EngineConfig
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
+    from moe_runtime.engine.engine import Engine
 
 WARM_STEPS = 3
 PROBE_DECODE_PROMPT = 8

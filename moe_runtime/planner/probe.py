@@ -77,7 +77,7 @@ class Probe:
 
     def steps(self, variants: Sequence[Variant], works: Sequence[Workload], tokens: int = TOKENS) -> list[ProbedStep]:
         """A step of each model with each work; runs have so many tokens."""
-        from moe_runtime.models import load_model_config
+        from moe_runtime.models.registry import load_model_config
 
         for variant in variants:
             self.say(f"steps of the engine, {variant.ep_size} rank(s), {variant.num_layers} layers")

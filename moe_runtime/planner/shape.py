@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.balancer.files import parse_json, read_text
-from moe_runtime.config import ModelConfig
+from moe_runtime.config.engine import ModelConfig
 from moe_runtime.planner.hardware import DTYPES, ITEMSIZE
+from moe_runtime.system.files import parse_json, read_text
 
 INTEGERS = {  # of a file, with the least that is allowed
     "vocab_size": 2,

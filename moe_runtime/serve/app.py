@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_runtime import __version__
-from moe_runtime.serve import native, openai_api
+from moe_runtime.serve import generate as native
 from moe_runtime.serve.async_engine import AsyncEngine, State
 from moe_runtime.serve.errors import ApiError, add_error_handlers, error_response, json_response
-from moe_runtime.serve.index import index_page
+from moe_runtime.serve.openai import routes as openai_api
+from moe_runtime.serve.page import index_page
+from moe_runtime.types.version import __version__
 
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad

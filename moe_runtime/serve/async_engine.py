@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.serve.engine_thread import EngineThread
-from moe_runtime.serve.messages import (
+from moe_runtime.serve.engine_messages import (
     AbortRequest,
     Accepted,
     AddRequest,
@@ -27,11 +26,12 @@ from moe_runtime.serve.messages import (
     Stepped,
     View,
 )
+from moe_runtime.serve.engine_thread import EngineThread
 from moe_runtime.serve.metrics import Metrics, RequestTimer
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
-    from moe_runtime.outputs import OutputDelta
+    from moe_runtime.engine.engine import Engine
+    from moe_runtime.types.outputs import OutputDelta
 
 
 DRAIN_POLL_SECONDS = 0.02

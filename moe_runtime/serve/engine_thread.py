@@ -8,8 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from moe_runtime.executor import RankError
-from moe_runtime.serve.messages import (
+from moe_runtime.serve.engine_messages import (
     AbortRequest,
     Accepted,
     AddRequest,
@@ -25,10 +24,11 @@ from moe_runtime.serve.messages import (
     StartRebalance,
     Stepped,
 )
+from moe_runtime.wire.executor import RankError
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
-    from moe_runtime.mover import Rebalance
+    from moe_runtime.balancer.live.mover import Rebalance
+    from moe_runtime.engine.engine import Engine
 
 IDLE_CHECK_SECONDS = 0.5  # how often an idle engine looks whether its ranks still live
 MIGRATION_CHECK_SECONDS = 0.002  # and how often while experts move

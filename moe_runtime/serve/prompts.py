@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_runtime.serve.protocol import Message
+from moe_runtime.serve.bodies import Message
 
 if TYPE_CHECKING:
-    from moe_runtime.tokenizer import Tokenizer
+    from moe_runtime.text.tokenizer import Tokenizer
 
 
 async def encode_text(tokenizer: Tokenizer | None, text: str) -> list[int]:

@@ -19,7 +19,7 @@ from moe_runtime.serve.app import create_app
 from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
 
 if TYPE_CHECKING:
-    from moe_runtime.engine import Engine
+    from moe_runtime.engine.engine import Engine
 
 DRAIN_SECONDS = 20.0
 RESPONSE_SECONDS = 2  # for answers that are complete, or errors, to reach their clients

@@ -14,14 +14,14 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from moe_runtime.serve.async_engine import AsyncEngine, RequestStream, UnavailableError
+from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import error_body, json_response, user_error
-from moe_runtime.serve.messages import AddRequest
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from moe_runtime.messages import ExpertChanges
-    from moe_runtime.outputs import OutputDelta, PositionLogprobs
+    from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+    from moe_runtime.wire.messages import ExpertChanges
 
 T = TypeVar("T")
 DONE = "[DONE]"

@@ -22,7 +22,7 @@ from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
 from moe_runtime.kernels.cpu.packed import PackedExperts
-from moe_runtime.moe import part_size
+from moe_runtime.layers.moe import part_size
 
 HIDDEN, LAYERS, INPUTS = 1024, 2, 8
 SHIFT = 8.0  # of all inputs along one direction, through which router weights set the load

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from make_bench_model import ensure_bench_model, ensure_gguf
 
-from moe_runtime.model_size import CODED_BYTES
+from moe_runtime.memory.model_size import CODED_BYTES
 from peers import check
 from peers.drivers import Driver
 from peers.environments import ensure_environment

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime import SamplingParams, __version__
+from moe_runtime import SamplingParams
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.version import __version__
 from peers.protocol import Stopwatch, serve, take_stdout
 
 Prompts = list[list[int]]

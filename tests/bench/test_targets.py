@@ -11,20 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from bench_fakes import BenchEngine, KnownVocabulary
+from places import SUPPORT
 from serve_clients import ServerThread
 from serve_fakes import RANK_ERROR
 from tiny_models import make_model, save
 
-from moe_runtime import cli
 from moe_runtime.bench.targets import RequestError, ServerTarget, start_engine
-from moe_runtime.executor import RankError
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.cli import main as cli
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.executor import RankError
 
-SUPPORT = Path(__file__).parent.parent / "support"
 WORDS = ["--input-len", "4-9", "--output-len", "3-6", "--num-prompts", "5"]
 
 
@@ -208,7 +207,7 @@ def test_an_engine_that_cannot_start(error):
 def test_an_interrupt_ends_it_loading_or_running(engine):
     program = (
         f"import sys, time; sys.path.insert(0, {str(SUPPORT)!r})\n"
-        "import moe_runtime.build\nfrom bench_fakes import BenchEngine\nfrom moe_runtime.cli import main\n"
+        "import moe_runtime.build\nfrom bench_fakes import BenchEngine\nfrom moe_runtime.cli.main import main\n"
         f"moe_runtime.build.build_engine = lambda config: print('building', flush=True) or {engine}\n"
         "sys.exit(main(['bench', 'x', '--request-rate', '1', '--num-prompts', '100']))"
     )

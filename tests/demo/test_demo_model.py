@@ -18,15 +18,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoTokenizer, Glm4MoeForCausalLM, PreTrainedTokenizerBase
 
-from moe_runtime.demo import build, fit, source
-from moe_runtime.demo.build import ensure_demo_model
+from moe_runtime.demo import checkpoint as build
+from moe_runtime.demo import fit, source
 from moe_runtime.demo.carve import ARTIFACT_PATH, Carving
+from moe_runtime.demo.checkpoint import ensure_demo_model
 from moe_runtime.demo.dense import load_dense
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import DemoModelError, locate_gguf
-from moe_runtime.kernels.cpu.build import default_cache_dir
+from moe_runtime.kernels.cpu.library import default_cache_dir
 
-BUILD = "import sys, pathlib; from moe_runtime.demo.build import *; print(ensure_demo_model(pathlib.Path(sys.argv[1])))"
+BUILD = (
+    "import sys, pathlib; from moe_runtime.demo.checkpoint import *; "
+    "print(ensure_demo_model(pathlib.Path(sys.argv[1])))"
+)
 
 
 @pytest.fixture(scope="session")

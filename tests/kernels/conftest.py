@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_runtime.kernels.cpu import build, native
+from moe_runtime.kernels.cpu import library as build
+from moe_runtime.kernels.cpu import native
 
 
 @pytest.fixture(scope="module", params=build.supported_instruction_sets() or ["none"])

@@ -1,16 +1,16 @@
 """The GPU benchmark checks itself without a GPU, and its checks find what is wrong."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import SCRIPTS
 
 from moe_runtime.kernels import ops
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The Triton kernels compile for every supported generation of chip, without a GPU, in a process of its own."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -8,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from moe_runtime.kernels import triton as triton_kernels
 
-ROOT = Path(__file__).parents[2]
 SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
 # First word of a form -> the kernel that it is a form of.

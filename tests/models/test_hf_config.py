@@ -10,7 +10,7 @@ import pytest
 import transformers
 from tiny_models import BASE, CASES, CLASSES, FAMILY
 
-from moe_runtime.models import load_model_config
+from moe_runtime.models.registry import load_model_config
 
 
 def write(path: Path, config: dict[str, Any]) -> Path:

@@ -13,7 +13,7 @@ from rank_pool import RankPool
 from tiny_models import VOCAB, make_model, save
 from torch import Tensor
 
-from moe_runtime.messages import StepPlan
+from moe_runtime.wire.messages import StepPlan
 
 CASES = ["qwen3 bias, tied", "qwen3 window", "mixtral dynamic", "glm4 groups", "glm4 partial yarn"]
 LENGTHS = [*range(1, 34), 70]  # token by token, as many sequences run together as are this long or longer: 34 to 1

@@ -10,9 +10,9 @@ import pytest
 from tiny_models import make_model, save
 
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels.cpu.native import load_or_none
-from moe_runtime.models import load_model_config
+from moe_runtime.models.registry import load_model_config
 from moe_runtime.planner.hardware_file import load_hardware
 from moe_runtime.planner.measure import cold_factor_of, efficiency_of, table_of
 from moe_runtime.planner.measure_engine import StepTimer, Variant, probe_steps, streaming

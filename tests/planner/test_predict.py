@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import ROOT
 
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.balancer.plan import plan_placement
@@ -56,7 +56,7 @@ IDEAL = Hardware(
     cold_factor=((0, 1.0),),
     overheads=FREE,
 )
-DEEPSEEK = ModelShape.load(Path(__file__).parents[2] / "benchmarks" / "planner" / "deepseek-v3.json")
+DEEPSEEK = ModelShape.load(ROOT / "benchmarks" / "planner" / "deepseek-v3.json")
 
 
 def tiny(num_experts: int = 4, top_k: int = 1, **changes: object) -> ModelShape:

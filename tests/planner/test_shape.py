@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
+from places import ROOT
 from tiny_models import make_model, save
 
-from moe_runtime.model_size import count_parameters, expert_bytes, kv_bytes_per_token
-from moe_runtime.models import load_model_config
+from moe_runtime.memory.model_size import count_parameters, expert_bytes, kv_bytes_per_token
+from moe_runtime.models.registry import load_model_config
 from moe_runtime.planner.hardware import ITEMSIZE
 from moe_runtime.planner.shape import Matrix, ModelShape
 
@@ -19,7 +19,7 @@ def size(matrices: tuple[Matrix, ...]) -> int:
     return sum(matrix.parameters * ITEMSIZE[matrix.dtype] for matrix in matrices)
 
 
-DEEPSEEK = Path(__file__).parents[2] / "benchmarks" / "planner" / "deepseek-v3.json"
+DEEPSEEK = ROOT / "benchmarks" / "planner" / "deepseek-v3.json"
 
 
 @pytest.mark.parametrize("case", ["qwen3", "qwen3 dense between", "qwen3 bias, tied", "mixtral", "glm4"])

@@ -3,17 +3,17 @@ import io
 import json
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from serve_clients import client_of, run, started
 from serve_fakes import RANK_ERROR, FakeEngine, wait_until
 
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.serve.async_engine import AsyncEngine
 
 
@@ -220,7 +220,7 @@ def test_the_index_page():
 def test_the_routes_are_those_documented():
     schema = json.loads(get("/openapi.json").text)
     routes = {(path, method) for path, methods in schema["paths"].items() for method in methods}
-    document = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+    document = (ROOT / "docs" / "http.md").read_text()
     assert all(f"## {method.upper()} {path}\n" in document for path, method in routes)
     assert routes == {
         ("/generate", "post"),

@@ -8,10 +8,10 @@ import pytest
 from serve_clients import run, started
 from serve_fakes import RANK_ERROR, FakeEngine, wait_until
 
-from moe_runtime.executor import RankError
-from moe_runtime.sampling_params import SamplingParams
 from moe_runtime.serve.async_engine import AsyncEngine, State, UnavailableError
-from moe_runtime.serve.messages import AddRequest
+from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.executor import RankError
 
 LONG = SamplingParams(max_tokens=None)
 

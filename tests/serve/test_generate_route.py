@@ -9,11 +9,11 @@ import pytest
 from serve_clients import client_of, events_of, run, started
 from serve_fakes import MAX_MODEL_LEN, FakeEngine, wait_until
 
-from moe_runtime.config import EngineConfig
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.serve import app as app_module
 from moe_runtime.serve.app import create_app
-from moe_runtime.serve.protocol import CompletionRequest, GenerateRequest
+from moe_runtime.serve.bodies import CompletionRequest, GenerateRequest
+from moe_runtime.types.sampling_params import SamplingParams
 
 
 def post(body, fake=None, path="/generate", **options):

@@ -6,7 +6,7 @@ import pytest
 from serve_clients import ServerThread, events_of
 from serve_fakes import DEADLINE, FakeEngine
 
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
 
 HELLO = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]  # [6, 2, 5, 4, 5]
 

@@ -7,12 +7,12 @@ import base64
 import numpy as np
 import pytest
 
-from moe_runtime.outputs import OutputDelta
-from moe_runtime.routing import parse_routing
-from moe_runtime.serve.native import NativeReply
-from moe_runtime.serve.openai_replies import ChatReply, CompletionReply
-from moe_runtime.serve.protocol import GenerateRequest
+from moe_runtime.config.expert_policy import parse_routing
+from moe_runtime.serve.bodies import GenerateRequest
+from moe_runtime.serve.generate import NativeReply
+from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
 from moe_runtime.serve.streaming import Completion
+from moe_runtime.types.outputs import OutputDelta
 
 
 def deltas(experts: np.ndarray | None) -> list[OutputDelta]:

@@ -1,4 +1,4 @@
-"""Slow, obvious twins of `moe_runtime.capacity`, on lists of numbers."""
+"""Slow, obvious twins of `moe_runtime.layers.capacity`, on lists of numbers."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from moe_runtime.executor import CountsReport, RankInfo
-from moe_runtime.messages import Chunk, RankPlan, RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.executor import CountsReport, RankInfo
+from moe_runtime.wire.messages import Chunk, RankPlan, RankResult, SlotReport, SlotTask, StepPlan
 
 
 def plan_of(step: int, prefill: int = 5, decode: int = 2, num_ranks: int = 2) -> StepPlan:

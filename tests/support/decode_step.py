@@ -16,12 +16,12 @@ import torch
 import triton
 from no_sync import NoSync
 
-from moe_runtime import decode_graphs, worker
-from moe_runtime.config import EngineConfig
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels import ops
-from moe_runtime.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
-from moe_runtime.models import load_model_config
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.models.registry import load_model_config
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.worker import decode_graphs, worker
 
 BLOCK, STEPS = 8, 4
 PROMPTS = [[3, 4, 5], [7] * 17, [9, 8, 2, 1, 6, 4]]

@@ -10,10 +10,10 @@ from typing import Any
 from rank_pool import PoolExecutor, RankPool
 
 from moe_runtime.build import build_engine
-from moe_runtime.config import EngineConfig
-from moe_runtime.engine import Engine
-from moe_runtime.outputs import OutputDelta
-from moe_runtime.sampling_params import SamplingParams
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.engine import Engine
+from moe_runtime.types.outputs import OutputDelta
+from moe_runtime.types.sampling_params import SamplingParams
 
 Pools = Callable[[int], RankPool]
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import fake_rank
 
-from moe_runtime import rank_group
-from moe_runtime.config import EngineConfig
-from moe_runtime.executor import RankError
-from moe_runtime.launch import MakeExecutor, run_torchrun, under_torchrun
-from moe_runtime.process_executor import ProcessExecutor
+from moe_runtime.cli.launch import MakeExecutor, run_torchrun, under_torchrun
+from moe_runtime.cluster import rank_group
+from moe_runtime.cluster.process_executor import ProcessExecutor
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.wire.executor import RankError
 
 
 def run_front(config: EngineConfig, make_executor: MakeExecutor) -> int:

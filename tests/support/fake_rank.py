@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_runtime.config import ModelConfig, MoEConfig, RopeConfig
-from moe_runtime.executor import RankInfo
-from moe_runtime.messages import NewSequence, RankPlan, RankResult, Sample, SlotReport, SlotTask, StepPlan
-from moe_runtime.rank_main import RankArguments, run_rank
-from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.transport import Init
+from moe_runtime.cluster.rank import RankArguments, run_rank
+from moe_runtime.config.engine import ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.executor import RankInfo
+from moe_runtime.wire.messages import NewSequence, RankPlan, RankResult, Sample, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.transport import Init
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
 REFUSAL = "model-00001-of-00002.safetensors: the file is truncated"

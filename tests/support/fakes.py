@@ -19,10 +19,12 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_runtime.config import EngineConfig, ModelConfig, MoEConfig, RopeConfig
-from moe_runtime.engine import Engine
-from moe_runtime.executor import CountsReport, RankInfo
-from moe_runtime.messages import (
+from moe_runtime.config.engine import EngineConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.engine.engine import Engine
+from moe_runtime.text.tokenizer import Tokenizer
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.executor import CountsReport, RankInfo
+from moe_runtime.wire.messages import (
     Chunk,
     NewSequence,
     PromptLogprobs,
@@ -34,8 +36,6 @@ from moe_runtime.messages import (
     StepPlan,
     TokenLogprobs,
 )
-from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.tokenizer import Tokenizer
 
 VOCAB_SIZE = 50
 EOS = 0

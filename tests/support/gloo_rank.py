@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_runtime.executor import RankInfo
-from moe_runtime.messages import RankResult, Sample, SlotReport, SlotTask, StepPlan
-from moe_runtime.rank_main import RankArguments, join_group, run_rank
-from moe_runtime.transport import Init
+from moe_runtime.cluster.rank import RankArguments, join_group, run_rank
+from moe_runtime.wire.executor import RankInfo
+from moe_runtime.wire.messages import RankResult, Sample, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.transport import Init
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from rank_pool import RankContext, RankPool
 
-from moe_runtime import decode_graphs, worker
+from moe_runtime.worker import decode_graphs, worker
 
 
 def capture_as_call(run: Callable[[], None]) -> Callable[[], None]:

@@ -10,10 +10,10 @@ from cpu_cases import experts_of, normal
 from rank_pool import RankContext
 
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
-from moe_runtime.batch import Batch, StepRouting
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import Router, Routing
-from moe_runtime.native_layers import NativeGate, NativeMLP, NativeMoELayer, NativeNorm
+from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.layers.native_layers import NativeGate, NativeMLP, NativeMoELayer, NativeNorm
 
 EXPERTS, SLOTS, TOP_K, HIDDEN, INNER = 5, 5, 3, 72, 40
 

@@ -9,13 +9,13 @@ import torch
 from rank_pool import RankContext
 from torch import Tensor
 
-import moe_runtime.budget
-import moe_runtime.rank_setup
-from moe_runtime.config import EngineConfig
-from moe_runtime.messages import Chunk, NewSequence, RankPlan, StepPlan
-from moe_runtime.models import load_model_config
-from moe_runtime.sampling_params import SamplingParams
-from moe_runtime.worker import Worker
+import moe_runtime.memory.budget
+import moe_runtime.worker.rank_setup
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.models.registry import load_model_config
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.worker.worker import Worker
 
 BLOCK = 8
 PAGES_EACH = 12
@@ -70,9 +70,9 @@ def run_steps(
     )
     logits: dict[int, list[Tensor]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_runtime.budget, "EXPERT_ROWS", 8)  # so that large steps pass sparse layers in parts
+        patch.setattr(moe_runtime.memory.budget, "EXPERT_ROWS", 8)  # so that large steps pass sparse layers in parts
         if not native:
-            patch.setattr(moe_runtime.rank_setup, "load_or_none", lambda: None)
+            patch.setattr(moe_runtime.worker.rank_setup, "load_or_none", lambda: None)
         worker = Worker(
             config,
             load_model_config(path),

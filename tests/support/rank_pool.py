@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime.config import EngineConfig, ModelConfig
-from moe_runtime.executor import CountsReport, RankInfo
-from moe_runtime.messages import RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.wire.executor import CountsReport, RankInfo
+from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
 
 DEADLINE = 120.0
 
@@ -162,7 +162,7 @@ class PoolExecutor:
 
 
 def _make_worker(context: RankContext, config: EngineConfig, model_config: ModelConfig, path: Path) -> RankInfo:
-    from moe_runtime.worker import Worker
+    from moe_runtime.worker.worker import Worker
 
     group = context.group if context.num_ranks > 1 else None
     context.kept["worker"] = Worker(

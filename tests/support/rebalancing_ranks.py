@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rank_pool import RankContext
 
-from moe_runtime.messages import SlotTask
-from moe_runtime.moe import Experts
+from moe_runtime.layers.moe import Experts
+from moe_runtime.wire.messages import SlotTask
 
 
 def break_copies(context: RankContext, fault: str | None) -> None:

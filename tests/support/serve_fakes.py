@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moe_runtime.balancer.live.mover import Rebalance
+from moe_runtime.balancer.live.rebalancer import BalancerStats
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.config import EngineConfig
-from moe_runtime.engine import EngineStats
-from moe_runtime.executor import RankError
-from moe_runtime.messages import ExpertChanges
-from moe_runtime.mover import Rebalance
-from moe_runtime.outputs import Logprob, OutputDelta
-from moe_runtime.rebalancer import BalancerStats
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.engine import EngineStats
+from moe_runtime.types.outputs import Logprob, OutputDelta
+from moe_runtime.wire.executor import RankError
+from moe_runtime.wire.messages import ExpertChanges
 
 VOCAB = 1000
 MAX_MODEL_LEN = 200

@@ -12,15 +12,15 @@ import pytest
 from counting_ranks import CountingRanks, plan_of
 from fakes import model_config
 
-from moe_runtime import load_monitor, mover
 from moe_runtime.balancer.decide import balancedness
+from moe_runtime.balancer.live import load_monitor, mover
+from moe_runtime.balancer.live.rebalancer import Rebalancer
 from moe_runtime.balancer.placement import EMPTY
 from moe_runtime.balancer.plan import plan_placement
 from moe_runtime.balancer.split import rank_loads
-from moe_runtime.config import EngineConfig, MoEConfig
-from moe_runtime.executor import CountsReport
-from moe_runtime.messages import ExpertWork, RankResult, SlotReport, SlotTask
-from moe_runtime.rebalancer import Rebalancer
+from moe_runtime.config.engine import EngineConfig, MoEConfig
+from moe_runtime.wire.executor import CountsReport
+from moe_runtime.wire.messages import ExpertWork, RankResult, SlotReport, SlotTask
 
 NUM_RANKS, NUM_LAYERS, NUM_EXPERTS = 4, 3, 32
 INTERVAL = 10  # steps between two looks

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.build import NativeUnavailableError, ensure_library
-from moe_runtime.kernels.cpu.pages import HUGE_PAGE, ask_for_huge_pages
+from moe_runtime.kernels.cpu.library import NativeUnavailableError, ensure_library
 from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepHeads, StepLayout
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
+from moe_runtime.system.pages import HUGE_PAGE, ask_for_huge_pages
 
 logger = logging.getLogger(__name__)
 

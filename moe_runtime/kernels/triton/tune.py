@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from moe_runtime.kernels.cpu.build import default_cache_dir
+from moe_runtime.kernels.cpu.library import default_cache_dir
 from moe_runtime.kernels.triton.tiles import Tile, chip_of, model_tile, rows_bucket, tiles_that_fit
 
 logger = logging.getLogger(__name__)

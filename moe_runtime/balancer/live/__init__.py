@@ -1,0 +1,1 @@
+"""Balancing while serving: watches the load, moves experts between steps, tells ranks which replicas to use."""

@@ -1,0 +1,135 @@
+"""Carries a change of the placement out: one migration at a time, under a budget of bytes between steps. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_runtime.balancer.live.migration import Migration
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.wire.executor import Executor
+from moe_runtime.wire.messages import SlotReport
+
+logger = logging.getLogger(__name__)
+
+FIRST_COPY_RATE = 5e8  # bytes per second, until a copy was measured
+COPY_SHARE, LEAST_COPY = 0.15, 256 << 10  # of a step's time, unless it is a few bytes
+IDLE_COPY = 64 << 20
+REPORT_TIMEOUT = 120.0
+
+
+@dataclass
+class Rebalance:
+    """A change of the placement that was asked for, or that the balancer decided on.
+
+    `moves` and what follows is filled in when it is `done`; with `dry_run` it is done at once, and nothing has moved.
+    """
+
+    dry_run: bool
+    balancedness_before: float
+    balancedness_planned: float
+    planned_moves: int
+    done: bool = False
+    moves: list[dict[str, int]] | None = None
+    copied_bytes: int = 0
+    rollbacks: list[str] | None = None
+    seconds: float = 0.0
+    balancedness_after: float | None = None
+    placement_version: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return dict(vars(self))
+
+
+class Mover:
+    """Moves experts between slots.
+
+    Args:
+        executor: its ranks.
+        num_slots: slots of each rank in a layer; one is empty but while an expert moves.
+        expert_bytes: of one expert's weights.
+        bytes_per_step: that a rank may copy between two steps; None: a share of a step's time.
+
+    Attributes:
+        moves, copied_bytes, rollbacks: since the start.
+        copy_rate: bytes per second, as measured last.
+    """
+
+    def __init__(
+        self, executor: Executor, num_slots: Sequence[int], expert_bytes: int, bytes_per_step: int | None
+    ) -> None:
+        self.moves = self.copied_bytes = self.rollbacks = 0
+        self.copy_rate = FIRST_COPY_RATE
+        self._executor = executor
+        self._num_slots = num_slots
+        self._expert_bytes = expert_bytes
+        self._bytes_per_step = bytes_per_step
+        self._budget = 0
+        self._migration: Migration | None = None
+        self._rebalance: Rebalance | None = None
+        self._next_task = 0
+
+    @property
+    def is_moving(self) -> bool:
+        return self._migration is not None
+
+    def start(self, placement: Placement, target: Placement, rebalance: Rebalance) -> None:
+        """Begin to move experts from one placement to another; `rebalance` is filled in when that has ended."""
+        assert self._migration is None
+        self._rebalance = rebalance
+        self._migration = Migration(
+            placement,
+            target,
+            self._executor.send_task,
+            num_slots=self._num_slots,
+            expert_bytes=self._expert_bytes,
+            budget=lambda: self._budget,
+            timeout=REPORT_TIMEOUT,
+            first_task=self._next_task,
+        )
+
+    def take(self, report: SlotReport) -> None:
+        """A rank's report; of what is no longer under way, it is ignored."""
+        if self._migration is not None:
+            self._migration.take(report)
+
+    def tick(self, step_seconds: float, idle: bool) -> Placement | None:
+        """Get on, once between two steps; the placement if it has changed.
+
+        Args:
+            step_seconds: of a step of late.
+            idle: nobody waits for a step.
+        """
+        assert self._migration is not None
+        if idle:
+            self._budget = IDLE_COPY
+        elif self._bytes_per_step is not None:
+            self._budget = self._bytes_per_step
+        else:
+            self._budget = max(LEAST_COPY, int(COPY_SHARE * step_seconds * self.copy_rate))
+        return self._migration.placement if self._migration.tick() else None
+
+    def take_finished(self) -> Rebalance | None:
+        """What was moved, once, when a migration has ended; all but the balancedness after it."""
+        if self._migration is None or not self._migration.done:
+            return None
+        assert self._rebalance is not None
+        report, rebalance = self._migration.report, self._rebalance
+        rebalance.placement_version = self._migration.placement.version
+        self._next_task = self._migration.next_task
+        self._migration = self._rebalance = None
+        self.moves += len(report.moves)
+        self.copied_bytes += report.copied_bytes
+        self.rollbacks += len(report.failures)
+        if report.copied_bytes and report.copy_seconds > 0:
+            self.copy_rate = report.copied_bytes / report.copy_seconds
+        rebalance.moves = [vars(move) for move in report.moves]
+        rebalance.copied_bytes = report.copied_bytes
+        rebalance.rollbacks = report.failures
+        rebalance.seconds = report.seconds or 0.0
+        rebalance.done = True
+        logger.info("experts have moved: %s", {key: value for key, value in vars(rebalance).items() if key != "moves"})
+        return rebalance

@@ -1,0 +1,286 @@
+"""The front's side of balancing: decides when experts move, and tells the ranks where tokens go. No torch.
+
+`load_monitor.py` watches the load, `mover.py` carries moves out, `routes.py` shares tokens among replicas.
+
+The engine hands every plan through `prepare` and calls `tick` between steps; all waiting is done by others.
+
+Shape suffixes: L MoE layers, W ranks, E logical experts.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moe_runtime.balancer.decide import Decision, MoveCost, Payback, balancedness
+from moe_runtime.balancer.eplb import plan_eplb
+from moe_runtime.balancer.live.load_monitor import LoadMonitor, Window
+from moe_runtime.balancer.live.mover import Mover, Rebalance
+from moe_runtime.balancer.live.replica_table import Routes
+from moe_runtime.balancer.plan import Plan, plan_placement
+from moe_runtime.balancer.shift import Shift, ShiftDetector
+from moe_runtime.balancer.split import rank_loads
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
+from moe_runtime.memory.model_size import expert_bytes
+from moe_runtime.wire.executor import CountsReport, Executor
+from moe_runtime.wire.messages import RankResult, StepPlan
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+logger = logging.getLogger(__name__)
+
+HORIZON_SECONDS = 60.0  # within which a move must pay back, at most
+FAST_INTERVALS, SLOW_INTERVALS = 2, 20  # time constants of the averages, in looks at the load
+ROUTE_STEPS = 8  # steps between two looks at how replicas share their tokens
+MEASURE_EVERY = 8  # steps; so often ranks time their experts
+KEPT_DECISIONS = 200
+
+
+@dataclass(frozen=True)
+class BalancerStats:
+    """Counts since the start, and of late: mean rank load / max rank load, and rows that a rank's experts compute.
+
+    `balancedness_slow` is the same of the slow average of the load: where it is near 1 and `balancedness` is not, the
+    load has just changed, or a burst is passing.
+    """
+
+    placement_version: int
+    moves: int
+    copied_bytes: int
+    rollbacks: int
+    balancedness: float
+    balancedness_slow: float
+    rank_rows_per_step: list[float]
+    is_migrating: bool
+
+
+class Rebalancer:
+    """Owns the placement.
+
+    Args:
+        config, model: as for the engine.
+        executor: its ranks.
+
+    Attributes:
+        placement: where the experts are.
+        decisions: the last ones of the balancer, newest last, as plain figures.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelConfig, executor: Executor) -> None:
+        self._config, self._executor = config, executor
+        self._num_ranks = len(executor.ranks)
+        self._expert_bytes = expert_bytes(model, executor.ranks[0].dtype)
+        self._num_slots = slots_per_rank(config, model, self._num_ranks)
+        self.placement = initial_placement(config, model, self._num_ranks)
+        self.decisions: deque[dict[str, Any]] = deque(maxlen=KEPT_DECISIONS)
+        shape = (self.placement.num_layers, self.placement.num_experts)
+        interval = config.balance_interval
+        self._monitor = LoadMonitor(executor, shape, FAST_INTERVALS * interval, SLOW_INTERVALS * interval)
+        self._looked = self._monitor.total  # as of the last look
+        self._known_LE = np.zeros(shape)  # rows per step of late, as of then
+        self._began = 0.0  # seconds, on the monitor's clock: since then this load, and nobody told to move
+        self._shifts = ShiftDetector(SLOW_INTERVALS)
+        self._payback = Payback()
+        self._mover = Mover(executor, self._num_slots, self._expert_bytes, config.migration_bytes_per_step)
+        self._routes = Routes(self.placement)
+        # of each rank in each layer, by the averages; worked out anew where one of them changes
+        self._fast_LW, self._slow_LW = np.zeros((2, shape[0], self._num_ranks))
+
+    @property
+    def is_migrating(self) -> bool:
+        """Whether experts are on their way, so that `tick` must be called also without steps."""
+        return self._mover.is_moving
+
+    def stats(self) -> BalancerStats:
+        """Figures since the start and of late; cheap."""
+        return BalancerStats(
+            placement_version=self.placement.version,
+            moves=self._mover.moves,
+            copied_bytes=self._mover.copied_bytes,
+            rollbacks=self._mover.rollbacks,
+            balancedness=balancedness(self._fast_LW),
+            balancedness_slow=balancedness(self._slow_LW),
+            rank_rows_per_step=self._fast_LW.sum(axis=0).tolist(),
+            is_migrating=self.is_migrating,
+        )
+
+    def prepare(self, plan: StepPlan) -> StepPlan:
+        """The plan with the version of the placement, routes that are new, and whether to measure."""
+        self._monitor.note_plan(plan)
+        news = self._routes.take_news()
+        if news is not None:
+            plan = replace(
+                plan, ranks=[replace(work, routes=routes) for work, routes in zip(plan.ranks, news, strict=True)]
+            )
+        measure = self._watches and self._monitor.num_steps % MEASURE_EVERY == 0
+        return replace(plan, placement_version=self.placement.version, measure=measure)
+
+    def note(self, results: list[RankResult]) -> None:
+        """Take in what ranks measured in a step."""
+        self._monitor.note_results(results)
+
+    def tick(self, idle: bool = False) -> None:
+        """Between two steps: take reports in, get on with a migration, and now and then look at the load.
+
+        Without requests (`idle`) copies delay nobody, and go on in large pieces.
+        """
+        self._take_reports()
+        if self._mover.is_moving:
+            self._move(idle)
+        if self._monitor.total.num_steps - self._looked.num_steps >= self._config.balance_interval:
+            self._look()
+        self._routes.advance()
+        if not self._monitor.is_waiting and self._monitor.steps_since >= self._steps_between_counts:
+            self._monitor.ask()
+
+    def begin(self, dry_run: bool = False) -> Rebalance:
+        """Plan by the load of late and, unless `dry_run`, start moving.
+
+        Raises:
+            ValueError: there is one rank, or a migration is under way.
+        """
+        if self._num_ranks == 1:
+            raise ValueError("rebalance: is not possible with ep_size 1; one rank holds every expert")
+        if self._mover.is_moving:
+            raise ValueError("rebalance: a migration is under way; wait until it has ended")
+        rows_LE = self._rows()
+        plan = self._plan(rows_LE)
+        rebalance = self._rebalance(plan, rows_LE, dry_run)
+        if dry_run:
+            rebalance.done = True
+        else:
+            self._start(plan, rebalance)
+        return rebalance
+
+    def take_counts(self, counts_W2LE: Ints) -> None:
+        """Counts that somebody has fetched after all steps; `Executor.expert_counts`."""
+        self._take_reports()  # of counts that were asked for before
+        if (window := self._monitor.take_counts(counts_W2LE)) is not None:
+            self._routes.weigh(window.counts_W2LE.sum(axis=1))
+        self._weigh()
+
+    @property
+    def _watches(self) -> bool:
+        return self._config.balance != "off"
+
+    @property
+    def _steps_between_counts(self) -> float:
+        """Few where replicas share tokens by them, more where only the balancer watches, no end where nobody does."""
+        interval = self._config.balance_interval
+        if self._routes.has_replicas:
+            return min(ROUTE_STEPS, interval)
+        return interval if self._watches else math.inf
+
+    def _take_reports(self) -> None:
+        for report in self._executor.reports():
+            if not isinstance(report, CountsReport):
+                self._mover.take(report)
+            elif (window := self._monitor.take_report(report)) is not None:
+                self._routes.weigh(window.counts_W2LE.sum(axis=1))
+
+    def _look(self) -> None:
+        """Once in an interval: whether the load is a new one, how even it is, and whether experts should move."""
+        before, self._looked = self._looked, self._monitor.total
+        window = self._looked.since(before)
+        shift = self._shifts.compare(self._known_LE, window.counts_W2LE.sum(axis=(0, 1)))
+        if shift.is_new:
+            self._monitor.averages.restart_fast(window.counts_W2LE.sum(axis=0), window.num_steps)
+            self._began = before.seconds
+        self._weigh()
+        self._routes.refresh()
+        if self._watches and not self._mover.is_moving:
+            self._decide(window, shift)
+        self._known_LE = self._rows()
+
+    def _decide(self, window: Window, shift: Shift) -> None:
+        """Weigh a plan, and carry it out where it pays back.
+
+        The plan is made for the load as of the last look, and its saving is that on the steps since then, which it does
+        not know: on those it was made for it would promise too much, for it fits their noise as well.
+
+        The horizon is as long as there has been this load and nobody was told to move, a minute at most: so experts
+        move once as much could have been saved as the margin wants. Whatever comes next, what is lost by waiting and by
+        moving in vain is at most 1 + margin times the least that anybody could lose who knew it (the ski rental
+        problem; Karlin et al. 1988).
+        """
+        if self._config.balance == "eplb":
+            rows_LE = self._rows()
+            plan = self._plan(rows_LE)
+            if plan.moves:
+                self._start(plan, self._rebalance(plan, rows_LE))
+            return
+        layer_time = self._monitor.layer_time()
+        if layer_time is None:
+            return
+        horizon = min(self._looked.seconds - self._began, HORIZON_SECONDS)
+        decision = self._payback.decide(
+            self.placement,
+            lambda: self._plan(self._known_LE),
+            window.demand(horizon),
+            layer_time,
+            MoveCost(self._expert_bytes, self._mover.copy_rate),
+            is_new=shift.is_new,
+        )
+        self._log(decision, shift, horizon)
+        if decision.moves_experts:
+            assert decision.plan is not None
+            self._start(decision.plan, self._rebalance(decision.plan, self._rows()))
+
+    def _start(self, plan: Plan, rebalance: Rebalance) -> None:
+        """Tell experts to move."""
+        self._began = self._monitor.total.seconds
+        self._mover.start(self.placement, plan.placement, rebalance)
+
+    def _log(self, decision: Decision, shift: Shift, horizon: float) -> None:
+        figures = decision.to_dict() | {
+            "horizon_seconds": horizon,
+            "shift": shift.distance,
+            "shift_limit": shift.limit,
+            "balancedness_slow": balancedness(self._slow_LW),
+            "step": self._monitor.num_steps,
+            "version": self.placement.version,
+        }
+        self.decisions.append(figures)
+        logger.log(logging.INFO if decision.moves_experts else logging.DEBUG, "balancer: %s", figures)
+
+    def _rows(self) -> Floats:
+        """Rows per step, layer and expert of late, of both phases."""
+        rows_LE: Floats = self._monitor.averages.fast.sum(axis=0)
+        return rows_LE
+
+    def _rebalance(self, plan: Plan, rows_LE: Floats, dry_run: bool = False) -> Rebalance:
+        before, after = (balancedness(rank_loads(rows_LE, where.slots)) for where in (self.placement, plan.placement))
+        return Rebalance(dry_run, before, after, len(plan.moves))
+
+    def _plan(self, rows_LE: Floats) -> Plan:
+        """A plan from here, for all slots but the shadows."""
+        num_slots = [count - 1 for count in self._num_slots]
+        current = self.placement.in_slots(num_slots)
+        if self._config.balance == "eplb":
+            return plan_eplb(rows_LE, self._num_ranks, num_slots, current)
+        return plan_placement(rows_LE, self._num_ranks, num_slots, current)
+
+    def _move(self, idle: bool) -> None:
+        """Get on with a migration."""
+        placement = self._mover.tick(self._monitor.step_seconds, idle)
+        if placement is not None:
+            self.placement = placement
+            self._weigh(self._routes.place(placement))
+        if (rebalance := self._mover.take_finished()) is not None:
+            rebalance.balancedness_after = balancedness(self._fast_LW)
+            if self.decisions and self.decisions[-1].get("moves_experts"):
+                self.decisions[-1]["outcome"] = rebalance.to_dict()
+
+    def _weigh(self, layers: npt.NDArray[np.intp] | slice = slice(None)) -> None:
+        """The load of each rank, after the averages or the placement of layers has changed."""
+        slots_LWS, averages = self.placement.slots[layers], self._monitor.averages
+        self._fast_LW[layers] = rank_loads(averages.fast.sum(axis=0)[layers], slots_LWS)
+        self._slow_LW[layers] = rank_loads(averages.slow.sum(axis=0)[layers], slots_LWS)

@@ -1,0 +1,48 @@
+"""`moe-runtime bench`: measure a model here, or a running server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from moe_runtime.bench.options import BenchOptions
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.options import given_values, only_fields, options_of, require_model, user_mistakes
+
+SAID_WITH_URL = ("model", "tokenizer", "seed")
+
+
+def bench(namespace: argparse.Namespace) -> int:
+    """Run the command; returns the exit code: 1 if a request failed.
+
+    Raises:
+        UserMistake: an option, the model or the server cannot be used.
+        RankError: a rank failed to start.
+        RequestError: a warm-up request failed.
+    """
+    with user_mistakes():
+        values = given_values(namespace, [*options_of(BenchOptions), *options_of(EngineConfig)])
+        options = BenchOptions(**only_fields(BenchOptions, values))
+        engine = only_fields(EngineConfig, values)
+        _check_engine(options, engine)
+    from moe_runtime.bench.driver import measure
+
+    report = asyncio.run(measure(options, engine))
+    print(report.table())
+    with user_mistakes():
+        for path in options.output:
+            report.save(path)
+    return 1 if report.num_failed else 0
+
+
+def _check_engine(options: BenchOptions, engine: Mapping[str, Any]) -> None:
+    """All of an engine's options that can be checked before it is loaded; a server has its own."""
+    if options.url is None:
+        require_model(engine)
+        EngineConfig(**engine)
+        return
+    for name in engine:
+        if name not in SAID_WITH_URL:
+            raise ValueError(f"{name}: not allowed with url; the server has been started with its own")

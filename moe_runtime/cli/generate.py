@@ -1,0 +1,151 @@
+"""`moe-runtime generate`: prompts in, text out, as it comes if a person looks on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
+from moe_runtime.types.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from moe_runtime.engine.engine import Engine
+    from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+
+DEFAULT_MAX_TOKENS = 256  # room for an answer; the Python default is a line
+
+
+@dataclass
+class _Answer:
+    """What has come for one prompt, which `title` names."""
+
+    title: str
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+
+    def add(self, delta: OutputDelta) -> None:
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs or []
+        self.prompt_token_ids = delta.prompt_token_ids or self.prompt_token_ids
+        self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+
+
+def sampling_options() -> list[Option]:
+    """Options of `SamplingParams`, with room for an answer."""
+    return [
+        replace(option, default=DEFAULT_MAX_TOKENS) if option.name == "max_tokens" else option
+        for option in options_of(SamplingParams)
+    ]
+
+
+def engine_options(*exclude: str) -> list[Option]:
+    """Options of `EngineConfig`, less the seed: the one seed is the requests' and the engine's."""
+    return options_of(EngineConfig, exclude=("model", "seed", *exclude))
+
+
+def generate(namespace: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        UserMistake: an option, the model or a prompt cannot be used.
+        RankError: a rank failed.
+    """
+    with user_mistakes():
+        config, params = _settings(namespace)
+        from moe_runtime.build import build_engine
+
+        engine = build_engine(config)
+    try:
+        with user_mistakes():
+            answers = _add_requests(engine, namespace, params)
+        _run(engine, answers)
+        if namespace.heatmap:
+            load = engine.expert_load()
+            with user_mistakes():
+                load.save(namespace.heatmap)
+    finally:
+        engine.close()
+    return 0
+
+
+def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
+    """All that can be checked before the model is loaded."""
+    from moe_runtime.balancer.load import SAVED
+
+    values = option_values(namespace, [*options_of(EngineConfig), *sampling_options()])
+    params = SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **only_fields(SamplingParams, values)})
+    config = EngineConfig(**only_fields(EngineConfig, values))
+    if not namespace.prompt and not namespace.prompt_token_ids:
+        raise ValueError("prompt: missing; give at least one --prompt or --prompt-token-ids")
+    if namespace.heatmap and namespace.heatmap.suffix.removeprefix(".") not in SAVED:
+        raise ValueError(f"heatmap: {str(namespace.heatmap)!r} is not allowed; it must end in .{', .'.join(SAVED)}")
+    return config, params
+
+
+def _add_requests(engine: Engine, namespace: argparse.Namespace, params: SamplingParams) -> dict[str, _Answer]:
+    tokenizer = engine.tokenizer
+    chat = namespace.chat or (not namespace.raw and tokenizer is not None and tokenizer.has_chat_template)
+    prompts: list[tuple[str, str | list[int]]] = []
+    for text in namespace.prompt:
+        if chat and tokenizer is None:
+            raise ValueError("chat: not allowed without a tokenizer; use --prompt-token-ids")
+        message = {"role": "user", "content": text}
+        prompts.append((text, tokenizer.apply_chat_template([message]) if chat and tokenizer is not None else text))
+    prompts += [(",".join(map(str, token_ids)), token_ids) for token_ids in namespace.prompt_token_ids]
+    answers = {}
+    for index, (title, prompt) in enumerate(prompts):
+        engine.add_request(str(index), prompt, params)
+        answers[str(index)] = _Answer(title)
+    return answers
+
+
+def _run(engine: Engine, answers: dict[str, _Answer]) -> None:
+    """Run all requests and print what comes: at once for one prompt on a terminal, else when all have ended."""
+    has_text = engine.tokenizer is not None
+    live = len(answers) == 1 and sys.stdout.isatty() and has_text
+    started = time.perf_counter()
+    while engine.has_work:
+        for delta in engine.step():
+            answers[delta.request_id].add(delta)
+            if live:
+                print(delta.text, end="", flush=True)
+    seconds = time.perf_counter() - started
+    for answer in answers.values():
+        if len(answers) > 1:
+            print(f">>> {answer.title}")
+        print("" if live else answer.text if has_text else ",".join(map(str, answer.token_ids)))
+        _print_logprobs(answer)
+        if len(answers) > 1:
+            print()
+    num_prompt_tokens = sum(len(answer.prompt_token_ids) for answer in answers.values())
+    num_tokens = sum(len(answer.token_ids) for answer in answers.values())
+    figures = f"{num_prompt_tokens} prompt tokens, {num_tokens} generated in {seconds:.2f} s"
+    print(f"{figures} ({num_tokens / seconds:.1f} tok/s)", file=sys.stderr)
+
+
+def _print_logprobs(answer: _Answer) -> None:
+    """A line for each position that has log-probabilities: the token, then the best ones."""
+    for name, token_ids, positions in (
+        ("prompt", answer.prompt_token_ids, answer.prompt_logprobs),
+        ("output", answer.token_ids, answer.logprobs),
+    ):
+        # No positions where none were asked for; None at the prompt's first token, before which there is nothing.
+        for token_id, position in zip(token_ids, positions, strict=False):
+            if position is None:
+                continue
+            best = " ".join(_entry(other_id, position) for other_id in position if other_id != token_id)
+            print(f"{name} {_entry(token_id, position)} | {best}")
+
+
+def _entry(token_id: int, position: PositionLogprobs) -> str:
+    entry = position[token_id]
+    shown = token_id if entry.decoded_token is None else repr(entry.decoded_token)
+    return f"{shown}:{entry.logprob:.4f}#{entry.rank}"

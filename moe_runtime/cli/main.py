@@ -1,0 +1,333 @@
+"""The command line: `moe-runtime COMMAND`. Imports what a command needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from moe_runtime.bench.options import BenchOptions
+from moe_runtime.cli.bench import bench
+from moe_runtime.cli.calibrate import CalibrateOptions, calibrate
+from moe_runtime.cli.generate import engine_options, generate, sampling_options
+from moe_runtime.cli.inspect import InspectOptions, inspect, inspect_engine_options
+from moe_runtime.cli.plan import PlanOptions, ProfileOptions, plan, profile
+from moe_runtime.cli.tune import tune, tune_options
+from moe_runtime.config.engine import EngineConfig, check_integer
+from moe_runtime.config.options import (
+    MODEL,
+    UserMistake,
+    add_flags,
+    integers,
+    only_fields,
+    option_values,
+    options_of,
+    user_mistakes,
+)
+from moe_runtime.types.version import __version__
+from moe_runtime.wire.executor import RankError
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
+URL_TIMEOUT = 30.0
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where `serve` listens.
+
+    Attributes:
+        host: address to listen on.
+        port: 0 takes a free one.
+
+    Raises:
+        ValueError: a value of another type.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host:
+            raise ValueError(f"host: {self.host!r} is not allowed; it must be an address or name of this machine")
+        check_integer("port", self.port, 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    0 is success, 1 a rank that failed, 2 a user's mistake (in one line on stderr), 130 Ctrl-C.
+    """
+    try:
+        options = _parser().parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = options.run
+        code = run(options)
+        sys.stdout.flush()
+        return code
+    except UserMistake as error:
+        _complain(str(error))
+        return EXIT_USAGE
+    except RankError as error:
+        _complain(str(error))
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone; nothing may be flushed to it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and names options as Python and YAML do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserMistake(
+            re.sub(r"^argument (?:-\w/)?(?:--)?([\w-]+)[^:]*: ", lambda name: name[1].replace("-", "_") + ": ", message)
+        )
+
+
+def _complain(message: str) -> None:
+    print(f"moe-runtime: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="moe-runtime",
+        description="Serve Mixture-of-Experts language models with expert parallelism.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"moe-runtime {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it before all others
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_generate(commands)
+    _add_serve(commands)
+    _add_bench(commands)
+    _add_inspect(commands)
+    _add_heatmap(commands)
+    _add_calibrate(commands)
+    _add_plan(commands)
+    _add_profile(commands)
+    _add_tune(commands)
+    return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[_Parser], name: str, help_text: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags win over it")
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "generate", "Continue prompts on the command line.", _generate)
+    _add_model(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument(
+        "--prompt-token-ids",
+        type=integers,
+        action="append",
+        default=[],
+        metavar="N,N,...",
+        help="a prompt as token ids; may be repeated",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--chat", action="store_true", help="a prompt is a user's message (default, if there is a chat template)"
+    )
+    form.add_argument("--raw", action="store_true", help="a prompt is continued as it stands")
+    parser.add_argument(
+        "--heatmap", type=Path, metavar="FILE", help="write the experts' load: .png, .svg, .html, .csv, .json or .npz"
+    )
+    add_flags(parser.add_argument_group("sampling"), sampling_options())
+    add_flags(parser.add_argument_group("engine"), engine_options("routing"))
+
+
+def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(
+        commands, "serve", "Serve a model over HTTP; also under torchrun, a rank per process.", _serve
+    )
+    _add_model(parser)
+    add_flags(parser.add_argument_group("server"), options_of(ServeOptions))
+    add_flags(parser.add_argument_group("engine"), options_of(EngineConfig, exclude=("model",)))
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "bench", "Measure throughput and latencies of a model or a running server.", _bench)
+    _add_model(parser)
+    measured = parser.add_argument_group("measurement")
+    add_flags(measured, options_of(BenchOptions, exclude=("output",)))
+    measured.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        metavar="FILE",
+        help="write the results: .json or .png; may be repeated",
+    )
+    add_flags(parser.add_argument_group("engine (without --url)"), engine_options())
+
+
+def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "inspect", "Show what a model takes, before anything is loaded.", _inspect)
+    _add_model(parser)
+    add_flags(parser.add_argument_group("view"), options_of(InspectOptions))
+    add_flags(parser.add_argument_group("engine"), inspect_engine_options())
+
+
+def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", _heatmap)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--url", metavar="URL", help="of a running server, such as http://127.0.0.1:8000")
+    source.add_argument("--load", "--trace", type=Path, metavar="FILE", help="a saved load: .json, .npz or .csv")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="what to write: .png, .svg, .html, .csv, .json or .npz; may be repeated",
+    )
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="only the tokens of this phase")
+    parser.add_argument(
+        "--before", type=Path, metavar="FILE", help="a saved load from before, drawn above in the same picture (.png)"
+    )
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "plan", "Predict speed and memory for numbers of ranks and replicas.", plan)
+    _add_model(parser)
+    add_flags(parser, options_of(PlanOptions, exclude=("output",)))
+    parser.add_argument(
+        "-o", "--output", action="append", metavar="FILE", help="write the plan: .json or .png; may be repeated"
+    )
+
+
+def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "profile", "Measure this machine's hardware profile, for plan.", profile)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags win over it")
+    add_flags(parser, options_of(ProfileOptions, exclude=("output",)))
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .yaml or .json")
+
+
+def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "tune", "Measure kernel tiles for a model on this machine's GPU, once.", _tune)
+    _add_model(parser)
+    add_flags(parser, [option for option in tune_options() if option.name != "model"])
+
+
+def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(
+        commands, "calibrate", "Find how to use fewer experts per token, and what it costs.", calibrate
+    )
+    _add_model(parser)
+    searched = parser.add_argument_group("calibration")
+    add_flags(searched, options_of(CalibrateOptions, exclude=("output",)))
+    searched.add_argument(
+        "-o", "--output", action="append", metavar="FILE", help="write the calibration (.json) or a plot (.png)"
+    )
+    add_flags(parser.add_argument_group("engine"), engine_options())
+
+
+def _generate(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    return generate(namespace)
+
+
+def _serve(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("moe_runtime").setLevel(logging.INFO)
+    from moe_runtime.cli.launch import Torchrun, serve_torchrun, under_torchrun
+
+    with user_mistakes():
+        values = option_values(namespace, [*options_of(ServeOptions), *options_of(EngineConfig)])
+        address = ServeOptions(**only_fields(ServeOptions, values))
+        if under_torchrun():
+            values.setdefault("ep_size", Torchrun.from_environment().world_size)
+        config = EngineConfig(**only_fields(EngineConfig, values))
+    if under_torchrun():
+        with user_mistakes():
+            return serve_torchrun(config, address.host, address.port)
+    from moe_runtime.build import build_engine
+    from moe_runtime.serve.server import run_server
+
+    return run_server(lambda: build_engine(config), address.host, address.port)
+
+
+def _bench(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from moe_runtime.bench.targets import RequestError
+
+    try:
+        return bench(namespace)
+    except RequestError as error:
+        _complain(str(error))
+        return EXIT_FAILED
+
+
+def _tune(namespace: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("moe_runtime.kernels").setLevel(logging.INFO)
+    return tune(namespace)
+
+
+def _inspect(namespace: argparse.Namespace) -> int:
+    return inspect(namespace)
+
+
+def _heatmap(namespace: argparse.Namespace) -> int:
+    from moe_runtime.balancer.load import ExpertLoad
+
+    with user_mistakes():
+        load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
+        before = None if namespace.before is None else ExpertLoad.load(namespace.before)
+        if namespace.phase:
+            load = _only_phase(load, namespace.phase)
+            before = before and _only_phase(before, namespace.phase)
+        if before is not None:
+            from moe_runtime.balancer.heatmap import draw_pair
+
+            if any(path.suffix != ".png" for path in namespace.output):
+                raise ValueError("output: a picture of before and after can only be a .png")
+            picture = draw_pair(before, load)
+            for path in namespace.output:
+                path.write_bytes(picture)
+            return 0
+        for path in namespace.output:
+            load.save(path)
+    return 0
+
+
+def fetch_load(url: str) -> ExpertLoad:
+    """The load of a running server. Raises ValueError if there is none at `url`."""
+    import json
+    import urllib.request
+
+    from moe_runtime.balancer.load import ExpertLoad
+
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url: {url!r} is not allowed; it must start with http:// or https://")
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/experts/load", timeout=URL_TIMEOUT) as answer:
+            content = json.load(answer)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"url: {url!r} gives no load ({error})") from error
+    return ExpertLoad.from_dict(content)
+
+
+def _only_phase(load: ExpertLoad, phase: str) -> ExpertLoad:
+    """The load with the other phase's counts left out."""
+    return replace(load, tokens={name: counts if name == phase else counts * 0 for name, counts in load.tokens.items()})

@@ -1,0 +1,223 @@
+"""`moe-runtime plan` and `moe-runtime profile`: predict what a choice will bring, and measure what predictions need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.config.engine import EngineConfig, check_integer
+from moe_runtime.config.options import given_values, only_fields, options_of, user_mistakes
+from moe_runtime.memory.model_size import weights_dtype
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.trace import RoutingTrace
+    from moe_runtime.planner.routing import Routing
+    from moe_runtime.planner.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is predicted.
+
+    Attributes:
+        trace: a recorded routing trace; its model is taken where none is named.
+        assume: loads of experts where there is no trace: "uniform" or "zipf:X".
+        ranks: numbers of ranks.
+        redundant: slots per rank and layer beside those for one copy of every expert.
+        hardware: h200, h800, cpu, or a file that `profile` wrote.
+        batch: sequences per rank.
+        phase: decode or prefill.
+        context_len: keys of each sequence; with phase prefill, tokens of each prompt.
+        dtype: of weights: auto, float32 or bfloat16; a JSON shape has its own.
+        max_step_ms: recommend no choice with a longer step.
+        seed: of assumed loads and their draws.
+        json: print JSON.
+        output: also write a file, .png or .json; may be repeated.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    trace: str | None = None
+    assume: str | None = None
+    ranks: Sequence[int] = (1, 2, 4, 8)
+    redundant: Sequence[int] = (0,)
+    hardware: str = "cpu"
+    batch: Sequence[int] = (1, 8, 32, 128)
+    phase: str = "decode"
+    context_len: int = 1024
+    dtype: str = "auto"
+    max_step_ms: float | None = None
+    seed: int = 0
+    json: bool = False
+    output: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("ranks", 1), ("redundant", 0), ("batch", 1)):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)):
+                values = (values,)
+            for value in values:
+                check_integer(name, value, least)
+            if not values:
+                raise ValueError(f"{name}: [] is not allowed; it must be one or more integers")
+            object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        if isinstance(self.output, str):
+            object.__setattr__(self, "output", (self.output,))
+        check_integer("context_len", self.context_len, 1)
+        check_integer("seed", self.seed, 0)
+        if self.phase not in ("decode", "prefill"):
+            raise ValueError(f"phase: {self.phase!r} is not allowed; it must be decode or prefill")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype: {self.dtype!r} is not allowed; it must be auto, float32 or bfloat16")
+        limit = self.max_step_ms
+        if limit is not None and (isinstance(limit, (bool, str)) or not limit > 0):
+            raise ValueError(f"max_step_ms: {limit!r} is not allowed; it must be a number above 0")
+        if (self.trace is None) == (self.assume is None):
+            raise ValueError("trace, assume: one of them must be given, not both")
+        for path in self.output or ():
+            if not isinstance(path, str) or Path(path).suffix not in (".png", ".json"):
+                raise ValueError(f"output: {path!r} is not allowed; it must end in .png or .json")
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Where the measured profile goes.
+
+    Attributes:
+        output: a .yaml, .yml or .json file.
+        name: shown in reports; the default is the processor's.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    output: str
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.output, str) or Path(self.output).suffix not in (".yaml", ".yml", ".json"):
+            raise ValueError(f"output: {self.output!r} is not allowed; it must end in .yaml, .yml or .json")
+        if self.name is not None and (not isinstance(self.name, str) or not self.name):
+            raise ValueError(f"name: {self.name!r} is not allowed; it must be a text")
+
+
+def plan(namespace: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        UserMistake: an option, the trace, the model or the hardware profile cannot be used.
+    """
+    with user_mistakes():
+        values = given_values(namespace, [*options_of(EngineConfig)[:1], *options_of(PlanOptions)])
+        options = PlanOptions(**only_fields(PlanOptions, values))
+        found = _predict_all(values.get("model"), options)
+        from moe_runtime.planner.report import to_text
+
+        for name in options.output or ():
+            path = Path(name)
+            if path.suffix == ".json":
+                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            else:
+                from moe_runtime.planner.plot import draw
+
+                path.write_bytes(draw(found))
+    print(json.dumps(found, indent=1) if options.json else to_text(found))
+    return 0
+
+
+def profile(namespace: argparse.Namespace) -> int:
+    """Measure this machine; returns the exit code.
+
+    Raises:
+        UserMistake: an option cannot be used, or there is nothing to measure.
+        RankError: a rank failed.
+    """
+    with user_mistakes():
+        options = ProfileOptions(**given_values(namespace, options_of(ProfileOptions)))
+        from moe_runtime.planner.hardware_file import save_hardware
+        from moe_runtime.planner.measure import measure
+
+        name = options.name or platform.processor() or platform.machine()
+        found = measure(name, say=lambda text: print(text, file=sys.stderr))
+        save_hardware(found, Path(options.output))
+    return 0
+
+
+def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
+    """What `report.to_dict` gives.
+
+    Raises:
+        ValueError: as `plan`.
+    """
+    from moe_runtime.balancer.trace import RoutingTrace
+    from moe_runtime.planner.choices import evaluate, recommend
+    from moe_runtime.planner.hardware_file import load_hardware
+    from moe_runtime.planner.report import to_dict
+
+    hardware = load_hardware(options.hardware)
+    trace = None if options.trace is None else RoutingTrace.load(options.trace)
+    named = model if model is not None or trace is None else trace.model
+    if named is None:
+        raise ValueError("model: missing; it must be named where there is no trace")
+    shape = load_shape(named, options.dtype)
+    routing, words = _routing(shape, trace, options)
+    choices = list(
+        evaluate(
+            shape,
+            hardware,
+            routing,
+            ranks=options.ranks,
+            redundant=options.redundant,
+            batches=options.batch,
+            phase="decode" if options.phase == "decode" else "prefill",
+            length=options.context_len,
+        )
+    )
+    best = recommend(choices, None if options.max_step_ms is None else options.max_step_ms / 1e3)
+    return to_dict(shape, hardware, words, options.phase, options.context_len, choices, best)
+
+
+def load_shape(model: str, dtype: str) -> ModelShape:
+    """The shape of a model: of a JSON file of sizes, else of a checkpoint's configuration.
+
+    Raises:
+        ValueError: neither can be read.
+    """
+    from moe_runtime.planner.shape import ModelShape
+
+    if model.endswith(".json"):
+        return ModelShape.load(Path(model))
+    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.weights.checkpoint import resolve_model
+
+    config = load_model_config(resolve_model(model, weights=False))
+    return ModelShape.of(config, weights_dtype(dtype, config.dtype), model)
+
+
+def _routing(shape: ModelShape, trace: RoutingTrace | None, options: PlanOptions) -> tuple[Routing, str]:
+    """The routing, and what it is in words.
+
+    Raises:
+        ValueError: the trace is of another model than the shape's.
+    """
+    from moe_runtime.planner.routing import LoadRouting, TraceRouting
+
+    if trace is None:
+        assert options.assume is not None
+        return LoadRouting.assume(options.assume, shape.num_experts, shape.top_k, options.seed), options.assume
+    for what, found, wanted in (
+        ("experts", trace.num_experts, shape.num_experts),
+        ("experts per token", trace.top_k, shape.top_k),
+        ("sparse layers", trace.num_layers, shape.num_sparse_layers),
+    ):
+        if found != wanted:
+            raise ValueError(f"trace: {options.trace!r} has {found} {what}, but {shape.name!r} has {wanted}")
+    recorded = TraceRouting(trace, options.phase)
+    return recorded, f"{recorded.num_tokens} recorded {options.phase} tokens"

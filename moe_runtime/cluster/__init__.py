@@ -1,0 +1,1 @@
+"""Processes of ranks: who starts them, watches them and ends them."""

@@ -1,0 +1,261 @@
+"""Rank processes: each says hello to the front, loads the model, then runs the plans it is sent until told to stop.
+
+The ranks of a host are forked from one process, so that they share the memory of the libraries that it has imported.
+They end when the front says so or when the pipe from their host closes, so that no rank outlives its host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from moe_runtime.system.pages import library_mappings, release_library_pages
+from moe_runtime.wire.executor import RankInfo
+from moe_runtime.wire.messages import RankPlan, RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.transport import (
+    Counts,
+    CountsRequest,
+    Dealer,
+    Failed,
+    Hello,
+    Init,
+    Plan,
+    Ready,
+    Result,
+    Stop,
+    Task,
+    TaskReport,
+    rank_name,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
+
+COLLECTIVE_MARGIN = 10.0  # seconds by which the front's deadline for a step comes before that of a collective
+PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+MMAP_THRESHOLD = 2 << 20  # bytes from which on an allocation is given back to the system when it is freed
+
+
+@dataclass(frozen=True)
+class RankArguments:
+    """What the host tells a rank on the command line.
+
+    Attributes:
+        cores: what the rank is pinned to.
+        num_threads: of its computations.
+        local_ranks: the number of ranks on the machine.
+    """
+
+    rank: int
+    cores: tuple[int, ...]
+    num_threads: int
+    generation: int
+    local_ranks: int
+    control: str
+    store_host: str
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[list[RankArguments], int]:
+    """The ranks of the host, and the file descriptor by which it learns how they start and end."""
+    parser = argparse.ArgumentParser("moe_runtime.cluster.rank", description="The ranks of a host, which starts them.")
+    parser.add_argument("--rank", action="append", required=True, metavar="RANK:THREADS:CORE,CORE")
+    for name in ("--generation", "--local-ranks", "--reports"):
+        parser.add_argument(name, type=int, required=True)
+    for name in ("--control", "--store-host"):
+        parser.add_argument(name, required=True)
+    given = vars(parser.parse_args(arguments))
+    reports = given.pop("reports")
+    ranks = []
+    for seat in given.pop("rank"):
+        rank, num_threads, cores = seat.split(":")
+        ranks.append(RankArguments(int(rank), tuple(map(int, cores.split(","))), int(num_threads), **given))
+    return ranks, reports
+
+
+class RankWorker(Protocol):
+    """What the message loop needs of `worker.worker.Worker`."""
+
+    @property
+    def info(self) -> RankInfo: ...
+
+    def step(self, plan: StepPlan) -> RankResult: ...
+
+    def expert_counts(self) -> np.ndarray: ...
+
+    def run_task(self, task: SlotTask) -> SlotReport: ...
+
+
+def main() -> None:
+    """Be the ranks of a host: the entry point of `python -m moe_runtime.cluster.rank`."""
+    import torch.distributed as dist
+
+    import moe_runtime.all2all.symmetric
+    import moe_runtime.worker.worker  # noqa: F401  before the fork, so that the ranks share it
+
+    release_library_pages(library_mappings())
+    run_rank(load_worker)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
+    """Fork into the ranks that the command line names. Each serves the front, with the worker that `make_worker` loads,
+    until it says stop.
+
+    An exception ends a rank with code 1, after the front has been told. One ValueError while loading is the
+    user's mistake, which the front reports; it leaves no traceback here.
+    """
+    seat = fork_ranks(sys.argv[1:])
+    _watch_host()
+    logging.basicConfig(format=f"[rank {seat.rank}] %(levelname)s %(name)s: %(message)s")
+    front = Dealer(seat.control, rank_name(seat.rank))
+    loaded = False
+    try:
+        front.send(Hello("rank", seat.rank, seat.generation, os.getpid()))
+        init = front.receive(None)
+        if isinstance(init, Init):
+            logging.getLogger("moe_runtime").setLevel(init.log_level)
+            worker = make_worker(seat, init)
+            loaded = True
+            front.send(Ready(worker.info))
+            _serve(front, worker, seat.rank, init.num_ranks)
+        else:
+            assert isinstance(init, Stop)
+    except BaseException as error:
+        front.send(Failed(seat.rank, type(error).__name__, str(error)))
+        if isinstance(error, ValueError) and not loaded:
+            sys.exit(1)
+        raise
+    finally:
+        front.close()
+
+
+def _serve(front: Dealer, worker: RankWorker, rank: int, num_ranks: int) -> None:
+    idle = RankPlan()
+    while True:
+        message = front.receive(None)
+        match message:
+            case Plan(plan):
+                ranks = [idle] * num_ranks
+                ranks[rank] = plan.ranks[0]
+                front.send(Result(worker.step(replace(plan, ranks=ranks))))
+            case CountsRequest(request_id):
+                front.send(Counts.from_array(rank, request_id, worker.expert_counts()))
+            case Task(task):
+                front.send(TaskReport(worker.run_task(task)))
+            case Stop():
+                return
+            case _:
+                raise AssertionError(f"the front sent a rank {message!r}")
+
+
+def fork_ranks(arguments: Sequence[str]) -> RankArguments:
+    """Fork into the ranks that the arguments name; returns in each of them, on its cores.
+
+    The process itself stays until all have ended, tells the host of each start and end, and exits with 0. What it has
+    imported by now the ranks share, so it must have no threads, and must not have used what does not survive a fork.
+    """
+    seats, reports = parse_arguments(arguments)
+    os.set_inheritable(reports, False)  # by what the ranks start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the front
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _die_with_parent()
+    gc.collect()
+    gc.freeze()  # what the collector does not visit stays shared
+    rank_of: dict[int, int] = {}
+    for seat in seats:
+        parent, pid = os.getpid(), os.fork()
+        if pid == 0:
+            _die_with_parent()
+            if os.getppid() != parent:  # it ended before
+                os._exit(1)
+            os.sched_setaffinity(0, seat.cores)
+            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(seat.num_threads)
+            _give_memory_back()
+            return seat
+        rank_of[pid] = seat.rank
+        os.write(reports, b"%d %d started\n" % (seat.rank, pid))
+    while rank_of:
+        pid, status = os.wait()
+        os.write(reports, b"%d %d %d\n" % (rank_of.pop(pid), pid, os.waitstatus_to_exitcode(status)))
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _give_memory_back() -> None:
+    """Have malloc give large pieces back when they are freed, for the rows of a step are needed a short time each.
+
+    Left to itself it keeps more and more of them, each in the size that it once had.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    libc.mallopt(M_TRIM_THRESHOLD, MMAP_THRESHOLD)
+
+
+def _watch_host() -> None:
+    """End when the host is gone: then the pipe from it closes."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when the host has closed its end
+        os._exit(1)
+
+    threading.Thread(target=watch, name="host watch", daemon=True).start()
+
+
+def join_group(seat: RankArguments, init: Init) -> ProcessGroup | None:
+    """The process group of all ranks of this generation, made through the front's store; None for a single rank."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    if init.num_ranks == 1:
+        return None
+    store = TCPStore(seat.store_host, init.store_port, is_master=False)
+    dist.init_process_group(
+        backend="nccl" if init.config.device != "cpu" and torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"generation/{seat.generation}", store),
+        rank=seat.rank,
+        world_size=init.num_ranks,
+        timeout=timedelta(seconds=init.config.step_timeout + COLLECTIVE_MARGIN),
+    )
+    return dist.group.WORLD
+
+
+def load_worker(seat: RankArguments, init: Init) -> RankWorker:
+    """Join the other ranks and load this rank's share of the model."""
+    import torch
+
+    from moe_runtime.worker.worker import Worker
+
+    torch.set_num_threads(seat.num_threads)
+    return Worker(
+        init.config,
+        init.model_config,
+        Path(init.path),
+        rank=seat.rank,
+        num_ranks=init.num_ranks,
+        group=join_group(seat, init),
+        local_ranks=seat.local_ranks,
+    )
+
+
+if __name__ == "__main__":
+    main()

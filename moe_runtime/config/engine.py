@@ -1,0 +1,280 @@
+"""Frozen configuration: what the user asked for (`EngineConfig`) and what a checkpoint is (`ModelConfig`). No torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeGuard
+
+from moe_runtime.config.expert_policy import RoutingPolicy, parse_routing
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+BALANCE = ("off", "auto", "eplb")
+OVERFLOWS = ("queue", "reroute", "drop")
+DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a user may set; the same names are Python arguments, command-line flags and keys of the YAML file.
+
+    Attributes:
+        model: a local Hugging Face directory, a hub id, or "demo".
+        tokenizer: where the tokenizer lies, if not with the model.
+        ep_size: number of ranks that share the experts.
+        dtype: of weights and activations; "auto" takes the checkpoint's.
+        device: "auto" takes CUDA if there is one.
+        max_model_len: longest prompt plus output; None derives it from the model's configuration.
+        max_num_seqs: most sequences that a rank runs in one step.
+        max_num_batched_tokens: most tokens that a rank runs in one step; longer prompts are prefilled in chunks.
+        block_size: tokens per page of the KV cache.
+        kv_cache_memory_bytes: KV cache per rank; None takes what the sequences can use, within the free memory.
+        load_format: "dummy" makes random weights and reads none.
+        skip_tokenizer_init: token ids in, token ids out.
+        seed: of dummy weights and of the seeds drawn for requests that have none.
+        batch_invariant: give every token the same bits in any batch, on any number of ranks, at some cost in speed; the
+            native CPU kernels do so anyway.
+        enforce_eager: run decode steps on GPUs without CUDA graphs.
+        dispatcher: "auto" lets each step's plan choose by its tokens; "symmetric" is for CPU ranks of one host.
+        balance: "auto" moves and replicates hot experts while serving, where that pays back; "eplb" does so by
+            DeepSeek's published algorithm, as a baseline; "off" only when asked.
+        balance_interval: steps between two looks of the balancer at the load.
+        redundant_experts: slots per rank and layer beside those for one copy of every expert: one number for all ranks,
+            or one per rank, as in 2,0,1,0.
+        migration_bytes_per_step: how much of experts' weights a rank copies between two steps; None takes what makes
+            steps longer by about 15 percent.
+        placement: file of the placement to start with; None spreads the experts evenly, in order.
+        routing: experts per token of requests that ask for nothing: "full", "balanced", "fast", or a policy such as
+            "top_k=4", "top_p=0.8" or "threshold=0.5"; None is "full".
+        routing_calibration: file of `moe-runtime calibrate`; None takes the one that lies with the model, if any.
+        capacity_factor: most assignments that an expert takes of a rank's tokens at a time, as a multiple of the mean;
+            None has no limit.
+        overflow: where assignments beyond the capacity go: "queue" to further rounds of the layer, which changes no
+            token; "reroute" to the next-best expert with room, and "drop" nowhere, so that tokens depend on the batch.
+        balance_epsilon: let a token use an expert on a lighter rank in place of one whose score is better by at most
+            this share, by the load of an earlier step; tokens depend on the batch then. None never does.
+        record_trace: .npz file that takes the routing of all steps when the engine ends.
+        served_model_name: the name that the HTTP interface shows; None takes `model`.
+        step_timeout: seconds after which a step that does not end is an error.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the field, the value and what is allowed.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    ep_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    load_format: str = "auto"
+    skip_tokenizer_init: bool = False
+    seed: int = 0
+    batch_invariant: bool = False
+    enforce_eager: bool = False
+    dispatcher: str = "auto"
+    balance: str = "off"
+    balance_interval: int = 100
+    redundant_experts: int | Sequence[int] = 0
+    migration_bytes_per_step: int | None = None
+    placement: str | None = None
+    routing: str | RoutingPolicy | None = None
+    routing_calibration: str | None = None
+    capacity_factor: float | None = None
+    overflow: str = "queue"
+    balance_epsilon: float | None = None
+    record_trace: str | None = None
+    served_model_name: str | None = None
+    step_timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f'model: {self.model!r} is not allowed; it must be a directory, a hub id or "demo"')
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+            ("load_format", LOAD_FORMATS),
+            ("dispatcher", DISPATCHERS),
+            ("balance", BALANCE),
+            ("overflow", OVERFLOWS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
+        object.__setattr__(self, "routing", parse_routing(self.routing))
+        for name in ("tokenizer", "placement", "routing_calibration", "record_trace", "served_model_name"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
+        for name in ("skip_tokenizer_init", "batch_invariant", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
+        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
+            check_integer(name, getattr(self, name), 1)
+        object.__setattr__(self, "redundant_experts", parse_redundant(self.redundant_experts, self.ep_size))
+        for name in ("max_model_len", "kv_cache_memory_bytes", "migration_bytes_per_step"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0)
+        if self.block_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"block_size: {self.block_size!r} is not allowed; it must be one of [8, 16, 32, 64, 128]")
+        if not isinstance(self.step_timeout, (int, float)) or not self.step_timeout > 0:
+            raise ValueError(f"step_timeout: {self.step_timeout!r} is not allowed; it must be a number above 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens: {self.max_num_batched_tokens} is not allowed; "
+                f"it must be at least max_num_seqs ({self.max_num_seqs})"
+            )
+        if self.dispatcher == "local" and self.ep_size > 1:
+            raise ValueError('dispatcher: "local" is not allowed with ep_size above 1; use "auto"')
+        redundant = self.redundant_experts not in (0, (0,))
+        if self.ep_size == 1 and (redundant or self.placement or self.balance != "off"):
+            raise ValueError(
+                "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
+            )
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        factor, epsilon = self.capacity_factor, self.balance_epsilon
+        if factor is not None:
+            if not (is_number(factor) and 0 < factor <= sys.float_info.max):
+                raise ValueError(f"capacity_factor: {factor!r} is not allowed; it must be a finite number above 0")
+            object.__setattr__(self, "capacity_factor", float(factor))
+        elif self.overflow != "queue":
+            raise ValueError(f"overflow: {self.overflow!r} is not allowed; without capacity_factor nothing overflows")
+        if epsilon is not None:
+            if not (is_number(epsilon) and 0 < epsilon < 1):
+                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; it must be a number between 0 and 1")
+            if self.ep_size == 1:
+                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; ep_size 1 has nothing to balance")
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether the experts that a token uses may depend on the batch and on the ranks' load."""
+        drops = self.capacity_factor is not None and self.overflow != "queue"
+        return drops or self.balance_epsilon is not None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
+        """Build from keyword arguments or a parsed YAML file; unknown names are refused."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ValueError(f"{name}: no such option; known options are {known}")
+        return cls(**values)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is an int or a float; True and False are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer of at least {least}")
+
+
+def parse_redundant(value: object, ep_size: int | None = None) -> int | tuple[int, ...]:
+    """Redundant experts of all ranks alike, or a number for each rank; as text, with commas between.
+
+    Args:
+        ep_size: ranks that there are; None where there may be any number.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found: Any = value
+    if isinstance(value, str) and all(word.strip().isdecimal() for word in value.split(",")):
+        numbers = [int(word) for word in value.split(",")]
+        found = numbers if len(numbers) > 1 else numbers[0]
+    if _is_count(found):
+        return found
+    is_list = isinstance(found, Sequence) and not isinstance(found, bytes)
+    if is_list and len(found) == (ep_size or max(1, len(found))) and all(map(_is_count, found)):
+        return tuple(found)
+    ranks = "rank" if ep_size is None else f"rank ({ep_size})"
+    raise ValueError(
+        f"redundant_experts: {value!r} is not allowed; it must be an integer of at least 0, or one per {ranks}"
+    )
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. `rotary_dim` of each head's dims are rotated; `kind` and its figures as in HF's configs."""
+
+    theta: float
+    rotary_dim: int
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The sparse block of a layer: experts, gate and shared experts."""
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_topk: bool = True
+    routed_scaling_factor: float = 1.0
+    num_groups: int = 1
+    topk_groups: int = 1
+    correction_bias: bool = False
+    router_float32: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One checkpoint, Hugging Face's many spellings normalised once. `moe_layers` are the sparse layers' indices."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    moe: MoEConfig
+    moe_layers: tuple[int, ...]
+    sliding_window: int | None
+    qkv_bias: bool
+    output_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest context: the trained one times the rope factor where the scaling is meant to reach beyond it."""
+        if self.rope.kind in ("linear", "dynamic"):
+            return int(self.max_position_embeddings * self.rope.factor)
+        if self.rope.kind == "yarn":
+            return int(self.rope.original_max_position * self.rope.factor)
+        return self.max_position_embeddings

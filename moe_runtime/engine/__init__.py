@@ -1,0 +1,1 @@
+"""The front: takes requests, plans steps, hands out tokens. No torch."""

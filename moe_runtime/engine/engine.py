@@ -1,0 +1,372 @@
+"""The engine: takes requests, and turns them into tokens step by step. No torch of its own.
+
+It is driven from one thread; HTTP reaches it through messages. It holds all state of a request that cannot be
+recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.expert_policy import load_policies
+from moe_runtime.engine.intake import Intake
+from moe_runtime.engine.request import Request
+from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.types.outputs import Logprob, OutputDelta, PositionLogprobs
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.version import __version__
+from moe_runtime.wire.executor import Executor
+from moe_runtime.wire.messages import (
+    ExpertChanges,
+    PromptLogprobs,
+    RankResult,
+    RoutedExperts,
+    Sample,
+    StepPlan,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from moe_runtime.balancer.live.mover import Rebalance
+    from moe_runtime.balancer.live.rebalancer import BalancerStats
+    from moe_runtime.balancer.load import ExpertLoad
+    from moe_runtime.balancer.placement import Placement
+    from moe_runtime.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start, and how full the engine is now.
+
+    `kv_cache_usage` is the share of pages held, 0 to 1. `prompt_tokens` and `generation_tokens` count tokens of
+    prompts that gave a first token, and tokens generated. `dispatcher_steps` says how many steps each dispatcher ran,
+    `finished` how many requests ended for which reason. `last_step_seconds` is that of the slowest rank.
+    `expert_changes` is what capacity and load-aware routing did, `extra_rounds` the rounds of dispatch beyond one per
+    layer that `overflow="queue"` took.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    dispatcher_steps: dict[str, int]
+    finished: dict[str, int]
+    last_step_seconds: float
+    balancer: BalancerStats
+    expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
+    extra_rounds: int = 0
+
+
+class Engine:
+    """Serves one model on the ranks of an executor.
+
+    Args:
+        config: what the user asked for.
+        model_config: the checkpoint.
+        executor: ranks that are ready. The engine owns it once it is made, and closes it.
+        tokenizer: None takes and gives token ids only.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, executor: Executor, tokenizer: Tokenizer | None
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.max_model_len = config.max_model_len or model_config.max_model_len
+        for rank in executor.ranks:
+            assert rank.num_blocks * config.block_size >= self.max_model_len, "one sequence always fits on a rank"
+        self._scheduler = Scheduler(
+            [rank.num_blocks for rank in executor.ranks],
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.dispatcher,
+            set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
+            sorted(set.intersection(*(set(rank.buckets) for rank in executor.ranks))),
+        )
+        from moe_runtime.balancer.live.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
+        from moe_runtime.engine.trace_recorder import TraceRecorder
+
+        self.rebalancer = Rebalancer(config, model_config, executor)
+        self._policies = load_policies(config, model_config)
+        self._intake = Intake(tokenizer, model_config.vocab_size, self.max_model_len, config.seed)
+        trace = config.record_trace
+        self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
+        self._num_requests = 0
+        self._requests: dict[str, Request] = {}
+        self._by_seq_id: dict[int, Request] = {}
+        self._num_inflight = 0
+        self._ready: list[OutputDelta] = []
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._dispatcher_steps: Counter[str] = Counter()
+        self._finished: Counter[str] = Counter()
+        self._last_step_seconds = 0.0
+        self._rank_rows: list[list[int]] = []  # of the last step that is known
+        self._expert_changes = ExpertChanges()
+        self._extra_rounds = 0
+
+    def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
+        """Enqueue a request; its tokens come out of `step`.
+
+        Raises:
+            ValueError: the prompt or the parameters cannot be served; nothing is enqueued then.
+        """
+        if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
+            raise ValueError(f"request_id: {request_id!r} is in use")
+        params = replace(params, routing=self._policies.resolve(params.routing))
+        request = self._intake.request(request_id, self._num_requests, prompt, params)
+        self._num_requests += 1
+        self._requests[request_id] = request
+        self._by_seq_id[request.seq_id] = request
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its pages are free at once, and its last delta, "abort", comes with the next step.
+
+        An id that is unknown, or has ended, does nothing.
+        """
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request, "abort")
+            logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
+            delta = request.delta([], logprobs, "abort", None)
+            self._ready.append(self._last_delta(request, delta))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to hand out."""
+        return bool(self._requests or self._num_inflight or self._ready)
+
+    def step(self) -> list[OutputDelta]:
+        """Plan as many steps as may be in flight, await the oldest, and hand out what it added to each request.
+
+        Raises:
+            RankError: a rank died, reported an error or did not answer in time.
+        """
+        while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
+            self.executor.submit(self._with_loads(self.rebalancer.prepare(plan)))
+            self._num_inflight += 1
+            self._dispatcher_steps[plan.dispatcher] += 1
+        assert self._num_inflight or not self._requests, "there are requests, and none can run"
+        if self._num_inflight:
+            self._collect()
+        self.rebalancer.tick()
+        deltas, self._ready = self._ready, []
+        return deltas
+
+    def tend(self) -> None:
+        """What there is to do without requests: see whether the ranks live, and get on with moving experts.
+
+        Raises:
+            RankError: a rank has died.
+        """
+        self.executor.check()
+        self.rebalancer.tick(idle=not self.has_work)
+
+    def rebalance(self, dry_run: bool = False) -> Rebalance:
+        """Plan a better placement for the load of late and, unless `dry_run`, start moving experts there.
+
+        It is done when `Rebalance.done` says so; `step` and, without requests, `tend` get on with it. No token changes.
+
+        Raises:
+            ValueError: there is one rank, or experts are moving already.
+            RankError: as `step`.
+        """
+        self.rebalancer.take_counts(self._counts())
+        return self.rebalancer.begin(dry_run)
+
+    def stats(self) -> EngineStats:
+        """Counts since the start; cheap."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=len(self._scheduler.waiting),
+            kv_cache_usage=self._scheduler.usage,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            steps=self._scheduler.num_steps,
+            dispatcher_steps=dict(self._dispatcher_steps),
+            finished=dict(self._finished),
+            last_step_seconds=self._last_step_seconds,
+            balancer=self.rebalancer.stats(),
+            expert_changes=self._expert_changes,
+            extra_rounds=self._extra_rounds,
+        )
+
+    def expert_load(self) -> ExpertLoad:
+        """Tokens per layer and expert since the start. Awaits the steps in flight; `step` hands out what they gave.
+
+        Raises:
+            RankError: as `step`.
+        """
+        from moe_runtime.balancer.load import ExpertLoad
+
+        prefill_LE, decode_LE = self._counts().sum(axis=0)
+        return ExpertLoad(
+            tokens={"prefill": prefill_LE, "decode": decode_LE},
+            layer_ids=self.model_config.moe_layers,
+            placement=self.placement(),
+            model=self.model_name,
+            top_k=self.model_config.moe.top_k,
+        )
+
+    def placement(self) -> Placement:
+        """Which expert sits on which rank."""
+        return self.rebalancer.placement
+
+    @property
+    def is_migrating(self) -> bool:
+        """Whether experts move, and `tend` must be called even without requests."""
+        return self.rebalancer.is_migrating
+
+    def decisions(self) -> list[dict[str, object]]:
+        """What the balancer decided of late, newest last, with the figures that led to it."""
+        return list(self.rebalancer.decisions)
+
+    @property
+    def model_name(self) -> str:
+        """The name that users see."""
+        return self.config.served_model_name or self.config.model
+
+    def health(self) -> dict[str, object]:
+        """What was chosen and what is promised, as plain values."""
+        ranks = self.executor.ranks
+        return {
+            "model": self.model_name,
+            "version": __version__,
+            "dtype": ranks[0].dtype,
+            "device": ranks[0].device,
+            "ep_size": len(ranks),
+            "ranks": [asdict(rank) for rank in ranks],
+            "kernels": ranks[0].kernels,
+            "dispatcher": self.config.dispatcher,
+            "dispatchers": sorted(ranks[0].dispatchers),
+            "dispatcher_steps": dict(self._dispatcher_steps),
+            "capacity_factor": self.config.capacity_factor,
+            "overflow": self.config.overflow,
+            "balance_epsilon": self.config.balance_epsilon,
+            "expert_changes": asdict(self._expert_changes),
+            "extra_rounds": self._extra_rounds,
+            "max_model_len": self.max_model_len,
+            "block_size": self.config.block_size,
+            "num_blocks": [rank.num_blocks for rank in ranks],
+            "vocab_size": self.model_config.vocab_size,
+            "placement_invariance": self._placement_invariance(),
+        }
+
+    def _placement_invariance(self) -> str:
+        """How far batches, chunks, ranks and placements leave a request's tokens alone."""
+        if self.config.changes_experts:
+            return "none"
+        if all(rank.batch_invariant for rank in self.executor.ranks):
+            return "bitwise"
+        return "greedy tokens, float32" if self.executor.ranks[0].dtype == "float32" else "none"
+
+    def _counts(self) -> np.ndarray:
+        """Counts of experts since the start, [W, 2, L, E]; awaits the steps in flight."""
+        while self._num_inflight:
+            self._collect()
+        return self.executor.expert_counts()
+
+    def close(self) -> None:
+        """End the ranks. Unfinished requests get nothing more. May be called twice."""
+        self.executor.close()
+        if self._recorder is not None:
+            self._recorder.save()
+
+    def _with_loads(self, plan: StepPlan) -> StepPlan:
+        return plan if self.config.balance_epsilon is None else replace(plan, rank_rows=self._rank_rows)
+
+    def _collect(self) -> None:
+        """Take in the oldest step's results."""
+        results = self.executor.collect()
+        self._num_inflight -= 1
+        self._last_step_seconds = max(result.seconds for result in results)
+        self.rebalancer.note(results)
+        self._rank_rows = [result.expert_rows for result in results]
+        self._extra_rounds += results[0].extra_rounds
+        if self._recorder is not None:
+            self._recorder.add(results)
+        for result in results:
+            self._take_in(result)
+
+    def _take_in(self, result: RankResult) -> None:
+        # Requests that are gone have ended or were aborted while this step was planned or ran.
+        for found in result.prompt_logprobs:
+            if (request := self._by_seq_id.get(found.seq_id)) is not None:
+                self._add_prompt_logprobs(request, found)
+        self._add_expert_changes(result)
+        for routed in result.routed_experts:
+            if (request := self._by_seq_id.get(routed.seq_id)) is not None and request.params.return_routed_experts:
+                self._add_routed_experts(request, routed)
+        for sample in result.samples:
+            if (request := self._by_seq_id.get(sample.seq_id)) is not None:
+                self._ready.append(self._add_token(request, sample))
+
+    def _add_prompt_logprobs(self, request: Request, found: PromptLogprobs) -> None:
+        assert request.prompt_logprobs is not None
+        num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt goes through the model again
+        assert num_known >= 0
+        request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
+
+    def _add_expert_changes(self, result: RankResult) -> None:
+        for found in result.expert_changes:
+            self._expert_changes += found.changes
+            if (request := self._by_seq_id.get(found.seq_id)) is not None:
+                request.expert_changes += found.changes
+
+    def _add_routed_experts(self, request: Request, found: RoutedExperts) -> None:
+        from moe_runtime.engine.trace_recorder import read_routed
+
+        experts_TLK = read_routed(found, self.model_config)
+        num_known = request.num_routed - found.start  # a preempted sequence goes through the model again
+        assert num_known >= 0
+        if num_known < len(experts_TLK):
+            request.routed_experts.append(experts_TLK[num_known:])
+
+    def _routed_experts(self, request: Request) -> np.ndarray | None:
+        from moe_runtime.engine.trace_recorder import compact
+
+        return compact(request.routed_experts, self.model_config) if request.params.return_routed_experts else None
+
+    def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
+        finish_reason, stop_reason = request.append(sample.token_id, self.model_config.eos_token_ids)
+        self._generation_tokens += 1
+        if request.num_output_tokens == 1:
+            self._prompt_tokens += request.num_prompt_tokens
+        logprobs = None
+        if request.params.logprobs is not None:
+            assert sample.logprobs is not None
+            logprobs = [self._position_logprobs(sample.logprobs)]
+        if finish_reason is not None:
+            self._end(request, finish_reason)
+        delta = request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
+        return delta if finish_reason is None else self._last_delta(request, delta)
+
+    def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
+        """With what comes at a request's end."""
+        changes = request.expert_changes if self.config.changes_experts else None
+        return replace(delta, routed_experts=self._routed_experts(request), expert_changes=changes)
+
+    def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
+        decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
+        return {
+            token_id: Logprob(logprob, rank, decoded(token_id))
+            for token_id, logprob, rank in zip(found.token_ids, found.logprobs, found.ranks, strict=True)
+        }
+
+    def _end(self, request: Request, finish_reason: str) -> None:
+        self._scheduler.remove(request)
+        del self._requests[request.request_id], self._by_seq_id[request.seq_id]
+        self._finished[finish_reason] += 1

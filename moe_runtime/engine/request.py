@@ -1,0 +1,123 @@
+"""One prompt and its continuation: all the state that cannot be recomputed, and where the sequence is in the machine.
+
+Two counts run ahead of what the front knows, so that a step can be planned while another runs: `num_planned` positions
+have been given to the rank, and `num_pending` tokens will have been sampled when all submitted steps are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from moe_runtime.text.detokenizer import OutputText
+from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.messages import ExpertChanges
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence that is waiting, or running on a rank.
+
+    Attributes:
+        seq_id: grows with every request, so it is the order of arrival too.
+        token_ids: the prompt, then the tokens that have arrived.
+        max_output_tokens: where the request ends for its length.
+        output_text: turns tokens to text; None without a tokenizer.
+        prompt_logprobs: so far, the first is None as nothing comes before it; None if not asked for.
+        routed_experts: so far, in parts [tokens, layers, experts per token] in order of position, if asked for.
+        expert_changes: so far; what a preempted request computes again counts again.
+        rank: where it runs; None while it waits.
+        blocks: pages it holds there, in order of position.
+        num_prefill_tokens: tokens it had when the rank took it in; what comes after them are decode rows.
+    """
+
+    request_id: str
+    seq_id: int
+    prompt: str | None
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    max_output_tokens: int
+    output_text: OutputText | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    routed_experts: list[np.ndarray] = field(default_factory=list)
+    expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
+    rank: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    num_prefill_tokens: int = 0
+    num_planned: int = 0
+    num_pending: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_routed(self) -> int:
+        """Positions whose experts are known."""
+        return sum(map(len, self.routed_experts))
+
+    @property
+    def num_future_tokens(self) -> int:
+        """Tokens it will have when all submitted steps are done."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_unplanned(self) -> int:
+        """Positions that a next step may run. None once the last token is on its way: the length is known ahead."""
+        if self.num_future_tokens - self.num_prompt_tokens >= self.max_output_tokens:
+            return 0
+        return self.num_future_tokens - self.num_planned
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next row is for a token that the rank sampled itself."""
+        return self.num_planned >= self.num_prefill_tokens
+
+    def append(self, token_id: int, eos_token_ids: Collection[int]) -> tuple[str | None, int | str | None]:
+        """Take in the oldest pending token. Returns finish_reason and stop_reason, both None if the request goes on."""
+        assert self.num_pending > 0
+        self.num_pending -= 1
+        self.token_ids.append(token_id)
+        finish_reason: str | None = None
+        stop_reason: int | str | None = None
+        if token_id in eos_token_ids and not self.params.ignore_eos:
+            finish_reason = "stop"
+        elif token_id in self.params.stop_token_ids:
+            finish_reason, stop_reason = "stop", token_id
+        is_full = self.num_output_tokens == self.max_output_tokens
+        if self.output_text is not None:
+            hidden = finish_reason is not None and not self.params.include_stop_str_in_output
+            last = is_full or finish_reason is not None
+            stop = self.output_text.append(None if hidden else token_id, last)
+            if stop is not None:
+                return "stop", stop
+        return finish_reason or ("length" if is_full else None), stop_reason
+
+    def delta(
+        self,
+        token_ids: list[int],
+        logprobs: list[PositionLogprobs] | None,
+        finish_reason: str | None,
+        stop_reason: int | str | None,
+    ) -> OutputDelta:
+        """What the request's reader gets for the last `token_ids`, with the text that is certain by now."""
+        is_first = self.num_output_tokens == len(token_ids)
+        return OutputDelta(
+            request_id=self.request_id,
+            text=self.output_text.release(finish_reason is not None) if self.output_text is not None else "",
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            prompt_token_ids=self.token_ids[: self.num_prompt_tokens] if is_first else None,
+            prompt_logprobs=self.prompt_logprobs if is_first else None,
+        )

@@ -1,0 +1,254 @@
+"""Plans the steps: which sequences, which token ranges, which pages, on which rank. No torch.
+
+Every sequence lives on one rank, where its pages are. In a step a rank first runs its sequences in order of arrival:
+one row for each that decodes, and what is left of the token budget for prompts, in chunks. Then waiting requests are
+taken in, first come first served. When a rank runs out of pages, the sequence that arrived there last is dropped and
+waits again; its tokens are kept here, so that it is recomputed and continues as if nothing had happened.
+
+Counts run ahead of results, so the next step can be planned while one runs: a decode row names its sequence, and the
+rank has the token. What is planned in vain, as the token turned out to be the last, is thrown away by the engine.
+
+Pages are free again at once when a sequence ends or is dropped, though submitted steps may still read and write them:
+a rank runs its plans in order, so the next holder's rows come after all of the last holder's.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.page_pool import BlockPool
+from moe_runtime.engine.request import Request
+from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
+
+# With few rows a step waits for messages, not for bytes. `all_gather` sends every row to every rank, but needs no
+# exchange of counts first, and so one round of messages less than `all_to_all`.
+ALL_GATHER_MAX_TOKENS = 64
+
+
+def buckets_of(config: EngineConfig, num_ranks: int) -> tuple[int, ...]:
+    """Rows of steps that GPUs capture: powers of two, and the most there may be; none where the options forbid it.
+
+    With several ranks, as with `all_gather`, at most `ALL_GATHER_MAX_TOKENS`: all ranks get all rows.
+    """
+    if config.enforce_eager or config.record_trace or config.dispatcher not in ("auto", "local", "all_gather"):
+        return ()
+    most = config.max_num_seqs if num_ranks == 1 else min(config.max_num_seqs, ALL_GATHER_MAX_TOKENS)
+    return (*(1 << power for power in range((most - 1).bit_length())), most)
+
+
+@dataclass(eq=False)
+class RankState:
+    """The front's view of a rank: its pages, what runs there (in order of arrival), and what it must forget."""
+
+    pool: BlockPool
+    running: list[Request] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Draft:
+    """A rank's share of the step that is being planned.
+
+    `prompt_budget` tokens are left for prompts. `asks_gates`: a request has a routing policy or wants its experts.
+    """
+
+    prompt_budget: int
+    asks_gates: bool = False
+    decode: list[Chunk] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """All unfinished requests, and where they are.
+
+    Args:
+        num_blocks: pages of each rank's KV cache.
+        block_size: tokens per page.
+        max_num_seqs: most sequences on a rank.
+        max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
+        dispatcher: of all steps; "auto" chooses among `available` by their tokens.
+        available: dispatchers that all ranks have.
+        buckets: numbers of rows, ascending, that all ranks have ready for steps of decode rows alone.
+    """
+
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        dispatcher: str = "auto",
+        available: Collection[str] = ("local", "all_gather", "all_to_all"),
+        buckets: Sequence[int] = (),
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
+        self.waiting: list[Request] = []  # in order of arrival
+        self.ranks = [RankState(BlockPool(count)) for count in num_blocks]
+        self.num_steps = 0
+        self.num_preemptions = 0
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._dispatcher = dispatcher
+        self._available = frozenset(available)
+        self._buckets = tuple(buckets)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(rank.running) for rank in self.ranks)
+
+    @property
+    def usage(self) -> float:
+        """Share of all pages that are held, 0 to 1."""
+        total = sum(rank.pool.num_blocks for rank in self.ranks)
+        return 1 - sum(rank.pool.num_free for rank in self.ranks) / total
+
+    def add(self, request: Request) -> None:
+        """Let a new request wait for its turn."""
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended, whatever its state. Its pages are free at once.
+
+        Its rank is told with the next step that there is; until then it keeps a list of tokens, and no page.
+        """
+        if request.rank is None:
+            self.waiting.remove(request)
+        else:
+            self.ranks[request.rank].running.remove(request)
+            self._release(request)
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step; None if there is nothing to run now."""
+        drafts = [self._plan_running(rank) for rank in self.ranks]
+        self._admit(drafts)
+        tokens_per_rank = [draft.num_tokens for draft in drafts]
+        if not any(tokens_per_rank):
+            return None
+        plans = []
+        for rank, draft in zip(self.ranks, drafts, strict=True):
+            chunks = draft.decode + draft.prefill
+            plans.append(RankPlan(draft.new_sequences, rank.dropped, chunks, num_decode=len(draft.decode)))
+            rank.dropped = []
+        self.num_steps += 1
+        bucket = self._choose_bucket(drafts)
+        dispatcher = PADDED if bucket else self._choose_dispatcher(tokens_per_rank)
+        return StepPlan(self.num_steps, dispatcher, tokens_per_rank, plans, bucket=bucket)
+
+    def _choose_bucket(self, drafts: list[Draft]) -> int:
+        """The least that holds the rows of every rank; 0 where a rank has other work than plain decode rows."""
+        if any(draft.prefill or draft.asks_gates for draft in drafts):
+            return 0
+        most = max(draft.num_tokens for draft in drafts)
+        return next((bucket for bucket in self._buckets if bucket >= most), 0)
+
+    def _choose_dispatcher(self, tokens_per_rank: list[int]) -> str:
+        if self._dispatcher != "auto":
+            return self._dispatcher
+        if len(tokens_per_rank) == 1:
+            return "local"
+        if "symmetric" in self._available:
+            return "symmetric"
+        return "all_gather" if max(tokens_per_rank) <= ALL_GATHER_MAX_TOKENS else "all_to_all"
+
+    def _plan_running(self, rank: RankState) -> Draft:
+        # Decode rows come first: prompts share what those leave. There are at most `max_num_seqs` rows, and fewer if
+        # a prompt is under way, so that a prompt always gets on.
+        num_decode = sum(request.is_decoding and request.num_unplanned > 0 for request in rank.running)
+        draft = Draft(prompt_budget=self._max_num_batched_tokens - num_decode)
+        position = 0
+        while position < len(rank.running):  # preemption takes from the end, where nothing is planned yet
+            request = rank.running[position]
+            position += 1
+            num_tokens = request.num_unplanned
+            if not request.is_decoding:
+                num_tokens = min(num_tokens, draft.prompt_budget)
+            if num_tokens > 0 and self._make_room(rank, request, num_tokens):
+                self._add_chunk(draft, request, num_tokens)
+        return draft
+
+    def _make_room(self, rank: RankState, request: Request, num_tokens: int) -> bool:
+        """Preempt later sequences until `request` has its pages; False if it had to give way itself."""
+        while self._num_blocks(request.num_planned + num_tokens) - len(request.blocks) > rank.pool.num_free:
+            victim = rank.running.pop()
+            self._release(victim)
+            insort(self.waiting, victim, key=lambda waiting: waiting.seq_id)
+            self.num_preemptions += 1
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, drafts: list[Draft]) -> None:
+        """Take in waiting requests in order of arrival; the first that finds no place lets all others wait too.
+
+        A request goes where the fewest tokens are planned. It needs pages for all its tokens, beside one more for
+        each sequence that runs there, or it would soon be preempted for them. On an idle rank any request fits.
+        A rank whose prompts have not all their pages yet has no budget left, and so takes in none.
+        """
+        room = [rank.pool.num_free - len(rank.running) for rank in self.ranks]
+        while self.waiting:
+            request = self.waiting[0]
+            if request.num_pending:
+                break  # preempted, and a token is still on its way
+            num_blocks = self._num_blocks(len(request.token_ids))
+            fitting = [
+                index
+                for index, rank in enumerate(self.ranks)
+                if drafts[index].prompt_budget > 0
+                and len(rank.running) < self._max_num_seqs
+                and room[index] >= num_blocks
+            ]
+            if not fitting:
+                break
+            index = min(fitting, key=lambda index: (drafts[index].num_tokens, -room[index], index))
+            room[index] -= num_blocks + 1
+            self._start(request, index, drafts[index])
+
+    def _start(self, request: Request, index: int, draft: Draft) -> None:
+        self.waiting.remove(request)
+        insort(self.ranks[index].running, request, key=lambda running: running.seq_id)
+        request.rank = index
+        request.num_prefill_tokens = len(request.token_ids)
+        draft.new_sequences.append(
+            NewSequence(
+                request.seq_id, list(request.token_ids), request.num_prompt_tokens, request.params, request.seed
+            )
+        )
+        self._add_chunk(draft, request, min(request.num_unplanned, draft.prompt_budget))
+
+    def _add_chunk(self, draft: Draft, request: Request, num_tokens: int) -> None:
+        assert request.rank is not None
+        start = request.num_planned
+        is_decoding = request.is_decoding
+        new_blocks = self.ranks[request.rank].pool.allocate(self._num_blocks(start + num_tokens) - len(request.blocks))
+        request.blocks += new_blocks
+        request.num_planned += num_tokens
+        sample = request.num_planned == request.num_future_tokens
+        request.num_pending += sample
+        chunk = Chunk(request.seq_id, start, num_tokens, new_blocks, sample)
+        draft.num_tokens += num_tokens
+        params = request.params
+        draft.asks_gates |= params.routing is not None or params.return_routed_experts
+        if is_decoding:
+            draft.decode.append(chunk)
+        else:
+            draft.prefill.append(chunk)
+            draft.prompt_budget -= num_tokens
+
+    def _release(self, request: Request) -> None:
+        assert request.rank is not None
+        rank = self.ranks[request.rank]
+        rank.pool.free(request.blocks)
+        rank.dropped.append(request.seq_id)
+        request.rank = None
+        request.blocks = []
+        request.num_planned = 0
+        request.num_prefill_tokens = 0
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)

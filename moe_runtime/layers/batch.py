@@ -1,0 +1,75 @@
+"""One rank's share of a step, as tensors on its device.
+
+Shape suffixes: T tokens, L sparse layers, P policies, K experts per token, W ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_runtime.kernels.attention import AttentionMetadata, DecodeRows
+from moe_runtime.wire.messages import ExpertWork
+
+
+@dataclass(frozen=True)
+class StepRouting:
+    """What a step asks of all gates beside the model's own routing.
+
+    Attributes:
+        policy_T: int64, which of the policies each token has, 0 for none; None: none for all.
+        policies_LP4: float32, the rows of `RoutingPolicy` for each layer and policy; the first is not read.
+        live_T: bool, False for rows of padding, which use no expert and are not counted; None: there are none.
+        chosen_LTK: int16, which gates fill with the experts that each token uses, -1 for none; None: not kept.
+    """
+
+    policy_T: Tensor | None = None
+    policies_LP4: Tensor | None = None
+    chosen_LTK: Tensor | None = None
+    live_T: Tensor | None = None
+
+
+@dataclass
+class StepLimits:
+    """What capacity and load-aware routing know of a step, and what they did in it; see `capacity`.
+
+    Attributes:
+        rank_rows_LW: float64, rows that each rank's experts computed in an earlier step; None: unknown.
+        changes_T3: int64, assignments of each token that were moved, rerouted and dropped, which layers add to.
+        rows_L: int64, rows that experts compute here, which layers add to.
+        extra_rounds: rounds of dispatch beyond one in each layer.
+    """
+
+    rank_rows_LW: Tensor | None
+    changes_T3: Tensor
+    rows_L: Tensor
+    extra_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model's layers need to know of a step beside its tokens; decode rows come first.
+
+    Attributes:
+        position_T: of each token, int64.
+        num_prompt_T: length of the prompt of each token's sequence.
+        slot_T: where each token's key and value go: page * block size + offset.
+        attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
+        num_decode: so many leading tokens are decode rows.
+        dispatcher, tokens_per_rank: as the plan says.
+        expert_work: where sparse layers note what their experts did; None in steps that are not measured.
+        routing: policies of the tokens, and where to keep their experts; None where no token asks for either.
+        limits: of experts and ranks; None where there are none.
+    """
+
+    position_T: Tensor
+    num_prompt_T: Tensor
+    slot_T: Tensor
+    attention: AttentionMetadata | DecodeRows
+    num_decode: int
+    dispatcher: str
+    tokens_per_rank: list[int]
+    expert_work: list[ExpertWork] | None = None
+    routing: StepRouting | None = None
+    limits: StepLimits | None = None

@@ -1,0 +1,80 @@
+"""The paged key/value cache of one rank, and how large it may be.
+
+Shape suffixes: N pages (blocks), B tokens per page, G key/value heads, d head dim.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_kv_blocks
+from moe_runtime.memory.model_size import page_bytes
+from moe_runtime.system.pages import ask_for_huge_pages
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer."""
+
+    k_NBGd: Tensor
+    v_NBGd: Tensor
+
+
+class KVCache:
+    """Keys and values of all layers, in pages. Zeroed, so that masked reads past a sequence's end are finite."""
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.num_blocks = num_blocks
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        self._layers = [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def layer(self, index: int) -> LayerCache:
+        return self._layers[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on CPUs in huge pages, if there are any, that take no memory before they are first used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+    ask_for_huge_pages(tensor)
+    return tensor
+
+
+def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return page_bytes(config, block_size, dtype.itemsize)
+
+
+def choose_num_blocks(
+    engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, local_ranks: int
+) -> int:
+    """Pages that a rank reserves: what its sequences can use at most, within the memory it may take.
+
+    That memory is `kv_cache_memory_bytes` if given, else half of what is free, shared with the other ranks of the
+    device or host, and on CPUs at most 4 GiB.
+
+    Raises:
+        ValueError: it does not hold one sequence of `max_model_len`.
+    """
+    if engine.kv_cache_memory_bytes is not None:
+        memory = engine.kv_cache_memory_bytes
+    elif device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
+    else:
+        memory = default_kv_bytes(available_host_memory(), local_ranks)
+    return num_kv_blocks(engine, model, dtype.itemsize, memory)

@@ -1,0 +1,165 @@
+"""Makes the parts of a decoder on the native CPU kernels.
+
+Shape suffixes: D hidden, E logical experts, B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.all2all.dispatch import Dispatcher, RowOps
+from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
+from moe_runtime.kernels.cpu.layers import Layers
+from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.layers.batch import Batch
+from moe_runtime.layers.capacity import LayerLimits
+from moe_runtime.layers.decoder import DecoderLayer, LayerLoop
+from moe_runtime.layers.kv_cache import KVCache
+from moe_runtime.layers.moe import MoELayer
+from moe_runtime.layers.native_layers import (
+    FusedLayers,
+    NativeAttention,
+    NativeDenseBlock,
+    NativeGate,
+    NativeHead,
+    NativeMLP,
+    NativeMoELayer,
+    NativeNorm,
+    NativeSparseBlock,
+)
+from moe_runtime.layers.rotary import RotaryEmbedding
+
+
+@dataclass(frozen=True)
+class NativeKit:
+    """Makes the parts of a decoder on the native CPU kernels; weights are loaded, and packed, into them afterwards."""
+
+    kernels: Kernels
+    dtype: torch.dtype
+
+    device = torch.device("cpu")
+
+    @property
+    def row_ops(self) -> RowOps:
+        return RowOps(self.kernels.group_by_slot, self.kernels.combine)
+
+    def describe(self) -> dict[str, str]:
+        """The implementation of each op."""
+        return dict.fromkeys(ops.describe(self.device), f"native {self.kernels.instruction_set}")
+
+    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> PackedLinear:
+        return PackedLinear(self.kernels, outputs, inputs, self.dtype, bias)
+
+    def head(self, vocab_size: int, hidden_size: int) -> tuple[NativeHead, PackedLinear]:
+        """The head, and what loads it."""
+        linear = self.linear(vocab_size, hidden_size)
+        return NativeHead(linear), linear
+
+    def norm(self, weight_D: Tensor, eps: float) -> NativeNorm:
+        return NativeNorm(self.kernels, weight_D, eps)
+
+    def attention(
+        self,
+        config: ModelConfig,
+        qkv: PackedLinear,
+        output: PackedLinear,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        next_norm: NativeNorm,
+    ) -> NativeAttention:
+        block = AttentionBlock(
+            self.kernels,
+            qkv,
+            output,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.sliding_window,
+            q_norm_d=q_norm,
+            k_norm_d=k_norm,
+            eps=config.rms_norm_eps,
+            next_norm=next_norm.behind,
+        )
+        return NativeAttention(block)
+
+    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Step:
+        """What all layers of a step share."""
+        assert isinstance(batch.attention, AttentionMetadata)
+        angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
+        return Step(batch.attention, batch.slot_T, *angles)
+
+    def argmax(self, logits_BV: Tensor) -> list[int]:
+        """The best token of each row."""
+        return self.kernels.argmax(logits_BV)
+
+    def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop | FusedLayers:
+        """In one call where the experts are here or rows go through shared memory."""
+        loop, blocks, way = LayerLoop(layers, cache), [], None
+        for layer in layers:
+            attention, mlp = layer.attention, layer.mlp
+            assert isinstance(attention, NativeAttention)
+            if not isinstance(mlp, NativeSparseBlock | NativeDenseBlock | NativeMoELayer):
+                return loop
+            if isinstance(mlp, NativeMoELayer):
+                way = mlp.way
+            blocks.append((attention.block, mlp.block))
+        pages = [cache.layer(index) for index in range(len(layers))]
+        return FusedLayers(Layers(blocks, [(layer.k_NBGd, layer.v_NBGd) for layer in pages]), way, loop)
+
+    def mlp(self, hidden_size: int, intermediate_size: int) -> NativeMLP:
+        return NativeMLP(self.experts(1, hidden_size, intermediate_size))
+
+    def dense_block(self, mlp: NativeMLP, next_norm: NativeNorm) -> NativeDenseBlock:
+        return NativeDenseBlock(mlp, next_norm)
+
+    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> PackedExperts:
+        return PackedExperts(self.kernels, num_slots, hidden_size, intermediate_size, self.dtype)
+
+    def gate(
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        bias_E: Tensor | None,
+        counts_2E: Tensor | None,
+        layer: int,
+    ) -> NativeGate:
+        gate = gate_config(
+            config.num_experts,
+            top_k=config.top_k,
+            scoring=config.scoring,
+            correction_bias_E=bias_E,
+            num_groups=config.num_groups,
+            topk_groups=config.topk_groups,
+            normalize=config.normalize_topk,
+            scale=config.routed_scaling_factor,
+        )
+        return NativeGate(Router(self.kernels, gate, weight_ED, counts_2E), layer)
+
+    def sparse_block(
+        self,
+        gate: NativeGate,
+        slot_E: Tensor,
+        experts: PackedExperts,
+        shared: NativeMLP | None,
+        next_norm: NativeNorm,
+        dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None,
+    ) -> MoELayer | NativeSparseBlock:
+        all_are_here = int(slot_E.max()) < experts.num_slots
+        if all_are_here and set(dispatchers) == {"local"} and limits is None:
+            shared_experts = None if shared is None else shared.experts
+            return NativeSparseBlock(
+                SparseBlock(gate.router, slot_E[:, None], experts, shared_experts, next_norm.behind), gate
+            )
+        if "symmetric" in dispatchers and limits is None:
+            return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
+        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)

@@ -1,0 +1,1 @@
+"""What is held where, before anything is loaded: budget, sizes, first placement, graph buckets. No torch."""

@@ -1,0 +1,259 @@
+"""Memory of the ranks, before anything is loaded: weights, KV cache, buffers, and what is left. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.kernels.cpu.library import can_have_kernels
+from moe_runtime.memory.model_size import (
+    ITEMSIZE,
+    dense_bytes,
+    expert_bytes,
+    page_bytes,
+    weights_dtype,
+)
+
+CPU_DEFAULT_BYTES = 4 << 30
+FREE_MEMORY_SHARE = 0.5
+PROCESS_BYTES = 190 << 20  # of a rank: interpreter and libraries
+SHARED_BYTES = 150 << 20  # of these, what the ranks of a host share
+EXPERT_ROWS = 128  # of an expert on average, at a time
+DECODE_CHUNK = 256  # keys that decode attention takes at a time on GPUs
+SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulated copies
+CUDA_DRIVER = Path("/dev/nvidiactl")
+CGROUP = Path("/sys/fs/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes that one rank takes.
+
+    Attributes:
+        dense: weights that every rank holds.
+        experts: weights in its `num_slots` slots of each sparse layer.
+        kv_cache: `num_blocks` pages.
+        buffers: the process itself and the rows of its largest step, an estimate.
+    """
+
+    dense: int
+    experts: int
+    kv_cache: int
+    buffers: int
+    num_slots: int
+    num_blocks: int
+
+    @property
+    def weights(self) -> int:
+        return self.dense + self.experts
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.buffers
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory of the ranks that share a host.
+
+    Attributes:
+        ranks: what each of them takes; they differ in their slots at most.
+        available: free bytes of the host; None where the ranks are on GPUs, whose memory only they can see.
+    """
+
+    ranks: tuple[RankMemory, ...]
+    available: int | None
+
+    @property
+    def largest(self) -> RankMemory:
+        """Of the rank that takes most."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def total(self) -> int:
+        return sum(rank.total for rank in self.ranks)
+
+    @property
+    def left(self) -> int | None:
+        """Bytes left of what is available; negative where it does not fit."""
+        return None if self.available is None else self.available - self.total
+
+    @property
+    def fits(self) -> bool | None:
+        """None where it can't be known here."""
+        return None if self.left is None else self.left >= 0
+
+    def __str__(self) -> str:
+        rank = self.largest
+        each = "each" if len(set(self.ranks)) == 1 else "the largest"
+        ranks = "1 rank" if len(self.ranks) == 1 else f"{len(self.ranks)} ranks, {each}"
+        figures = (
+            f"{ranks} with weights {gigabytes(rank.weights)}, KV cache {gigabytes(rank.kv_cache)} "
+            f"({rank.num_blocks} pages), buffers {gigabytes(rank.buffers)}"
+        )
+        if self.available is None or self.left is None:
+            return f"{figures}: {gigabytes(self.total)} of GPU memory"
+        if self.left < 0:
+            return f"{figures}: {gigabytes(self.total)}, but only {gigabytes(self.available)} are free"
+        return f"{figures}: {gigabytes(self.total)} of {gigabytes(self.available)} free, {gigabytes(self.left)} left"
+
+
+def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> Budget:
+    """The budget of this host, if it is kept.
+
+    Args:
+        engine, model: what the user asked for and what the checkpoint is.
+        local_ranks: how many of the `ep_size` ranks run on this host, which is that of the first rank.
+
+    Raises:
+        ValueError: the ranks need more than is free. Ranks on GPUs are not refused: they see their memory themselves.
+    """
+    budget = plan_budget(engine, model, local_ranks, None if may_use_cuda(engine.device) else available_host_memory())
+    if budget.fits is False:
+        raise ValueError(
+            f"model: {engine.model!r} does not fit here: {budget}. "
+            "Less is needed with a lower max_model_len, max_num_seqs or kv_cache_memory_bytes, or with more hosts"
+        )
+    return budget
+
+
+def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, available: int | None) -> Budget:
+    """What the first ranks, on a host with so many free bytes, will take; None free bytes for ranks on GPUs.
+
+    The KV cache is what a rank will choose once its weights are loaded (`num_kv_blocks`): on GPUs at most that, where
+    memory is short still one sequence of `max_model_len`, without which a rank does not start.
+
+    Raises:
+        ValueError: `kv_cache_memory_bytes` is less than that, or the checkpoint's dtype is not supported.
+    """
+    from moe_runtime.memory.initial_placement import slots_per_rank  # brings numpy
+
+    dtype = weights_dtype(engine.dtype, model.dtype)
+    num_slots = slots_per_rank(engine, model, engine.ep_size)[:local_ranks]
+    coded = holds_codes(engine.device)
+    dense = dense_bytes(model, dtype, coded)
+    slot = len(model.moe_layers) * expert_bytes(model, dtype, coded)
+    page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
+    per_sequence = _blocks_of_one(engine, model) * page
+    if engine.kv_cache_memory_bytes is not None:
+        memory = engine.kv_cache_memory_bytes
+    elif available is None:
+        memory = engine.max_num_seqs * per_sequence
+    else:
+        free = max(available - local_ranks * dense - sum(num_slots) * slot, 0)
+        memory = max(default_kv_bytes(free, local_ranks), per_sequence)
+    num_blocks = num_kv_blocks(engine, model, ITEMSIZE[dtype], memory)
+    buffers = buffer_bytes(engine, model, local_ranks)
+    if may_use_cuda(engine.device):
+        buffers += graph_bytes(engine, model)
+    ranks = tuple(RankMemory(dense, n * slot, num_blocks * page, buffers, n, num_blocks) for n in num_slots)
+    return Budget(ranks, available)
+
+
+def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> int:
+    """Bytes beside weights and pages, estimated: the process, and in its largest step `max_num_batched_tokens` rows
+    through a layer and `max_num_seqs` rows through the sampler.
+
+    Per token: hidden states, queries, keys, values and their product, and the projections of a dense MLP. Then, for
+    balanced experts, per token of those that pass a sparse layer at a time, for each of its K choices the row that is
+    sent, the two projections, their product and the row that comes back; and with several ranks the rows of the
+    "symmetric" dispatcher, one from each rank and one for each choice. Where rows over a capacity queue, those of
+    all tokens come back before they are summed.
+    """
+    moe, hidden, tokens = model.moe, model.hidden_size, engine.max_num_batched_tokens
+    at_once, queues = tokens, engine.capacity_factor is not None and engine.overflow == "queue"
+    if not may_use_cuda(engine.device) and not queues:
+        at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
+    attention = 7 * hidden + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    inner = model.intermediate_size if len(model.moe_layers) < model.num_layers else 0
+    dense = 3 * max(moe.shared_intermediate_size, inner)
+    experts = moe.top_k * (2 * hidden + 3 * moe.intermediate_size)
+    exchange = (engine.ep_size + moe.top_k) * hidden if engine.ep_size > 1 else 0
+    elements = tokens * (attention + dense) + at_once * (experts + exchange)
+    rows = elements * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)]
+    process = PROCESS_BYTES - SHARED_BYTES + SHARED_BYTES // local_ranks
+    return process + rows + engine.max_num_seqs * model.vocab_size * SAMPLER_BYTES
+
+
+def tokens_at_once(num_experts: int, top_k: int, num_ranks: int) -> int:
+    """Tokens of each rank that pass a sparse layer at a time on CPUs, at most.
+
+    An expert then has `EXPERT_ROWS` rows on average, which use its weights as well as more would, and the rows between
+    dispatch and combine take no more memory however many tokens a step has.
+    """
+    return max(1, EXPERT_ROWS * num_experts // (top_k * num_ranks))
+
+
+def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
+    """What decode steps that a GPU captures take, an estimate: that of the largest, whose memory the others share.
+
+    All ranks' rows go to every rank and back, and the longest context is attended in chunks that are merged behind.
+    """
+    from moe_runtime.engine.scheduler import buckets_of
+
+    rows = max(buckets_of(engine, engine.ep_size), default=0)
+    pairs = rows * engine.ep_size * model.moe.top_k
+    exchange = pairs * (3 * model.hidden_size + model.moe.intermediate_size)
+    chunks = -(-(engine.max_model_len or model.max_model_len) // DECODE_CHUNK)
+    merged = rows * model.num_heads * chunks * (model.head_dim + 2)
+    return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
+
+
+def num_kv_blocks(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:
+    """Pages of a rank that may take `memory` bytes for them: no more than its sequences can use.
+
+    Raises:
+        ValueError: they do not hold one sequence of `max_model_len`.
+    """
+    page, per_sequence = page_bytes(model, engine.block_size, itemsize), _blocks_of_one(engine, model)
+    num_blocks = min(engine.max_num_seqs * per_sequence, memory // page)
+    if num_blocks < per_sequence:
+        raise ValueError(
+            f"kv_cache_memory_bytes: {memory} bytes a rank hold {num_blocks * engine.block_size} tokens, but "
+            f"max_model_len is {engine.max_model_len or model.max_model_len}; "
+            f"it takes {per_sequence * page} bytes, or a lower max_model_len"
+        )
+    return num_blocks
+
+
+def _blocks_of_one(engine: EngineConfig, model: ModelConfig) -> int:
+    """Pages of one sequence of `max_model_len`."""
+    return -(-(engine.max_model_len or model.max_model_len) // engine.block_size)
+
+
+def default_kv_bytes(free: int, local_ranks: int) -> int:
+    """KV cache of a CPU rank if the user set none: half of what is free, shared by the host's ranks, at most 4 GiB."""
+    return min(int(free * FREE_MEMORY_SHARE) // local_ranks, CPU_DEFAULT_BYTES)
+
+
+def may_use_cuda(device: str) -> bool:
+    """Whether ranks asked for this `device` may run on GPUs; "auto" does where there is a driver."""
+    return device == "cuda" or (device == "auto" and CUDA_DRIVER.exists())
+
+
+def holds_codes(device: str) -> bool:
+    """Whether ranks asked for this `device` will hold bfloat16 matrices in codes, as native CPU kernels do."""
+    return not may_use_cuda(device) and can_have_kernels()
+
+
+def available_host_memory() -> int:
+    """Bytes that this process may still take: the host's free memory, within the limit of its control group.
+
+    Files that the group has read count as free, since their pages are given back when memory is short.
+    """
+    fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        files = int(stat["inactive_file"]) + int(stat["active_file"])
+        free = min(free, int(limit.read_text()) - int(used.read_text()) + files)
+    return max(free, 0)
+
+
+def gigabytes(count: float) -> str:
+    """A number of bytes to read: 1.34 GB, 22.4 GB."""
+    value = count / 1e9
+    return f"{value:.1f} GB" if abs(value) >= 10 else f"{value:.2f} GB"

@@ -1,0 +1,163 @@
+"""How large a checkpoint is, from its configuration alone: parameters, bytes, and what a decode step reads. No torch.
+
+Formulas use D hidden, V vocabulary, L layers, E experts per sparse layer, K experts per token, F expert intermediate,
+H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors. Native CPU kernels round the
+outputs of each matrix up to 64, which adds nothing to most models and a few percent to small ones, and hold bfloat16
+matrices in 12 bits a weight: `coded` says whether they do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_runtime.config.engine import ModelConfig
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+CODED_BYTES = 1.5  # of a bfloat16 weight in codes
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters, summed over the layers. Correction biases of gates count; extra layers for multi-token
+    prediction, which are not loaded, do not.
+
+    Attributes:
+        embedding: V * D.
+        head: the same, or 0 where it is tied to the embedding.
+        attention: projections, their biases, and the norms of queries and keys.
+        dense_mlp: layers without experts.
+        shared_experts: experts that every token uses.
+        router, router_bias: gates of the sparse layers, and their correction biases.
+        norms: before attention, before the MLP, and the last one.
+        expert: one routed expert, 3 * D * F.
+        num_experts, top_k: routed experts in all sparse layers, and how many of them a token uses.
+    """
+
+    embedding: int
+    head: int
+    attention: int
+    dense_mlp: int
+    shared_experts: int
+    router: int
+    router_bias: int
+    norms: int
+    expert: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def dense(self) -> int:
+        """All but the routed experts."""
+        layers = self.attention + self.dense_mlp + self.shared_experts + self.router + self.router_bias + self.norms
+        return self.embedding + self.head + layers
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.num_experts * self.expert
+
+    @property
+    def active(self) -> int:
+        """All but the experts that a token does not use, as model cards count them."""
+        return self.dense + self.top_k * self.expert
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Numbers of parameters of a checkpoint."""
+    hidden, moe = config.hidden_size, config.moe
+    num_sparse = len(config.moe_layers)
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = hidden * (query + 2 * key_value) + query * hidden
+    if config.qkv_bias:
+        attention += query + 2 * key_value
+    if config.output_bias:
+        attention += hidden
+    if config.qk_norm:
+        attention += 2 * config.head_dim
+    return Parameters(
+        embedding=config.vocab_size * hidden,
+        head=0 if config.tie_word_embeddings else config.vocab_size * hidden,
+        attention=config.num_layers * attention,
+        dense_mlp=(config.num_layers - num_sparse) * 3 * hidden * config.intermediate_size,
+        shared_experts=num_sparse * 3 * hidden * moe.shared_intermediate_size,
+        router=num_sparse * moe.num_experts * hidden,
+        router_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
+        norms=(2 * config.num_layers + 1) * hidden,
+        expert=3 * hidden * moe.intermediate_size,
+        num_experts=num_sparse * moe.num_experts,
+        top_k=num_sparse * moe.top_k,
+    )
+
+
+def weights_dtype(asked: str, stored: str) -> str:
+    """The dtype of weights and activations, "float32" or "bfloat16"; `asked` "auto" is the checkpoint's own.
+
+    Raises:
+        ValueError: the checkpoint's dtype is not supported, and no other was asked for.
+    """
+    name = stored if asked == "auto" else asked
+    if name not in ITEMSIZE:
+        raise ValueError(f'dtype: the checkpoint is {name}, which is not supported; choose "bfloat16" or "float32"')
+    return name
+
+
+def matrix_itemsize(dtype: str, coded: bool) -> float:
+    """Bytes of a weight of a matrix as kernels read it."""
+    return CODED_BYTES if coded and dtype == "bfloat16" else ITEMSIZE[dtype]
+
+
+def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
+    """Bytes of one routed expert of one layer."""
+    return int(count_parameters(config).expert * matrix_itemsize(dtype, coded))
+
+
+def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
+    """Bytes that every rank holds: all but the routed experts. Routers are float32 where the family has them so; an
+    embedding that is not tied to the head is never in codes."""
+    count = count_parameters(config)
+    router_dtype = "float32" if config.moe.router_float32 else dtype
+    embedding = 0 if config.tie_word_embeddings else count.embedding
+    matrices = count.dense - count.router - count.router_bias - embedding
+    coded_bytes = matrices * matrix_itemsize(dtype, coded) + count.router * matrix_itemsize(router_dtype, coded)
+    return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.router_bias
+
+
+def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, coded: bool = False) -> int:
+    """Bytes of weights on a rank with `num_slots` slots in each sparse layer; an empty slot takes its room too."""
+    experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, coded)
+    return dense_bytes(config, dtype, coded) + experts
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
+    """Bytes of keys and values of one token over all layers, 2 * L * G * d elements."""
+    return page_bytes(config, 1, ITEMSIZE[dtype])
+
+
+def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> int:
+    """Bytes of one page of the KV cache over all layers; `itemsize` is that of an element."""
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize
+
+
+def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
+    """Expected number of experts that `num_tokens` tokens use together in a layer, each `top_k` at random.
+
+    A token leaves an expert out with probability 1 - K/E, all tokens with that to their power: E * (1 - (1 - K/E)^B).
+    """
+    return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
+
+
+def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0, coded: bool = False) -> float:
+    """Expected bytes that one rank with all experts reads from memory in a decode step, under uniform routing.
+
+    That is every dense weight once (of an embedding that is not tied to the head only the rows of the tokens), the
+    experts that the batch uses, and the keys and values of `context_len` tokens before each sequence's last.
+    """
+    moe = config.moe
+    table = 0 if config.tie_word_embeddings else count_parameters(config).embedding - batch_size * config.hidden_size
+    experts = len(config.moe_layers) * distinct_experts(moe.num_experts, moe.top_k, batch_size)
+    seen = min(context_len, config.sliding_window or context_len)
+    return (
+        dense_bytes(config, dtype, coded)
+        - table * ITEMSIZE[dtype]
+        + experts * expert_bytes(config, dtype, coded)
+        + batch_size * seen * kv_bytes_per_token(config, dtype)
+    )

@@ -1,0 +1,51 @@
+"""Mixtral (`MixtralForCausalLM`): softmax gate renormalised over the top k, every layer sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.models.hf_config import HFConfig
+from moe_runtime.models.names import ExpertNames
+
+EXPERT_NAMES = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+
+
+def parse(config: dict[str, Any]) -> ModelConfig:
+    """Normalise a `config.json`; defaults are those of transformers' `MixtralConfig`."""
+    hf = HFConfig(config, "mixtral")
+    hf.require("hidden_act", ("silu",), "silu")
+    hidden_size = hf.integer("hidden_size", default=4096)
+    num_layers = hf.integer("num_hidden_layers", default=32)
+    num_heads = hf.integer("num_attention_heads", default=32)
+    head_dim = hf.head_dim(hidden_size, num_heads)
+    max_position = hf.integer("max_position_embeddings", default=4096 * 32)
+    intermediate_size = hf.integer("intermediate_size", default=14336)
+    model = ModelConfig(
+        family="mixtral",
+        vocab_size=hf.integer("vocab_size", default=32000),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=hf.integer("num_key_value_heads", default=8),
+        head_dim=head_dim,
+        rms_norm_eps=hf.number("rms_norm_eps", default=1e-5),
+        max_position_embeddings=max_position,
+        rope=hf.rope(head_dim, max_position, theta=1_000_000.0),
+        moe=MoEConfig(
+            num_experts=hf.integer("num_local_experts", "num_experts", default=8),
+            top_k=hf.integer("num_experts_per_tok", default=2),
+            intermediate_size=intermediate_size,
+        ),
+        moe_layers=tuple(range(num_layers)),
+        sliding_window=hf.get("sliding_window"),
+        qkv_bias=False,
+        output_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+        dtype=hf.dtype,
+        eos_token_ids=hf.eos_token_ids,
+    )
+    hf.finish()
+    return model

@@ -1,0 +1,55 @@
+"""Qwen3-MoE (`Qwen3MoeForCausalLM`): q/k norm, softmax gate, dense layers among sparse ones, no shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.models.hf_config import HFConfig
+from moe_runtime.models.names import DENSE_NAMES
+
+EXPERT_NAMES = DENSE_NAMES
+
+
+def parse(config: dict[str, Any]) -> ModelConfig:
+    """Normalise a `config.json`; defaults are those of transformers' `Qwen3MoeConfig`."""
+    hf = HFConfig(config, "qwen3_moe")
+    hf.require("hidden_act", ("silu",), "silu")
+    hidden_size = hf.integer("hidden_size", default=2048)
+    num_layers = hf.integer("num_hidden_layers", default=24)
+    num_heads = hf.integer("num_attention_heads", default=32)
+    head_dim = hf.head_dim(hidden_size, num_heads)
+    max_position = hf.integer("max_position_embeddings", default=32768)
+    window = hf.get("sliding_window", default=4096)
+    bias = hf.flag("attention_bias", False)
+    dense = set(hf.get("mlp_only_layers", default=[]))
+    stride = hf.integer("decoder_sparse_step", default=1)
+    model = ModelConfig(
+        family="qwen3_moe",
+        vocab_size=hf.integer("vocab_size", default=151936),
+        hidden_size=hidden_size,
+        intermediate_size=hf.integer("intermediate_size", default=6144),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=hf.integer("num_key_value_heads", default=4),
+        head_dim=head_dim,
+        rms_norm_eps=hf.number("rms_norm_eps", default=1e-6),
+        max_position_embeddings=max_position,
+        rope=hf.rope(head_dim, max_position, theta=10_000.0),
+        moe=MoEConfig(
+            num_experts=hf.integer("num_experts", "num_local_experts", default=128),
+            top_k=hf.integer("num_experts_per_tok", default=8),
+            intermediate_size=hf.integer("moe_intermediate_size", default=768),
+            normalize_topk=hf.flag("norm_topk_prob", False),
+        ),
+        moe_layers=tuple(i for i in range(num_layers) if i not in dense and (i + 1) % stride == 0),
+        sliding_window=window if hf.flag("use_sliding_window", False) else None,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+        dtype=hf.dtype,
+        eos_token_ids=hf.eos_token_ids,
+    )
+    hf.finish()
+    return model

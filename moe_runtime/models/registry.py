@@ -1,0 +1,85 @@
+"""Model families, one file each; this page finds the family of a checkpoint. No torch.
+
+A family's file holds `parse(config.json) -> ModelConfig` and `EXPERT_NAMES`, the checkpoint's names of its sparse
+block. All three share the decoder of `moe_runtime.layers.decoder`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.config.engine import ModelConfig
+from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FAMILIES = {
+    "qwen3_moe": "moe_runtime.models.families.qwen3_moe",
+    "mixtral": "moe_runtime.models.families.mixtral",
+    "glm4_moe": "moe_runtime.models.families.glm4_moe",
+}
+
+
+def family_module(family: str) -> ModuleType:
+    """The module of a family named in `ModelConfig.family`."""
+    return importlib.import_module(FAMILIES[family])
+
+
+def load_model_config(path: Path) -> ModelConfig:
+    """Read the configuration of the checkpoint in the directory `path`.
+
+    End-of-sequence ids come from `generation_config.json` where there is one, else from `config.json`.
+
+    Raises:
+        ValueError: no such directory, no or broken `config.json`, an unknown architecture, a setting not supported.
+    """
+    if not path.is_dir():
+        raise ValueError(f"model: {str(path)!r} is no directory")
+    config = _read_json(path / "config.json")
+    if config is None:
+        raise ValueError(f"model: {str(path)!r} is no checkpoint; it has no config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type: {family!r} in {path / 'config.json'} is not known; known: {sorted(FAMILIES)}")
+    model: ModelConfig = family_module(family).parse(config)
+    _check(model)
+    if DeepSpeedFiles.find(path) is not None:
+        model = with_deepspeed_gate(model)
+    eos = (_read_json(path / "generation_config.json") or {}).get("eos_token_id")
+    if eos is not None:
+        model = dataclasses.replace(model, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
+    return model
+
+
+def _check(model: ModelConfig) -> None:
+    """Refuse figures of a `config.json` that contradict each other."""
+    moe = model.moe
+    for name, value, good, rule in (
+        ("num_key_value_heads", model.num_kv_heads, model.num_heads % model.num_kv_heads == 0, "divide the heads"),
+        ("num_experts_per_tok", moe.top_k, moe.top_k <= moe.num_experts, f"be at most {moe.num_experts} experts"),
+        ("n_group", moe.num_groups, moe.num_experts % moe.num_groups == 0, f"divide {moe.num_experts} experts"),
+        ("topk_group", moe.topk_groups, moe.topk_groups <= moe.num_groups, f"be at most {moe.num_groups} groups"),
+        ("sliding_window", model.sliding_window, (model.sliding_window or 1) >= 1, "be at least 1"),
+        ("vocab_size", model.vocab_size, model.vocab_size > 1, "be at least 2"),
+    ):
+        if not good:
+            raise ValueError(f"{name}: {value!r} in config.json is not allowed; it must {rule}")
+    if not model.moe_layers:
+        raise ValueError("model: config.json describes no sparse layer; this runtime serves Mixture-of-Experts models")
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"model: {file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"model: {file} does not hold a JSON object")
+    return value

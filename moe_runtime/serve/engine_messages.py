@@ -1,0 +1,121 @@
+"""What HTTP and the engine's thread say to each other. Nothing else passes between them.
+
+Commands go to the engine, events come back. Both are plain values, so that the engine can move to a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from moe_runtime.engine.engine import EngineStats
+    from moe_runtime.text.tokenizer import Tokenizer
+    from moe_runtime.types.outputs import OutputDelta
+
+
+View = Literal["expert_load", "placement", "decisions"]
+
+
+@dataclass(frozen=True)
+class AddRequest:
+    """Continue a prompt. Answered by `Accepted` or `Refused`, then by the deltas of `Stepped`."""
+
+    request_id: str
+    prompt: str | list[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class AbortRequest:
+    """Forget a request and free its pages. Has no answer; an unknown id is allowed."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Query:
+    """Ask the engine for one of its views. Answered by `Answer` with the same id."""
+
+    query_id: int
+    what: View
+
+
+@dataclass(frozen=True)
+class StartRebalance:
+    """Plan a better placement and move experts there. Answered by `Answer` once they have moved, or by a ValueError."""
+
+    query_id: int
+    dry_run: bool
+
+
+@dataclass(frozen=True)
+class Close:
+    """End the engine and its ranks, whatever still runs. The last command; has no answer."""
+
+
+Command = AddRequest | AbortRequest | Query | StartRebalance | Close
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model is loaded and the engine takes requests."""
+
+    config: EngineConfig
+    max_model_len: int
+    tokenizer: Tokenizer | None
+    health: dict[str, object]
+    stats: EngineStats
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients see."""
+        return self.config.served_model_name or self.config.model
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """The engine could not be made; `user_mistake` if the user named something that cannot be served."""
+
+    message: str
+    user_mistake: bool
+
+
+@dataclass(frozen=True)
+class Accepted:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The request cannot be served; the message names the field, the value and what is allowed."""
+
+    request_id: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What a step added to its requests, and the figures after it."""
+
+    deltas: list[OutputDelta]
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Answer:
+    query_id: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Died:
+    """The engine failed and runs nothing more; the message names the rank if one is to blame."""
+
+    message: str
+
+
+Event = Loaded | LoadFailed | Accepted | Refused | Stepped | Answer | Died

@@ -1,0 +1,121 @@
+"""Text to token ids and back, and chat templates: a thin face over the checkpoint's own Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.types.sampling_params import is_unicode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Tokenizer:
+    """Wraps a transformers tokenizer.
+
+    Attributes:
+        vocab_size: number of token ids that it knows; a model's vocabulary may be larger.
+        special_ids: tokens that `skip_special_tokens` leaves out of the text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.special_ids = frozenset(
+            token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+        self._token_texts: dict[int, str] = {}
+        # A token decoded alone may lose its leading space, so it is decoded after another one.
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
+        if not self._anchor:  # what transformers makes of a directory without tokenizer files
+            raise ValueError("it is empty")
+        self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
+
+    @classmethod
+    def from_path(cls, path: str | Path) -> Tokenizer:
+        """Load the tokenizer of a directory or hub id.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(path)))
+        except Exception as error:  # the tokenizers library raises plain Exception for a broken file
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"tokenizer: {str(path)!r} has none that can be loaded ({reason}); "
+                "name another with tokenizer, or use skip_tokenizer_init for token ids only"
+            ) from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with what the tokenizer puts around a prompt.
+
+        Raises:
+            ValueError: the text is no valid Unicode.
+        """
+        if not is_unicode(text):
+            raise ValueError("prompt: the text is not valid Unicode; it has half of a surrogate pair")
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return token_ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; ids that the tokenizer does not know add nothing."""
+        text = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """Text that one token adds within a text; half a character gives U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
+            text = text.removeprefix(self._anchor_text)
+            self._token_texts[token_id] = text
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn.
+
+        Args:
+            messages: each with a "role" and a "content" of text.
+
+        Raises:
+            ValueError: no chat template, messages of another form, or such as the template refuses.
+        """
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise ValueError("messages: the model's tokenizer has no chat template; give a prompt")
+        check_messages(messages)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+        assert isinstance(text, str)
+        return self.encode(text, add_special_tokens=False)
+
+
+def check_messages(messages: object) -> None:
+    """Raise ValueError unless `messages` is a conversation: a list of roles with their texts."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ValueError(f"messages: {messages!r} is not allowed; it must be a list with at least one message")
+    for index, message in enumerate(messages):
+        for name in ("role", "content"):
+            if not isinstance(message, Mapping) or not isinstance(message.get(name), str):
+                raise ValueError(
+                    f'messages[{index}]: {message!r} is not allowed; it must have "role" and "content" texts'
+                )

@@ -1,0 +1,80 @@
+"""What comes out of the engine: deltas per step, and finished outputs. Names are vLLM's. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_runtime.wire.messages import ExpertChanges
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability and its place among all tokens (1 is the best) at one position."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id -> Logprob at one position: the chosen token first, then the best in order."""
+
+
+@dataclass
+class CompletionOutput:
+    """One continuation of a prompt.
+
+    `finish_reason` is "stop" or "length"; `stop_reason` is the stop string or stop id that ended it, None for the
+    model's own end of sequence. `routed_experts`, if asked for, has the experts of every token that went through the
+    model, all of prompt and output but the last: [tokens, sparse layers, experts per token], best first, in uint8 where
+    that can hold them, else uint16; the type's largest value stands where one was dropped. `expert_changes` counts what
+    capacity and load-aware routing have changed of them, where the engine's options let them.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and what was generated from it. `prompt_logprobs[0]` is None: nothing comes before the first token."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None
+
+
+@dataclass(frozen=True)
+class OutputDelta:
+    """What one engine step adds to one request.
+
+    The last delta of a request has a `finish_reason`: "stop", "length", or "abort". `text` may lag behind `token_ids`:
+    half a character, or what may become a stop string, is held back. The prompt's tokens come with the first delta,
+    and its log-probabilities if asked for; `routed_experts` and `expert_changes` with the last, see `CompletionOutput`.
+    """
+
+    request_id: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None

@@ -1,0 +1,134 @@
+"""What a user may ask of the sampler. Names and defaults are vLLM's and OpenAI's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_runtime.config.expert_policy import RoutingPolicy, parse_routing
+
+MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
+MAX_INTEGER = 2**63 - 1  # what a message between processes can carry
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    Attributes:
+        max_tokens: most tokens to generate, at least 1; `None` means up to the context's end.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
+        top_k: keep this many best tokens; 0 or -1 keeps all.
+        min_p: drop tokens below this share of the best token's probability, in [0, 1].
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen so far, above 0.
+        presence_penalty, frequency_penalty: subtracted once / per occurrence in the output, in [-2, 2].
+        seed: the same seed gives the same tokens, whatever else runs; `None` draws one.
+        stop: strings that end the output; the output is cut before them.
+        stop_token_ids: ids that end the output, beside the model's own end-of-sequence ids.
+        ignore_eos: go on past the model's end-of-sequence ids.
+        logprobs: with every output token its log-probability and those of so many best tokens (0 to 20).
+        prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: do not cut the stop string off.
+        routing: experts per token: "full", "balanced", "fast", or a policy such as "top_k=4", "top_p=0.8" or
+            "threshold=0.5"; None takes the server's default.
+        return_routed_experts: give the experts that each token used, of every sparse layer, with the last token.
+
+    Log-probabilities are those of the model, before penalties, temperature and truncation.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field, the value and what is allowed.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    routing: str | RoutingPolicy | None = None
+    return_routed_experts: bool = False
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, "strings")
+        stop_token_ids = _items("stop_token_ids", self.stop_token_ids, "integers")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        for name, low, high, open_low in (
+            ("temperature", 0.0, None, False),
+            ("top_p", 0.0, 1.0, True),
+            ("min_p", 0.0, 1.0, False),
+            ("repetition_penalty", 0.0, None, True),
+            ("presence_penalty", -2.0, 2.0, False),
+            ("frequency_penalty", -2.0, 2.0, False),
+        ):
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high, open_low))
+        _check_integer("top_k", self.top_k, -1)
+        for name, low, high in (
+            ("max_tokens", 1, MAX_INTEGER),
+            ("seed", 0, MAX_INTEGER),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), low, high)
+        object.__setattr__(self, "routing", parse_routing(self.routing))
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_routed_experts"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
+        for text in stop:
+            if not isinstance(text, str) or not text or not is_unicode(text):
+                raise ValueError(f"stop: {text!r} is not allowed; every stop string must be a non-empty Unicode string")
+        for token in stop_token_ids:
+            _check_integer("stop_token_ids", token, 0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can carry it: JSON's escapes can write half a character (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _items(name: str, value: object, what: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be a list of {what}")
+    return tuple(value)
+
+
+def _number(name: str, value: object, low: float, high: float | None, open_low: bool) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = sys.float_info.max if high is None else high
+        if (low < value if open_low else low <= value) and value <= most:
+            return float(value)
+    if high is None:
+        allowed = f"above {low:g}" if open_low else f"at least {low:g}"
+    else:
+        allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+    raise ValueError(f"{name}: {value!r} is not allowed; it must be a number {allowed}")
+
+
+def _check_integer(name: str, value: object, low: int, high: int = MAX_INTEGER) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer from {low} to {high}")

@@ -1,0 +1,1 @@
+"""Where weights come from: safetensors, DeepSpeed checkpoints, random numbers."""

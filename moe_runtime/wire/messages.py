@@ -1,0 +1,214 @@
+"""What the front and the ranks say to each other. Plain data, no torch; msgspec carries it between processes.
+
+A `StepPlan` owns every choice that shapes a collective, so that ranks cannot diverge. A chunk names positions of a
+sequence, not token ids: the rank keeps each sequence's tokens and appends what it samples, so that the front can plan
+step n+1 while step n runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_runtime.types.sampling_params import SamplingParams
+
+PADDED = "padded"  # the dispatcher of steps that name a bucket
+
+
+@dataclass(frozen=True)
+class NewSequence:
+    """A sequence that a rank has not seen, or has dropped when it was preempted.
+
+    `token_ids` holds the prompt and whatever was generated before; the first `num_prompt_tokens` are the prompt.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions `start .. start + num_tokens` of a sequence go through the model in this step.
+
+    `new_blocks` are appended to the sequence's block table before the step. If `sample` is set, the last position's
+    logits give the sequence's next token.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    new_blocks: list[int]
+    sample: bool
+
+
+@dataclass(frozen=True)
+class Route:
+    """From this step on, this rank's tokens of an expert go to these global slots (`rank * slots + slot`) in turn.
+
+    `layer` counts sparse layers. An expert with one replica has one slot here; see `moe.MoELayer.route`.
+    """
+
+    layer: int
+    expert: int
+    slots: list[int]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each."""
+
+    new_sequences: list[NewSequence] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    num_decode: int = 0
+    routes: list[Route] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
+
+    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `routes`, then runs `chunks`.
+    `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each rank
+    computed in the last step that the front knows, where load-aware routing asks for them. With a `bucket` there are
+    decode rows alone, and every rank runs so many, padding included; the dispatcher is `PADDED`. See `decode_graphs`.
+    """
+
+    step: int
+    dispatcher: str
+    tokens_per_rank: list[int]
+    ranks: list[RankPlan]
+    placement_version: int = 0
+    generation: int = 0
+    measure: bool = False
+    rank_rows: list[list[int]] = field(default_factory=list)
+    bucket: int = 0
+
+
+@dataclass(frozen=True)
+class SlotTask:
+    """To a rank, between steps: work on a slot that no token goes to.
+
+    Copy a logical expert into it, at most about `max_bytes` at a time, then sum up what the slot holds. The front sends
+    the task until a report says that it is done. With `expert` -1 nothing is copied.
+    """
+
+    task_id: int
+    layer: int
+    slot: int
+    expert: int
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class SlotReport:
+    """From a rank: how a task is getting on. With an `error`, the task has ended and the slot holds nothing of use."""
+
+    rank: int
+    task_id: int
+    done: bool
+    copied_bytes: int
+    seconds: float
+    checksum: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """What a rank's experts did in one sparse layer of one step."""
+
+    touched_slots: int
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen (or the prompt's) token first, then the best tokens in order.
+
+    `ranks[i]` is the place of `token_ids[i]` among all tokens, 1 is the best.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The token that a rank sampled for a sequence."""
+
+    seq_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens `start + 1 .. start + len(entries)`, found while prefilling from `start`."""
+
+    seq_id: int
+    start: int
+    entries: list[TokenLogprobs]
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The experts that each token of a chunk used, in every sparse layer.
+
+    `experts` is uint16 [tokens, layers, experts per token] in C order, best first, 0xFFFF where a policy dropped one.
+    """
+
+    seq_id: int
+    start: int
+    is_decode: bool
+    experts: bytes
+
+
+@dataclass(frozen=True)
+class ExpertChanges:
+    """Assignments (a token's k-th expert in a layer) that limits of experts and ranks have changed.
+
+    Moved to a near-equal expert of a lighter rank, rerouted from an expert that was full, dropped.
+    """
+
+    moved: int = 0
+    rerouted: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: ExpertChanges) -> ExpertChanges:
+        return ExpertChanges(self.moved + other.moved, self.rerouted + other.rerouted, self.dropped + other.dropped)
+
+
+@dataclass(frozen=True)
+class SequenceChanges:
+    """What was changed in a sequence's share of a step."""
+
+    seq_id: int
+    changes: ExpertChanges
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What one rank has to say of one step.
+
+    `expert_rows` [L] are the rows that its experts computed, where `StepPlan.rank_rows` wants them; `extra_rounds` are
+    the rounds of dispatch beyond one in each layer, the same on all ranks.
+    """
+
+    step: int
+    rank: int
+    samples: list[Sample] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    seconds: float = 0.0
+    expert_work: list[ExpertWork] = field(default_factory=list)
+    routed_experts: list[RoutedExperts] = field(default_factory=list)
+    expert_changes: list[SequenceChanges] = field(default_factory=list)
+    expert_rows: list[int] = field(default_factory=list)
+    extra_rounds: int = 0

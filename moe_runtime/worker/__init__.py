@@ -1,0 +1,1 @@
+"""One rank: its share of the model, its pages, its sequences, its sampler."""

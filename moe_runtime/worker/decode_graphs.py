@@ -1,0 +1,168 @@
+"""Decode steps of fixed shapes, captured as CUDA graphs: nothing in them waits for the host.
+
+Where all ranks have only decode rows, the plan names a bucket, and every rank runs so many rows: its own, and padding,
+which uses no expert and writes its keys to a page of nobody. All that depends on the step lies in static tensors, which
+are filled before; tokens are sampled behind the graph. Graphs of one bucket differ in the longest context they have
+room for, so that short contexts do not pay for long ones; as attention sends nothing, each rank takes the one it needs.
+
+Shape suffixes: T rows of a bucket, P rows of the largest bucket, D hidden, M pages of a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import DecodeRows
+from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.wire.messages import PADDED, ExpertWork
+from moe_runtime.worker.rank_step import StepRows
+
+WARM_UPS = 2  # compile what there is to compile, and let collectives connect
+SHORTEST_CONTEXT = 4096
+CONTEXT_FACTOR = 4
+
+Run = Callable[[], None]
+
+
+def context_sizes(longest: int) -> tuple[int, ...]:
+    """The contexts that graphs are captured for, up to the longest there may be."""
+    sizes = [longest]
+    size = SHORTEST_CONTEXT
+    while size < longest:
+        sizes.insert(-1, size)
+        size *= CONTEXT_FACTOR
+    return tuple(sizes)
+
+
+class CudaCapture:
+    """Captures calls into CUDA graphs that share their memory, so that one runs at a time; the largest comes first."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Run) -> Run:
+        """What replays `run` with the tensors it has used."""
+        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                run()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            run()
+        replay: Run = graph.replay
+        return replay
+
+
+def capture_on(device: torch.device) -> Callable[[Run], Run] | None:
+    """How steps are captured on a device; None where they are not: on CPUs, and without Triton."""
+    return CudaCapture(device) if device.type == "cuda" and ops.uses_triton(device) else None
+
+
+class DecodeGraphs:
+    """Runs decode steps of a rank in buckets.
+
+    Args:
+        forward: hidden states `[T, D]` of token ids and a batch.
+        buckets: numbers of rows, ascending.
+        num_ranks: that run each step.
+        max_context: longest context of a sequence.
+        block_size, spare_page: tokens per page, and the page that takes what padding writes.
+        hidden_size, dtype, device: of the hidden states.
+        capture: makes of a call what repeats it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Batch], Tensor],
+        buckets: Sequence[int],
+        *,
+        num_ranks: int,
+        max_context: int,
+        block_size: int,
+        spare_page: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capture: Callable[[Run], Run],
+    ) -> None:
+        self._forward = forward
+        self._num_ranks = num_ranks
+        self._contexts = context_sizes(max_context)
+        self._spare_slot = spare_page * block_size
+        most, pinned = buckets[-1], device.type == "cuda"
+        sizes = {"rows": (5, most), "table": (most, -(-max_context // block_size))}
+        self._on_host = {name: torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for name, size in sizes.items()}
+        self._rows_5P, self._table_PM = (torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.values())
+        self._sequence_P = torch.arange(most, device=device)
+        self._out_PD = torch.zeros(most, hidden_size, dtype=dtype, device=device)
+        self._copied = torch.cuda.Event() if pinned else None
+        self._fill([], StepRows(), most)
+        free = _free_bytes(device)
+        with torch.inference_mode():
+            self._replays = {
+                (bucket, context): capture(partial(self._run, bucket, context, None))
+                for bucket in reversed(buckets)
+                for context in reversed(self._contexts)
+            }
+        static = (self._rows_5P, self._table_PM, self._sequence_P, self._out_PD)
+        self.nbytes = sum(tensor.nbytes for tensor in static) + free - _free_bytes(device)
+
+    def __call__(
+        self, tokens: list[int], rows: StepRows, bucket: int, expert_work: list[ExpertWork] | None = None
+    ) -> Tensor:
+        """Hidden states of the rows, valid until the next call. All ranks call it for the same step and bucket.
+
+        With `expert_work` layers note what their experts did, which takes an ordinary run.
+        """
+        self._fill(tokens, rows, bucket)
+        longest = max(rows.positions, default=0) + 1
+        context = next(size for size in self._contexts if size >= longest)
+        if expert_work is None:
+            self._replays[bucket, context]()
+        else:
+            self._run(bucket, context, expert_work)
+        return self._out_PD[: len(tokens)]
+
+    def _fill(self, tokens: list[int], rows: StepRows, bucket: int) -> None:
+        """Bring a step to the device; waits at most until the step before has arrived there."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        num_rows = len(tokens)
+        host_5P, table_PM = self._on_host["rows"].numpy(), self._on_host["table"].numpy()
+        host_5P[:, num_rows:bucket] = [[0], [0], [1], [self._spare_slot], [0]]
+        for column, values in zip(host_5P, (tokens, rows.positions, rows.num_prompt, rows.slots), strict=False):
+            column[:num_rows] = values
+        host_5P[4, :num_rows] = 1
+        for row, blocks in enumerate(rows.blocks):
+            table_PM[row, : len(blocks)] = blocks
+        self._rows_5P.copy_(self._on_host["rows"], non_blocking=True)
+        self._table_PM[:bucket].copy_(self._on_host["table"][:bucket], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _run(self, bucket: int, context: int, expert_work: list[ExpertWork] | None) -> None:
+        token_T, position_T, num_prompt_T, slot_T, live_T = self._rows_5P[:, :bucket]
+        batch = Batch(
+            position_T=position_T,
+            num_prompt_T=num_prompt_T,
+            slot_T=slot_T,
+            attention=DecodeRows(self._table_PM, self._sequence_P[:bucket], position_T, context),
+            num_decode=bucket,
+            dispatcher=PADDED,
+            tokens_per_rank=[bucket] * self._num_ranks,
+            expert_work=expert_work,
+            routing=StepRouting(live_T=live_T > 0),
+        )
+        self._out_PD[:bucket] = self._forward(token_T, batch)
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0

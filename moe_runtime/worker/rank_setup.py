@@ -1,0 +1,119 @@
+"""What a rank finds at its start: its device, native kernels that all ranks share, memory shared with its peers."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
+from moe_runtime.all2all.padded import make_padded
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.memory.budget import tokens_at_once
+from moe_runtime.wire.messages import PADDED
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(asked: str, local_rank: int) -> torch.device:
+    """The device of the rank with this number on its host.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError('device: "cuda" is not allowed; this machine has no CUDA device')
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"ep_size: too many ranks for the {torch.cuda.device_count()} CUDA devices of this host")
+    return torch.device("cuda", local_rank)
+
+
+def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Kernels | None:
+    """The native CPU kernels, if this is a CPU and all ranks have the same; with as many threads as torch has."""
+    if device.type != "cpu":
+        return None
+    kernels = load_or_none()
+    found = [None if kernels is None else kernels.instruction_set]
+    if group is not None:
+        found *= group.size()
+        dist.all_gather_object(found, found[0], group=group)
+    if kernels is None or len(set(found)) > 1:
+        if kernels is not None:
+            logger.warning("torch runs instead of native CPU kernels: ranks have different ones, %s", found)
+        return None
+    kernels.set_threads(torch.get_num_threads())
+    return kernels
+
+
+def choose_dispatchers(
+    config: EngineConfig,
+    model: ModelConfig,
+    group: dist.ProcessGroup | None,
+    *,
+    num_slots: int,
+    row_ops: RowOps,
+    dtype: torch.dtype,
+    can_share_memory: bool,
+    has_buckets: bool,
+) -> dict[str, Dispatcher]:
+    """The dispatchers that a plan may name, the same on all ranks.
+
+    Args:
+        num_slots: the most that any rank has, by which the slots of all are numbered.
+        row_ops: the local work.
+        dtype: of the rows.
+        can_share_memory: whether all ranks are on one host and have native kernels.
+        has_buckets: whether plans may name a bucket.
+
+    Raises:
+        ValueError: "symmetric" was asked for, and there can be none.
+    """
+    found = make_dispatchers(group, num_slots, row_ops)
+    if has_buckets:
+        found[PADDED] = make_padded(group, num_slots)
+    if group is not None and config.dispatcher in ("auto", "symmetric"):
+        shared = _shared_memory(config, model, group, num_slots, dtype, can_share_memory)
+        if shared is not None:
+            found["symmetric"] = shared
+    return found
+
+
+def _shared_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    group: dist.ProcessGroup,
+    num_slots: int,
+    dtype: torch.dtype,
+    is_possible: bool,
+) -> Dispatcher | None:
+    """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for."""
+    asked = config.dispatcher == "symmetric"
+    if not is_possible:
+        if asked:
+            raise ValueError(
+                'dispatcher: "symmetric" is not allowed here; it needs CPU ranks of one host and a C++ compiler'
+            )
+        return None
+    from moe_runtime.all2all.symmetric import SymmetricDispatcher
+
+    try:
+        return SymmetricDispatcher(
+            group,
+            num_slots,
+            max_tokens=min(
+                config.max_num_batched_tokens, tokens_at_once(model.moe.num_experts, model.moe.top_k, group.size())
+            ),
+            hidden_size=model.hidden_size,
+            top_k=model.moe.top_k,
+            dtype=dtype,
+            timeout=config.step_timeout,
+        )
+    except ValueError as error:
+        if asked:
+            raise
+        logger.warning("ranks exchange rows over gloo: %s", error)
+        return None

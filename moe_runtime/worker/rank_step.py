@@ -1,0 +1,88 @@
+"""A step on one rank: what can be worked out before the step before it has ended, which is all but its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
+from moe_runtime.layers.decoder import Rows
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, StepPlan
+
+
+@dataclass
+class Sequence:
+    """A sequence that lives on this rank: all its tokens so far and the pages that hold its keys and values."""
+
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    blocks: list[int]
+
+
+@dataclass
+class StepRows:
+    """A step's rows on one rank as plain numbers, in order; `blocks` are the pages of each sequence."""
+
+    positions: list[int] = field(default_factory=list)
+    num_prompt: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+
+    @classmethod
+    def take(cls, chunks: list[Chunk], sequences: list[Sequence], block_size: int) -> StepRows:
+        """The rows of chunks; their sequences take the new pages."""
+        rows = cls()
+        for chunk, sequence in zip(chunks, sequences, strict=True):
+            blocks = sequence.blocks
+            blocks.extend(chunk.new_blocks)
+            where = range(chunk.start, chunk.start + chunk.num_tokens)
+            rows.positions += where
+            rows.num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
+            rows.slots += [blocks[position // block_size] * block_size + position % block_size for position in where]
+            rows.blocks.append(blocks)
+        return rows
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A step that has not begun.
+
+    Attributes:
+        plan, work: of all ranks, and of this one.
+        sequences: of each chunk.
+        rows: all that is in the plan's bucket, if it names one.
+        batch, attention: else what the layers need, and what the kit's `attention_step` makes of it.
+        expert_work, routing, limits: as `Batch` has them.
+        seconds: that this took.
+    """
+
+    plan: StepPlan
+    work: RankPlan
+    sequences: list[Sequence]
+    rows: StepRows
+    batch: Batch | None
+    attention: Any
+    expert_work: list[ExpertWork] | None
+    routing: StepRouting | None
+    limits: StepLimits | None
+    seconds: float
+
+    def tokens(self) -> list[int]:
+        """The ids of the rows, once the step before has ended."""
+        tokens: list[int] = []
+        for chunk, sequence in zip(self.work.chunks, self.sequences, strict=True):
+            tokens += sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
+        assert len(tokens) == len(self.rows.positions), "a plan names positions whose tokens this rank does not have"
+        return tokens
+
+
+@dataclass(frozen=True)
+class RunningStep:
+    """A step that has begun, when, and the hidden states to come."""
+
+    step: PreparedStep
+    start: float
+    hidden: Rows

@@ -1,0 +1,143 @@
+"""From logits to tokens. A token is a function of its row's logits, its parameters, its seed and its position.
+
+Shape suffixes: B rows, V vocabulary, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.wire.messages import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What one row of logits is sampled by; the new token's position is `len(token_ids)`."""
+
+    params: SamplingParams
+    seed: int
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+
+
+def first_best(logits_BV: Tensor) -> list[int]:
+    """The best token of each row."""
+    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+    return tokens
+
+
+def sample(
+    logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]] = first_best
+) -> list[int]:
+    """One token per row of float32 logits.
+
+    Penalties come first, then temperature, min-p, top-k and top-p, each renormalising what is left, as in vLLM. Equal
+    logits are taken in order of token id.
+    """
+    logits_BV = _penalize(logits_BV, rows)
+    tokens = argmax(logits_BV)
+    drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
+    # Two ways to lay out the candidates; a row must take its own, whatever its neighbours need.
+    for truncated in (False, True):
+        which = [index for index in drawn if _truncates(rows[index].params) == truncated]
+        if which:
+            chosen = _draw(logits_BV[which], [rows[index] for index in which], truncated)
+            for index, token in zip(which, chosen, strict=True):
+                tokens[index] = token
+    return tokens
+
+
+def token_logprobs(logits_BV: Tensor, tokens: Sequence[int], num_best: int) -> list[TokenLogprobs]:
+    """Log-probabilities of the given tokens and of the `num_best` best ones, before penalties and temperature."""
+    logprobs_BV = logits_BV.log_softmax(dim=-1)
+    chosen_B1 = torch.tensor(tokens, device=logits_BV.device)[:, None]
+    chosen_logprob_B1 = logprobs_BV.gather(1, chosen_B1)
+    rank_B = (logprobs_BV > chosen_logprob_B1).sum(dim=-1) + 1
+    best_BC, best_token_BC = logprobs_BV.topk(num_best, dim=-1)
+    columns = (chosen_logprob_B1.flatten(), rank_B, best_BC, best_token_BC)
+    return [
+        TokenLogprobs([token, *best_tokens], [logprob, *best], [rank, *range(1, num_best + 1)])
+        for token, logprob, rank, best, best_tokens in zip(
+            tokens, *(column.tolist() for column in columns), strict=True
+        )
+    ]
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """One float64 in [0, 1) for each (seed, position): Philox4x32-10 (Salmon et al. 2011), 53 bits of it."""
+    seed, position = np.asarray(seeds, np.uint64), np.asarray(positions, np.uint64)
+    word = np.uint64(0xFFFFFFFF)
+    bits = np.uint64(32)
+    c0, c1, c2, c3 = position & word, position >> bits, np.zeros_like(seed), np.zeros_like(seed)
+    k0, k1 = seed & word, seed >> bits
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (p1 >> bits) ^ c1 ^ k0, p1 & word, (p0 >> bits) ^ c3 ^ k1, p0 & word
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & word, (k1 + np.uint64(0xBB67AE85)) & word
+    return ((c0 << bits | c1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _penalize(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    penalized = logits_BV
+    for index, row in enumerate(rows):
+        params = row.params
+        repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        if repetition == 1.0 and presence == 0.0 and frequency == 0.0:
+            continue
+        if penalized is logits_BV:
+            penalized = logits_BV.clone()
+        logits_V = penalized[index]
+        if repetition != 1.0:
+            seen_C = torch.tensor(sorted(set(row.token_ids)), device=logits_V.device)
+            value_C = logits_V[seen_C]
+            logits_V[seen_C] = torch.where(value_C > 0, value_C / repetition, value_C * repetition)
+        counts = Counter(row.token_ids[row.num_prompt_tokens :])
+        if counts:
+            output_C = torch.tensor(list(counts), device=logits_V.device)
+            count_C = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
+            logits_V[output_C] -= presence + frequency * count_C
+    return penalized
+
+
+def _truncates(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> list[int]:
+    """Invert each row's cumulated probabilities at its own random number; sorted where they must be truncated."""
+    device, params = logits_BV.device, [row.params for row in rows]
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
+
+    scaled_BV = logits_BV / column([p.temperature for p in params])
+    token_BC = None
+    if truncated:
+        scaled_BV, token_BC = scaled_BV.sort(dim=-1, descending=True, stable=True)
+        vocab = scaled_BV.shape[1]
+        floor_B1 = scaled_BV[:, :1] + column([p.min_p for p in params]).log()
+        top_k_B1 = column([p.top_k if p.top_k > 0 else vocab for p in params])
+        dropped_BV = (scaled_BV < floor_B1) | (torch.arange(vocab, device=device) >= top_k_B1)
+        scaled_BV = scaled_BV.masked_fill(dropped_BV, -torch.inf)
+        prob_BV = scaled_BV.softmax(dim=-1, dtype=torch.float64)
+        before_BV = prob_BV.cumsum(dim=-1) - prob_BV
+        top_p_B1 = column([p.top_p for p in params])
+        prob_BV = prob_BV.masked_fill((before_BV >= top_p_B1) & (top_p_B1 < 1.0), 0.0)
+    else:
+        prob_BV = scaled_BV.softmax(dim=-1, dtype=torch.float64)
+    cumulated_BV = prob_BV.cumsum(dim=-1)
+    number = uniform([row.seed for row in rows], [len(row.token_ids) for row in rows])
+    target_B1 = torch.from_numpy(number).to(device)[:, None] * cumulated_BV[:, -1:]
+    index_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
+    # Rounding may point behind the last token that has any probability.
+    last_B1 = (cumulated_BV < cumulated_BV[:, -1:]).sum(dim=-1, keepdim=True)
+    index_B1 = torch.minimum(index_B1, last_B1)
+    chosen: list[int] = (index_B1 if token_BC is None else token_BC.gather(1, index_B1)).flatten().tolist()
+    return chosen

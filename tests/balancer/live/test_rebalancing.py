@@ -1,0 +1,190 @@
+"""Experts move while real ranks serve: the tokens stay the same, and what goes wrong is undone."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engines import Pools, generate, pool_engine
+from graph_ranks import ranks_in_torch
+from rebalancing_ranks import break_copies
+from tiny_models import VOCAB, make_model, save
+
+from moe_runtime.balancer.live.mover import Rebalance
+from moe_runtime.balancer.placement import EMPTY, Placement
+from moe_runtime.engine.engine import Engine
+from moe_runtime.memory.initial_placement import slots_per_rank
+from moe_runtime.types.sampling_params import SamplingParams
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+def finish(made: Engine, rebalance: Rebalance) -> None:
+    for _ in range(1000):
+        if rebalance.done:
+            return
+        made.tend()
+    raise AssertionError("the migration does not end")
+
+
+def check_slots(made: Engine) -> None:
+    """Every rank has experts in slots of its own alone, with one empty in each layer, and memory for no more."""
+    num_ranks = made.config.ep_size
+    placement = made.placement()
+    num_slots = slots_per_rank(made.config, made.model_config, num_ranks)
+    assert placement.max_slots == max(num_slots)
+    for rank, count in enumerate(num_slots):
+        assert ((placement.slots[:, rank, :count] == EMPTY).sum(axis=1) >= 1).all()
+        assert (placement.slots[:, rank, count:] == EMPTY).all()
+    if not isinstance(made.config.redundant_experts, int):
+        nbytes = [info.weight_bytes for info in made.executor.ranks]
+        assert [(a > b) - (a < b) for a, b in pairwise(num_slots)] == [(a > b) - (a < b) for a, b in pairwise(nbytes)]
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("limits", [{}, {"capacity_factor": 0.5}])
+@pytest.mark.parametrize("dispatcher", ["all_to_all", "all_gather", "symmetric"])
+def test_ranks_with_other_numbers_of_slots_with_every_dispatcher(
+    rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], dispatcher: str, limits: dict[str, float], native: bool
+) -> None:
+    if dispatcher == "symmetric" and not native:
+        pytest.skip("needs native kernels")
+    path = save(make_model("glm4"), tmp_path)
+    with pool_engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, PARAMS)
+    options = {"redundant_experts": [0, 2], "dispatcher": dispatcher, **limits}
+    ranks = nullcontext() if native else ranks_in_torch(rank_pool(2), buckets=False)
+    with ranks, pool_engine(rank_pool, path, 2, **options) as made:
+        assert generate(made, prompts, PARAMS) == expected
+        rebalance = made.rebalance()
+        finish(made, rebalance)
+        assert rebalance.moves and not rebalance.rollbacks
+        check_slots(made)
+        assert generate(made, prompts, PARAMS) == expected
+        assert set(made.stats().dispatcher_steps) == {dispatcher}
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    return [torch.randint(2, VOCAB, (length,)).tolist() for length in (5, 20, 33, 50, 8, 12)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "ep_size", "redundant"),
+    [("qwen3", 2, 2), ("glm4", 4, 1), ("mixtral", 2, 0), ("qwen3", 2, (0, 3)), ("glm4", 4, (4, 0, 1, 0))],
+)
+def test_tokens_are_the_same_before_while_and_after_experts_move(
+    rank_pool: Pools,
+    tmp_path: Path,
+    prompts: list[list[int]],
+    case: str,
+    ep_size: int,
+    redundant: int | tuple[int, ...],
+    dtype: str,
+) -> None:
+    path = save(make_model(case).bfloat16(), tmp_path)
+    with pool_engine(rank_pool, path, 1, dtype=dtype) as made:
+        expected = generate(made, prompts, PARAMS)
+    options = {"redundant_experts": redundant, "migration_bytes_per_step": 2000, "dtype": dtype}
+    with pool_engine(rank_pool, path, ep_size, **options) as made:
+        assert generate(made, prompts, PARAMS) == expected
+        start = made.placement()
+        started: list[Rebalance] = []
+        found = generate(made, prompts, PARAMS, lambda step: step == 3 and started.append(made.rebalance()))
+        assert found == expected
+        finish(made, started[0])
+        assert started[0].rollbacks == [] and made.placement().version > 0
+        assert started[0].moves and len(started[0].moves) == started[0].planned_moves
+        assert started[0].balancedness_after >= started[0].balancedness_before
+        assert not np.array_equal(made.placement().hosts, start.hosts)
+        if redundant and started[0].balancedness_planned < 0.99:  # else prompts chanced to need none
+            assert (made.placement().hosts.sum(axis=1) > 1).any(), "replicas"
+        check_slots(made)
+        assert generate(made, prompts, PARAMS) == expected
+        load = made.expert_load()
+        rows = (sum(map(len, prompts)) + 39 * len(prompts)) * made.model_config.moe.top_k
+        assert (load.tokens["prefill"] + load.tokens["decode"]).sum(axis=1).min() >= 3 * rows
+
+
+@pytest.mark.parametrize("fault", ["error", "corrupt"])
+def test_a_copy_that_fails_changes_nothing_and_the_next_try_succeeds(
+    rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], fault: str
+) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with pool_engine(rank_pool, path, 2, redundant_experts=1, migration_bytes_per_step=2000) as made:
+        expected = generate(made, prompts, PARAMS)
+        pool = rank_pool(2)
+        pool.run(break_copies, fault)
+        failed: list[Rebalance] = []
+        start = made.placement()
+        assert generate(made, prompts, PARAMS, lambda step: step == 2 and failed.append(made.rebalance())) == expected
+        finish(made, failed[0])
+        assert failed[0].rollbacks and made.placement() == start and made.rebalancer.stats().rollbacks > 0
+        pool.run(break_copies, None)
+        again = made.rebalance()
+        finish(made, again)
+        assert again.rollbacks == [] and again.moves
+        assert generate(made, prompts, PARAMS) == expected
+
+
+def test_dry_run_moves_nothing(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with pool_engine(rank_pool, path, 2) as made:
+        generate(made, prompts, PARAMS)
+        planned = made.rebalance(dry_run=True)
+        assert planned.done and planned.planned_moves and made.placement().version == 0
+        assert planned.balancedness_planned > planned.balancedness_before
+
+
+def test_a_placement_file_is_the_start_and_must_fit(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with pool_engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, PARAMS)
+        config = made.model_config
+    slots = np.array([[[6, 5, 0, 1], [2, 0, 4, 3]]] * len(config.moe_layers))
+    file = tmp_path / "placement.json"
+    Placement(slots, 7, config.moe_layers).save(file)
+    with pool_engine(rank_pool, path, 2, placement=str(file)) as made:
+        assert np.array_equal(made.placement().slots[:, :, :4], slots)
+        assert generate(made, prompts, PARAMS) == expected  # expert 0 has a replica from the start
+    with pool_engine(rank_pool, path, 2, redundant_experts=[0, 2]) as made:
+        generate(made, prompts, PARAMS)
+        finish(made, made.rebalance())
+        made.placement().save(tmp_path / "unequal.json")
+        saved = made.placement()
+    with pool_engine(rank_pool, path, 2, redundant_experts=[0, 2], placement=str(tmp_path / "unequal.json")) as made:
+        assert made.placement() == saved
+        assert generate(made, prompts, PARAMS) == expected
+    with (
+        pytest.raises(ValueError, match=r"is for ranks 2, but here are 4"),
+        pool_engine(rank_pool, path, 4, placement=str(file)),
+    ):
+        pass
+
+
+def test_the_balancer_acts_by_itself_where_it_pays(rank_pool: Pools, tmp_path: Path, prompts: list[list[int]]) -> None:
+    path = save(make_model("glm4"), tmp_path)
+    with pool_engine(rank_pool, path, 1) as made:
+        expected = generate(made, prompts, PARAMS)
+    for policy in ("auto", "eplb"):
+        with pool_engine(rank_pool, path, 2, balance=policy, balance_interval=10, redundant_experts=2) as made:
+            for _ in range(6):
+                assert generate(made, prompts, PARAMS) == expected
+            if policy == "auto":
+                reasons = {decision["reason"] for decision in made.rebalancer.decisions}
+                assert reasons <= {
+                    "pays back",
+                    "new load",
+                    "balanced",
+                    "nothing to move",
+                    "slower",
+                    "does not pay back",
+                }
+                assert reasons
+            else:
+                assert made.placement().version > 0

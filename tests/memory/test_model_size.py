@@ -1,0 +1,155 @@
+"""Sizes from the configuration alone, held against transformers' models and against loaded ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import CASES, make_model, save
+
+from moe_runtime.config.engine import EngineConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.memory import model_size as size
+from moe_runtime.memory.budget import holds_codes
+from moe_runtime.memory.initial_placement import slots_per_rank
+from moe_runtime.models.registry import load_model_config
+
+PANEL = 64  # native kernels round the outputs of a matrix up to it
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_those_of_the_checkpoint(case: str, tmp_path: Path) -> None:
+    model = make_model(case)
+    count = size.count_parameters(load_model_config(save(model, tmp_path)))
+    tensors = dict(model.named_parameters())  # tied ones once
+    tensors |= {name: tensor for name, tensor in model.named_buffers() if name.endswith("correction_bias")}
+    assert count.total == sum(tensor.numel() for tensor in tensors.values())
+    experts = sum(tensor.numel() for name, tensor in tensors.items() if ".experts." in name)
+    assert count.num_experts * count.expert == experts
+    assert count.dense == count.total - experts
+    unused = experts * (1 - model.config.num_experts_per_tok / _num_experts(model.config))
+    assert count.active == pytest.approx(count.total - unused)
+
+
+def _num_experts(config) -> int:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def test_a_known_model() -> None:
+    """Qwen3-30B-A3B: its card says 30.5B parameters, 29.9B of them beside the embedding and head, and 3.3B active."""
+    count = size.count_parameters(
+        ModelConfig(
+            family="qwen3_moe",
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_layers=48,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            rms_norm_eps=1e-6,
+            max_position_embeddings=40960,
+            rope=RopeConfig(theta=1e6, rotary_dim=128),
+            moe=MoEConfig(num_experts=128, top_k=8, intermediate_size=768),
+            moe_layers=tuple(range(48)),
+            sliding_window=None,
+            qkv_bias=False,
+            output_bias=False,
+            qk_norm=True,
+            tie_word_embeddings=False,
+            dtype="bfloat16",
+            eos_token_ids=(1,),
+        )
+    )
+    assert round(count.total / 1e9, 1) == 30.5
+    assert round((count.total - count.embedding - count.head) / 1e9, 1) == 29.9
+    assert 3.3 <= count.active / 1e9 < 3.4
+
+
+@pytest.mark.parametrize("case", ["qwen3 bias, tied", "qwen3 dense between", "mixtral", "glm4", "glm4 norm, bias"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: int, tmp_path: Path) -> None:
+    """Ranks leave norms and correction biases out of their figure, and native kernels pad."""
+    from moe_runtime.worker.worker import Worker
+
+    path = save(make_model(case), tmp_path)
+    config = load_model_config(path)
+    options = {"ep_size": num_ranks, "redundant_experts": range(num_ranks)}
+    engine = EngineConfig("m", dtype=dtype, device="cpu", max_num_seqs=1, **options)
+    for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
+        loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
+        count = size.count_parameters(config)
+        vectors = count.norms + 2 * config.num_layers * config.head_dim + count.router_bias
+        coded = holds_codes("cpu")
+        least = size.weight_bytes(config, dtype, num_slots, coded) - 4 * vectors
+        tables = 1.011 if coded and dtype == "bfloat16" else 1.0  # 64 bytes for every 6,144 or more of codes
+        assert least <= loaded <= size.weight_bytes(_padded(config), dtype, num_slots, coded) * tables
+
+
+def _padded(config: ModelConfig) -> ModelConfig:
+    def up(value: int) -> int:
+        return -(-value // PANEL) * PANEL
+
+    moe = config.moe
+    return dataclasses.replace(
+        config,
+        vocab_size=up(config.vocab_size),
+        hidden_size=up(config.hidden_size),
+        intermediate_size=up(config.intermediate_size),
+        head_dim=up(config.head_dim),
+        moe=dataclasses.replace(
+            moe,
+            num_experts=up(moe.num_experts),
+            intermediate_size=up(moe.intermediate_size),
+            shared_intermediate_size=up(moe.shared_intermediate_size),
+        ),
+    )
+
+
+@given(experts=st.integers(1, 64), data=st.data())
+def test_expected_distinct_experts(experts: int, data: st.DataObject) -> None:
+    top_k, tokens = data.draw(st.integers(1, experts)), data.draw(st.integers(1, 200))
+    found = size.distinct_experts(experts, top_k, tokens)
+    assert size.distinct_experts(experts, top_k, 1) == pytest.approx(top_k)
+    assert top_k * (1 - 1e-9) <= found <= min(experts, top_k * tokens) * (1 + 1e-9)
+    assert found <= size.distinct_experts(experts, top_k, tokens + 1) * (1 + 1e-9)
+
+
+def test_expected_distinct_experts_as_drawn() -> None:
+    draws = [len({e for _ in range(5) for e in random.sample(range(24), 4)}) for _ in range(4000)]
+    assert size.distinct_experts(24, 4, 5) == pytest.approx(sum(draws) / len(draws), abs=0.2)  # about six deviations
+
+
+@pytest.mark.parametrize("case", ["qwen3 bias, tied", "glm4", "mixtral window"])
+def test_what_a_decode_step_reads(case: str, tmp_path: Path) -> None:
+    config = load_model_config(save(make_model(case), tmp_path))
+    count, dtype = size.count_parameters(config), "float32"
+    everything = size.weight_bytes(config, dtype, config.moe.num_experts)
+    rows = lambda batch: 0 if config.tie_word_embeddings else 4 * (config.vocab_size - batch) * config.hidden_size  # noqa: E731
+    one = size.decode_bytes(config, dtype, 1)
+    assert one == pytest.approx(size.dense_bytes(config, dtype) + 4 * count.top_k * count.expert - rows(1))
+    assert size.decode_bytes(config, dtype, 90) == pytest.approx(everything - rows(90), rel=1e-3)
+    longer = size.decode_bytes(config, dtype, 3, context_len=30) - size.decode_bytes(config, dtype, 3)
+    seen = min(30, config.sliding_window or 30)
+    assert longer == pytest.approx(3 * seen * size.kv_bytes_per_token(config, dtype))
+
+
+def test_a_page_holds_the_keys_and_values_of_its_tokens(tmp_path: Path) -> None:
+    from moe_runtime.layers.kv_cache import KVCache
+
+    config = load_model_config(save(make_model("glm4"), tmp_path))
+    cache = KVCache(config, 3, 8, torch.bfloat16, torch.device("cpu"))
+    assert cache.nbytes == 3 * size.page_bytes(config, 8, 2) == 24 * size.kv_bytes_per_token(config, "bfloat16")
+
+
+def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for() -> None:
+    assert size.weights_dtype("auto", "bfloat16") == "bfloat16"
+    assert size.weights_dtype("float32", "float16") == "float32"
+    with pytest.raises(ValueError, match=r"^dtype: the checkpoint is float16, which is not supported; choose "):
+        size.weights_dtype("auto", "float16")

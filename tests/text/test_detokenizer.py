@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+from fakes import TEXTS, save_byte_tokenizer, save_metaspace_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText
+from moe_runtime.text.tokenizer import Tokenizer
+
+SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
+    return {name: save(tmp_path_factory.mktemp(name)) for name, save in SAVE.items()}
+
+
+def make_decoder(tokenizer: Tokenizer, context: list[int], skip_special: bool = True) -> IncrementalDecoder:
+    return IncrementalDecoder(
+        lambda token_ids: tokenizer.decode(token_ids, skip_special),
+        context,
+        tokenizer.special_ids if skip_special else frozenset(),
+    )
+
+
+def pieces_of(decoder: IncrementalDecoder, token_ids: list[int]) -> list[str]:
+    return [decoder.append(token_id) for token_id in token_ids] + [decoder.flush()]
+
+
+@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("prompt", ["", "The sea is", "naïve", "the end of the story, 你好"])
+@pytest.mark.parametrize("text", [*TEXTS, " calm tonight", "🙂🚀 the end", "  two  spaces "])
+def test_pieces_add_up_to_the_text_behind_the_prompt(tokenizers, name, prompt, text):
+    tokenizer = tokenizers[name]
+    prompt_ids = tokenizer.encode(prompt)
+    token_ids = tokenizer.encode(prompt + text)[len(prompt_ids) :]
+    whole = tokenizer.decode(prompt_ids + token_ids)
+    pieces = pieces_of(make_decoder(tokenizer, prompt_ids), token_ids)
+    assert "".join(pieces) == whole.removeprefix(tokenizer.decode(prompt_ids))
+    assert not any("\ufffd" in piece for piece in pieces), "half a character was shown"
+
+
+def test_a_character_is_split_over_tokens(tokenizers):
+    tokenizer = tokenizers["byte"]
+    token_ids = tokenizer.encode("🦀🦀")
+    assert len(token_ids) > 2
+    pieces = pieces_of(make_decoder(tokenizer, []), token_ids)
+    assert [piece for piece in pieces if piece] == ["🦀", "🦀"]
+
+
+def test_spaces_between_words_survive(tokenizers):
+    tokenizer = tokenizers["metaspace"]
+    prompt_ids, token_ids = tokenizer.encode("The sea"), tokenizer.encode("The sea is calm")
+    pieces = pieces_of(make_decoder(tokenizer, prompt_ids), token_ids[len(prompt_ids) :])
+    assert "".join(pieces) == " is calm"
+    assert tokenizer.decode(token_ids[len(prompt_ids) :]) == "is calm", "decoded alone, the space is lost"
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_continued_with_all_of_it(tokenizers):
+    tokenizer = tokenizers["byte"]
+    token_ids = tokenizer.encode("a🦀b")
+    prompt_ids = token_ids[:2]
+    assert tokenizer.decode(prompt_ids).endswith("\ufffd")
+    assert "".join(pieces_of(make_decoder(tokenizer, prompt_ids), token_ids[2:])) == "🦀b"
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_a_prompt_that_ends_in_a_replacement_character_is_continued_without_it(tokenizers, name):
+    """It looks like half a character, and is a whole one."""
+    tokenizer = tokenizers[name]
+    prompt_ids, token_ids = tokenizer.encode("a \ufffd"), tokenizer.encode("a \ufffd 0")
+    pieces = pieces_of(make_decoder(tokenizer, prompt_ids), token_ids[len(prompt_ids) :])
+    assert "".join(pieces) == " 0"
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_a_prompt_that_ends_in_long_characters_is_continued_with_more(tokenizers, name):
+    tokenizer = tokenizers[name]
+    prompt_ids = tokenizer.encode("🦀🦑🦀🦑")
+    token_ids = tokenizer.encode("🦀🦑🦀🦑🦑🦀")[len(prompt_ids) :]
+    assert "".join(pieces_of(make_decoder(tokenizer, prompt_ids), token_ids)) == "🦑🦀"
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_special_tokens_are_hidden_or_shown(tokenizers, name):
+    tokenizer = tokenizers[name]
+    end = tokenizer.encode("<|end|>")[-1]
+    prompt_ids = tokenizer.encode("The sea")
+    token_ids = [end, *tokenizer.encode("The sea is")[len(prompt_ids) :], end, end]
+    assert "".join(pieces_of(make_decoder(tokenizer, prompt_ids), token_ids)) == " is"
+    shown = "".join(pieces_of(make_decoder(tokenizer, prompt_ids, skip_special=False), token_ids))
+    assert shown.count("<|end|>") == 3
+
+
+def assert_pieces_add_up(tokenizer: Tokenizer, context: list[int], token_ids: list[int]) -> None:
+    pieces = pieces_of(make_decoder(tokenizer, context), token_ids)
+    assert tokenizer.decode(context) + "".join(pieces) == tokenizer.decode(context + token_ids)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_any_tokens_give_in_pieces_what_they_give_together(tokenizers, data):
+    tokenizer = tokenizers["byte"]
+    tokens = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
+    clean_end = tokenizer.encode("a.")[-1]  # so that the prompt's bytes do not join with the output's
+    assert_pieces_add_up(tokenizer, [*data.draw(tokens), clean_end], data.draw(tokens))
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_any_text_gives_in_pieces_what_it_gives_together(tokenizers, data):
+    """SentencePiece gives bytes that are no text another number of replacements in pieces; so only text."""
+    tokenizer = tokenizers["metaspace"]
+    texts = st.lists(st.text(max_size=5) | st.sampled_from([" ", " sea", "<|end|>", "🦀"]), max_size=8)
+    context, token_ids = ([token for text in data.draw(texts) for token in tokenizer.encode(text)] for _ in range(2))
+    assert_pieces_add_up(tokenizer, [*tokenizer.encode("a"), *context], token_ids)
+
+
+def cut(text: str, stop: list[str], include: bool) -> tuple[str, str | None]:
+    """The text up to the stop string that is complete first, found character by character."""
+    for end in range(1, len(text) + 1):
+        ending = [candidate for candidate in stop if text[:end].endswith(candidate)]
+        if ending:
+            longest = max(ending, key=len)
+            return (text[:end] if include else text[: end - len(longest)]), longest
+    return text, None
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    pieces=st.lists(st.text("ab", max_size=4), max_size=10),
+    stop=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3, unique=True),
+    include=st.booleans(),
+)
+def test_stop_strings_over_token_borders(pieces, stop, include):
+    """What is released is never taken back, and adds up to the text before the first stop string."""
+    expected, expected_stop = cut("".join(pieces), stop, include)
+    decoder = IncrementalDecoder(lambda token_ids: "".join(pieces[token_id] for token_id in token_ids), [])
+    output = OutputText(decoder, stop, include)
+    released, found = "", None
+    for index in range(len(pieces)):
+        found = output.append(index, last=index == len(pieces) - 1)
+        is_last = found is not None or index == len(pieces) - 1
+        released += output.release(is_last)
+        assert expected.startswith(released), "text was shown that the stop string takes back"
+        if is_last:
+            break
+        if include:
+            assert released == "".join(pieces[: index + 1]), "there is no need to withhold"
+        candidates = [len(text) for text in stop] or [1]
+        assert len("".join(pieces[: index + 1])) - len(released) < max(candidates), "more is withheld than need be"
+    assert (released, found) == (expected, expected_stop)
+    assert output.text == expected
+
+
+def test_a_stop_string_within_a_real_tokenizers_text(tokenizers):
+    for name, tokenizer in tokenizers.items():
+        token_ids = tokenizer.encode(TEXTS[0])
+        for _ in range(20):
+            start = random.randrange(len(TEXTS[0]) - 3)
+            stop = TEXTS[0][start : start + random.randint(1, 9)]
+            output = OutputText(make_decoder(tokenizer, []), [stop], include_stop=False)
+            released = ""
+            for token_id in token_ids:
+                found = output.append(token_id, last=token_id == token_ids[-1])
+                released += output.release(found is not None)
+                if found:
+                    break
+            assert (name, released, found) == (name, TEXTS[0][: TEXTS[0].index(stop)], stop)
+
+
+def test_text_held_for_half_a_character_is_searched_when_no_token_follows(tokenizers):
+    tokenizer = tokenizers["byte"]
+    crab = tokenizer.encode("🦀")
+    output = OutputText(make_decoder(tokenizer, []), ["\ufffd"], include_stop=False)
+    assert output.append(tokenizer.encode("a")[0], last=False) is None
+    assert output.append(crab[0], last=False) is None
+    assert output.append(None, last=True) == "\ufffd"
+    assert output.release(finished=True) == "a"

@@ -1,0 +1,318 @@
+"""Checkpoints as they lie on disk: sharded, fused, tied, damaged; and each rank reads only its own experts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rank_pool import PoolExecutor, RankPool
+from safetensors.torch import load_file, save_file
+from tiny_models import CASES, FAMILY, make_model, save
+
+from moe_runtime.all2all.dispatch import make_dispatchers
+from moe_runtime.balancer.placement import Placement
+from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.experts.slots import ExpertSlots
+from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.layers.decoder import Decoder
+from moe_runtime.layers.gate import Gate
+from moe_runtime.layers.moe import ExpertCounter, MoELayer
+from moe_runtime.layers.native_kit import NativeKit
+from moe_runtime.layers.native_layers import (
+    NativeAttention,
+    NativeDenseBlock,
+    NativeEmbedding,
+    NativeHead,
+    NativeMLP,
+    NativeNorm,
+    NativeSparseBlock,
+)
+from moe_runtime.layers.torch_kit import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
+from moe_runtime.models.reader import ModelLoader
+from moe_runtime.models.registry import load_model_config
+from moe_runtime.system.pages import mappings_of
+from moe_runtime.weights.checkpoint import Checkpoint, RandomWeights, WeightSource, resolve_model
+
+CPU = torch.device("cpu")
+
+
+KITS = {
+    "torch": lambda: TorchKit(torch.float32, CPU),
+    "native": lambda: NativeKit(native.load(), torch.float32),
+}
+
+
+def build(
+    path: Path, source: WeightSource, placement: Placement | None = None, rank: int = 0, kit: str = "torch"
+) -> Decoder:
+    config = load_model_config(path)
+    placement = placement or Placement.even(config.moe_layers, config.moe.num_experts, 1)
+    counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
+    kept = KITS[kit]()
+    ways = make_dispatchers(None, placement.max_slots, kept.row_ops) if placement.num_ranks == 1 else {}
+    slots = placement.max_slots
+    return ModelLoader(config, source, placement, rank, slots, ways, counter, kept).load(lambda: None)
+
+
+def values(part: object) -> list[torch.Tensor]:
+    """The weights of a part of a decoder, in the checkpoint's layout, whatever the kit."""
+    match part:
+        case PackedLinear():
+            return [part.unpack()]
+        case PackedExperts():
+            return [tensor for slot in range(part.num_slots) for tensor in part.unpack(slot)]
+        case ExpertSlots():
+            whole = zip(part.w13_SGD, part.w2_SDF, strict=True)
+            return [tensor for w13_GD, w2_DF in whole for tensor in (*w13_GD.chunk(2), w2_DF)]
+        case Linear():
+            return [part.weight]
+        case MLP():
+            return [*part.gate_up.weight.chunk(2), part.down.weight]
+        case Embedding():
+            return [part.weight_VD]
+        case Gate():
+            return [part.weight_ED]
+        case RMSNorm() | NativeNorm():
+            return [part.weight_D]
+        case None:
+            return []
+    parts = {
+        Head: ("linear",),
+        NativeHead: ("linear",),
+        NativeEmbedding: ("linear",),
+        NativeMLP: ("experts",),
+        Router: ("linear",),
+        Attention: ("qkv", "output", "next_norm"),
+        NativeAttention: ("block",),
+        AttentionBlock: ("qkv", "output"),
+        DenseBlock: ("mlp",),
+        NativeDenseBlock: ("mlp",),
+        NativeSparseBlock: ("block",),
+        SparseBlock: ("router", "experts", "shared"),
+        MoELayer: ("gate", "experts", "shared"),
+    }
+    return [tensor for name in parts[type(part)] for tensor in values(getattr(part, name))]
+
+
+def tensors(model: Decoder) -> list[torch.Tensor]:
+    found = values(model.embed) + values(model.first_norm) + values(model.head)
+    for layer in model.layers:
+        found += values(layer.attention) + values(layer.mlp)
+    return found
+
+
+def fuse_experts(path: Path, config: ModelConfig) -> None:
+    """Rewrite a checkpoint with all experts of a layer in one tensor, as newer ones have it."""
+    file = path / "model.safetensors"
+    state = load_file(file)
+    for layer in config.moe_layers:
+        for block, names in (("mlp", ("gate_proj", "up_proj", "down_proj")), ("block_sparse_moe", ("w1", "w3", "w2"))):
+            prefix = f"model.layers.{layer}.{block}"
+            if f"{prefix}.experts.0.{names[0]}.weight" not in state:
+                continue
+            experts = [
+                [state.pop(f"{prefix}.experts.{e}.{name}.weight") for name in names]
+                for e in range(config.moe.num_experts)
+            ]
+            fused = f"model.layers.{layer}.mlp.experts"
+            state[f"{fused}.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
+            state[f"{fused}.down_proj"] = torch.stack([down for _, _, down in experts])
+            if block != "mlp":
+                state[f"model.layers.{layer}.mlp.gate.weight"] = state.pop(f"{prefix}.gate.weight")
+    save_file(state, file)
+
+
+@pytest.mark.parametrize("kit", KITS)
+@pytest.mark.parametrize("case", ["qwen3 bias, tied", "mixtral", "glm4"])
+def test_sharded_and_fused_hold_the_same_as_one_file(tmp_path: Path, case: str, kit: str) -> None:
+    model = make_model(case)
+    whole = save(model, tmp_path / "whole")
+    sharded = save(model, tmp_path / "sharded", max_shard_size="100KB")
+    fused = save(model, tmp_path / "fused")
+    fuse_experts(fused, load_model_config(fused))
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    expected = tensors(build(whole, Checkpoint(whole)))
+    assert sum(tensor.numel() for tensor in expected) > 0.9 * sum(weight.numel() for weight in model.parameters())
+    for path in (whole, sharded, fused):
+        found = tensors(build(path, Checkpoint(path), kit=kit))
+        if kit == "native":  # its blocks hold the norm behind them as a bare pointer and tensor
+            expected_here = [tensor for tensor in expected if tensor.ndim == 2]
+            found = [tensor for tensor in found if tensor.ndim == 2]
+        else:
+            expected_here = expected
+        for ours, theirs in zip(found, expected_here, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_rank_reads_only_its_own_experts(tmp_path: Path, family: str, fused: bool) -> None:
+    case = next(name for name, (of, _) in CASES.items() if of == family)
+    path = save(make_model(case), tmp_path)
+    config = load_model_config(path)
+    if fused:
+        fuse_experts(path, config)
+    placement = Placement.even(config.moe_layers, config.moe.num_experts, 3)
+    expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4
+    one = Checkpoint(path)
+    build(path, one)
+    rest = one.bytes_read - expert_bytes * config.moe.num_experts * len(config.moe_layers)
+    for rank in range(3):
+        source = Checkpoint(path)
+        build(path, source, placement, rank)
+        own = int((placement.slots[:, rank] >= 0).sum())
+        assert source.bytes_read == rest + own * expert_bytes
+
+
+def test_ranks_of_an_engine_read_only_their_own_experts(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    config = load_model_config(path)
+    whole = Checkpoint(path)
+    build(path, whole)
+    expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4 * len(config.moe_layers)
+    executor = PoolExecutor(rank_pool(4), EngineConfig(str(path), ep_size=4), config, path)
+    dense = whole.bytes_read - 7 * expert_bytes
+    assert executor.bytes_read() == [dense + own * expert_bytes for own in (2, 2, 2, 1)]
+    executor.close()
+
+
+def test_dummy_weights_do_not_depend_on_the_placement(tmp_path: Path) -> None:
+    path = save(make_model("mixtral"), tmp_path)
+    config = load_model_config(path)
+    whole = build(path, RandomWeights(3))
+    placement = Placement.even(config.moe_layers, config.moe.num_experts, 2)
+    first = placement.slots[0, 0]
+    for rank in range(2):
+        part = build(path, RandomWeights(3), placement, rank)
+        assert torch.equal(*values(part.head), *values(whole.head))
+        ours, all_of_them = part.layers[0].mlp, whole.layers[0].mlp
+        assert isinstance(ours, MoELayer) and isinstance(all_of_them, MoELayer)
+        slots, experts = values(ours.experts), values(all_of_them.experts)
+        for slot, expert in enumerate(placement.slots[0, rank].tolist()):
+            if expert >= 0:
+                for mine, theirs in zip(slots[3 * slot :][:3], experts[3 * expert :][:3], strict=True):
+                    assert torch.equal(mine, theirs)
+    assert len(first) == 3
+    assert not torch.equal(*values(whole.embed), *values(build(path, RandomWeights(4)).embed))
+
+
+def test_dummy_weights_that_were_dropped_are_given_back() -> None:
+    """Also from between small things that are kept, as lists of escapes are."""
+    script = """
+from pathlib import Path
+from moe_runtime.weights.checkpoint import RandomWeights
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+source = RandomWeights(0)
+source.read("the first is freed", (1024, 1024))  # so that others of its size lie in the heap
+tensors, kept = [], []
+for index in range(100):
+    tensors.append(source.read(str(index), (512, 512)))
+    kept.append(bytes(3000))
+full = resident()
+tensors.clear()
+source.release_all()
+print((full - resident()) >> 20)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert int(found.stdout) > 80, "of 100 MiB"
+
+
+def test_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path / "a", max_shard_size="100KB")
+    shards = sorted(path.glob("*.safetensors"))
+    content = shards[1].read_bytes()
+
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is missing"):
+        Checkpoint(path)
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is damaged or truncated"):
+        Checkpoint(path)
+    shards[1].write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{shards[1].name} is damaged or truncated"):
+        Checkpoint(path)
+    shards[1].write_bytes(content)
+    index = path / "model.safetensors.index.json"
+    listing = json.loads(index.read_text())
+    del listing["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(listing))
+    with pytest.raises(ValueError, match=r"no tensor 'model\.norm\.weight'"):
+        build(path, Checkpoint(path))
+    index.write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json.*weight_map"):
+        Checkpoint(path)
+
+
+def test_what_a_file_holds_must_fit_the_configuration(tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    state = load_file(path / "model.safetensors")
+    norm = state["model.norm.weight"]
+    save_file(state | {"model.norm.weight": norm[:-1]}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has shape \[47\].*\[48\]"):
+        build(path, Checkpoint(path))
+    save_file(state | {"model.norm.weight": norm.to(torch.float8_e4m3fn)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has dtype F8_E4M3, which is not supported"):
+        build(path, Checkpoint(path))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        Checkpoint(path)
+
+
+def test_where_a_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    for name in (str(tmp_path / "nothing"), "./nothing", "nothing"):
+        with pytest.raises(ValueError, match="is no directory"):
+            resolve_model(name)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is no directory"):
+        resolve_model(str(file))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="the hub does not give it"):
+        resolve_model("somebody/no-such-model")
+
+
+def test_what_is_released_of_a_checkpoint_is_read_again(tmp_path: Path) -> None:
+    """Neighbours share pages with it, and keep their values."""
+    tensors = {name: torch.randn(3, 1001) for name in "abc"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    source = Checkpoint(tmp_path)
+    views = {name: source.read(name, (3, 1001)) for name in tensors}
+    row = source.read("b", (3, 1001), 1)
+    mapped = mappings_of([tmp_path / "model.safetensors"])
+    for tensor in (*views.values(), row):
+        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        assert any(start <= first and last <= end for start, end in mapped), "a view, not a copy"
+        source.release(tensor)
+    source.release_all()
+    assert all(torch.equal(views[name], tensors[name]) for name in tensors) and torch.equal(row, tensors["b"][1])
+
+
+def test_only_known_mappings_of_libraries_are_released() -> None:
+    code = """
+from pathlib import Path
+from moe_runtime.system.pages import library_mappings, release_library_pages
+import torch
+
+def file_bytes():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:"))
+    return int(line.split()[1]) * 1024
+
+before = file_bytes()
+release_library_pages(frozenset())
+assert file_bytes() > 0.9 * before
+release_library_pages(library_mappings())
+assert file_bytes() < 0.5 * before, (before, file_bytes())
+assert torch.ones(3).sum() == 3  # what is needed again comes back
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)

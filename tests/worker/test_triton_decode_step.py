@@ -1,0 +1,40 @@
+"""A whole decode step as a GPU runs it, interpreted on the CPU, Triton forms and all: nothing waits for the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import SUPPORT
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [("qwen3 window", "usual"), ("mixtral dynamic", "usual"), ("glm4 groups", "usual"), ("glm4 groups", "invariant")],
+)
+def test_a_captured_step_waits_for_nothing(tmp_path: Path, case: str, kind: str) -> None:
+    from tiny_models import make_model, save
+
+    save(make_model(case, num_hidden_layers=2), tmp_path)
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT)}
+    child = subprocess.run(
+        [sys.executable, "-W", "error", str(SUPPORT / "decode_step.py"), str(tmp_path), kind],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    assert found["tokens"] == found["ordinary tokens"]
+    assert found["largest difference"] <= (1e-5 if kind == "usual" else 0.0)
+    assert found["captured steps"] == 3 and "rotary_kernel" in found["kernels"] and "combine_kernel" in found["kernels"]
+    assert {"decode_attention_kernel", "grouped_gemm_kernel", "topk_gate_kernel", "place_kernel"} <= set(
+        found["kernels"]
+    )
