@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
-from moe_runtime.config.expert_policy import CALIBRATION_NAME, DEMO_CALIBRATION, load_policies
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.expert_policy import CALIBRATION_NAME, load_policies
+from moe_runtime.config.model import ModelConfig
+from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.engine.engine import Engine
 from moe_runtime.memory.budget import check_budget
 from moe_runtime.wire.executor import Executor
@@ -74,7 +76,7 @@ def _choices(engine: Engine) -> str:
 
 def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
     """The configuration with the routing calibration that lies with the model, unless it names one."""
-    found = DEMO_CALIBRATION if config.model == "demo" else path / CALIBRATION_NAME
+    found = EXPERT_CALIBRATION if config.model == "demo" else path / CALIBRATION_NAME
     if config.routing_calibration is not None or not found.exists():
         return config
     return replace(config, routing_calibration=str(found))

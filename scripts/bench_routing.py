@@ -20,8 +20,9 @@ from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.cli import main as cli
-from moe_runtime.config.expert_policy import CLASSES, DEMO_CALIBRATION
+from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.demo.texts import fetch_texts, novels, postgresql_docs, wordnet
+from moe_runtime.types.expert_policy import CLASSES
 
 OUT = Path(__file__).resolve().parent.parent / "benchmarks" / "routing"
 KINDS = {"novels": novels, "postgresql": postgresql_docs, "wordnet": wordnet}
@@ -41,7 +42,7 @@ def quality(work_dir: Path, max_tokens: int) -> None:
         path.write_text("\n\n".join(kind(root)[1])[:CHARACTERS], encoding="utf-8")
         words += ["--text", str(path)]
     OUT.mkdir(parents=True, exist_ok=True)
-    if cli.main([*words, "-o", str(DEMO_CALIBRATION), "-o", str(OUT / "quality.png")]):
+    if cli.main([*words, "-o", str(EXPERT_CALIBRATION), "-o", str(OUT / "quality.png")]):
         raise SystemExit(1)
 
 

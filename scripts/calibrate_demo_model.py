@@ -30,9 +30,10 @@ from transformers import AutoTokenizer, Glm4MoeForCausalLM, LlamaForCausalLM, Pr
 
 from moe_runtime.demo import fit
 from moe_runtime.demo import quality as measure
-from moe_runtime.demo.carve import ARTIFACT_PATH, Carving
+from moe_runtime.demo.carve import Carving
 from moe_runtime.demo.checkpoint import build_checkpoint
 from moe_runtime.demo.dense import load_dense
+from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import locate_gguf
 from moe_runtime.demo.texts import KINDS, fetch_texts, sampled_chats, token_blocks
@@ -74,7 +75,7 @@ def main() -> None:
     documents["chat"] = sampled_chats(model, tokenizer, NUM_CHATS, saved=work_dir / "chats.json")
     if not arguments.measure_only:
         blocks = [token_blocks(tokenizer, texts, CALIBRATION_BLOCKS) for texts, _ in documents.values()]
-        carve(dense, capture_ffn_inputs(model, torch.cat(blocks))).save(ARTIFACT_PATH)
+        carve(dense, capture_ffn_inputs(model, torch.cat(blocks))).save(CARVING)
 
     held_out = {kind: token_blocks(tokenizer, texts, HELD_OUT_BLOCKS) for kind, (_, texts) in documents.items()}
     figures = {"dense": {kind: measure.perplexity(model, blocks) for kind, blocks in held_out.items()}}

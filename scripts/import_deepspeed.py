@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import load_model_config, open_deepspeed
 from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 
@@ -34,7 +34,7 @@ def convert(checkpoint: Path, output: Path, max_shard_bytes: int) -> int:
         raise ValueError(f"checkpoint: {checkpoint} is no DeepSpeed checkpoint")
     if output.exists():
         raise ValueError(f"output: {output} exists; give a new folder")
-    source = DeepSpeedCheckpoint(files, config)
+    source = open_deepspeed(files, config)
     output.mkdir(parents=True)
     try:
         num_shards = _copy_weights(source, config.tie_word_embeddings, output, max_shard_bytes)

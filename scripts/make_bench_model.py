@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_runtime.kernels.cpu.library import default_cache_dir
+from moe_runtime.system.cache_folder import default_cache_dir
 
 SEED = 0
 STD = 0.02

@@ -19,10 +19,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.image import imread, imsave
 
+from moe_runtime.balancer.expert_counts import PHASES, ExpertCounts
 from moe_runtime.balancer.heatmap_page import FAINT, LARGE, MUTED, NO_CELL, SMALL, TEXT, Page
 from moe_runtime.balancer.heatmap_panel import NUM_NAMED, Colours, Columns, Panel
-from moe_runtime.balancer.load import ExpertLoad
-from moe_runtime.balancer.load_files import PHASES
 
 WIDTH, DPI = 9.0, 200
 MARGIN = 0.22
@@ -35,7 +34,7 @@ MAX_RATIO = 16.0  # the colours end there at the latest
 BALANCED_AT = 0.2  # of the way along the colours
 
 
-def draw(load: ExpertLoad, format: str) -> bytes:
+def draw(load: ExpertCounts, format: str) -> bytes:
     """The picture as a file's contents; `format` is "png" or "svg"."""
     columns = Columns.of(load)
     beside = len(columns.rank_C) <= MAX_COLUMNS_BESIDE
@@ -57,7 +56,7 @@ def draw(load: ExpertLoad, format: str) -> bytes:
     return file.getvalue()
 
 
-def draw_pair(before: ExpertLoad, after: ExpertLoad) -> bytes:
+def draw_pair(before: ExpertCounts, after: ExpertCounts) -> bytes:
     """Two loads of one model in one PNG, the earlier above; `after` may go on counting where `before` was taken.
 
     Raises:
@@ -93,7 +92,7 @@ def _colours(ratios: Sequence[npt.NDArray[np.float64]]) -> Colours:
     return Colours(PowerNorm(gamma, vmin=0, vmax=top, clip=True), magma.with_extremes(bad=NO_CELL), top)
 
 
-def _draw_header(page: Page, load: ExpertLoad, colours: Colours, replicated: bool) -> None:
+def _draw_header(page: Page, load: ExpertCounts, colours: Colours, replicated: bool) -> None:
     name = " ".join(load.model.split()) or "Expert load"
     page.text(MARGIN, MARGIN, name if len(name) <= 48 else f"…{name[-47:]}", LARGE, weight="bold")
     facts = [f"{load.num_layers} MoE layers × {load.num_experts} experts"]
@@ -116,7 +115,7 @@ def _draw_header(page: Page, load: ExpertLoad, colours: Colours, replicated: boo
     bar.outline.set_linewidth(0)
 
 
-def _draw_table(page: Page, load: ExpertLoad, phase: str, left: float, top: float, width: float) -> None:
+def _draw_table(page: Page, load: ExpertCounts, phase: str, left: float, top: float, width: float) -> None:
     """The hottest experts in words: layer, expert, ranks, tokens, share of the layer, multiple of the layer's mean."""
     hottest = load.hottest(NUM_NAMED, phase)
     if not hottest:

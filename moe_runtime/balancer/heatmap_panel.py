@@ -16,6 +16,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.patches import Rectangle
 
+from moe_runtime.balancer.expert_counts import ExpertCounts
 from moe_runtime.balancer.heatmap_page import (
     BAR,
     BAR_WORST,
@@ -31,7 +32,6 @@ from moe_runtime.balancer.heatmap_page import (
     free_box,
     ticks,
 )
-from moe_runtime.balancer.load import ExpertLoad
 
 TITLE = 0.24
 RANK_BARS, RANK_NAMES = 0.24, 0.18
@@ -69,7 +69,7 @@ class Columns:
     replicas_LE: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, load: ExpertLoad) -> Columns:
+    def of(cls, load: ExpertCounts) -> Columns:
         if load.placement is None:
             experts = np.arange(load.num_experts, dtype=np.int32)
             slots_LWS = np.broadcast_to(experts, (load.num_layers, 1, load.num_experts))
@@ -98,7 +98,7 @@ class Columns:
         several_LC = np.take_along_axis(self.replicas_LE, np.maximum(self.expert_LC, 0), axis=1) > 1
         return several_LC & (self.expert_LC >= 0)
 
-    def ratios(self, load: ExpertLoad, phase: str) -> npt.NDArray[np.float64]:
+    def ratios(self, load: ExpertCounts, phase: str) -> npt.NDArray[np.float64]:
         """float64 [L, C]: token rows of a slot / mean of the layer's experts, NaN without slot or tokens."""
         counts_LE = load.counts(phase)
         mean_L1 = counts_LE.mean(axis=1, keepdims=True)
@@ -113,7 +113,7 @@ class Panel:
     """Where and what to draw; `left`, `top`, `width` are of the whole panel, `cells_height` of its cells alone."""
 
     page: Page
-    load: ExpertLoad
+    load: ExpertCounts
     phase: str
     columns: Columns
     colours: Colours

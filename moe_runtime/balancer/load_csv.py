@@ -10,16 +10,13 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from moe_runtime.balancer.load_files import FORMAT, FORMAT_VERSION, PHASES
+from moe_runtime.balancer.expert_counts import FORMAT, FORMAT_VERSION, PHASES, ExpertCounts
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.system.files import read_text, require_format
-
-if TYPE_CHECKING:
-    from moe_runtime.balancer.load import ExpertLoad
 
 COLUMNS = ["phase", "layer", "expert", "tokens", "ranks", "slots"]
 PLACEMENT_FIELDS = ("num_ranks", "max_slots", "placement_version")
@@ -28,7 +25,7 @@ PLACEMENT_FIELDS = ("num_ranks", "max_slots", "placement_version")
 Cells = dict[tuple[str, int, int], tuple[int, tuple[tuple[int, int], ...]]]
 
 
-def to_csv(load: ExpertLoad) -> bytes:
+def to_csv(load: ExpertCounts) -> bytes:
     """The columns `ranks` and `slots` list, separated by blanks, the ranks of an expert and its slot within each."""
     placement = load.placement
     metadata: dict[str, object] = {

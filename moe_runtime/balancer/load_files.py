@@ -9,27 +9,23 @@ import io
 import json
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from moe_runtime.balancer.expert_counts import FORMAT, FORMAT_VERSION, PHASES, ExpertCounts
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.system.files import field, read_npz, require_format
+from moe_runtime.system.files import field, require_format
+from moe_runtime.system.npz import read_npz
 
-if TYPE_CHECKING:
-    from moe_runtime.balancer.load import ExpertLoad
-
-FORMAT = "moe_runtime.expert_load"
-FORMAT_VERSION = 1
-PHASES = ("prefill", "decode")
 HTML_DATA_MARK = "__EXPERT_LOAD_JSON__"
 
 
-def to_json(load: ExpertLoad) -> bytes:
+def to_json(load: ExpertCounts) -> bytes:
     return (json.dumps(load.to_dict()) + "\n").encode()
 
 
-def to_html(load: ExpertLoad) -> bytes:
+def to_html(load: ExpertCounts) -> bytes:
     """The page of `heatmap.html` with the load's JSON inside; it needs no other file and makes no request."""
     page = resources.files("moe_runtime.balancer").joinpath("heatmap.html").read_text(encoding="utf-8")
     before, after = page.split(HTML_DATA_MARK)
@@ -38,7 +34,7 @@ def to_html(load: ExpertLoad) -> bytes:
     return (before + data + after).encode()
 
 
-def to_npz(load: ExpertLoad) -> bytes:
+def to_npz(load: ExpertCounts) -> bytes:
     """Arrays `prefill`, `decode` [L, E], `layer_ids` [L], `slots` [L, W, S] if placed, and `metadata` (JSON text)."""
     arrays: dict[str, Any] = {**load.tokens, "layer_ids": np.asarray(load.layer_ids, np.int64)}
     metadata = {

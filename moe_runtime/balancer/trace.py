@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_runtime.balancer.placement import check_layer_ids
-from moe_runtime.system.files import field, read_npz, require_format
+from moe_runtime.system.files import field, require_format
+from moe_runtime.system.npz import read_npz
 
 FORMAT = "moe_runtime.routing_trace"
 FORMAT_VERSION = 1

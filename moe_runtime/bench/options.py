@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.config.engine import check_integer
+from moe_runtime.config.checks import check_integer
 
 SAVED = ("json", "png")
 LENGTHS = '"128", "64-256" (uniform), "lognormal:MEDIAN:SIGMA" or "lognormal:MEDIAN:SIGMA:LOW-HIGH"'

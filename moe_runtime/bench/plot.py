@@ -6,16 +6,14 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from moe_runtime.bench.report import Report, summarize
 from moe_runtime.bench.workload import rate_name
-
-if TYPE_CHECKING:
-    from moe_runtime.bench.report import Report
 
 COLOURS = {"p50": "#3b528b", "p90": "#21918c", "p99": "#e07b39"}
 BAR, TEXT, MUTED, FAILED = "#3b528b", "#222222", "#666666", "#c0392b"
@@ -25,8 +23,6 @@ SIZE, DPI = (11.0, 3.9), 150
 
 def draw(report: Report) -> bytes:
     """A PNG with three panels: time to first token, time per output token, output throughput."""
-    from moe_runtime.bench.report import summarize
-
     runs = sorted(report.runs, key=lambda run: run.request_rate)
     results = [summarize(run) for run in runs]
     names = [rate_name(run.request_rate) for run in runs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections import Counter
@@ -101,16 +100,6 @@ class Report:
             "engine": self.health,
             "results": [summarize(run) | {"requests": _requests(run.records)} for run in self.runs],
         }
-
-    def save(self, path: str | Path) -> None:
-        """Write a file; its suffix, .json or .png, says what. Raises OSError if it cannot be written."""
-        path = Path(path)
-        if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-            return
-        from moe_runtime.bench.plot import draw  # matplotlib only where a picture is drawn
-
-        path.write_bytes(draw(self))
 
 
 def summarize(run: Run) -> dict[str, Any]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.bench.options import BenchOptions
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import given_values, only_fields, options_of, require_model, user_mistakes
+
+if TYPE_CHECKING:
+    from moe_runtime.bench.report import Report
 
 SAID_WITH_URL = ("model", "tokenizer", "seed")
 
@@ -33,8 +38,18 @@ def bench(namespace: argparse.Namespace) -> int:
     print(report.table())
     with user_mistakes():
         for path in options.output:
-            report.save(path)
+            save_report(report, Path(path))
     return 1 if report.num_failed else 0
+
+
+def save_report(report: Report, path: Path) -> None:
+    """Write a file; its suffix, .json or .png, says what. Raises OSError if it cannot be written."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+        return
+    from moe_runtime.bench.plot import draw  # matplotlib only where a picture is drawn
+
+    path.write_bytes(draw(report))
 
 
 def _check_engine(options: BenchOptions, engine: Mapping[str, Any]) -> None:

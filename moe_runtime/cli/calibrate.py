@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.engine import EngineConfig, check_integer
+from moe_runtime.config.checks import check_integer
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import only_fields, option_values, options_of, user_mistakes
 
 if TYPE_CHECKING:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig, check_integer, parse_redundant
+from moe_runtime.config.checks import check_integer
+from moe_runtime.config.engine import EngineConfig, parse_redundant
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
 from moe_runtime.memory.budget import Budget, available_host_memory, gigabytes, holds_codes, may_use_cuda, plan_budget
 from moe_runtime.memory.model_size import (

@@ -19,7 +19,8 @@ from moe_runtime.cli.generate import engine_options, generate, sampling_options
 from moe_runtime.cli.inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.cli.plan import PlanOptions, ProfileOptions, plan, profile
 from moe_runtime.cli.tune import tune, tune_options
-from moe_runtime.config.engine import EngineConfig, check_integer
+from moe_runtime.config.checks import check_integer
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import (
     MODEL,
     UserMistake,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.engine import EngineConfig, check_integer
+from moe_runtime.config.checks import check_integer
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import given_values, only_fields, options_of, user_mistakes
 from moe_runtime.memory.model_size import weights_dtype
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from dataclasses import fields
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.options import Option, option_values, options_of, user_mistakes
 
 ENGINE = ("model", "ep_size", "dtype", "max_num_seqs", "max_num_batched_tokens", "redundant_experts")
@@ -53,13 +54,14 @@ def tune_model(engine: EngineConfig, model: ModelConfig) -> tuple[str, list[str]
     device = torch.device("cuda", torch.cuda.current_device())
     if not ops.uses_triton(device):
         raise ValueError("device: Triton is not installed; tune measures its kernels")
-    from moe_runtime.kernels.triton import tune as tuner
+    from moe_runtime.kernels.triton.tune import tune as measure_tiles
+    from moe_runtime.kernels.triton.tuned import cache_file
 
     moe = model.moe
     most = engine.max_num_batched_tokens * moe.top_k
     found: dict[str, object] = {}
     for num_slots in sorted(set(slots_per_rank(engine, model, engine.ep_size))):
-        found |= tuner.tune(
+        found |= measure_tiles(
             num_slots,
             model.hidden_size,
             moe.intermediate_size,
@@ -67,5 +69,5 @@ def tune_model(engine: EngineConfig, model: ModelConfig) -> tuple[str, list[str]
             [1 << power for power in range((most - 1).bit_length() + 1)],
             device=device,
         )
-    file = tuner.cache_file(torch.cuda.get_device_name(device))
+    file = cache_file(torch.cuda.get_device_name(device))
     return str(file), [f"{key}: {tile}" for key, tile in found.items()]

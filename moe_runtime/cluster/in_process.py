@@ -6,7 +6,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.worker.rank_step import PreparedStep

@@ -13,7 +13,8 @@ import numpy as np
 
 from moe_runtime.cluster.host import RANK_COMMAND
 from moe_runtime.cluster.rank_group import RankGroup, Site, single_host_site
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.wire.transport import Counts, CountsRequest, Message, Plan, Result, Task, TaskReport

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe_runtime.cluster.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Host, describe_exit, divide_cores
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError, RankInfo
 from moe_runtime.wire.transport import (

@@ -1,13 +1,14 @@
-"""Frozen configuration: what the user asked for (`EngineConfig`) and what a checkpoint is (`ModelConfig`). No torch."""
+"""What the user asked for: the engine's options. No torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
-from moe_runtime.config.expert_policy import RoutingPolicy, parse_routing
+from moe_runtime.config.checks import check_integer, is_number
+from moe_runtime.types.expert_policy import RoutingPolicy, parse_routing
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -170,17 +171,6 @@ class EngineConfig:
         return cls(**values)
 
 
-def is_number(value: object) -> bool:
-    """Whether it is an int or a float; True and False are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def check_integer(name: str, value: object, least: int) -> None:
-    """Raise ValueError unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: {value!r} is not allowed; it must be an integer of at least {least}")
-
-
 def parse_redundant(value: object, ep_size: int | None = None) -> int | tuple[int, ...]:
     """Redundant experts of all ranks alike, or a number for each rank; as text, with commas between.
 
@@ -207,74 +197,3 @@ def parse_redundant(value: object, ep_size: int | None = None) -> int | tuple[in
 
 def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. `rotary_dim` of each head's dims are rotated; `kind` and its figures as in HF's configs."""
-
-    theta: float
-    rotary_dim: int
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """The sparse block of a layer: experts, gate and shared experts."""
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    shared_intermediate_size: int = 0
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    normalize_topk: bool = True
-    routed_scaling_factor: float = 1.0
-    num_groups: int = 1
-    topk_groups: int = 1
-    correction_bias: bool = False
-    router_float32: bool = False
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """One checkpoint, Hugging Face's many spellings normalised once. `moe_layers` are the sparse layers' indices."""
-
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    max_position_embeddings: int
-    rope: RopeConfig
-    moe: MoEConfig
-    moe_layers: tuple[int, ...]
-    sliding_window: int | None
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
-    tie_word_embeddings: bool
-    dtype: str
-    eos_token_ids: tuple[int, ...]
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest context: the trained one times the rope factor where the scaling is meant to reach beyond it."""
-        if self.rope.kind in ("linear", "dynamic"):
-            return int(self.max_position_embeddings * self.rope.factor)
-        if self.rope.kind == "yarn":
-            return int(self.rope.original_max_position * self.rope.factor)
-        return self.max_position_embeddings

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel, DenseSizes, FloatArray
-
-ARTIFACT_PATH = Path(__file__).with_name("calibration.npz")
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Carving:
     num_experts_per_tok: int
 
     @classmethod
-    def load(cls, path: Path = ARTIFACT_PATH) -> "Carving":
+    def load(cls, path: Path = CARVING) -> "Carving":
         with np.load(path) as arrays:
             return cls(
                 shared_LS=arrays["shared"],

@@ -14,11 +14,12 @@ from pathlib import Path
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from moe_runtime.demo.carve import ARTIFACT_PATH, Carving, carve_layer, carved_config
+from moe_runtime.demo.carve import Carving, carve_layer, carved_config
+from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import GGUF_SHA256, WHEEL_VERSION, DemoModelError, locate_gguf
 from moe_runtime.demo.tokenizer import write_tokenizer
-from moe_runtime.kernels.cpu.library import default_cache_dir
+from moe_runtime.system.cache_folder import default_cache_dir
 
 # Raise it whenever the files written here change: a cached checkpoint of another version is not used.
 BUILDER_VERSION = 1
@@ -81,7 +82,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _fingerprint() -> str:
-    parts = (WHEEL_VERSION, GGUF_SHA256, str(BUILDER_VERSION), hashlib.sha256(ARTIFACT_PATH.read_bytes()).hexdigest())
+    parts = (WHEEL_VERSION, GGUF_SHA256, str(BUILDER_VERSION), hashlib.sha256(CARVING.read_bytes()).hexdigest())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 

@@ -10,24 +10,17 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.expert_policy import load_policies
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.engine.intake import Intake
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import Scheduler
-from moe_runtime.types.outputs import Logprob, OutputDelta, PositionLogprobs
+from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import Executor
-from moe_runtime.wire.messages import (
-    ExpertChanges,
-    PromptLogprobs,
-    RankResult,
-    RoutedExperts,
-    Sample,
-    StepPlan,
-    TokenLogprobs,
-)
+from moe_runtime.wire.messages import PromptLogprobs, RankResult, RoutedExperts, Sample, StepPlan, TokenLogprobs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_runtime.text.detokenizer import OutputText
-from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.wire.messages import ExpertChanges
 
 if TYPE_CHECKING:
     import numpy as np

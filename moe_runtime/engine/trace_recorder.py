@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_runtime.balancer.trace import MAX_EXPERTS, RoutingTrace
 
 if TYPE_CHECKING:
-    from moe_runtime.config.engine import ModelConfig
+    from moe_runtime.config.model import ModelConfig
     from moe_runtime.wire.messages import RankResult, RoutedExperts
 
 logger = logging.getLogger(__name__)

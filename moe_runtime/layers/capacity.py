@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.rounds import counts_of, place_among_equals
-from moe_runtime.config.engine import EngineConfig, MoEConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import torch_ops
 from moe_runtime.layers.batch import Batch, StepLimits
 from moe_runtime.layers.gate import count_choices
-from moe_runtime.wire.messages import ExpertChanges, RankPlan, RankResult, SequenceChanges
+from moe_runtime.types.outputs import ExpertChanges
+from moe_runtime.wire.messages import RankPlan, RankResult, SequenceChanges
 
 NONE = -torch.inf  # a choice that cannot be made
 

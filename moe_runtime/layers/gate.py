@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_runtime.config.engine import MoEConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.forms import USUAL, Forms
 from moe_runtime.layers.batch import StepRouting

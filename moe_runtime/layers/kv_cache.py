@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_kv_blocks
 from moe_runtime.memory.model_size import page_bytes
 from moe_runtime.system.pages import ask_for_huge_pages

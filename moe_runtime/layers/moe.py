@@ -15,13 +15,12 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, RoundDispatcher
 from moe_runtime.all2all.rounds import place_among_equals
-from moe_runtime.balancer.live.replica_table import ROUTE_LENGTH
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.layers.batch import Batch, StepRouting
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.side_stream import SideStream
 from moe_runtime.memory.budget import tokens_at_once
-from moe_runtime.wire.messages import PADDED, ExpertWork
+from moe_runtime.wire.messages import PADDED, ROUTE_LENGTH, ExpertWork
 
 
 class Router(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from moe_runtime.config.engine import RopeConfig
+from moe_runtime.config.model import RopeConfig
 
 TABLE_STEP = 4096  # positions
 

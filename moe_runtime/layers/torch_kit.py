@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
-from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels import ops
@@ -31,7 +31,6 @@ from moe_runtime.layers.gate import Gate
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
 from moe_runtime.layers.moe import Experts, MoELayer, Router, Shared
 from moe_runtime.layers.rotary import RotaryEmbedding
-from moe_runtime.worker.sampler import first_best
 
 
 class Linear:
@@ -235,7 +234,7 @@ class TorchKit:
         """The implementation of each op, and how many tiles were tuned on this kind of GPU, which are read now."""
         found = ops.describe(self.device)
         if ops.uses_triton(self.device):
-            from moe_runtime.kernels.triton.tune import tuned_tiles
+            from moe_runtime.kernels.triton.tuned import tuned_tiles
 
             found["tuned tiles"] = str(len(tuned_tiles(self.device)))
         return found
@@ -271,7 +270,8 @@ class TorchKit:
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row."""
-        return first_best(logits_BV)
+        tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
+        return tokens
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop:
         return LayerLoop(layers, cache)

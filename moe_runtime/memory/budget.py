@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.cpu.library import can_have_kernels
 from moe_runtime.memory.model_size import (
     ITEMSIZE,
@@ -191,7 +192,7 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
     All ranks' rows go to every rank and back, and the longest context is attended in chunks that are merged behind.
     """
-    from moe_runtime.engine.scheduler import buckets_of
+    from moe_runtime.memory.graph_buckets import buckets_of
 
     rows = max(buckets_of(engine, engine.ep_size), default=0)
     pairs = rows * engine.ep_size * model.moe.top_k

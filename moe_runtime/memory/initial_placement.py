@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 
 
 def slots_per_rank(config: EngineConfig, model: ModelConfig, num_ranks: int) -> tuple[int, ...]:

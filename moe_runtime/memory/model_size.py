@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_runtime.config.engine import ModelConfig
+from moe_runtime.config.model import ModelConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 CODED_BYTES = 1.5  # of a bfloat16 weight in codes

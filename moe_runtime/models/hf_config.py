@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from moe_runtime.config.engine import RopeConfig
+from moe_runtime.config.model import RopeConfig
 
 # Keys that do not change what the model computes when it generates text.
 HARMLESS = frozenset(

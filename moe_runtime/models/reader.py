@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.packed import PANEL
 from moe_runtime.layers.batch import Batch

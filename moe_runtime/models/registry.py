@@ -1,7 +1,7 @@
-"""Model families, one file each; this page finds the family of a checkpoint. No torch.
+"""The family, the configuration and the weights of a checkpoint. No torch at import.
 
 A family's file holds `parse(config.json) -> ModelConfig` and `EXPERT_NAMES`, the checkpoint's names of its sparse
-block. All three share the decoder of `moe_runtime.layers.decoder`.
+block. All share the decoder of `layers.decoder`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.engine import ModelConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from moe_runtime.models.names import ExpertNames
+    from moe_runtime.weights.checkpoint import WeightSource
+    from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
 FAMILIES = {
     "qwen3_moe": "moe_runtime.models.families.qwen3_moe",
@@ -54,6 +58,28 @@ def load_model_config(path: Path) -> ModelConfig:
     if eos is not None:
         model = dataclasses.replace(model, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
     return model
+
+
+def open_weights(path: Path, config: ModelConfig) -> WeightSource:
+    """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
+
+    Raises:
+        ValueError: there are none, or a file is missing, foreign or damaged.
+    """
+    files = DeepSpeedFiles.find(path)
+    if files is None:
+        from moe_runtime.weights.checkpoint import Checkpoint
+
+        return Checkpoint(path)
+    return open_deepspeed(files, config)
+
+
+def open_deepspeed(files: DeepSpeedFiles, config: ModelConfig) -> DeepSpeedCheckpoint:
+    """A DeepSpeed checkpoint that answers to the names of its family. Raises ValueError as `open_weights`."""
+    from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
+
+    names: ExpertNames = family_module(config.family).EXPERT_NAMES
+    return DeepSpeedCheckpoint(files, config, names.block, (names.gate, names.up, names.down))
 
 
 def _check(model: ModelConfig) -> None:

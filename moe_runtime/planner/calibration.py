@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_runtime.config.engine import ModelConfig
-from moe_runtime.config.expert_policy import RoutingCalibration, RoutingPolicy
+from moe_runtime.config.expert_policy import RoutingCalibration
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.types.expert_policy import RoutingPolicy
 from moe_runtime.worker.worker import Worker
 
 GRID = 64  # thresholds that are tried in each layer

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from moe_runtime.planner.shape import Matrix
+from moe_runtime.planner.shape import ITEMSIZE, Matrix
 
 Table = tuple[tuple[float, float], ...]
 Floats = npt.NDArray[np.float64]
 
-DTYPES = ("float32", "bfloat16", "float8")
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
 COPIES = ("expert", "rank", "node")
 
 

@@ -10,7 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.planner.hardware import COPIES, DTYPES, Hardware, Link, Overheads, Table
+from moe_runtime.planner.hardware import COPIES, Hardware, Link, Overheads, Table
+from moe_runtime.planner.shape import DTYPES
 
 PROFILES = resources.files("moe_runtime.planner") / "profiles"
 PLAIN = (

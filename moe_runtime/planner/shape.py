@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.config.engine import ModelConfig
-from moe_runtime.planner.hardware import DTYPES, ITEMSIZE
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.files import parse_json, read_text
 
+DTYPES = ("float32", "bfloat16", "float8")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
 INTEGERS = {  # of a file, with the least that is allowed
     "vocab_size": 2,
     "hidden_size": 1,

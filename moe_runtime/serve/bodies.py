@@ -1,4 +1,4 @@
-"""Bodies of requests, and what answers on all routes share.
+"""What the bodies of requests on all routes share, and what their answers do.
 
 Types are checked here, ranges by `SamplingParams`, so that HTTP and Python say the same.
 """
@@ -9,14 +9,14 @@ from base64 import b64encode
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from moe_runtime.types.sampling_params import MAX_LOGPROBS, SamplingParams
+from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from moe_runtime.wire.messages import ExpertChanges
+    from moe_runtime.types.outputs import ExpertChanges
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
@@ -74,31 +74,6 @@ def without_nulls(body: Any) -> Any:
     return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
-
-
-class OpenAIFields(Body):
-    """OpenAI's routes: null means not given, and what this server cannot do may only have its neutral value."""
-
-    model: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Has no effect.")
-    metadata: dict[str, Any] | None = Field(None, description="Has no effect.")
-    n: Literal[1] = 1
-    logit_bias: dict[str, float] = Field({}, max_length=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        return without_nulls(body)
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
 class TextPart(Body):
     type: Literal["text"]
     text: str
@@ -121,49 +96,6 @@ class Message(Body):
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         name = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": text, **name}
-
-
-class GenerateRequest(SamplingFields):
-    """`POST /generate`: exactly one of prompt, prompt_token_ids and messages, and sampling parameters beside it."""
-
-    prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
-    messages: list[Message] | None = None
-    stream: bool = False
-    logprobs: int | None = None
-
-
-class CompletionRequest(SamplingFields, OpenAIFields):
-    """`POST /v1/completions`."""
-
-    prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
-    suffix: Literal[""] = ""
-
-
-class ResponseFormat(Body):
-    type: Literal["text"]
-
-
-class ChatCompletionRequest(SamplingFields, OpenAIFields):
-    """`POST /v1/chat/completions`. Without a limit of tokens, an answer may go on to the context's end."""
-
-    messages: list[Message]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
-    tools: list[Any] = Field([], max_length=0)
-    tool_choice: Literal["none", "auto"] = "none"
-
-    def sampling_params(self) -> SamplingParams:
-        given = self._given()
-        given["max_tokens"] = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        given["logprobs"] = self.top_logprobs if self.logprobs else None
-        return SamplingParams(**given)
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges | None) -> dict[str, Any]:

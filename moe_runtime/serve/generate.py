@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.serve.bodies import GenerateRequest, finite, routed_experts, usage
+from moe_runtime.serve.bodies import Message, SamplingFields, finite, routed_experts, usage
 from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.prompts import encode_chat, encode_text
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
 
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
+
+
+class GenerateRequest(SamplingFields):
+    """`POST /generate`: exactly one of prompt, prompt_token_ids and messages, and sampling parameters beside it."""
+
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+    messages: list[Message] | None = None
+    stream: bool = False
+    logprobs: int | None = None
 
 
 class NativeReply:

@@ -20,8 +20,7 @@ from moe_runtime.serve.errors import error_body, json_response, user_error
 if TYPE_CHECKING:
     import numpy as np
 
-    from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
-    from moe_runtime.wire.messages import ExpertChanges
+    from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 
 T = TypeVar("T")
 DONE = "[DONE]"

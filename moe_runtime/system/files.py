@@ -1,21 +1,11 @@
-"""Reading the JSON files and NPZ archives that this package writes, and refusing others by name."""
+"""Reading the JSON files that this package writes, and refusing others by name."""
 
 from __future__ import annotations
 
-import io
 import json
-import struct
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
-# what zipfile and numpy raise where an archive is damaged
-UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, OSError, RuntimeError)
 
 
 def parse_json(text: str) -> Any:
@@ -32,30 +22,6 @@ def read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not a text file (byte {error.start} is not UTF-8)") from error
-
-
-def read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], Any]:
-    """The arrays of an NPZ archive, and the value in its JSON text `metadata`.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is foreign or damaged, or lacks `metadata` or one of `names`.
-    """
-    content = path.read_bytes()
-    try:
-        # numpy parses before it has seen the checksum: check that first
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            damaged = archive.testzip()
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {} if damaged else dict(file)
-    except UNREADABLE as error:
-        raise ValueError("not a readable NPZ archive") from error
-    if damaged:
-        raise ValueError(f"not a readable NPZ archive, {damaged} is damaged")
-    missing = [name for name in ("metadata", *names) if name not in arrays]
-    if missing:
-        raise ValueError(f"the NPZ archive lacks {', '.join(missing)}")
-    return arrays, parse_json(str(arrays.pop("metadata")))
 
 
 def require_format(data: object, name: str, version: int) -> Mapping[str, Any]:

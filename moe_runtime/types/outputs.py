@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_runtime.wire.messages import ExpertChanges
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,6 +20,21 @@ class Logprob:
 
 PositionLogprobs = dict[int, Logprob]
 """Token id -> Logprob at one position: the chosen token first, then the best in order."""
+
+
+@dataclass(frozen=True)
+class ExpertChanges:
+    """Assignments (a token's k-th expert in a layer) that limits of experts and ranks have changed.
+
+    Moved to a near-equal expert of a lighter rank, rerouted from an expert that was full, dropped.
+    """
+
+    moved: int = 0
+    rerouted: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: ExpertChanges) -> ExpertChanges:
+        return ExpertChanges(self.moved + other.moved, self.rerouted + other.rerouted, self.dropped + other.dropped)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_runtime.config.expert_policy import RoutingPolicy, parse_routing
+from moe_runtime.types.expert_policy import RoutingPolicy, parse_routing
 
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
 MAX_INTEGER = 2**63 - 1  # what a message between processes can carry

@@ -1,5 +1,4 @@
-"""Where weights come from: a directory of safetensors files, a DeepSpeed checkpoint, or random numbers. Each rank reads
-only what it asks for.
+"""Where weights come from: a directory of safetensors files, or random numbers. Each rank reads only what it asks for.
 
 Files are memory-mapped, so bytes that nobody asks for are never read.
 """
@@ -15,9 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_runtime.config.engine import ModelConfig
 from moe_runtime.system.pages import give_freed_memory_back, release_mappings, release_pages
-from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
@@ -65,20 +62,6 @@ class WeightSource(Protocol):
 
     def release_all(self) -> None:
         """Give back what was read and can be read again; tensors in use keep their values."""
-
-
-def open_weights(path: Path, config: ModelConfig) -> WeightSource:
-    """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
-
-    Raises:
-        ValueError: there are none, or a file is missing, foreign or damaged.
-    """
-    files = DeepSpeedFiles.find(path)
-    if files is None:
-        return Checkpoint(path)
-    from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
-
-    return DeepSpeedCheckpoint(files, config)
 
 
 class Checkpoint:

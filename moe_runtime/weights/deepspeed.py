@@ -16,9 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_runtime.config.engine import ModelConfig
-from moe_runtime.models.names import ExpertNames
-from moe_runtime.models.registry import family_module
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.pages import release_pages
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 
@@ -35,6 +33,8 @@ class DeepSpeedCheckpoint:
     Args:
         files: the checkpoint's files.
         config: what its `config.json` means.
+        block: name of a sparse block within a layer, in Hugging Face checkpoints of the family.
+        matrices: names there of an expert's gate, up and down.
 
     Attributes:
         names: all tensors, by their names in a Hugging Face checkpoint of the family.
@@ -44,9 +44,10 @@ class DeepSpeedCheckpoint:
         ValueError: a file is missing, foreign, damaged or holds more than plain data; tensors that mean another model.
     """
 
-    def __init__(self, files: DeepSpeedFiles, config: ModelConfig) -> None:
+    def __init__(self, files: DeepSpeedFiles, config: ModelConfig, block: str, matrices: tuple[str, str, str]) -> None:
         files.check(config)
         self.files, self.config = files, config
+        self._block, self._matrices = block, matrices
         self.bytes_read = 0
         state = _load(files.model)
         self._tensors = _tensors_of(state, files.model)
@@ -153,24 +154,18 @@ class DeepSpeedCheckpoint:
                     raise ValueError(
                         f"model: {self.files.model} has tensor {key!r}, which is not supported in a sparse layer"
                     )
-                name = f"model.layers.{layer}.{self._names.block}.gate.weight"
+                name = f"model.layers.{layer}.{self._block}.gate.weight"
             key_of[name] = key
         return key_of
 
     def _name_experts(self) -> dict[str, tuple[int, int, int]]:
         """(sparse layer, expert, which of gate, up and down) by name in the family."""
-        names = self._names
         return {
-            f"model.layers.{layer}.{names.block}.experts.{expert}.{part}.weight": (row, expert, role)
+            f"model.layers.{layer}.{self._block}.experts.{expert}.{part}.weight": (row, expert, role)
             for row, layer in enumerate(self.config.moe_layers)
             for expert in range(self.config.moe.num_experts)
-            for role, part in enumerate((names.gate, names.up, names.down))
+            for role, part in enumerate(self._matrices)
         }
-
-    @property
-    def _names(self) -> ExpertNames:
-        names: ExpertNames = family_module(self.config.family).EXPERT_NAMES
-        return names
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moe_runtime.config.engine import ModelConfig
+from moe_runtime.config.model import ModelConfig
 
 FAMILIES = ("qwen3_moe", "mixtral")
 MODEL_FILE = "mp_rank_00_model_states.pt"

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
 
 PADDED = "padded"  # the dispatcher of steps that name a bucket
+ROUTE_LENGTH = 64  # entries of the table by which an expert's tokens go to its replicas in turn
 
 
 @dataclass(frozen=True)
@@ -169,21 +171,6 @@ class RoutedExperts:
     start: int
     is_decode: bool
     experts: bytes
-
-
-@dataclass(frozen=True)
-class ExpertChanges:
-    """Assignments (a token's k-th expert in a layer) that limits of experts and ranks have changed.
-
-    Moved to a near-equal expert of a lighter rank, rerouted from an expert that was full, dropped.
-    """
-
-    moved: int = 0
-    rerouted: int = 0
-    dropped: int = 0
-
-    def __add__(self, other: ExpertChanges) -> ExpertChanges:
-        return ExpertChanges(self.moved + other.moved, self.rerouted + other.rerouted, self.dropped + other.dropped)
 
 
 @dataclass(frozen=True)

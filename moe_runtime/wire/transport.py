@@ -18,7 +18,8 @@ import numpy as np
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
 from moe_runtime.all2all.padded import make_padded
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.memory.budget import tokens_at_once
 from moe_runtime.wire.messages import PADDED

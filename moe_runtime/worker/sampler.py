@@ -27,16 +27,8 @@ class SamplingRow:
     num_prompt_tokens: int
 
 
-def first_best(logits_BV: Tensor) -> list[int]:
-    """The best token of each row."""
-    tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
-    return tokens
-
-
-def sample(
-    logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]] = first_best
-) -> list[int]:
-    """One token per row of float32 logits.
+def sample(logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]]) -> list[int]:
+    """One token per row of float32 logits; `argmax` gives the best token of each row.
 
     Penalties come first, then temperature, min-p, top-k and top-p, each renormalising what is left, as in vLLM. Equal
     logits are taken in order of token id.

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from moe_runtime.config.engine import ModelConfig
-from moe_runtime.config.expert_policy import RoutingPolicy
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.layers.batch import StepRouting
+from moe_runtime.types.expert_policy import RoutingPolicy
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import RankPlan, RoutedExperts
 from moe_runtime.worker.rank_step import PreparedStep

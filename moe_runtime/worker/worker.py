@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
-from moe_runtime.engine.scheduler import buckets_of
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
 from moe_runtime.layers.capacity import Limits, step_limits, with_limits
@@ -27,11 +27,13 @@ from moe_runtime.layers.kv_cache import KVCache, choose_num_blocks
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.torch_kit import TorchKit
+from moe_runtime.memory.graph_buckets import buckets_of
 from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
 from moe_runtime.memory.model_size import weights_dtype
 from moe_runtime.models.reader import Kit, ModelLoader
+from moe_runtime.models.registry import open_weights
 from moe_runtime.system.pages import giving_memory_back
-from moe_runtime.weights.checkpoint import RandomWeights, WeightSource, open_weights
+from moe_runtime.weights.checkpoint import RandomWeights, WeightSource
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
     ExpertWork,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.measure import CollectiveTime, LayerTime, Link, RankFacts
-from moe_runtime.engine.scheduler import ALL_GATHER_MAX_TOKENS
+from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 
 SLOW_LINK = 0.5  # of the median of its kind, within a host or between hosts
 SLOW_RANK = 1.2  # times the median of the matrix product

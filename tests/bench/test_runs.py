@@ -14,6 +14,7 @@ from moe_runtime.bench.report import Report, summarize
 from moe_runtime.bench.runs import Record, Run, run_jobs
 from moe_runtime.bench.targets import RequestError
 from moe_runtime.bench.workload import Job
+from moe_runtime.cli.bench import save_report
 
 HEALTH = {"model": "/models/some-moe", "dtype": "float32", "ep_size": 2, "device": "cpu", "max_model_len": 99}
 
@@ -139,7 +140,7 @@ def test_the_table_has_a_column_per_rate():
 def test_files(tmp_path, num_failed):
     options = BenchOptions(request_rate=(2.0, math.inf))
     report = Report(options, HEALTH, [a_run(2.0), a_run(math.inf, num_failed)])
-    report.save(tmp_path / "x.json")
+    save_report(report, tmp_path / "x.json")
     content = json.loads((tmp_path / "x.json").read_text())
     assert (content["format"], content["format_version"]) == ("moe_runtime.bench", 1)
     assert content["options"]["request_rate"] == [2.0, "inf"] and content["engine"] == HEALTH
@@ -163,5 +164,5 @@ def test_files(tmp_path, num_failed):
 )
 def test_pictures(tmp_path, runs):
     path = tmp_path / "x.png"
-    Report(BenchOptions(), HEALTH, runs).save(path)
+    save_report(Report(BenchOptions(), HEALTH, runs), path)
     assert path.read_bytes().startswith(b"\x89PNG")

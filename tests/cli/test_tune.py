@@ -13,7 +13,7 @@ from tiny_models import make_model, save
 pytest.importorskip("triton")
 
 from moe_runtime.cli import main as cli
-from moe_runtime.kernels.triton import tune
+from moe_runtime.kernels.triton import tune, tuned
 from moe_runtime.kernels.triton.tiles import TILES_16_BIT, Tile
 
 
@@ -66,9 +66,9 @@ def test_it_measures_the_shapes_of_the_model(
     out, err = capsys.readouterr()
     num_found = len(rows) * len(num_slots)
     assert str(file) in err and len(out.splitlines()) == len(json.loads(file.read_text())) == num_found
-    tune.tuned_tiles.cache_clear()
-    chosen = {tune.choose_tile(50, slots, 48, 24, torch.bfloat16, torch.device("cuda", 0)) for slots in num_slots}
-    tune.tuned_tiles.cache_clear()
+    tuned.tuned_tiles.cache_clear()
+    chosen = {tuned.choose_tile(50, slots, 48, 24, torch.bfloat16, torch.device("cuda", 0)) for slots in num_slots}
+    tuned.tuned_tiles.cache_clear()
     assert chosen == {TILES_16_BIT[64 % 5]}
 
 

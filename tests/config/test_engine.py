@@ -6,7 +6,8 @@ import math
 import pytest
 from fakes import model_config
 
-from moe_runtime.config.engine import EngineConfig, RopeConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import RopeConfig
 
 BAD = [
     ("model", [None, "", 5]),

@@ -11,12 +11,13 @@ import msgspec
 import pytest
 import torch
 
-from moe_runtime.config.engine import MoEConfig
-from moe_runtime.config.expert_policy import ALL_MASS, RoutingCalibration, RoutingPolicies, RoutingPolicy, parse_routing
+from moe_runtime.config.expert_policy import RoutingCalibration, RoutingPolicies
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.layers.gate import drop_experts
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.models.registry import load_model_config
+from moe_runtime.types.expert_policy import ALL_MASS, RoutingPolicy, parse_routing
 from moe_runtime.types.sampling_params import SamplingParams
 
 

@@ -20,12 +20,13 @@ from transformers import AutoTokenizer, Glm4MoeForCausalLM, PreTrainedTokenizerB
 
 from moe_runtime.demo import checkpoint as build
 from moe_runtime.demo import fit, source
-from moe_runtime.demo.carve import ARTIFACT_PATH, Carving
+from moe_runtime.demo.carve import Carving
 from moe_runtime.demo.checkpoint import ensure_demo_model
 from moe_runtime.demo.dense import load_dense
+from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.source import DemoModelError, locate_gguf
-from moe_runtime.kernels.cpu.library import default_cache_dir
+from moe_runtime.system.cache_folder import default_cache_dir
 
 BUILD = (
     "import sys, pathlib; from moe_runtime.demo.checkpoint import *; "
@@ -76,7 +77,7 @@ def wait_for(happened: Callable[[], object], seconds: float = 60.0) -> None:
 
 
 def test_artifact_is_small_and_partitions_the_neurons():
-    assert ARTIFACT_PATH.stat().st_size < 3_000_000
+    assert CARVING.stat().st_size < 3_000_000
     carving = Carving.load()
     num_layers, num_experts, expert_size = carving.experts_LEF.shape
     assert (num_layers, num_experts, expert_size) == (30, 32, 32)
@@ -91,7 +92,7 @@ def test_artifact_is_small_and_partitions_the_neurons():
 def test_artifact_survives_saving(tmp_path: Path):
     path = tmp_path / "again.npz"
     Carving.load().save(path)
-    assert path.read_bytes() == ARTIFACT_PATH.read_bytes()
+    assert path.read_bytes() == CARVING.read_bytes()
 
 
 def test_killed_build_leaves_nothing_and_two_at_once_make_one(checkpoint: Path, new_cache: Path):
@@ -137,8 +138,8 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch):
 
 def test_another_artifact_is_another_folder(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     changed = tmp_path / "calibration.npz"
-    changed.write_bytes(ARTIFACT_PATH.read_bytes() + b"\0")
-    monkeypatch.setattr(build, "ARTIFACT_PATH", changed)
+    changed.write_bytes(CARVING.read_bytes() + b"\0")
+    monkeypatch.setattr(build, "CARVING", changed)
     monkeypatch.setattr(build, "locate_gguf", lambda _: tmp_path / "absent.gguf")
     with pytest.raises(FileNotFoundError):  # it does not take the folder of the present artifact
         ensure_demo_model(checkpoint.parent)

@@ -14,11 +14,10 @@ from tiny_models import VOCAB, make_model, save
 
 from moe_runtime import LLM
 from moe_runtime.balancer.trace import UNUSED, RoutingTrace
-from moe_runtime.config.expert_policy import RoutingPolicy
 from moe_runtime.engine.engine import Engine
-from moe_runtime.types.outputs import OutputDelta
+from moe_runtime.types.expert_policy import RoutingPolicy
+from moe_runtime.types.outputs import ExpertChanges, OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.wire.messages import ExpertChanges
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, logprobs=2, return_routed_experts=True)
 CASES = ("qwen3 normalised", "glm4 groups")

@@ -13,7 +13,7 @@ from tiny_models import VOCAB, make_model, save
 
 from moe_runtime import LLM
 from moe_runtime.balancer.trace import UNUSED, RoutingTrace
-from moe_runtime.config.expert_policy import RoutingPolicy
+from moe_runtime.types.expert_policy import RoutingPolicy
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from moe_runtime.engine.engine import Engine
 from moe_runtime.engine.request import Request
-from moe_runtime.engine.scheduler import ALL_GATHER_MAX_TOKENS, Scheduler
+from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from moe_runtime.kernels.triton import tiles, tune
+from moe_runtime.kernels.triton import tiles, tune, tuned
 from moe_runtime.kernels.triton.tiles import CHIPS, Tile
 
 GPU = torch.device("cuda", 0)
@@ -21,9 +21,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def h100(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    tune.tuned_tiles.cache_clear()
+    tuned.tuned_tiles.cache_clear()
     yield GPU
-    tune.tuned_tiles.cache_clear()
+    tuned.tuned_tiles.cache_clear()
 
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
@@ -80,7 +80,7 @@ def test_a_dtype_without_a_kernel_is_refused():
 def test_tuning_keeps_the_fastest_and_serving_uses_it(h100, tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path))
     shape = (16, 64, 48)
-    slow = tune.choose_tile(100, *shape, torch.bfloat16, h100)
+    slow = tuned.choose_tile(100, *shape, torch.bfloat16, h100)
     asked = []
 
     def seconds_of(tile, num_rows):
@@ -92,12 +92,12 @@ def test_tuning_keeps_the_fastest_and_serving_uses_it(h100, tmp_path, monkeypatc
     assert set(found.values()) == {tiles.TILES_16_BIT[2]} and slow != tiles.TILES_16_BIT[2]
     assert list(tmp_path.iterdir()) == [tmp_path / "tiles-nvidia-h100-80gb-hbm3.json"]
 
-    tune.tuned_tiles.cache_clear()  # a process that starts later
-    assert tune.choose_tile(100, *shape, torch.bfloat16, h100) == tiles.TILES_16_BIT[2]
-    assert tune.choose_tile(100, *shape, torch.float16, h100) == slow
+    tuned.tuned_tiles.cache_clear()  # a process that starts later
+    assert tuned.choose_tile(100, *shape, torch.bfloat16, h100) == tiles.TILES_16_BIT[2]
+    assert tuned.choose_tile(100, *shape, torch.float16, h100) == slow
 
     tune.tune(*shape, torch.bfloat16, [1], device=h100, seconds_of=lambda tile, num_rows: float(tile.block_n))
-    kept = tune.load_tiles(tmp_path / "tiles-nvidia-h100-80gb-hbm3.json")
+    kept = tuned.load_tiles(tmp_path / "tiles-nvidia-h100-80gb-hbm3.json")
     assert len(kept) == 3 and set(found) < set(kept)
 
 
@@ -109,7 +109,7 @@ def test_only_gpus_are_tuned():
 def test_without_a_gpu_nothing_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path / "none"))
     device = torch.device("cpu")
-    assert tune.choose_tile(1, 8, 64, 64, torch.float32, device) == tiles.TILES_32_BIT[0]
+    assert tuned.choose_tile(1, 8, 64, 64, torch.float32, device) == tiles.TILES_32_BIT[0]
     assert not (tmp_path / "none").exists()
 
 
@@ -120,12 +120,12 @@ def test_a_broken_file_is_named(tmp_path, text):
     file = tmp_path / "tiles-x.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"tiles-x\.json: not a file of tuned tiles"):
-        tune.load_tiles(file)
+        tuned.load_tiles(file)
 
 
 def test_what_is_saved_is_read(tmp_path):
     saved = {"b": Tile(16, 64, 128, 4, 4), "a": tiles.TILES_16_BIT[-1]}
     file = tmp_path / "new" / "tiles.json"
-    tune.save_tiles(file, saved)
-    assert tune.load_tiles(file) == saved
+    tuned.save_tiles(file, saved)
+    assert tuned.load_tiles(file) == saved
     assert list(json.loads(file.read_text())) == ["a", "b"] and list(file.parent.iterdir()) == [file]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_runtime.all2all.rounds import counts_of, num_rounds, place_among_equals
-from moe_runtime.config.engine import MoEConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import torch_ops
 from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
 from moe_runtime.layers.capacity import (

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_models import make_model, save
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.layers.kv_cache import KVCache, available_host_memory, block_bytes, choose_num_blocks
 from moe_runtime.models.registry import load_model_config
 

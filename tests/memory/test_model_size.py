@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CASES, make_model, save
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_runtime.memory import model_size as size
 from moe_runtime.memory.budget import holds_codes
 from moe_runtime.memory.initial_placement import slots_per_rank

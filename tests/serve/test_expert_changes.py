@@ -16,7 +16,7 @@ from tiny_models import VOCAB, make_model, save
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.wire.messages import ExpertChanges
+from moe_runtime.types.outputs import ExpertChanges
 
 CHANGES = ExpertChanges(moved=3, rerouted=0, dropped=7)
 SHOWN = {"moved": 3, "rerouted": 0, "dropped": 7}

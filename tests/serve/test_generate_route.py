@@ -12,7 +12,8 @@ from serve_fakes import MAX_MODEL_LEN, FakeEngine, wait_until
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.serve import app as app_module
 from moe_runtime.serve.app import create_app
-from moe_runtime.serve.bodies import CompletionRequest, GenerateRequest
+from moe_runtime.serve.generate import GenerateRequest
+from moe_runtime.serve.openai.protocol import CompletionRequest
 from moe_runtime.types.sampling_params import SamplingParams
 
 

@@ -7,11 +7,10 @@ import base64
 import numpy as np
 import pytest
 
-from moe_runtime.config.expert_policy import parse_routing
-from moe_runtime.serve.bodies import GenerateRequest
-from moe_runtime.serve.generate import NativeReply
+from moe_runtime.serve.generate import GenerateRequest, NativeReply
 from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
 from moe_runtime.serve.streaming import Completion
+from moe_runtime.types.expert_policy import parse_routing
 from moe_runtime.types.outputs import OutputDelta
 
 

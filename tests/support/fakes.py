@@ -19,7 +19,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_runtime.engine.engine import Engine
 from moe_runtime.text.tokenizer import Tokenizer
 from moe_runtime.types.sampling_params import SamplingParams

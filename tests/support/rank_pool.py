@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
 

@@ -14,9 +14,8 @@ from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.engine import EngineStats
-from moe_runtime.types.outputs import Logprob, OutputDelta
+from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
 from moe_runtime.wire.executor import RankError
-from moe_runtime.wire.messages import ExpertChanges
 
 VOCAB = 1000
 MAX_MODEL_LEN = 200

@@ -18,7 +18,8 @@ from moe_runtime.balancer.live.rebalancer import Rebalancer
 from moe_runtime.balancer.placement import EMPTY
 from moe_runtime.balancer.plan import plan_placement
 from moe_runtime.balancer.split import rank_loads
-from moe_runtime.config.engine import EngineConfig, MoEConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.wire.executor import CountsReport
 from moe_runtime.wire.messages import ExpertWork, RankResult, SlotReport, SlotTask
 

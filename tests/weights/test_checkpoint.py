@@ -16,7 +16,8 @@ from tiny_models import CASES, FAMILY, make_model, save
 
 from moe_runtime.all2all.dispatch import make_dispatchers
 from moe_runtime.balancer.placement import Placement
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import load_model_config, open_weights
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.weights.checkpoint import Checkpoint, open_weights
+from moe_runtime.weights.checkpoint import Checkpoint
 from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
 NUM_TOKENS = 12

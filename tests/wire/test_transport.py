@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from process_tools import eventually
 
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
     Chunk,
-    ExpertChanges,
     NewSequence,
     PromptLogprobs,
     RankPlan,

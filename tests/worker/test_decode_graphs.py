@@ -20,7 +20,7 @@ from tiny_models import VOCAB, make_model, save
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.engine import Engine
-from moe_runtime.engine.scheduler import buckets_of
+from moe_runtime.memory.graph_buckets import buckets_of
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.worker.decode_graphs import CudaCapture, capture_on, context_sizes
 

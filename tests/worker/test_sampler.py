@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.worker.sampler import SamplingRow, sample, token_logprobs, uniform
+from moe_runtime.worker import sampler
+from moe_runtime.worker.sampler import SamplingRow, token_logprobs, uniform
 
 VOCAB = 53
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
+    return sampler.sample(logits, rows, lambda found: found.argmax(dim=-1).tolist())
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:

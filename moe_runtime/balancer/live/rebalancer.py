@@ -26,7 +26,8 @@ from moe_runtime.balancer.live.replica_table import Routes
 from moe_runtime.balancer.plan import Plan, plan_placement
 from moe_runtime.balancer.shift import Shift, ShiftDetector
 from moe_runtime.balancer.split import rank_loads
-from moe_runtime.config.engine import EngineConfig, ModelConfig
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
 from moe_runtime.memory.model_size import expert_bytes
 from moe_runtime.wire.executor import CountsReport, Executor

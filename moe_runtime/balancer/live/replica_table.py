@@ -15,9 +15,8 @@ import numpy.typing as npt
 from moe_runtime.balancer.choice import quotas, replica_table, slots_by_rank
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.split import split_tokens
-from moe_runtime.wire.messages import Route
+from moe_runtime.wire.messages import ROUTE_LENGTH, Route
 
-ROUTE_LENGTH = 64
 SLACK = 0.05  # of the least possible load of the busiest rank: less is not worth new tables
 MAX_CELLS = 1 << 20  # of quotas at a time, 8 bytes each
 TABLES_A_STEP = 512  # worked out between two steps, or those of one layer

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_runtime.system.cache_folder import default_cache_dir
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -113,14 +115,6 @@ def find_compiler() -> tuple[str, str]:
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeUnavailableError(f"the C++ compiler does not run: {error}") from None
     return compiler, shown.partition("\n")[0]
-
-
-def default_cache_dir() -> Path:
-    """The folder used when none is given; it need not exist."""
-    if own := os.environ.get("MOE_RUNTIME_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "moe-runtime"
 
 
 def _compile(compiler: str, flags: list[str], library: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_runtime.kernels.torch_ops import check_contiguous, check_grouped_mlp
 from moe_runtime.kernels.triton.tiles import Tile, invariant_tile
-from moe_runtime.kernels.triton.tune import choose_tile
+from moe_runtime.kernels.triton.tuned import choose_tile
 
 BLOCK_TILES = 16
 DECODE_ROWS = 16  # tiles of so many rows stream weights

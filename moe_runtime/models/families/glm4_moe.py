@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_runtime.config.engine import ModelConfig, MoEConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import DENSE_NAMES
 

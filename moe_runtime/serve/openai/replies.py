@@ -10,8 +10,7 @@ from moe_runtime.serve.bodies import finite, routed_experts, usage
 from moe_runtime.serve.streaming import Completion
 
 if TYPE_CHECKING:
-    from moe_runtime.types.outputs import Logprob, OutputDelta, PositionLogprobs
-    from moe_runtime.wire.messages import ExpertChanges
+    from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta, PositionLogprobs
 
 
 class _Reply:

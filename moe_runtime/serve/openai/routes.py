@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.serve.bodies import ChatCompletionRequest, CompletionRequest
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.serve.errors import ApiError, json_response, user_error
+from moe_runtime.serve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
 from moe_runtime.serve.prompts import encode_chat, encode_text
 from moe_runtime.serve.streaming import respond

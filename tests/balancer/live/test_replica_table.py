@@ -8,10 +8,10 @@ from balancer_samples import NO_DEADLINE, random_placement
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_runtime.balancer.live.replica_table import ROUTE_LENGTH, SLACK, Routes
+from moe_runtime.balancer.live.replica_table import SLACK, Routes
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.split import rank_loads
-from moe_runtime.wire.messages import Route
+from moe_runtime.wire.messages import ROUTE_LENGTH, Route
 
 Tables = list[dict[tuple[int, int], list[int]]]
 
