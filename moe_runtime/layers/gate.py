@@ -92,7 +92,7 @@ def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> Non
 def drop_experts(
     config: MoEConfig, policy_T4: Tensor, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's policy to what its gate chose; see `routing.RoutingPolicy`. What is dropped is -1, weight 0.
+    """Apply each token's policy to what its gate chose; see `RoutingPolicy`. What is dropped is -1, weight 0.
 
     A token that keeps all its experts keeps its weights, to the bit.
 

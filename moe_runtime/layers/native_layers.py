@@ -54,7 +54,7 @@ class NativeNorm:
 
 
 class NativeAttention:
-    """See `layers.Attention`."""
+    """See `torch_kit.Attention`."""
 
     def __init__(self, block: AttentionBlock) -> None:
         self.block = block

@@ -1,6 +1,6 @@
 """The front's side of balancing: decides when experts move, and tells the ranks where tokens go. No torch.
 
-`load_monitor.py` watches the load, `mover.py` carries moves out, `routes.py` shares tokens among replicas.
+`load_monitor.py` watches the load, `mover.py` carries moves out, `replica_table.py` shares tokens among replicas.
 
 The engine hands every plan through `prepare` and calls `tick` between steps; all waiting is done by others.
 

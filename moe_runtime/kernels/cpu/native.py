@@ -33,7 +33,7 @@ SLAB_BYTES = 64 << 20
 
 @cache
 def load(instruction_set: str | None = None) -> Kernels:
-    """The kernels for this machine, compiled if they are not in the cache yet; see `build.ensure_library`.
+    """The kernels for this machine, compiled if they are not in the cache yet; see `library.ensure_library`.
 
     Raises:
         NativeUnavailableError: they can't be had; one line says why.
