@@ -91,8 +91,9 @@ class Pool {
     while (!errand.done.load(std::memory_order_acquire)) {
       const uint32_t seen = epoch_.load();
       if (join_job()) {
-        // The job is the errand's until that is done, which it can't be while this thread is inside.
-        if (!errand.done.load(std::memory_order_acquire) && leader_ > 0) take_tasks(leader_);
+        // The job may be another call's, whose tasks this thread has no number for. If it is this errand's, it stays
+        // so while this thread is inside.
+        if (led_ == &errand) take_tasks(leader_);
         leave_job();
       }
       while (epoch_.load(std::memory_order_acquire) == seen && !errand.done.load()) await_call(seen);
@@ -151,7 +152,6 @@ class Pool {
 
   void perform(Errand& errand) {
     const std::lock_guard<std::mutex> lock(busy);
-    leader_ = 0;
     complete(errand);
   }
 
@@ -169,7 +169,9 @@ class Pool {
     Errand* errand = lock ? posted_.exchange(nullptr) : nullptr;
     if (errand == nullptr) return false;
     leader_ = thread;
+    led_ = errand;
     seen = complete(*errand);
+    led_ = nullptr;  // another errand may get its address
     return true;
   }
 
@@ -223,7 +225,9 @@ class Pool {
   const void* context_ = nullptr;
   void (*call_)(const void*, int64_t, int) = nullptr;
   std::atomic<Errand*> posted_{nullptr};
-  int leader_ = 0;  // number of the worker that runs an errand, which its owner takes, for jobs call theirs 0; or 0
+  // The errand that a worker runs, or null. Its owner helps under the worker's number, for jobs call the worker's 0.
+  const Errand* led_ = nullptr;
+  int leader_ = 0;
   std::atomic<bool> stop_{false};
   std::atomic<bool> waiting_{false};
   std::atomic<int> sleepers_{0};
