@@ -30,7 +30,7 @@ def has_compiler() -> bool:
 @needs_instructions
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_two_processes_compile_once_and_leave_one_whole_file(tmp_path):
-    code = "from moe_runtime.kernels.cpu import build; print(build.ensure_library()[0])"
+    code = "from moe_runtime.kernels.cpu import library; print(library.ensure_library()[0])"
     environment = os.environ | {"MOE_RUNTIME_CACHE": str(tmp_path / "new" / "cache"), "PYTHONSAFEPATH": "1"}
     children = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
