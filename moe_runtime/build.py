@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.expert_policy import CALIBRATION_NAME, load_policies
+from moe_runtime.config.expert_policy import CALIBRATION_NAME, policies_of
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.engine.engine import Engine
@@ -42,7 +42,7 @@ def build_engine(
     model_config = load_model_config(path)
     config = fit_to_model(find_calibration(config, path), model_config)
     initial_placement(config, model_config, config.ep_size)  # a file that does not fit is refused before ranks start
-    load_policies(config, model_config)
+    policies_of(config, model_config)
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:
@@ -69,7 +69,7 @@ def _choices(engine: Engine) -> str:
     return (
         f"{engine.model_name}: {len(ranks)} x {ranks[0].device} with {ranks[0].num_threads} threads, {ranks[0].dtype}, "
         f"kernels {kernels}, dispatcher {engine.config.dispatcher}, weights {weights:.2f} GB, "
-        f"KV cache {cache:.2f} GB ({sum(r.num_blocks for r in ranks)} pages of {engine.config.block_size} tokens), "
+        f"KV cache {cache:.2f} GB ({sum(r.num_pages for r in ranks)} pages of {engine.config.block_size} tokens), "
         f"loaded in {max(r.load_seconds for r in ranks):.1f} s"
     )
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import GateCall, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 4, 64
@@ -168,25 +168,25 @@ class SparseLayers:
                     experts.load(slot, part, 0, rows)
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
             router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
-            router = Router(kernels, gate, router_weight)
+            gate = GateCall(kernels, gate, router_weight)
             self.weights.append((router_weight, w13, w2))
-            self.blocks.append(SparseBlock(router, torch.arange(EXPERTS)[:, None], experts, None))
+            self.blocks.append(SparseCall(gate, torch.arange(EXPERTS)[:, None], experts, None))
 
     def case(self, rows: int) -> Case:
         x, copies, block = torch.randn(rows, HIDDEN).to(DTYPE), len(self.blocks), self.blocks[0]
-        touched = len(block.router(x, 0)[1].unique())
+        touched = len(block.gate(x, 0)[1].unique())
         return Case(
             "sparse block",
             rows,
-            nbytes=touched * block.experts.nbytes // EXPERTS + block.router.nbytes,
+            nbytes=touched * block.experts.nbytes // EXPERTS + block.gate.nbytes,
             flops=rows * (TOP_K * 6 * INNER * HIDDEN + 2 * EXPERTS * HIDDEN),
             native=lambda i: self.blocks[i % copies](x, rows),
             torch=lambda i: self.with_torch(x, *self.weights[i % copies]),
         )
 
     @staticmethod
-    def with_torch(x: torch.Tensor, router: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-        weights, experts = torch_ops.topk_gate(F.linear(x, router), top_k=TOP_K, scoring="softmax", normalize=True)
+    def with_torch(x: torch.Tensor, gate: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        weights, experts = torch_ops.topk_gate(F.linear(x, gate), top_k=TOP_K, scoring="softmax", normalize=True)
         order, counts = torch_ops.group_by_slot(experts.flatten(), EXPERTS)
         y = torch.empty(len(order), HIDDEN, dtype=DTYPE)
         y[order] = torch_ops.grouped_mlp(x, order // TOP_K, counts, w13, w2)

@@ -1,7 +1,7 @@
 """Beside each other: steps that the planner predicts for this machine, and steps that the engine takes.
 
 Measures this machine's hardware profile, then runs the engine on the demo and on the bench model with 1, 2 and 4 ranks:
-decoding with 1, 8 and 32 sequences, and prompts. Predictions get the loads that the router really gave. With 1 and 2
+decoding with 1, 8 and 32 sequences, and prompts. Predictions get the loads that the gate really gave. With 1 and 2
 ranks the time of a step is compared; with more ranks than cores, which take turns, the processor time of all ranks.
 What is beyond 20 percent is marked; the exit code is 1 then.
 

@@ -27,12 +27,12 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
 class Recorder:
     """Makes mock executors and remembers what it was asked for."""
 
-    def __init__(self, num_blocks: int = 64) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_pages: int = 64) -> None:
+        self.num_pages = num_pages
 
     def __call__(self, config, model, path) -> MockExecutor:
         self.config, self.path = config, path
-        self.executor = MockExecutor(config, [self.num_blocks] * config.ep_size)
+        self.executor = MockExecutor(config, [self.num_pages] * config.ep_size)
         return self.executor
 
 
@@ -74,7 +74,7 @@ def test_what_does_not_fit_the_model_is_refused_before_ranks_start(checkpoint, o
 
 
 def test_ranks_end_if_the_engine_cannot_be_made(checkpoint):
-    make_executor = Recorder(num_blocks=3)
+    make_executor = Recorder(num_pages=3)
     with pytest.raises(AssertionError, match="one sequence always fits"):
         build.build_engine(EngineConfig(str(checkpoint), ep_size=2), make_executor)
     assert make_executor.executor.closed == 1

@@ -246,7 +246,7 @@ def test_a_lost_rank_is_the_end(fake, monkeypatch):
 
 
 def test_load_and_placement(fake):
-    fake.engine_options["num_blocks"] = [8, 8]
+    fake.engine_options["num_pages"] = [8, 8]
     llm = LLM("fake")
     llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
     load = llm.expert_load()

@@ -151,7 +151,7 @@ class LocalDispatcher:
 
 
 @dataclass(frozen=True)
-class _Route:
+class ReturnPath:
     """How rows went and how they come back: the splits of both directions and where each row belongs."""
 
     order_R: Tensor  # grouped row -> row in the order of arrival
@@ -161,7 +161,7 @@ class _Route:
 
 
 class _GroupDispatcher:
-    """What dispatchers over a process group share: the group, and the way back, an exact all-to-all.
+    """What dispatchers over a process group share: the group, and the return path, an exact all-to-all.
 
     Args:
         group: the ranks.
@@ -179,12 +179,12 @@ class _GroupDispatcher:
         return self.combine_rounds([self.bring_back(y_RD, sent)], weights_TK)
 
     def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
-        route: _Route = sent.handle
+        path: ReturnPath = sent.handle
         y_send = torch.empty_like(y_RD)
-        y_send[route.order_R] = y_RD
-        y_back = y_RD.new_empty(sum(route.send_splits), y_RD.shape[1])
-        dist.all_to_all_single(y_back, y_send, route.send_splits, route.recv_splits, group=self.group)
-        return Returned(y_back, route.sent_to)
+        y_send[path.order_R] = y_RD
+        y_back = y_RD.new_empty(sum(path.send_splits), y_RD.shape[1])
+        dist.all_to_all_single(y_back, y_send, path.send_splits, path.recv_splits, group=self.group)
+        return Returned(y_back, path.sent_to)
 
     def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
         rows = Returned.join(rounds)
@@ -226,7 +226,7 @@ class AllToAllDispatcher(_GroupDispatcher):
         dist.all_to_all_single(x_ND, x_send, recv_splits, send_splits, group=self.group)
         slot_N = torch.arange(S, device=x_send.device).repeat(W).repeat_interleave(recv_WS.flatten())
         order_R, counts_S = self.row_ops.group_by_slot(slot_N, S)
-        return Dispatched(x_ND, order_R, counts_S, _Route(order_R, sent_to, send_splits, recv_splits))
+        return Dispatched(x_ND, order_R, counts_S, ReturnPath(order_R, sent_to, send_splits, recv_splits))
 
 
 def gather_rows(x_TD: Tensor, slot_TK: Tensor, P: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -283,8 +283,8 @@ class AllGatherDispatcher(_GroupDispatcher):
         order_R[arrival] = torch.arange(order.numel(), device=order.device)
         recv_splits = (local >= 0).view(W, -1).sum(1).tolist()
         sent_to, counts_W = self.row_ops.group_by_slot(slot_TK.flatten().div(S, rounding_mode="floor"), W)
-        route = _Route(order_R, sent_to, counts_W.tolist(), recv_splits)
-        return Dispatched(x_ND, order // K, counts_S, route)
+        path = ReturnPath(order_R, sent_to, counts_W.tolist(), recv_splits)
+        return Dispatched(x_ND, order // K, counts_S, path)
 
 
 def make_dispatchers(

@@ -32,7 +32,7 @@ def resize_layer(slots_WS: npt.NDArray[np.integer], load_E: Floats, num_slots_W:
     resized_WS = resized_WS[:, :max_slots]
     for rank, expert in sorted(lost, key=lambda pair: (-load_E[pair[1]], pair)):
         if not (resized_WS == expert).any():
-            slot = _spare_slot(resized_WS, num_slots_W, load_E, rank)
+            slot = _spare_position(resized_WS, num_slots_W, load_E, rank)
             if slot is not None:
                 resized_WS[rank, slot] = expert
     for expert in sorted({expert for _, expert in lost}, key=lambda expert: (-load_E[expert], expert)):
@@ -40,12 +40,12 @@ def resize_layer(slots_WS: npt.NDArray[np.integer], load_E: Floats, num_slots_W:
             count_E = np.bincount(resized_WS[resized_WS != EMPTY], minlength=len(load_E))
             part_E = np.append(load_E / np.maximum(count_E, 1), 0.0)
             lightest_first = part_E[resized_WS].sum(axis=1).argsort(kind="stable").tolist()
-            places = ((rank, _spare_slot(resized_WS, num_slots_W, load_E, rank)) for rank in lightest_first)
+            places = ((rank, _spare_position(resized_WS, num_slots_W, load_E, rank)) for rank in lightest_first)
             resized_WS[next(place for place in places if place[1] is not None)] = expert
     return resized_WS
 
 
-def _spare_slot(slots_WS: Ints, num_slots_W: Ints, load_E: Floats, rank: int) -> int | None:
+def _spare_position(slots_WS: Ints, num_slots_W: Ints, load_E: Floats, rank: int) -> int | None:
     """An empty slot of a rank, or the one of its expert with the least load that has another replica; or None."""
     held = slots_WS[rank, : num_slots_W[rank]]
     if (held == EMPTY).any():

@@ -22,6 +22,7 @@ from moe_runtime.wire.executor import RankError, RankInfo
 from moe_runtime.wire.transport import (
     PROTOCOL,
     Alive,
+    ControlServer,
     Failed,
     Hello,
     Init,
@@ -30,7 +31,6 @@ from moe_runtime.wire.transport import (
     ProtocolError,
     RankExited,
     Ready,
-    Router,
     Stop,
     host_name,
     rank_name,
@@ -115,7 +115,7 @@ class RankGroup:
         self._hosts_heard_at: dict[str, float] = {}
         self._store: TCPStore | None = None
         names = [rank_name(rank) for rank in range(site.num_ranks)] + [host_name(rank) for rank in site.remote_ranks]
-        self._router = Router(site.bind, names)
+        self._router = ControlServer(site.bind, names)
         try:
             self._host = Host(
                 site.own_ranks,

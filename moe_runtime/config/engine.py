@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 from moe_runtime.config.checks import check_integer, is_number
-from moe_runtime.types.expert_policy import RoutingPolicy, parse_routing
+from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -86,7 +86,7 @@ class EngineConfig:
     redundant_experts: int | Sequence[int] = 0
     migration_bytes_per_step: int | None = None
     placement: str | None = None
-    routing: str | RoutingPolicy | None = None
+    routing: str | ExpertPolicy | None = None
     routing_calibration: str | None = None
     capacity_factor: float | None = None
     overflow: str = "queue"
@@ -108,7 +108,7 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
-        object.__setattr__(self, "routing", parse_routing(self.routing))
+        object.__setattr__(self, "routing", parse_expert_policy(self.routing))
         for name in ("tokenizer", "placement", "routing_calibration", "record_trace", "served_model_name"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):

@@ -12,7 +12,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.files import field as read_field
 from moe_runtime.system.files import parse_json, read_text, require_format
-from moe_runtime.types.expert_policy import CLASSES, FULL, Routing, RoutingPolicy, parse_routing
+from moe_runtime.types.expert_policy import CLASSES, FULL, ExpertPolicy, PolicyRequest, parse_expert_policy
 
 FORMAT = "moe_runtime.routing_calibration"
 FORMAT_VERSION = 1
@@ -20,7 +20,7 @@ CALIBRATION_NAME = "routing_calibration.json"
 
 
 @dataclass(frozen=True)
-class RoutingCalibration:
+class PolicyCalibration:
     """What calibration found for a model, and the file that keeps it.
 
     Attributes:
@@ -36,7 +36,7 @@ class RoutingCalibration:
     num_experts: int
     top_k: int
     temperature: tuple[float, ...] | None
-    classes: Mapping[str, RoutingPolicy]
+    classes: Mapping[str, ExpertPolicy]
     measured: Sequence[Mapping[str, Any]] = field(default=())
 
     def save(self, path: str | Path) -> None:
@@ -48,7 +48,7 @@ class RoutingCalibration:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> RoutingCalibration:
+    def load(cls, path: str | Path) -> PolicyCalibration:
         """Read what `save` wrote.
 
         Raises:
@@ -62,13 +62,13 @@ class RoutingCalibration:
             for name in classes:
                 if name not in CLASSES[1:]:
                     raise ValueError(f"classes: {name!r} is not allowed; it must be one of {list(CLASSES[1:])}")
-            policies = {name: parse_routing(policy) for name, policy in classes.items()}
-            if not all(isinstance(policy, RoutingPolicy) for policy in policies.values()):
+            policies = {name: parse_expert_policy(policy) for name, policy in classes.items()}
+            if not all(isinstance(policy, ExpertPolicy) for policy in policies.values()):
                 raise ValueError("classes: each must be an object with top_k, top_p or threshold")
             return cls(
                 model=read_field(data, "model", str),
                 **numbers,
-                temperature=None if temperature is None else RoutingPolicy(temperature=temperature).temperature,  # type: ignore[arg-type]
+                temperature=None if temperature is None else ExpertPolicy(temperature=temperature).temperature,  # type: ignore[arg-type]
                 classes=policies,  # type: ignore[arg-type]
                 measured=read_field(data, "measured", list),
             )
@@ -88,7 +88,7 @@ class RoutingCalibration:
             )
 
 
-class RoutingPolicies:
+class ExpertPolicies:
     """The policies of one model: what a request asks for becomes what its ranks apply.
 
     Args:
@@ -101,7 +101,7 @@ class RoutingPolicies:
     """
 
     def __init__(
-        self, model: ModelConfig, calibration: RoutingCalibration | None = None, default: Routing = None
+        self, model: ModelConfig, calibration: PolicyCalibration | None = None, default: PolicyRequest = None
     ) -> None:
         if calibration is not None:
             calibration.check(model)
@@ -109,7 +109,7 @@ class RoutingPolicies:
         self._calibration = calibration
         self._default = self.resolve(FULL if default is None else default)
 
-    def resolve(self, asked: Routing) -> RoutingPolicy | None:
+    def resolve(self, asked: PolicyRequest) -> ExpertPolicy | None:
         """The policy, complete and checked for this model; None uses all experts that the gate chooses.
 
         Raises:
@@ -142,10 +142,10 @@ class RoutingPolicies:
                     "routing: top_p and threshold need a temperature for this model's sigmoid gate; "
                     "give one, or a file of `moe-runtime calibrate` as routing_calibration"
                 )
-            return RoutingPolicy(policy.top_k, policy.top_p, policy.threshold, self._calibration.temperature)
+            return ExpertPolicy(policy.top_k, policy.top_p, policy.threshold, self._calibration.temperature)
         return policy
 
-    def _of_class(self, name: str) -> RoutingPolicy:
+    def _of_class(self, name: str) -> ExpertPolicy:
         classes = {} if self._calibration is None else self._calibration.classes
         if name not in classes:
             raise ValueError(
@@ -155,11 +155,11 @@ class RoutingPolicies:
         return classes[name]
 
 
-def load_policies(config: EngineConfig, model: ModelConfig) -> RoutingPolicies:
+def policies_of(config: EngineConfig, model: ModelConfig) -> ExpertPolicies:
     """The policies that a configuration allows.
 
     Raises:
         ValueError: the calibration cannot be read or is for another model, or the default policy does not fit.
     """
     path = config.routing_calibration
-    return RoutingPolicies(model, None if path is None else RoutingCalibration.load(path), config.routing)
+    return ExpertPolicies(model, None if path is None else PolicyCalibration.load(path), config.routing)

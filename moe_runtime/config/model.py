@@ -39,7 +39,7 @@ class MoEConfig:
     num_groups: int = 1
     topk_groups: int = 1
     correction_bias: bool = False
-    router_float32: bool = False
+    gate_float32: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.expert_policy import load_policies
+from moe_runtime.config.expert_policy import policies_of
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.engine.intake import Intake
 from moe_runtime.engine.request import Request
@@ -77,9 +77,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_model_len = config.max_model_len or model_config.max_model_len
         for rank in executor.ranks:
-            assert rank.num_blocks * config.block_size >= self.max_model_len, "one sequence always fits on a rank"
+            assert rank.num_pages * config.block_size >= self.max_model_len, "one sequence always fits on a rank"
         self._scheduler = Scheduler(
-            [rank.num_blocks for rank in executor.ranks],
+            [rank.num_pages for rank in executor.ranks],
             config.block_size,
             config.max_num_seqs,
             config.max_num_batched_tokens,
@@ -91,7 +91,7 @@ class Engine:
         from moe_runtime.engine.trace_recorder import TraceRecorder
 
         self.rebalancer = Rebalancer(config, model_config, executor)
-        self._policies = load_policies(config, model_config)
+        self._policies = policies_of(config, model_config)
         self._intake = Intake(tokenizer, model_config.vocab_size, self.max_model_len, config.seed)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
@@ -253,7 +253,7 @@ class Engine:
             "extra_rounds": self._extra_rounds,
             "max_model_len": self.max_model_len,
             "block_size": self.config.block_size,
-            "num_blocks": [rank.num_blocks for rank in ranks],
+            "num_pages": [rank.num_pages for rank in ranks],
             "vocab_size": self.model_config.vocab_size,
             "placement_invariance": self._placement_invariance(),
         }

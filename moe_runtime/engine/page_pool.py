@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-class BlockPool:
-    """Hands out page numbers `0 .. num_blocks - 1`, each to one holder at a time."""
+class PagePool:
+    """Hands out page numbers `0 .. num_pages - 1`, each to one holder at a time."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._is_free = bytearray(b"\1" * num_blocks)
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._is_free = bytearray(b"\1" * num_pages)
 
     @property
     def num_free(self) -> int:
@@ -18,14 +18,14 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages; the caller has looked at `num_free`."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} are free"
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._is_free[block] = False
-        return blocks
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._is_free[page] = False
+        return pages
 
-    def free(self, blocks: list[int]) -> None:
+    def free(self, pages: list[int]) -> None:
         """Give pages back."""
-        for block in reversed(blocks):
-            assert not self._is_free[block], f"page {block} is freed twice"
-            self._is_free[block] = True
-            self._free.append(block)
+        for page in reversed(pages):
+            assert not self._is_free[page], f"page {page} is freed twice"
+            self._is_free[page] = True
+            self._free.append(page)

@@ -31,7 +31,7 @@ class Request:
         routed_experts: so far, in parts [tokens, layers, experts per token] in order of position, if asked for.
         expert_changes: so far; what a preempted request computes again counts again.
         rank: where it runs; None while it waits.
-        blocks: pages it holds there, in order of position.
+        pages: pages it holds there, in order of position.
         num_prefill_tokens: tokens it had when the rank took it in; what comes after them are decode rows.
     """
 
@@ -48,7 +48,7 @@ class Request:
     routed_experts: list[np.ndarray] = field(default_factory=list)
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     rank: int | None = None
-    blocks: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_planned: int = 0
     num_pending: int = 0

@@ -18,7 +18,7 @@ from bisect import insort
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from moe_runtime.engine.page_pool import BlockPool
+from moe_runtime.engine.page_pool import PagePool
 from moe_runtime.engine.request import Request
 from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
@@ -28,7 +28,7 @@ from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, Step
 class RankState:
     """The front's view of a rank: its pages, what runs there (in order of arrival), and what it must forget."""
 
-    pool: BlockPool
+    pool: PagePool
     running: list[Request] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
 
@@ -37,7 +37,7 @@ class RankState:
 class Draft:
     """A rank's share of the step that is being planned.
 
-    `prompt_budget` tokens are left for prompts. `asks_gates`: a request has a routing policy or wants its experts.
+    `prompt_budget` tokens are left for prompts. `asks_gates`: a request has an expert policy or wants its experts.
     """
 
     prompt_budget: int
@@ -52,7 +52,7 @@ class Scheduler:
     """All unfinished requests, and where they are.
 
     Args:
-        num_blocks: pages of each rank's KV cache.
+        num_pages: pages of each rank's KV cache.
         block_size: tokens per page.
         max_num_seqs: most sequences on a rank.
         max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
@@ -63,7 +63,7 @@ class Scheduler:
 
     def __init__(
         self,
-        num_blocks: Sequence[int],
+        num_pages: Sequence[int],
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -73,7 +73,7 @@ class Scheduler:
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
-        self.ranks = [RankState(BlockPool(count)) for count in num_blocks]
+        self.ranks = [RankState(PagePool(count)) for count in num_pages]
         self.num_steps = 0
         self.num_preemptions = 0
         self._block_size = block_size
@@ -90,7 +90,7 @@ class Scheduler:
     @property
     def usage(self) -> float:
         """Share of all pages that are held, 0 to 1."""
-        total = sum(rank.pool.num_blocks for rank in self.ranks)
+        total = sum(rank.pool.num_pages for rank in self.ranks)
         return 1 - sum(rank.pool.num_free for rank in self.ranks) / total
 
     def add(self, request: Request) -> None:
@@ -159,7 +159,7 @@ class Scheduler:
 
     def _make_room(self, rank: RankState, request: Request, num_tokens: int) -> bool:
         """Preempt later sequences until `request` has its pages; False if it had to give way itself."""
-        while self._num_blocks(request.num_planned + num_tokens) - len(request.blocks) > rank.pool.num_free:
+        while self._num_pages(request.num_planned + num_tokens) - len(request.pages) > rank.pool.num_free:
             victim = rank.running.pop()
             self._release(victim)
             insort(self.waiting, victim, key=lambda waiting: waiting.seq_id)
@@ -180,18 +180,18 @@ class Scheduler:
             request = self.waiting[0]
             if request.num_pending:
                 break  # preempted, and a token is still on its way
-            num_blocks = self._num_blocks(len(request.token_ids))
+            num_pages = self._num_pages(len(request.token_ids))
             fitting = [
                 index
                 for index, rank in enumerate(self.ranks)
                 if drafts[index].prompt_budget > 0
                 and len(rank.running) < self._max_num_seqs
-                and room[index] >= num_blocks
+                and room[index] >= num_pages
             ]
             if not fitting:
                 break
             index = min(fitting, key=lambda index: (drafts[index].num_tokens, -room[index], index))
-            room[index] -= num_blocks + 1
+            room[index] -= num_pages + 1
             self._start(request, index, drafts[index])
 
     def _start(self, request: Request, index: int, draft: Draft) -> None:
@@ -210,12 +210,12 @@ class Scheduler:
         assert request.rank is not None
         start = request.num_planned
         is_decoding = request.is_decoding
-        new_blocks = self.ranks[request.rank].pool.allocate(self._num_blocks(start + num_tokens) - len(request.blocks))
-        request.blocks += new_blocks
+        new_pages = self.ranks[request.rank].pool.allocate(self._num_pages(start + num_tokens) - len(request.pages))
+        request.pages += new_pages
         request.num_planned += num_tokens
         sample = request.num_planned == request.num_future_tokens
         request.num_pending += sample
-        chunk = Chunk(request.seq_id, start, num_tokens, new_blocks, sample)
+        chunk = Chunk(request.seq_id, start, num_tokens, new_pages, sample)
         draft.num_tokens += num_tokens
         params = request.params
         draft.asks_gates |= params.routing is not None or params.return_routed_experts
@@ -228,12 +228,12 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         assert request.rank is not None
         rank = self.ranks[request.rank]
-        rank.pool.free(request.blocks)
+        rank.pool.free(request.pages)
         rank.dropped.append(request.seq_id)
         request.rank = None
-        request.blocks = []
+        request.pages = []
         request.num_planned = 0
         request.num_prefill_tokens = 0
 
-    def _num_blocks(self, num_tokens: int) -> int:
+    def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)

@@ -19,13 +19,13 @@ class KeyRead:
 
     Attributes:
         rows: their rows in `q_THd`, `S * Q` of them, sequence after sequence.
-        blocks: int64 `[S, M]`, the pages to gather.
+        pages: int64 `[S, M]`, the pages to gather.
         num_keys: how many of the `M * block_size` gathered keys to use, from the front (C).
         visible: bool `[S, Q, C]`, which keys each query sees; `None` is the causal square (`Q == C`, one sequence).
     """
 
     rows: slice
-    blocks: Tensor
+    pages: Tensor
     num_keys: int
     visible: Tensor | None
 
@@ -50,12 +50,12 @@ class DecodeRows:
     """Rows that attend one by one, of which the host knows only their number and the longest context there may be.
 
     Attributes:
-        block_table: int64 `[S, max_blocks]`, pages of each sequence.
+        page_table: int64 `[S, max_pages]`, pages of each sequence.
         sequence_T, position_T: int64, of each row; a row sees the keys up to its own position.
         max_context: at least the largest position plus one.
     """
 
-    block_table: Tensor
+    page_table: Tensor
     sequence_T: Tensor
     position_T: Tensor
     max_context: int
@@ -69,20 +69,20 @@ class AttentionMetadata:
         num_decode: so many sequences at the front have exactly one query row and are attended as one batch.
         query_start: row where each sequence begins, and at the end the number of rows; `num_seqs + 1` ints.
         context_len: keys of each sequence, this step's own included; its last query is at position `context_len - 1`.
-        block_table: int64 `[num_seqs, max_blocks]` on the device: the pages of each sequence, padded with 0.
+        page_table: int64 `[num_seqs, max_pages]` on the device: the pages of each sequence, padded with 0.
     """
 
     num_decode: int
     query_start: list[int]
     context_len: list[int]
-    block_table: Tensor
+    page_table: Tensor
     # What a step reads is the same in every layer of one window, so it is worked out once.
     _reads: dict[tuple[int, int | None], list[KeyRead]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         num_seqs = len(self.context_len)
         assert len(self.query_start) == num_seqs + 1 and self.query_start[0] == 0, self.query_start
-        assert self.block_table.shape[0] == num_seqs and self.block_table.dtype == torch.int64
+        assert self.page_table.shape[0] == num_seqs and self.page_table.dtype == torch.int64
         assert 0 <= self.num_decode <= num_seqs
         for index, (num_query, context) in enumerate(zip(self.num_query, self.context_len, strict=True)):
             assert 1 <= num_query <= context, (index, num_query, context)
@@ -90,7 +90,7 @@ class AttentionMetadata:
 
     @classmethod
     def build(
-        cls, num_query: Sequence[int], context_len: Sequence[int], blocks: Sequence[Sequence[int]], device: torch.device
+        cls, num_query: Sequence[int], context_len: Sequence[int], pages: Sequence[Sequence[int]], device: torch.device
     ) -> AttentionMetadata:
         """Metadata of sequences with `num_query` new rows, `context_len` keys and these page numbers each.
 
@@ -100,9 +100,9 @@ class AttentionMetadata:
         query_start = [0]
         for count in num_query:
             query_start.append(query_start[-1] + count)
-        width = max(map(len, blocks), default=0)
-        padded = [[*pages, *[0] * (width - len(pages))] for pages in blocks]
-        table = torch.tensor(padded, dtype=torch.int64).view(len(blocks), width).to(device)
+        width = max(map(len, pages), default=0)
+        padded = [[*pages, *[0] * (width - len(pages))] for pages in pages]
+        table = torch.tensor(padded, dtype=torch.int64).view(len(pages), width).to(device)
         return cls(num_decode, query_start, list(context_len), table)
 
     @property
@@ -128,7 +128,7 @@ class AttentionMetadata:
         query_start, context_len = (torch.tensor(x, dtype=torch.int32) for x in (self.query_start, self.context_len))
         position_T = torch.arange(self.num_tokens, dtype=torch.int32) + (context_len - query_start[1:])[sequence_T]
         parts = (query_start, context_len, sequence_T, position_T)
-        return DeviceLengths(*torch.cat(parts).to(self.block_table.device).split([len(part) for part in parts]))
+        return DeviceLengths(*torch.cat(parts).to(self.page_table.device).split([len(part) for part in parts]))
 
     def reads(self, block_size: int, sliding_window: int | None) -> list[KeyRead]:
         """The step as key reads: one for all decodes, one per prefill chunk.
@@ -147,12 +147,12 @@ class AttentionMetadata:
         first = [max(0, context - window) // block_size if window else 0 for context in contexts]
         num_pages = max((c - 1) // block_size + 1 - f for c, f in zip(contexts, first, strict=True))
 
-        device = self.block_table.device
+        device = self.page_table.device
         context_S1 = torch.tensor(contexts, device=device)[:, None]
         first_S1 = torch.tensor(first, device=device)[:, None]
         page_SM = first_S1 + torch.arange(num_pages, device=device)
         # Rows shorter than the longest run past their pages; what they read there is masked.
-        block_SM = self.block_table[: self.num_decode].gather(1, page_SM.clamp(max=self.block_table.shape[1] - 1))
+        block_SM = self.page_table[: self.num_decode].gather(1, page_SM.clamp(max=self.page_table.shape[1] - 1))
         position_SC = first_S1 * block_size + torch.arange(num_pages * block_size, device=device)
         visible_SC = position_SC < context_S1
         if window is not None:
@@ -164,14 +164,14 @@ class AttentionMetadata:
         context = self.context_len[index]
         first_query = context - (rows.stop - rows.start)
         first_page = max(0, first_query - window + 1) // block_size if window else 0
-        block_SM = self.block_table[index : index + 1, first_page : (context - 1) // block_size + 1]
+        block_SM = self.page_table[index : index + 1, first_page : (context - 1) // block_size + 1]
         first_key = first_page * block_size
         num_keys = context - first_key
         if first_query == 0 and (window is None or window >= context):
             return KeyRead(rows, block_SM, num_keys, None)
 
-        key_C = torch.arange(first_key, context, device=self.block_table.device)
-        query_Q1 = torch.arange(first_query, context, device=self.block_table.device)[:, None]
+        key_C = torch.arange(first_key, context, device=self.page_table.device)
+        query_Q1 = torch.arange(first_query, context, device=self.page_table.device)[:, None]
         visible_QC = key_C <= query_Q1
         if window is not None:
             visible_QC &= key_C > query_Q1 - window

@@ -65,7 +65,7 @@ def paged_attention(
         )
     out_THd = torch.empty_like(q_THd)
     for row, (sequence, position) in enumerate(zip(*_rows(meta), strict=True)):
-        table = meta.block_table[sequence : sequence + 1]
+        table = meta.page_table[sequence : sequence + 1]
         alone = AttentionMetadata(1, [0, 1], [position + 1], table)
         out_THd[row] = torch_attention.paged_attention(
             q_THd[row : row + 1], k_cache_NBGd, v_cache_NBGd, alone, scale=scale, sliding_window=sliding_window

@@ -89,13 +89,15 @@ def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -
     return torch_ops.apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
-    """Write keys and values into their cache slots; see `torch_attention.store_kv`."""
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+) -> None:
+    """Write keys and values into the cache; see `torch_attention.store_kv`."""
     if uses_triton(k_TGd.device):
         from moe_runtime.kernels.triton import rotary
 
-        return rotary.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
-    return torch_attention.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+        return rotary.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
+    return torch_attention.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
 
 
 def rotary_store_kv(
@@ -106,10 +108,10 @@ def rotary_store_kv(
     sin_Tr: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    slot_T: Tensor,
+    cache_position_T: Tensor,
 ) -> Tensor:
     """`apply_rotary` and `store_kv` in one; returns the turned queries; see `torch_attention.rotary_store_kv`."""
-    operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, slot_T)
+    operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import rotary
 
@@ -140,7 +142,7 @@ def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    block_table: Tensor,
+    page_table: Tensor,
     sequence_T: Tensor,
     position_T: Tensor,
     *,
@@ -149,7 +151,7 @@ def decode_attention(
     sliding_window: int | None,
 ) -> Tensor:
     """Attention of single rows; waits for nothing; see `torch_attention.decode_attention`."""
-    operands = (q_THd, k_cache_NBGd, v_cache_NBGd, block_table, sequence_T, position_T)
+    operands = (q_THd, k_cache_NBGd, v_cache_NBGd, page_table, sequence_T, position_T)
     options: dict[str, Any] = {"max_context": max_context, "scale": scale, "sliding_window": sliding_window}
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton.decode_attention import decode_attention as implementation

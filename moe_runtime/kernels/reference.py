@@ -32,7 +32,7 @@ def paged_attention(
             position = context - (end - row)
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
             places = [
-                (int(meta.block_table[sequence, key // block_size]), key % block_size)
+                (int(meta.page_table[sequence, key // block_size]), key % block_size)
                 for key in range(first, position + 1)
             ]
             k_CGd = torch.stack([k_cache_NBGd[place] for place in places]).double()

@@ -1,6 +1,6 @@
 """Attention over the paged KV cache in torch, and the write into it.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N cache blocks, B block size,
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page,
 S sequences read together, Q query rows of each, C gathered keys, R query heads per key/value head.
 """
 
@@ -14,14 +14,16 @@ from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.torch_ops import apply_rotary
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
-    """Write each token's key and value into its slot of the cache, in place.
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+) -> None:
+    """Write each token's key and value to its position in the cache, in place.
 
     Args:
-        slot_T: int64, `block * block_size + offset`, all different.
+        cache_position_T: int64, `block * block_size + offset`, all different.
     """
-    k_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, k_TGd)
-    v_cache_NBGd.flatten(0, 1).index_copy_(0, slot_T, v_TGd)
+    k_cache_NBGd.flatten(0, 1).index_copy_(0, cache_position_T, k_TGd)
+    v_cache_NBGd.flatten(0, 1).index_copy_(0, cache_position_T, v_TGd)
 
 
 def rotary_store_kv(
@@ -32,11 +34,11 @@ def rotary_store_kv(
     sin_Tr: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    slot_T: Tensor,
+    cache_position_T: Tensor,
 ) -> Tensor:
     """`apply_rotary`, then `store_kv` of the turned keys; returns the turned queries."""
     q_THd, k_TGd = apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
-    store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+    store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     return q_THd
 
 
@@ -60,9 +62,9 @@ def paged_attention(
     assert q_THd.shape[0] == meta.num_tokens, (q_THd.shape, meta.num_tokens)
     out_THd = q_THd.new_empty(q_THd.shape)
     for read in meta.reads(k_cache_NBGd.shape[1], sliding_window):
-        k_SGCd = k_cache_NBGd[read.blocks].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
-        v_SGCd = v_cache_NBGd[read.blocks].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
-        q_SQHd = q_THd[read.rows].reshape(len(read.blocks), -1, *q_THd.shape[1:])
+        k_SGCd = k_cache_NBGd[read.pages].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
+        v_SGCd = v_cache_NBGd[read.pages].flatten(1, 2)[:, : read.num_keys].transpose(1, 2)
+        q_SQHd = q_THd[read.rows].reshape(len(read.pages), -1, *q_THd.shape[1:])
         attend = _attend_one if q_SQHd.shape[1] == 1 else _attend_many
         out_THd[read.rows] = attend(q_SQHd, k_SGCd, v_SGCd, read.visible, scale).flatten(0, 1)
     return out_THd
@@ -72,7 +74,7 @@ def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    block_table: Tensor,
+    page_table: Tensor,
     sequence_T: Tensor,
     position_T: Tensor,
     *,
@@ -83,7 +85,7 @@ def decode_attention(
     """Attention of rows that may be of any sequence and position; all that depends on the step is on the device.
 
     Args:
-        block_table: int64 `[S, max_blocks]`, pages of each sequence.
+        page_table: int64 `[S, max_pages]`, pages of each sequence.
         sequence_T: int32 or int64, which row of the block table each token uses.
         position_T: int32 or int64; a row sees the keys up to its own position.
         max_context: at least the largest position plus one; so many keys are gathered for each row.
@@ -92,7 +94,7 @@ def decode_attention(
         `[T, H, d]` in the dtype of `q_THd`.
     """
     num_pages = -(-max_context // k_cache_NBGd.shape[1])
-    block_TM = block_table[sequence_T.long(), :num_pages]
+    block_TM = page_table[sequence_T.long(), :num_pages]
     k_TGCd = k_cache_NBGd[block_TM].flatten(1, 2).transpose(1, 2)
     v_TGCd = v_cache_NBGd[block_TM].flatten(1, 2).transpose(1, 2)
     key_C = torch.arange(k_TGCd.shape[2], device=q_THd.device)

@@ -14,12 +14,12 @@ from moe_runtime.wire.messages import ExpertWork
 
 
 @dataclass(frozen=True)
-class StepRouting:
-    """What a step asks of all gates beside the model's own routing.
+class StepPolicies:
+    """What a step asks of all gates beside what the model's own gate does.
 
     Attributes:
         policy_T: int64, which of the policies each token has, 0 for none; None: none for all.
-        policies_LP4: float32, the rows of `RoutingPolicy` for each layer and policy; the first is not read.
+        policies_LP4: float32, the rows of `ExpertPolicy` for each layer and policy; the first is not read.
         live_T: bool, False for rows of padding, which use no expert and are not counted; None: there are none.
         chosen_LTK: int16, which gates fill with the experts that each token uses, -1 for none; None: not kept.
     """
@@ -54,22 +54,22 @@ class Batch:
     Attributes:
         position_T: of each token, int64.
         num_prompt_T: length of the prompt of each token's sequence.
-        slot_T: where each token's key and value go: page * block size + offset.
+        cache_position_T: where each token's key and value go: page * block size + offset.
         attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
         num_decode: so many leading tokens are decode rows.
         dispatcher, tokens_per_rank: as the plan says.
         expert_work: where sparse layers note what their experts did; None in steps that are not measured.
-        routing: policies of the tokens, and where to keep their experts; None where no token asks for either.
+        policies: of the tokens, and where to keep their experts; None where no token asks for either.
         limits: of experts and ranks; None where there are none.
     """
 
     position_T: Tensor
     num_prompt_T: Tensor
-    slot_T: Tensor
+    cache_position_T: Tensor
     attention: AttentionMetadata | DecodeRows
     num_decode: int
     dispatcher: str
     tokens_per_rank: list[int]
     expert_work: list[ExpertWork] | None = None
-    routing: StepRouting | None = None
+    policies: StepPolicies | None = None
     limits: StepLimits | None = None

@@ -2,7 +2,7 @@
 
 An assignment is one (token, k) of a layer. Everything here is of one source rank and takes no collective.
 
-Shape suffixes: T tokens, K experts per token, E logical experts, W ranks, P entries of a route, L sparse layers.
+Shape suffixes: T tokens, K experts per token, E logical experts, W ranks, P entries of a replica list, L sparse layers.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class LayerLimits:
         A token whose experts stay keeps its weights, to the bit.
 
         Args:
-            logits_TE: of the router.
-            slot_EP: the route of each expert.
+            logits_TE: of the gate.
+            slot_EP: the slots of each expert, in turn.
         """
         limits, config, step = self.limits, self.config, batch.limits
         assert step is not None
@@ -140,8 +140,8 @@ class LayerLimits:
         weights_TK = _weights(config, scores_TE, weights_TK, experts_TK, before_TK)
         step.changes_T3 += torch.stack((moved_T, rerouted_T, dropped_T), dim=1)
         count_choices(self.counts_2E, experts_TK, batch.num_decode)
-        if batch.routing is not None and batch.routing.chosen_LTK is not None:
-            batch.routing.chosen_LTK[self.layer] = experts_TK
+        if batch.policies is not None and batch.policies.chosen_LTK is not None:
+            batch.policies.chosen_LTK[self.layer] = experts_TK
         return weights_TK, experts_TK
 
     def _capacity(self, num_tokens: int) -> int:
@@ -233,7 +233,7 @@ def prefer_light_ranks(
 
 
 def rank_of_experts(slot_EP: Tensor, num_slots: int) -> Tensor:
-    """The rank of each expert; -1 where its route leads to several slots."""
+    """The rank of each expert; -1 where it has several slots."""
     first_E = slot_EP[:, 0]
     return torch.where((slot_EP == slot_EP[:, :1]).all(1), first_E // num_slots, -1)
 

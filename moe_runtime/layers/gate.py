@@ -1,4 +1,4 @@
-"""The gate: router scores and the top k experts of each token.
+"""The gate: scores and the top k experts of each token.
 
 Shape suffixes: T tokens, D hidden, E logical experts, K experts per token, L sparse layers, P policies.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.forms import USUAL, Forms
-from moe_runtime.layers.batch import StepRouting
+from moe_runtime.layers.batch import StepPolicies
 
 
 class Gate:
@@ -20,12 +20,12 @@ class Gate:
 
     Args:
         config: scoring, groups, normalisation.
-        weight_ED: the router; float32 where the family computes it so.
+        weight_ED: of the gate; float32 where the family computes it so.
         correction_bias_E: float32 bias that takes part in choosing only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         counts_2E: int64, tokens of each expert in prefill and decode; grows with every call, without a device sync.
             None counts nothing.
         layer: number of the sparse layer.
-        forms: of the router's product.
+        forms: of the gate's product.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Gate:
         return self.weight_ED.nbytes
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The router's `[T, E]`."""
+        """The gate's logits `[T, E]`."""
         return self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, None)
 
-    def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
 
         The first `num_decode` rows count as decode.
@@ -68,14 +68,14 @@ class Gate:
             normalize=self.config.normalize_topk,
             scale=self.config.routed_scaling_factor,
         )
-        if routing is not None:
-            if routing.policy_T is not None and routing.policies_LP4 is not None:
-                policy_T4 = routing.policies_LP4[self.layer][routing.policy_T]
+        if policies is not None:
+            if policies.policy_T is not None and policies.policies_LP4 is not None:
+                policy_T4 = policies.policies_LP4[self.layer][policies.policy_T]
                 weights_TK, experts_TK = drop_experts(self.config, policy_T4, logits_TE, weights_TK, experts_TK)
-            if routing.live_T is not None:
-                experts_TK = experts_TK.masked_fill(~routing.live_T[:, None], -1)
-            if routing.chosen_LTK is not None:
-                routing.chosen_LTK[self.layer] = experts_TK
+            if policies.live_T is not None:
+                experts_TK = experts_TK.masked_fill(~policies.live_T[:, None], -1)
+            if policies.chosen_LTK is not None:
+                policies.chosen_LTK[self.layer] = experts_TK
         if self.counts_2E is not None:
             count_choices(self.counts_2E, experts_TK, num_decode)
         return weights_TK, experts_TK
@@ -92,7 +92,7 @@ def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> Non
 def drop_experts(
     config: MoEConfig, policy_T4: Tensor, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's policy to what its gate chose; see `RoutingPolicy`. What is dropped is -1, weight 0.
+    """Apply each token's policy to what its gate chose; see `ExpertPolicy`. What is dropped is -1, weight 0.
 
     A token that keeps all its experts keeps its weights, to the bit.
 

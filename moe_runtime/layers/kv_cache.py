@@ -1,6 +1,6 @@
 """The paged key/value cache of one rank, and how large it may be.
 
-Shape suffixes: N pages (blocks), B tokens per page, G key/value heads, d head dim.
+Shape suffixes: N pages, B tokens per page, G key/value heads, d head dim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_kv_blocks
+from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_cache_pages
 from moe_runtime.memory.model_size import page_bytes
 from moe_runtime.system.pages import ask_for_huge_pages
 
@@ -31,10 +31,10 @@ class KVCache:
     """Keys and values of all layers, in pages. Zeroed, so that masked reads past a sequence's end are finite."""
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.num_blocks = num_blocks
+        shape = (config.num_layers, num_pages, block_size, config.num_kv_heads, config.head_dim)
+        self.num_pages = num_pages
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self._layers = [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
@@ -61,7 +61,7 @@ def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int
     return page_bytes(config, block_size, dtype.itemsize)
 
 
-def choose_num_blocks(
+def choose_num_pages(
     engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, local_ranks: int
 ) -> int:
     """Pages that a rank reserves: what its sequences can use at most, within the memory it may take.
@@ -78,4 +78,4 @@ def choose_num_blocks(
         memory = int(torch.cuda.mem_get_info(device)[0] * FREE_MEMORY_SHARE)
     else:
         memory = default_kv_bytes(available_host_memory(), local_ranks)
-    return num_kv_blocks(engine, model, dtype.itemsize, memory)
+    return num_cache_pages(engine, model, dtype.itemsize, memory)

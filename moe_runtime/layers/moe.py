@@ -16,11 +16,11 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, RoundDispatcher
 from moe_runtime.all2all.rounds import place_among_equals
 from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.side_stream import SideStream
 from moe_runtime.memory.budget import tokens_at_once
-from moe_runtime.wire.messages import PADDED, ROUTE_LENGTH, ExpertWork
+from moe_runtime.wire.messages import PADDED, REPLICA_TURNS, ExpertWork
 
 
 class Router(Protocol):
@@ -30,9 +30,9 @@ class Router(Protocol):
     def nbytes(self) -> int: ...
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The router's `[T, E]`."""
+        """The gate's logits `[T, E]`."""
 
-    def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
 
         The first `num_decode` rows are decode rows.
@@ -88,14 +88,14 @@ class ExpertCounter:
         self.counts_2LE = torch.zeros(2, num_layers, num_experts, dtype=torch.int64, device=device)
 
     def layer(self, index: int) -> Tensor:
-        """The counts `[2, E]` of one sparse layer, prefill then decode; whoever routes adds to them."""
+        """The counts `[2, E]` of one sparse layer, prefill then decode; the gate adds to them."""
         return self.counts_2LE[:, index]
 
 
 class MoELayer:
     """A sparse block whose experts lie in slots on all ranks, and the norm behind it.
 
-    An expert's tokens go to its replicas in turn: the i-th of this rank's to entry `i % ROUTE_LENGTH` of its route.
+    An expert's tokens go to its replicas in turn: the i-th of this rank's to entry `i % REPLICA_TURNS` of its list.
 
     Args:
         gate: chooses logical experts.
@@ -119,7 +119,7 @@ class MoELayer:
     ) -> None:
         self.gate = gate
         # The last row is that of expert -1: what a policy has dropped goes nowhere.
-        self.slot_EP = torch.cat((slot_E, slot_E.new_tensor([-1])))[:, None].repeat(1, ROUTE_LENGTH)
+        self.slot_EP = torch.cat((slot_E, slot_E.new_tensor([-1])))[:, None].repeat(1, REPLICA_TURNS)
         self.has_replicas = False
         self.experts = experts
         self.shared = shared
@@ -138,15 +138,15 @@ class MoELayer:
         All ranks call it for the same step, also one that has no token.
         """
         way = self.dispatchers[batch.dispatcher]
-        weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.routing)
+        weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.policies)
         if self.limits is not None and self.limits.changes_experts:
             logits_TE = self.gate.logits(x_TD)
             weights_TK, experts_TK = self.limits.choose(logits_TE, weights_TK, experts_TK, self.slot_EP[:-1], batch)
 
         shared_TD = self._beside.start(self.shared, x_TD) if self.shared is not None else None
 
-        # A captured step is repeated under routes that are not known yet.
-        slot_TK = self._slots(experts_TK, any_routes=batch.dispatcher == PADDED and "local" not in self.dispatchers)
+        # A captured step is replayed with replica tables that are not known yet.
+        slot_TK = self._slots(experts_TK, any_replicas=batch.dispatcher == PADDED and "local" not in self.dispatchers)
         if self.limits is not None and self.limits.queues:
             out_TD = self._in_rounds(way, self.limits, x_TD, slot_TK, weights_TK, batch)
         else:
@@ -156,19 +156,19 @@ class MoELayer:
             out_TD += shared_TD()
         return self.next_norm.add(out_TD, residual_TD)
 
-    def route(self, expert: int, slots: list[int]) -> None:
+    def use_replicas(self, expert: int, slots: list[int]) -> None:
         """From the next call on, send an expert's tokens to these global slots in turn; their number divides 64."""
-        turns = torch.tensor(slots, device=self.slot_EP.device).repeat(ROUTE_LENGTH // len(slots))
+        turns = torch.tensor(slots, device=self.slot_EP.device).repeat(REPLICA_TURNS // len(slots))
         self.slot_EP[expert] = turns
         self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
 
-    def _slots(self, experts_TK: Tensor, any_routes: bool = False) -> Tensor:
+    def _slots(self, experts_TK: Tensor, any_replicas: bool = False) -> Tensor:
         """The global slot of each (token, k), `[T, K]`; -1 for expert -1."""
-        if not (self.has_replicas or any_routes):
+        if not (self.has_replicas or any_replicas):
             return self.slot_EP[experts_TK, 0]
         chosen = experts_TK.flatten()
         turn = place_among_equals(chosen, len(self.slot_EP) - 1)
-        return self.slot_EP[chosen, turn % ROUTE_LENGTH].view_as(experts_TK)
+        return self.slot_EP[chosen, turn % REPLICA_TURNS].view_as(experts_TK)
 
     def _in_parts(self, way: Dispatcher, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch) -> Tensor:
         """Dispatch, experts and combine; on CPUs for `tokens_at_once` tokens of each rank at a time, in place."""

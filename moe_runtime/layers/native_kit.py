@@ -15,7 +15,7 @@ from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.config.model import ModelConfig, MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
@@ -75,7 +75,7 @@ class NativeKit:
         k_norm: Tensor | None,
         next_norm: NativeNorm,
     ) -> NativeAttention:
-        block = AttentionBlock(
+        block = AttentionCall(
             self.kernels,
             qkv,
             output,
@@ -95,7 +95,7 @@ class NativeKit:
         """What all layers of a step share."""
         assert isinstance(batch.attention, AttentionMetadata)
         angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
-        return Step(batch.attention, batch.slot_T, *angles)
+        return Step(batch.attention, batch.cache_position_T, *angles)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row."""
@@ -142,7 +142,7 @@ class NativeKit:
             normalize=config.normalize_topk,
             scale=config.routed_scaling_factor,
         )
-        return NativeGate(Router(self.kernels, gate, weight_ED, counts_2E), layer)
+        return NativeGate(GateCall(self.kernels, gate, weight_ED, counts_2E), layer)
 
     def sparse_block(
         self,
@@ -158,7 +158,7 @@ class NativeKit:
         if all_are_here and set(dispatchers) == {"local"} and limits is None:
             shared_experts = None if shared is None else shared.experts
             return NativeSparseBlock(
-                SparseBlock(gate.router, slot_E[:, None], experts, shared_experts, next_norm.behind), gate
+                SparseCall(gate.call, slot_E[:, None], experts, shared_experts, next_norm.behind), gate
             )
         if "symmetric" in dispatchers and limits is None:
             return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)

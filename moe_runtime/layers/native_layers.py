@@ -16,17 +16,17 @@ from moe_runtime.all2all.dispatch import Dispatcher
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.cpu.blocks import (
-    AttentionBlock,
-    DenseBlock,
+    AttentionCall,
+    DenseCall,
+    GateCall,
+    LayerPolicies,
     NextNorm,
-    Router,
-    Routing,
-    SparseBlock,
+    SparseCall,
 )
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, Step
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
-from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.decoder import LayerLoop, Rows
 from moe_runtime.layers.kv_cache import LayerCache
 from moe_runtime.layers.moe import MoELayer, part_size
@@ -56,7 +56,7 @@ class NativeNorm:
 class NativeAttention:
     """See `torch_kit.Attention`."""
 
-    def __init__(self, block: AttentionBlock) -> None:
+    def __init__(self, block: AttentionCall) -> None:
         self.block = block
 
     @property
@@ -72,7 +72,7 @@ class NativeMLP:
 
     def __init__(self, experts: PackedExperts) -> None:
         self.experts = experts
-        self._block = DenseBlock(experts)
+        self._block = DenseCall(experts)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +91,7 @@ class NativeDenseBlock:
 
     def __init__(self, mlp: NativeMLP, next_norm: NativeNorm) -> None:
         self.mlp = mlp
-        self.block = DenseBlock(mlp.experts, next_norm.behind)
+        self.block = DenseCall(mlp.experts, next_norm.behind)
 
     @property
     def nbytes(self) -> int:
@@ -104,47 +104,49 @@ class NativeDenseBlock:
 class NativeGate:
     """See `gate.Gate`."""
 
-    def __init__(self, router: Router, layer: int) -> None:
-        self.router = router
+    def __init__(self, call: GateCall, layer: int) -> None:
+        self.call = call
         self.layer = layer
 
     @property
     def nbytes(self) -> int:
-        return self.router.nbytes
+        return self.call.nbytes
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        return self.router.logits(x_TD)
+        return self.call.logits(x_TD)
 
-    def __call__(self, x_TD: Tensor, num_decode: int, routing: StepRouting | None = None) -> tuple[Tensor, Tensor]:
-        return self.router(x_TD, num_decode, _of_layer(routing, self.layer))
+    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
+        return self.call(x_TD, num_decode, _of_layer(policies, self.layer))
 
 
-def _of_layer(routing: StepRouting | None, layer: int) -> Routing:
-    if routing is None:
-        return Routing()
-    policies, chosen = routing.policies_LP4, routing.chosen_LTK
-    return Routing(
-        routing.policy_T, None if policies is None else policies[layer], None if chosen is None else chosen[layer]
+def _of_layer(policies: StepPolicies | None, layer: int) -> LayerPolicies:
+    if policies is None:
+        return LayerPolicies()
+    policies_LP4, chosen_LTK = policies.policies_LP4, policies.chosen_LTK
+    return LayerPolicies(
+        policies.policy_T,
+        None if policies_LP4 is None else policies_LP4[layer],
+        None if chosen_LTK is None else chosen_LTK[layer],
     )
 
 
 class NativeSparseBlock:
     """The sparse block of a rank that holds all experts, and the norm behind it, in one call."""
 
-    def __init__(self, block: SparseBlock, gate: NativeGate) -> None:
+    def __init__(self, block: SparseCall, gate: NativeGate) -> None:
         self.block = block
         self.gate = gate
         self.experts = block.experts
 
     @property
     def nbytes(self) -> int:
-        parts = (self.block.router, self.block.experts, self.block.shared)
+        parts = (self.block.gate, self.block.experts, self.block.shared)
         return sum(part.nbytes for part in parts if part is not None)
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.dispatcher == "local"
-        routing = _of_layer(batch.routing, self.gate.layer)
-        return self.block(x_TD, batch.num_decode, residual_TD, routing), residual_TD
+        policies = _of_layer(batch.policies, self.gate.layer)
+        return self.block(x_TD, batch.num_decode, residual_TD, policies), residual_TD
 
 
 class NativeMoELayer(MoELayer):
@@ -163,8 +165,8 @@ class NativeMoELayer(MoELayer):
         way = dispatchers["symmetric"]
         assert isinstance(way, SymmetricDispatcher)
         shared_experts = None if shared is None else shared.experts
-        slot_EP = self.slot_EP[:-1]  # which `route` changes
-        self.block = SparseBlock(gate.router, slot_EP, experts, shared_experts, next_norm.behind, way.exchange)
+        slot_EP = self.slot_EP[:-1]  # which `use_replicas` changes
+        self.block = SparseCall(gate.call, slot_EP, experts, shared_experts, next_norm.behind, way.exchange)
         self.way = way
 
 
@@ -190,8 +192,8 @@ class FusedLayers:
             tokens_per_rank = batch.tokens_per_rank
             size = part_size(tokens_per_rank, self._layers.num_experts, self._way.top_k)
             spread = self._way.step(tokens_per_rank, size)
-        routing = batch.routing and [_of_layer(batch.routing, layer) for layer in range(self._layers.num_sparse)]
-        running = self._layers.begin(x_TD, residual_TD, step, batch.num_decode, routing or (), spread)
+        policies = batch.policies and [_of_layer(batch.policies, layer) for layer in range(self._layers.num_sparse)]
+        running = self._layers.begin(x_TD, residual_TD, step, batch.num_decode, policies or (), spread)
 
         def rows() -> Tensor:
             running.wait()

@@ -108,11 +108,11 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """What one step's attention needs beside the model: angles in the model's dtype, cache slots, pages."""
+    """What one step's attention needs beside the model: angles in the model's dtype, cache positions, pages."""
 
     cos_Tr: Tensor
     sin_Tr: Tensor
-    slot_T: Tensor
+    cache_position_T: Tensor
     metadata: ops.AttentionMetadata | DecodeRows
 
 
@@ -163,7 +163,7 @@ class Attention:
             q_THd = ops.rms_norm(q_THd, self.q_norm, self.eps)
             k_TGd = ops.rms_norm(k_TGd, self.k_norm, self.eps)
         pages = (cache.k_NBGd, cache.v_NBGd)
-        q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, step.cos_Tr, step.sin_Tr, *pages, step.slot_T)
+        q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, step.cos_Tr, step.sin_Tr, *pages, step.cache_position_T)
         out_THd = self._attend(q_THd, *pages, step.metadata)
         return self.next_norm.add(self.output(out_THd.flatten(1)), residual_TD)
 
@@ -172,7 +172,7 @@ class Attention:
     ) -> Tensor:
         scale, window = self.head_dim**-0.5, self.sliding_window
         if isinstance(meta, DecodeRows):
-            where = (meta.block_table, meta.sequence_T, meta.position_T)
+            where = (meta.page_table, meta.sequence_T, meta.position_T)
             return ops.decode_attention(
                 q_THd, k_NBGd, v_NBGd, *where, max_context=meta.max_context, scale=scale, sliding_window=window
             )
@@ -266,7 +266,7 @@ class TorchKit:
         cos_Nr, sin_Nr, row_T = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
         if row_T is not None:
             cos_Nr, sin_Nr = cos_Nr[row_T], sin_Nr[row_T]
-        return AttentionStep(cos_Nr.to(self.dtype), sin_Nr.to(self.dtype), batch.slot_T, batch.attention)
+        return AttentionStep(cos_Nr.to(self.dtype), sin_Nr.to(self.dtype), batch.cache_position_T, batch.attention)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row."""

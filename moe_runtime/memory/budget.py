@@ -35,7 +35,7 @@ class RankMemory:
     Attributes:
         dense: weights that every rank holds.
         experts: weights in its `num_slots` slots of each sparse layer.
-        kv_cache: `num_blocks` pages.
+        kv_cache: `num_pages` pages.
         buffers: the process itself and the rows of its largest step, an estimate.
     """
 
@@ -44,7 +44,7 @@ class RankMemory:
     kv_cache: int
     buffers: int
     num_slots: int
-    num_blocks: int
+    num_pages: int
 
     @property
     def weights(self) -> int:
@@ -92,7 +92,7 @@ class Budget:
         ranks = "1 rank" if len(self.ranks) == 1 else f"{len(self.ranks)} ranks, {each}"
         figures = (
             f"{ranks} with weights {gigabytes(rank.weights)}, KV cache {gigabytes(rank.kv_cache)} "
-            f"({rank.num_blocks} pages), buffers {gigabytes(rank.buffers)}"
+            f"({rank.num_pages} pages), buffers {gigabytes(rank.buffers)}"
         )
         if self.available is None or self.left is None:
             return f"{figures}: {gigabytes(self.total)} of GPU memory"
@@ -123,7 +123,7 @@ def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
 def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, available: int | None) -> Budget:
     """What the first ranks, on a host with so many free bytes, will take; None free bytes for ranks on GPUs.
 
-    The KV cache is what a rank will choose once its weights are loaded (`num_kv_blocks`): on GPUs at most that, where
+    The KV cache is what a rank will choose once its weights are loaded (`num_cache_pages`): on GPUs at most that, where
     memory is short still one sequence of `max_model_len`, without which a rank does not start.
 
     Raises:
@@ -137,7 +137,7 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     dense = dense_bytes(model, dtype, coded)
     slot = len(model.moe_layers) * expert_bytes(model, dtype, coded)
     page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
-    per_sequence = _blocks_of_one(engine, model) * page
+    per_sequence = _pages_of_one(engine, model) * page
     if engine.kv_cache_memory_bytes is not None:
         memory = engine.kv_cache_memory_bytes
     elif available is None:
@@ -145,11 +145,11 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     else:
         free = max(available - local_ranks * dense - sum(num_slots) * slot, 0)
         memory = max(default_kv_bytes(free, local_ranks), per_sequence)
-    num_blocks = num_kv_blocks(engine, model, ITEMSIZE[dtype], memory)
+    num_pages = num_cache_pages(engine, model, ITEMSIZE[dtype], memory)
     buffers = buffer_bytes(engine, model, local_ranks)
     if may_use_cuda(engine.device):
         buffers += graph_bytes(engine, model)
-    ranks = tuple(RankMemory(dense, n * slot, num_blocks * page, buffers, n, num_blocks) for n in num_slots)
+    ranks = tuple(RankMemory(dense, n * slot, num_pages * page, buffers, n, num_pages) for n in num_slots)
     return Budget(ranks, available)
 
 
@@ -202,24 +202,24 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 
-def num_kv_blocks(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:
+def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:
     """Pages of a rank that may take `memory` bytes for them: no more than its sequences can use.
 
     Raises:
         ValueError: they do not hold one sequence of `max_model_len`.
     """
-    page, per_sequence = page_bytes(model, engine.block_size, itemsize), _blocks_of_one(engine, model)
-    num_blocks = min(engine.max_num_seqs * per_sequence, memory // page)
-    if num_blocks < per_sequence:
+    page, per_sequence = page_bytes(model, engine.block_size, itemsize), _pages_of_one(engine, model)
+    num_pages = min(engine.max_num_seqs * per_sequence, memory // page)
+    if num_pages < per_sequence:
         raise ValueError(
-            f"kv_cache_memory_bytes: {memory} bytes a rank hold {num_blocks * engine.block_size} tokens, but "
+            f"kv_cache_memory_bytes: {memory} bytes a rank hold {num_pages * engine.block_size} tokens, but "
             f"max_model_len is {engine.max_model_len or model.max_model_len}; "
             f"it takes {per_sequence * page} bytes, or a lower max_model_len"
         )
-    return num_blocks
+    return num_pages
 
 
-def _blocks_of_one(engine: EngineConfig, model: ModelConfig) -> int:
+def _pages_of_one(engine: EngineConfig, model: ModelConfig) -> int:
     """Pages of one sequence of `max_model_len`."""
     return -(-(engine.max_model_len or model.max_model_len) // engine.block_size)
 

@@ -27,7 +27,7 @@ class Parameters:
         attention: projections, their biases, and the norms of queries and keys.
         dense_mlp: layers without experts.
         shared_experts: experts that every token uses.
-        router, router_bias: gates of the sparse layers, and their correction biases.
+        gate, gate_bias: gates of the sparse layers, and their correction biases.
         norms: before attention, before the MLP, and the last one.
         expert: one routed expert, 3 * D * F.
         num_experts, top_k: routed experts in all sparse layers, and how many of them a token uses.
@@ -38,8 +38,8 @@ class Parameters:
     attention: int
     dense_mlp: int
     shared_experts: int
-    router: int
-    router_bias: int
+    gate: int
+    gate_bias: int
     norms: int
     expert: int
     num_experts: int
@@ -48,7 +48,7 @@ class Parameters:
     @property
     def dense(self) -> int:
         """All but the routed experts."""
-        layers = self.attention + self.dense_mlp + self.shared_experts + self.router + self.router_bias + self.norms
+        layers = self.attention + self.dense_mlp + self.shared_experts + self.gate + self.gate_bias + self.norms
         return self.embedding + self.head + layers
 
     @property
@@ -79,8 +79,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
         attention=config.num_layers * attention,
         dense_mlp=(config.num_layers - num_sparse) * 3 * hidden * config.intermediate_size,
         shared_experts=num_sparse * 3 * hidden * moe.shared_intermediate_size,
-        router=num_sparse * moe.num_experts * hidden,
-        router_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
+        gate=num_sparse * moe.num_experts * hidden,
+        gate_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
         norms=(2 * config.num_layers + 1) * hidden,
         expert=3 * hidden * moe.intermediate_size,
         num_experts=num_sparse * moe.num_experts,
@@ -114,11 +114,11 @@ def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
     """Bytes that every rank holds: all but the routed experts. Routers are float32 where the family has them so; an
     embedding that is not tied to the head is never in codes."""
     count = count_parameters(config)
-    router_dtype = "float32" if config.moe.router_float32 else dtype
+    gate_dtype = "float32" if config.moe.gate_float32 else dtype
     embedding = 0 if config.tie_word_embeddings else count.embedding
-    matrices = count.dense - count.router - count.router_bias - embedding
-    coded_bytes = matrices * matrix_itemsize(dtype, coded) + count.router * matrix_itemsize(router_dtype, coded)
-    return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.router_bias
+    matrices = count.dense - count.gate - count.gate_bias - embedding
+    coded_bytes = matrices * matrix_itemsize(dtype, coded) + count.gate * matrix_itemsize(gate_dtype, coded)
+    return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, coded: bool = False) -> int:

@@ -86,7 +86,7 @@ class Kit(Protocol):
 
 
 @dataclass(frozen=True)
-class ModelLoader:
+class ModelReader:
     """Reads a model for one rank; of the experts only those that `placement` puts there.
 
     Args:
@@ -190,8 +190,8 @@ class ModelLoader:
         c, moe = self.config, self.config.moe
         prefix = self._block_prefix(index)
         row = c.moe_layers.index(index)
-        router_dtype = torch.float32 if moe.router_float32 else self.kit.dtype
-        weight_ED = self.tensor(f"{prefix}.gate.weight", moe.num_experts, c.hidden_size, dtype=router_dtype)
+        gate_dtype = torch.float32 if moe.gate_float32 else self.kit.dtype
+        weight_ED = self.tensor(f"{prefix}.gate.weight", moe.num_experts, c.hidden_size, dtype=gate_dtype)
         bias_E = None
         if moe.correction_bias:
             name = f"{prefix}.gate.e_score_correction_bias"

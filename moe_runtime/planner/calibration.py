@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_runtime.config.expert_policy import RoutingCalibration
+from moe_runtime.config.expert_policy import PolicyCalibration
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.layers.batch import Batch, StepRouting
-from moe_runtime.types.expert_policy import RoutingPolicy
+from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.worker.worker import Worker
 
 GRID = 64  # thresholds that are tried in each layer
@@ -35,7 +35,7 @@ class Candidate:
     kind: str
     scope: str
     target_k: float
-    policy: RoutingPolicy
+    policy: ExpertPolicy
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Measured:
     mean_k: float
     perplexity: float
     kl: float
-    policy: RoutingPolicy
+    policy: ExpertPolicy
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Observed:
     """What the gates and experts of the full model did on calibration text, in each sparse layer.
 
     Attributes:
-        logits_LTE: of the router, float32.
+        logits_LTE: of the gate, float32.
         experts_LTK: chosen, best first.
         energy_LTK: share of each in the squared norms of the token's weighted expert rows; sums to 1 over K.
     """
@@ -82,30 +82,30 @@ class Blocks:
     def __init__(self, worker: Worker, model: ModelConfig) -> None:
         self.worker, self.model = worker, model
 
-    def batch(self, count: int, routing: StepRouting | None) -> Batch:
+    def batch(self, count: int, policies: StepPolicies | None) -> Batch:
         device, size = self.worker.device, self.worker.config.block_size
         pages = list(range(-(-count // size)))
         where_T = torch.arange(count, device=device)
         return Batch(
             position_T=where_T,
             num_prompt_T=torch.full_like(where_T, count),
-            slot_T=where_T,
+            cache_position_T=where_T,
             attention=AttentionMetadata.build([count], [count], [pages], device),
             num_decode=0,
             dispatcher="local",
             tokens_per_rank=[count],
-            routing=routing,
+            policies=policies,
         )
 
-    def log_probs(self, token_ids: Sequence[int], policy: RoutingPolicy | None) -> tuple[Tensor, float]:
+    def log_probs(self, token_ids: Sequence[int], policy: ExpertPolicy | None) -> tuple[Tensor, float]:
         """`[T, V]` of the next token, and the mean number of experts used."""
         num_layers, top_k = len(self.model.moe_layers), self.model.moe.top_k
         device, count = self.worker.device, len(token_ids)
         chosen_LTK = torch.empty(num_layers, count, top_k, dtype=torch.int16, device=device)
-        rows = [each.rows(num_layers, top_k) for each in (RoutingPolicy(), policy or RoutingPolicy())]
+        rows = [each.rows(num_layers, top_k) for each in (ExpertPolicy(), policy or ExpertPolicy())]
         policies_LP4 = torch.tensor(rows, device=device).transpose(0, 1).contiguous()
         which_T = torch.full((count,), int(policy is not None), device=device)
-        batch = self.batch(count, StepRouting(which_T, policies_LP4, chosen_LTK))
+        batch = self.batch(count, StepPolicies(which_T, policies_LP4, chosen_LTK))
         hidden_TD = self.worker.run_batch(torch.tensor(token_ids, device=device), batch)
         mean_k = float((chosen_LTK >= 0).sum()) / (num_layers * count)
         return self.worker.model.logits(hidden_TD).log_softmax(-1), mean_k
@@ -170,14 +170,14 @@ def find_candidates(
     for target in mean_k:
         share = target / model.moe.top_k
         if float(target).is_integer():
-            found.append(Candidate("top_k", "global", target, RoutingPolicy(top_k=int(target))))
+            found.append(Candidate("top_k", "global", target, ExpertPolicy(top_k=int(target))))
         top_p = 10**-DIGITS - _largest(-mass_before_LTK.flatten(), share)  # a mass is kept below it
-        policy = RoutingPolicy(top_p=_rounded(min(top_p, 1.0)), temperature=temperature)
+        policy = ExpertPolicy(top_p=_rounded(min(top_p, 1.0)), temperature=temperature)
         found.append(Candidate("top_p", "global", target, policy))
-        policy = RoutingPolicy(threshold=_rounded(_largest(ratio_LTK.flatten(), share)), temperature=temperature)
+        policy = ExpertPolicy(threshold=_rounded(_largest(ratio_LTK.flatten(), share)), temperature=temperature)
         found.append(Candidate("threshold", "global", target, policy))
         per_layer = _thresholds_per_layer(ratio_LTK, observed.energy_LTK, share)
-        policy = RoutingPolicy(threshold=[_rounded(value) for value in per_layer], temperature=temperature)
+        policy = ExpertPolicy(threshold=[_rounded(value) for value in per_layer], temperature=temperature)
         found.append(Candidate("threshold", "per layer", target, policy))
     return found
 
@@ -226,7 +226,7 @@ def measure(
 
     They come for all texts together, then for each of them where there are several.
     """
-    rows = [Candidate("full", "global", float(blocks.model.moe.top_k), RoutingPolicy()), *candidates]
+    rows = [Candidate("full", "global", float(blocks.model.moe.top_k), ExpertPolicy()), *candidates]
     sums = {
         name: torch.stack([_sums(blocks, text, rows, progress) for text in parts]).sum(0)
         for name, parts in texts.items()
@@ -273,7 +273,7 @@ def calibrate(
     held_out: Mapping[str, Sequence[Sequence[int]]],
     mean_k: Sequence[float],
     progress: Callable[[], object],
-) -> tuple[RoutingCalibration, list[Measured]]:
+) -> tuple[PolicyCalibration, list[Measured]]:
     """Find policies on blocks of calibration text and measure them on held-out blocks, which come by text.
 
     "balanced" and "fast" become the policies that diverge least from the full model at the largest and at the smallest
@@ -295,7 +295,7 @@ def calibrate(
     for row, values in zip(table, measured, strict=True):
         row["policy"] = {key: value for key, value in asdict(values.policy).items() if value and key != "temperature"}
     return (
-        RoutingCalibration(
+        PolicyCalibration(
             name, len(model.moe_layers), moe.num_experts, moe.top_k, temperature, classes, measured=table
         ),
         measured,

@@ -172,7 +172,7 @@ def predict(
     tokens_W = half_W * work.tokens_per_sequence
     rates = _Rates(hardware, num_ranks, min(int((sequences_W > 0).sum()), hardware.ranks_per_node))
     num_dense = shape.num_layers - shape.num_sparse_layers
-    beside_experts_W = rates.products((*shape.shared, shape.router), tokens_W)
+    beside_experts_W = rates.products((*shape.shared, shape.gate), tokens_W)
     layers_W = {
         "attention": shape.num_layers * rates.products(shape.attention, tokens_W),
         "kv": shape.num_layers * rates.attention(shape, work, half_W),

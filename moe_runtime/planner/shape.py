@@ -61,7 +61,7 @@ class ModelShape:
         attention: projections of a layer.
         dense_mlp: of a layer without experts.
         shared: experts of a sparse layer that every token uses.
-        router: its gate.
+        gate: its gate.
         expert: one routed expert.
         head: rows to logits.
         embedding_bytes: of the table of tokens; 0 where it is the head.
@@ -80,7 +80,7 @@ class ModelShape:
     attention: Matrices
     dense_mlp: Matrices
     shared: Matrices
-    router: Matrix
+    gate: Matrix
     expert: Matrices
     head: Matrix
     embedding_bytes: int
@@ -97,7 +97,7 @@ class ModelShape:
         sparse, without = self.num_sparse_layers, self.num_layers - self.num_sparse_layers
         return (
             *(self.num_layers * self.attention),
-            *(sparse * (*self.shared, self.router)),
+            *(sparse * (*self.shared, self.gate)),
             *(without * self.dense_mlp),
             self.head,
         )
@@ -118,7 +118,7 @@ class ModelShape:
             attention=(Matrix(query + 2 * key_value, hidden, dtype), Matrix(hidden, query, dtype)),
             dense_mlp=_mlp(hidden, config.intermediate_size, dtype),
             shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
-            router=Matrix(moe.num_experts, hidden, "float32" if moe.router_float32 else dtype),
+            gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),
             expert=_mlp(hidden, moe.intermediate_size, dtype),
             head=Matrix(config.vocab_size, hidden, dtype),
             embedding_bytes=0 if config.tie_word_embeddings else config.vocab_size * hidden * item,
@@ -176,7 +176,7 @@ class ModelShape:
             attention=_matrices(content.get("attention"), dtype),
             dense_mlp=_mlp(hidden, size["dense_intermediate_size"], dtype),
             shared=_mlp(hidden, size["shared_intermediate_size"], dtype),
-            router=Matrix(size["num_experts"], hidden, head.dtype),
+            gate=Matrix(size["num_experts"], hidden, head.dtype),
             expert=_mlp(hidden, size["expert_intermediate_size"], dtype),
             head=head,
             embedding_bytes=0 if tied else head.parameters * ITEMSIZE[head.dtype],

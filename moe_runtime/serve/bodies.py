@@ -28,8 +28,8 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class RoutingFields(Body):
-    """The fields of `RoutingPolicy`: a number for all sparse layers, or one for each."""
+class ExpertPolicyFields(Body):
+    """The fields of `ExpertPolicy`: a number for all sparse layers, or one for each."""
 
     top_k: int | list[int] | None = None
     top_p: float | list[float] | None = None
@@ -55,7 +55,7 @@ class SamplingFields(Body):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    routing: str | RoutingFields | None = None
+    routing: str | ExpertPolicyFields | None = None
     return_routed_experts: bool = False
 
     def sampling_params(self) -> SamplingParams:
@@ -64,7 +64,7 @@ class SamplingFields(Body):
 
     def _given(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in SAMPLING_NAMES & self.model_fields_set}
-        if isinstance(self.routing, RoutingFields):
+        if isinstance(self.routing, ExpertPolicyFields):
             given["routing"] = self.routing.model_dump(exclude_unset=True)
         return given
 

@@ -17,7 +17,7 @@ ALLOWED = f'one of {list(CLASSES)}, "NAME=VALUE" or an object with top_k, top_p,
 
 
 @dataclass(frozen=True)
-class RoutingPolicy:
+class ExpertPolicy:
     """Fewer experts for the tokens of a request. A value is for all sparse layers, or a list with one for each.
 
     Of the experts that the gate chose, best first, a token keeps at most `top_k`, at most the fewest whose
@@ -73,24 +73,24 @@ class RoutingPolicy:
         return [[k, mass, threshold, 1 / temperature] for k, mass, threshold, temperature in zip(*columns, strict=True)]
 
 
-Routing = str | RoutingPolicy | None
+PolicyRequest = str | ExpertPolicy | None
 """A class of `CLASSES`, a policy, or None for the server's default."""
 
 
-def parse_routing(value: object) -> Routing:
+def parse_expert_policy(value: object) -> PolicyRequest:
     """A policy or the name of a class, from what users write: also `"top_p=0.8,top_k=6"`, JSON, or a mapping.
 
     Raises:
         ValueError: it is something else.
     """
-    if value is None or isinstance(value, RoutingPolicy) or value in CLASSES:
+    if value is None or isinstance(value, ExpertPolicy) or value in CLASSES:
         return value
     if isinstance(value, str):
         value = _from_text(value)
-    known = [entry.name for entry in fields(RoutingPolicy)]
+    known = [entry.name for entry in fields(ExpertPolicy)]
     if not isinstance(value, Mapping) or not value or not all(name in known for name in value):
         raise ValueError(f"routing: {value!r} is not allowed; it must be {ALLOWED}")
-    return RoutingPolicy(**value)
+    return ExpertPolicy(**value)
 
 
 def _from_text(text: str) -> object:

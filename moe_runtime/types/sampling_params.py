@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_runtime.types.expert_policy import RoutingPolicy, parse_routing
+from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
 MAX_INTEGER = 2**63 - 1  # what a message between processes can carry
@@ -59,7 +59,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    routing: str | RoutingPolicy | None = None
+    routing: str | ExpertPolicy | None = None
     return_routed_experts: bool = False
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class SamplingParams:
         ):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), low, high)
-        object.__setattr__(self, "routing", parse_routing(self.routing))
+        object.__setattr__(self, "routing", parse_expert_policy(self.routing))
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")

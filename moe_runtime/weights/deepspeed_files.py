@@ -92,7 +92,7 @@ def with_deepspeed_gate(config: ModelConfig) -> ModelConfig:
             f"norm_topk_prob: does not fit num_experts_per_tok {config.moe.top_k} in config.json; "
             f"DeepSpeed's gate means {need}"
         )
-    return replace(config, moe=replace(config.moe, router_float32=True))
+    return replace(config, moe=replace(config.moe, gate_float32=True))
 
 
 def _numbers(name: str) -> list[int]:

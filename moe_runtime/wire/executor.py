@@ -19,7 +19,7 @@ class RankError(RuntimeError):
 class RankInfo:
     """What a rank reports once it is ready.
 
-    `num_blocks` is the size of its KV cache in pages, `weight_bytes` what it holds of the model, `kernels` which
+    `num_pages` is the size of its KV cache in pages, `weight_bytes` what it holds of the model, `kernels` which
     implementation each operation uses, `pid` its process. `batch_invariant` promises that a row has the same bits in
     any batch, chunk and rank; `dispatchers` and `buckets` are those that a plan may name. `graph_bytes` is what the
     buckets' graphs and tensors take.
@@ -30,7 +30,7 @@ class RankInfo:
     device: str
     dtype: str
     num_threads: int
-    num_blocks: int
+    num_pages: int
     kv_cache_bytes: int
     weight_bytes: int
     load_seconds: float

@@ -13,7 +13,7 @@ from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
 
 PADDED = "padded"  # the dispatcher of steps that name a bucket
-ROUTE_LENGTH = 64  # entries of the table by which an expert's tokens go to its replicas in turn
+REPLICA_TURNS = 64  # entries of the table by which an expert's tokens go to its replicas in turn
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class NewSequence:
 class Chunk:
     """Positions `start .. start + num_tokens` of a sequence go through the model in this step.
 
-    `new_blocks` are appended to the sequence's block table before the step. If `sample` is set, the last position's
+    `new_pages` are appended to the sequence's block table before the step. If `sample` is set, the last position's
     logits give the sequence's next token.
     """
 
     seq_id: int
     start: int
     num_tokens: int
-    new_blocks: list[int]
+    new_pages: list[int]
     sample: bool
 
 
 @dataclass(frozen=True)
-class Route:
+class ReplicaChoice:
     """From this step on, this rank's tokens of an expert go to these global slots (`rank * slots + slot`) in turn.
 
-    `layer` counts sparse layers. An expert with one replica has one slot here; see `moe.MoELayer.route`.
+    `layer` counts sparse layers. An expert with one replica has one slot here; see `layers.moe.MoELayer.use_replicas`.
     """
 
     layer: int
@@ -65,7 +65,7 @@ class RankPlan:
     dropped: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     num_decode: int = 0
-    routes: list[Route] = field(default_factory=list)
+    replica_choices: list[ReplicaChoice] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +76,7 @@ class RankPlan:
 class StepPlan:
     """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
 
-    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `routes`, then runs `chunks`.
+    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `replica_choices`, then runs `chunks`.
     `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each rank
     computed in the last step that the front knows, where load-aware routing asks for them. With a `bucket` there are
     decode rows alone, and every rank runs so many, padding included; the dispatcher is `PADDED`. See `decode_graphs`.

@@ -1,9 +1,9 @@
 """The control plane between the front, the rank processes and the hosts that keep them: typed messages over ZeroMQ.
 
-The front binds a `Router`; every rank, and every host that is a process of its own, connects a `Dealer` under its name
+The front binds a `ControlServer`; every rank, and every host that is a process of its own, connects a `Dealer` under its name
 and says `Hello`. A message travels as two frames: the name of its type, and its fields in MessagePack.
 
-A `Router` or `Dealer` belongs to one thread at a time.
+A `ControlServer` or `Dealer` belongs to one thread at a time.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _receive_frames(socket: zmq.Socket[bytes], timeout: float | None) -> list[by
     return socket.recv_multipart()
 
 
-class Router:
+class ControlServer:
     """The front's end: binds `endpoint` and talks to `peers` by name; whoever else connects is ignored.
 
     Raises OSError if `endpoint` cannot be bound.

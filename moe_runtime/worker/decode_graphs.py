@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import DecodeRows
-from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.wire.messages import PADDED, ExpertWork
 from moe_runtime.worker.rank_step import StepRows
 
@@ -96,7 +96,7 @@ class DecodeGraphs:
         self._forward = forward
         self._num_ranks = num_ranks
         self._contexts = context_sizes(max_context)
-        self._spare_slot = spare_page * block_size
+        self._spare_position = spare_page * block_size
         most, pinned = buckets[-1], device.type == "cuda"
         sizes = {"rows": (5, most), "table": (most, -(-max_context // block_size))}
         self._on_host = {name: torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for name, size in sizes.items()}
@@ -137,29 +137,31 @@ class DecodeGraphs:
             self._copied.synchronize()
         num_rows = len(tokens)
         host_5P, table_PM = self._on_host["rows"].numpy(), self._on_host["table"].numpy()
-        host_5P[:, num_rows:bucket] = [[0], [0], [1], [self._spare_slot], [0]]
-        for column, values in zip(host_5P, (tokens, rows.positions, rows.num_prompt, rows.slots), strict=False):
+        host_5P[:, num_rows:bucket] = [[0], [0], [1], [self._spare_position], [0]]
+        for column, values in zip(
+            host_5P, (tokens, rows.positions, rows.num_prompt, rows.cache_positions), strict=False
+        ):
             column[:num_rows] = values
         host_5P[4, :num_rows] = 1
-        for row, blocks in enumerate(rows.blocks):
-            table_PM[row, : len(blocks)] = blocks
+        for row, pages in enumerate(rows.pages):
+            table_PM[row, : len(pages)] = pages
         self._rows_5P.copy_(self._on_host["rows"], non_blocking=True)
         self._table_PM[:bucket].copy_(self._on_host["table"][:bucket], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
     def _run(self, bucket: int, context: int, expert_work: list[ExpertWork] | None) -> None:
-        token_T, position_T, num_prompt_T, slot_T, live_T = self._rows_5P[:, :bucket]
+        token_T, position_T, num_prompt_T, cache_position_T, live_T = self._rows_5P[:, :bucket]
         batch = Batch(
             position_T=position_T,
             num_prompt_T=num_prompt_T,
-            slot_T=slot_T,
+            cache_position_T=cache_position_T,
             attention=DecodeRows(self._table_PM, self._sequence_P[:bucket], position_T, context),
             num_decode=bucket,
             dispatcher=PADDED,
             tokens_per_rank=[bucket] * self._num_ranks,
             expert_work=expert_work,
-            routing=StepRouting(live_T=live_T > 0),
+            policies=StepPolicies(live_T=live_T > 0),
         )
         self._out_PD[:bucket] = self._forward(token_T, batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
+from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.decoder import Rows
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, StepPlan
@@ -19,30 +19,32 @@ class Sequence:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
-    blocks: list[int]
+    pages: list[int]
 
 
 @dataclass
 class StepRows:
-    """A step's rows on one rank as plain numbers, in order; `blocks` are the pages of each sequence."""
+    """A step's rows on one rank as plain numbers, in order; `pages` are the pages of each sequence."""
 
     positions: list[int] = field(default_factory=list)
     num_prompt: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    blocks: list[list[int]] = field(default_factory=list)
+    cache_positions: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
 
     @classmethod
     def take(cls, chunks: list[Chunk], sequences: list[Sequence], block_size: int) -> StepRows:
         """The rows of chunks; their sequences take the new pages."""
         rows = cls()
         for chunk, sequence in zip(chunks, sequences, strict=True):
-            blocks = sequence.blocks
-            blocks.extend(chunk.new_blocks)
+            pages = sequence.pages
+            pages.extend(chunk.new_pages)
             where = range(chunk.start, chunk.start + chunk.num_tokens)
             rows.positions += where
             rows.num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
-            rows.slots += [blocks[position // block_size] * block_size + position % block_size for position in where]
-            rows.blocks.append(blocks)
+            rows.cache_positions += [
+                pages[position // block_size] * block_size + position % block_size for position in where
+            ]
+            rows.pages.append(pages)
         return rows
 
 
@@ -55,7 +57,7 @@ class PreparedStep:
         sequences: of each chunk.
         rows: all that is in the plan's bucket, if it names one.
         batch, attention: else what the layers need, and what the kit's `attention_step` makes of it.
-        expert_work, routing, limits: as `Batch` has them.
+        expert_work, policies, limits: as `Batch` has them.
         seconds: that this took.
     """
 
@@ -66,7 +68,7 @@ class PreparedStep:
     batch: Batch | None
     attention: Any
     expert_work: list[ExpertWork] | None
-    routing: StepRouting | None
+    policies: StepPolicies | None
     limits: StepLimits | None
     seconds: float
 

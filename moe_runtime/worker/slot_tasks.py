@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from moe_runtime.experts.parts import checksum
 from moe_runtime.layers.moe import Experts
-from moe_runtime.models.reader import ModelLoader
+from moe_runtime.models.reader import ModelReader
 from moe_runtime.wire.messages import SlotReport, SlotTask
 
 PIECE_BYTES = 256 << 10  # of an expert: how finely a copy can stop for the next step
@@ -22,7 +22,7 @@ class SlotTasks:
         experts: the slots of each sparse layer.
     """
 
-    def __init__(self, rank: int, loader: ModelLoader, experts: list[Experts]) -> None:
+    def __init__(self, rank: int, loader: ModelReader, experts: list[Experts]) -> None:
         self._rank = rank
         self._loader = loader
         self._experts = experts

@@ -8,16 +8,16 @@ from __future__ import annotations
 import torch
 
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.layers.batch import StepRouting
-from moe_runtime.types.expert_policy import RoutingPolicy
+from moe_runtime.layers.batch import StepPolicies
+from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import RankPlan, RoutedExperts
 from moe_runtime.worker.rank_step import PreparedStep
 
 
-def step_routing(
+def step_policies(
     work: RankPlan, params: list[SamplingParams], model: ModelConfig, device: torch.device, *, keep_all: bool
-) -> StepRouting | None:
+) -> StepPolicies | None:
     """What the sequences of a step ask of the gates; None if nothing.
 
     Args:
@@ -39,18 +39,18 @@ def step_routing(
             for number in [index[policy]] * chunk.num_tokens
         ]
         policy_T = torch.tensor(numbers, dtype=torch.int64, device=device)
-        rows = [(policy or RoutingPolicy()).rows(num_layers, moe.top_k) for policy in index]
+        rows = [(policy or ExpertPolicy()).rows(num_layers, moe.top_k) for policy in index]
         policies_LP4 = torch.tensor(rows, device=device).transpose(0, 1).contiguous()
     if keeps:
         chosen_LTK = torch.empty(num_layers, work.num_tokens, moe.top_k, dtype=torch.int16, device=device)
-    return StepRouting(policy_T, policies_LP4, chosen_LTK)
+    return StepPolicies(policy_T, policies_LP4, chosen_LTK)
 
 
 def routed_experts(step: PreparedStep, *, keep_all: bool) -> list[RoutedExperts]:
     """The experts of the chunks whose sequences ask for them, or of all; after the step."""
-    if step.routing is None or step.routing.chosen_LTK is None:
+    if step.policies is None or step.policies.chosen_LTK is None:
         return []
-    experts_TLK = step.routing.chosen_LTK.transpose(0, 1).cpu().numpy()
+    experts_TLK = step.policies.chosen_LTK.transpose(0, 1).cpu().numpy()
     found, row = [], 0
     for index, (chunk, sequence) in enumerate(zip(step.work.chunks, step.sequences, strict=True)):
         if keep_all or sequence.params.return_routed_experts:

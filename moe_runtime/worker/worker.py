@@ -20,17 +20,17 @@ from tqdm import tqdm
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
+from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import Limits, step_limits, with_limits
 from moe_runtime.layers.decoder import Rows
-from moe_runtime.layers.kv_cache import KVCache, choose_num_blocks
+from moe_runtime.layers.kv_cache import KVCache, choose_num_pages
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.torch_kit import TorchKit
 from moe_runtime.memory.graph_buckets import buckets_of
 from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
 from moe_runtime.memory.model_size import weights_dtype
-from moe_runtime.models.reader import Kit, ModelLoader
+from moe_runtime.models.reader import Kit, ModelReader
 from moe_runtime.models.registry import open_weights
 from moe_runtime.system.pages import giving_memory_back
 from moe_runtime.weights.checkpoint import RandomWeights, WeightSource
@@ -51,7 +51,7 @@ from moe_runtime.worker.rank_setup import choose_device, choose_dispatchers, nat
 from moe_runtime.worker.rank_step import PreparedStep, RunningStep, Sequence, StepRows
 from moe_runtime.worker.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.worker.slot_tasks import SlotTasks
-from moe_runtime.worker.step_policies import routed_experts, step_routing
+from moe_runtime.worker.step_policies import routed_experts, step_policies
 
 PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
 
@@ -119,14 +119,14 @@ class Worker:
             total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
         )
         with bar, giving_memory_back() if self.device.type == "cpu" else nullcontext():
-            loader = ModelLoader(
+            loader = ModelReader(
                 model_config, self.source, placement, rank, num_slots, dispatchers, self.counter, kit, self._limits
             )
             self.model = loader.load(progress=bar.update)
         self.slot_tasks = SlotTasks(rank, loader, [block.experts for block in self.model.sparse_blocks])
-        num_blocks = choose_num_blocks(config, model_config, self.dtype, self.device, local_ranks)
+        num_pages = choose_num_pages(config, model_config, self.dtype, self.device, local_ranks)
         # What padding writes goes to one page more.
-        num_pages = num_blocks + (capture is not None)
+        num_pages = num_pages + (capture is not None)
         self.cache = KVCache(model_config, num_pages, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
         self._layers = kit.bind(self.model.layers, self.cache)
@@ -141,7 +141,7 @@ class Worker:
                 num_ranks=num_ranks,
                 max_context=config.max_model_len or model_config.max_model_len,
                 block_size=config.block_size,
-                spare_page=num_blocks,
+                spare_page=num_pages,
                 hidden_size=model_config.hidden_size,
                 dtype=self.dtype,
                 device=self.device,
@@ -153,7 +153,7 @@ class Worker:
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             num_threads=torch.get_num_threads() if kernels is None else kernels.num_threads,
-            num_blocks=num_blocks,
+            num_pages=num_pages,
             kv_cache_bytes=self.cache.nbytes,
             weight_bytes=self.model.nbytes,
             load_seconds=time.perf_counter() - start,
@@ -181,21 +181,21 @@ class Worker:
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
         batch = attention = None
         with self._torch_threads():
-            routing = step_routing(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
+            policies = step_policies(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
             limits = self._step_limits(work, plan)
             if not plan.bucket:
-                batch = self._batch(work, plan, rows, expert_work, routing, limits)
+                batch = self._batch(work, plan, rows, expert_work, policies, limits)
                 attention = self.model.attention_step(batch, self.model.rope)
         seconds = time.perf_counter() - start
-        return PreparedStep(plan, work, sequences, rows, batch, attention, expert_work, routing, limits, seconds)
+        return PreparedStep(plan, work, sequences, rows, batch, attention, expert_work, policies, limits, seconds)
 
     @torch.inference_mode()
     def begin(self, step: PreparedStep) -> None:
         """Start a step: its layers then run on a GPU, or in threads of the native kernels, until `finish`."""
         assert self._running is None
         start = time.perf_counter()
-        for route in step.work.routes:
-            self.model.sparse_blocks[route.layer].route(route.expert, route.slots)
+        for choice in step.work.replica_choices:
+            self.model.sparse_blocks[choice.layer].use_replicas(choice.expert, choice.slots)
         with self._torch_threads():
             self._running = RunningStep(step, start, self.launch(step))
 
@@ -220,7 +220,7 @@ class Worker:
         tokens, bucket = step.tokens(), step.plan.bucket
         if step.batch is not None:
             return self.model.begin(self._tensor(tokens), step.batch, step.attention, self._layers)
-        assert self._graphs is not None and step.routing is None
+        assert self._graphs is not None and step.policies is None
         hidden_TD = self._graphs(tokens, step.rows, bucket, step.expert_work)
         return lambda: hidden_TD
 
@@ -256,7 +256,7 @@ class Worker:
             del self.sequences[seq_id]
         for new in work.new_sequences:
             self.sequences[new.seq_id] = Sequence(
-                list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, blocks=[]
+                list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, pages=[]
             )
 
     def _step_limits(self, work: RankPlan, plan: StepPlan) -> StepLimits | None:
@@ -270,26 +270,26 @@ class Worker:
         plan: StepPlan,
         rows: StepRows,
         expert_work: list[ExpertWork] | None,
-        routing: StepRouting | None,
+        policies: StepPolicies | None,
         limits: StepLimits | None,
     ) -> Batch:
-        columns = self._tensor([*rows.positions, *rows.num_prompt, *rows.slots]).view(3, work.num_tokens)
+        columns = self._tensor([*rows.positions, *rows.num_prompt, *rows.cache_positions]).view(3, work.num_tokens)
         attention = AttentionMetadata.build(
             [chunk.num_tokens for chunk in work.chunks],
             [chunk.start + chunk.num_tokens for chunk in work.chunks],
-            rows.blocks,
+            rows.pages,
             self.device,
         )
         return Batch(
             position_T=columns[0],
             num_prompt_T=columns[1],
-            slot_T=columns[2],
+            cache_position_T=columns[2],
             attention=attention,
             num_decode=work.num_decode,
             dispatcher=plan.dispatcher,
             tokens_per_rank=plan.tokens_per_rank,
             expert_work=expert_work,
-            routing=routing,
+            policies=policies,
             limits=limits,
         )
 

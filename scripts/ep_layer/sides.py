@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import GateCall, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedExperts
 from moe_runtime.layers.moe import part_size
 
@@ -145,7 +145,7 @@ class OurSide:
         )
         # Rounded as DeepSpeed's is, and multiplied in float32, as DeepSpeed does.
         weights = [router_weight(self.shape, layer, routing).to(self.dtype).float() for layer in range(LAYERS)]
-        self.routers = [Router(self.kernels, gate, weight_ED) for weight_ED in weights]
+        self.routers = [GateCall(self.kernels, gate, weight_ED) for weight_ED in weights]
 
     def calls(self, inputs: list[Tensor]) -> dict[str, Call]:
         slot_EP, shared = torch.arange(self.shape.experts)[:, None], self.ways.get("symmetric")
@@ -155,7 +155,7 @@ class OurSide:
             exchange = shared.exchange
             step = shared.step(tokens_per_rank, part_size(tokens_per_rank, self.shape.experts, self.shape.top_k))
         parts = zip(self.routers, self.experts, strict=True)
-        blocks = [SparseBlock(router, slot_EP, experts, None, exchange=exchange) for router, experts in parts]
+        blocks = [SparseCall(gate, slot_EP, experts, None, exchange=exchange) for gate, experts in parts]
         calls: dict[str, Call] = {name: partial(self._call, way, inputs) for name, way in self.ways.items()}
         calls["local" if step is None else "symmetric"] = lambda i: blocks[i % LAYERS](
             inputs[i % INPUTS], 0, spread=step
@@ -177,7 +177,7 @@ class OurSide:
             counts[index] = torch.bincount(experts_TK.flatten(), minlength=self.shape.experts)
         dist.all_reduce(counts)
         counts_IWS = counts.view(INPUTS, self.ranks, -1).double()
-        matrix, router = 3 * self.shape.inner * HIDDEN, self.shape.experts * HIDDEN
+        matrix, gate = 3 * self.shape.inner * HIDDEN, self.shape.experts * HIDDEN
         expert_bytes = self.experts[0].nbytes / self.experts[0].num_slots
-        nbytes = (counts_IWS > 0).sum(-1).double().mean(0) * expert_bytes + router * 4
-        return nbytes, 2 * (counts_IWS.sum(-1).mean(0) * matrix + len(inputs[0]) * router)
+        nbytes = (counts_IWS > 0).sum(-1).double().mean(0) * expert_bytes + gate * 4
+        return nbytes, 2 * (counts_IWS.sum(-1).mean(0) * matrix + len(inputs[0]) * gate)

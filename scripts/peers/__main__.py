@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/peers"), help="folder for the results")
     options = parser.parse_args()
     if "ours" not in options.engines:
-        parser.error("--engines: 'ours' is missing; its router counts the experts that the floor is made of")
+        parser.error("--engines: 'ours' is missing; its gate counts the experts that the floor is made of")
     repetitions = options.repetitions or (1 if options.quick else 5)
     if repetitions < 1:
         parser.error(f"--repetitions: {options.repetitions} is not allowed; it must be at least 1")

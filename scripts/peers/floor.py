@@ -1,6 +1,6 @@
 """The least time that a phase can take on this machine, from what must be read and multiplied. No torch, no processes.
 
-A step must read the attention, norm and router weights of every layer, the head, the experts that its tokens chose, and
+A step must read the attention, norm and gate weights of every layer, the head, the experts that its tokens chose, and
 the keys and values so far; it can't do so faster than memory gives them. It must also multiply, and can't do so faster
 than a large matrix product runs. The longer of the two times is the floor. An engine's weights count in the bytes that
 it holds them in. Embedding rows, activations and whatever else is left out make the floor lower than what can be

@@ -41,7 +41,7 @@ class OursEngine:
         return watch.result()
 
     def routing(self, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
-        """Experts that each step touches, counted from the router's own choices.
+        """Experts that each step touches, counted from the gate's own choices.
 
         Returns:
             For one rank and for two, that have the halves of the experts: `total`, distinct experts summed over layers,

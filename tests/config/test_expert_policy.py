@@ -11,13 +11,13 @@ import msgspec
 import pytest
 import torch
 
-from moe_runtime.config.expert_policy import RoutingCalibration, RoutingPolicies
+from moe_runtime.config.expert_policy import ExpertPolicies, PolicyCalibration
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.layers.gate import drop_experts
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.models.registry import load_model_config
-from moe_runtime.types.expert_policy import ALL_MASS, RoutingPolicy, parse_routing
+from moe_runtime.types.expert_policy import ALL_MASS, ExpertPolicy, parse_expert_policy
 from moe_runtime.types.sampling_params import SamplingParams
 
 
@@ -27,15 +27,15 @@ from moe_runtime.types.sampling_params import SamplingParams
         (None, None),
         ("full", "full"),
         ("fast", "fast"),
-        ("top_k=4", RoutingPolicy(top_k=4)),
-        ("top_p=0.8,threshold=1", RoutingPolicy(top_p=0.8, threshold=1)),
-        ('{"threshold": [0.1, 0]}', RoutingPolicy(threshold=(0.1, 0))),
-        ({"top_k": [1, 2]}, RoutingPolicy(top_k=[1, 2])),
-        (RoutingPolicy(top_p=0.5), RoutingPolicy(top_p=0.5)),
+        ("top_k=4", ExpertPolicy(top_k=4)),
+        ("top_p=0.8,threshold=1", ExpertPolicy(top_p=0.8, threshold=1)),
+        ('{"threshold": [0.1, 0]}', ExpertPolicy(threshold=(0.1, 0))),
+        ({"top_k": [1, 2]}, ExpertPolicy(top_k=[1, 2])),
+        (ExpertPolicy(top_p=0.5), ExpertPolicy(top_p=0.5)),
     ],
 )
 def test_what_may_be_written(written: object, meant: object) -> None:
-    assert parse_routing(written) == meant
+    assert parse_expert_policy(written) == meant
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_what_may_be_written(written: object, meant: object) -> None:
 )
 def test_what_may_not_be_written(written: Any) -> None:
     with pytest.raises(ValueError, match=r"^routing: [^\n]* is not allowed; it must be [^\n]+$"):
-        SamplingParams(routing=written)
+        SamplingParams(policies=written)
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_what_may_not_be_written(written: Any) -> None:
 )
 def test_a_wrong_value_gets_one_line_that_names_the_field(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^routing\.{name}: [^\n]* is not allowed; it must be [^\n]+$"):
-        RoutingPolicy(**{name: value})
+        ExpertPolicy(**{name: value})
 
 
 def test_policies_travel_to_the_ranks() -> None:
-    for routing in (None, RoutingPolicy(top_k=(1, 2), threshold=0.5, temperature=[0.1, 0.2])):
-        params = SamplingParams(routing=routing, return_routed_experts=True)
+    for routing in (None, ExpertPolicy(top_k=(1, 2), threshold=0.5, temperature=[0.1, 0.2])):
+        params = SamplingParams(policies=routing, return_routed_experts=True)
         packed = msgspec.msgpack.encode(params)
         found = msgspec.msgpack.decode(packed, type=SamplingParams)
         assert found == params
@@ -71,8 +71,8 @@ def test_policies_travel_to_the_ranks() -> None:
 
 
 def test_rows_for_gates() -> None:
-    assert RoutingPolicy().rows(2, 6) == [[6, ALL_MASS, 0.0, 1.0]] * 2
-    policy = RoutingPolicy(top_k=3, top_p=(0.5, 0.6), threshold=0.25, temperature=(0.5, 4.0))
+    assert ExpertPolicy().rows(2, 6) == [[6, ALL_MASS, 0.0, 1.0]] * 2
+    policy = ExpertPolicy(top_k=3, top_p=(0.5, 0.6), threshold=0.25, temperature=(0.5, 4.0))
     assert policy.rows(2, 6) == [[3, 0.5, 0.25, 2.0], [3, 0.6, 0.25, 0.25]]
 
 
@@ -83,47 +83,47 @@ def saved_model(tmp_path: Path, case: str) -> Any:
     return load_model_config(tmp_path)
 
 
-def calibration_of(model: Any, **values: Any) -> RoutingCalibration:
-    classes = {"balanced": RoutingPolicy(threshold=0.4), "fast": RoutingPolicy(top_k=1)}
+def calibration_of(model: Any, **values: Any) -> PolicyCalibration:
+    classes = {"balanced": ExpertPolicy(threshold=0.4), "fast": ExpertPolicy(top_k=1)}
     temperature = None if model.moe.scoring == "softmax" else tuple(0.1 + i for i in range(len(model.moe_layers)))
-    return RoutingCalibration(
+    return PolicyCalibration(
         "tiny", len(model.moe_layers), model.moe.num_experts, model.moe.top_k, temperature, classes, **values
     )
 
 
 def test_resolving_for_a_softmax_gate(tmp_path: Path) -> None:
     model = saved_model(tmp_path, "qwen3 normalised")
-    policies = RoutingPolicies(model)
+    policies = ExpertPolicies(model)
     assert policies.resolve(None) is None
     assert policies.resolve("full") is None
-    assert policies.resolve(RoutingPolicy(temperature=None)) is None
-    assert policies.resolve(RoutingPolicy(top_k=3)) == RoutingPolicy(top_k=3)
+    assert policies.resolve(ExpertPolicy(temperature=None)) is None
+    assert policies.resolve(ExpertPolicy(top_k=3)) == ExpertPolicy(top_k=3)
     for asked, message in (
         ("fast", "routing: 'fast' is not allowed for this model; it needs a file"),
-        (RoutingPolicy(top_k=4), "routing.top_k: 4 is not allowed; the model uses 3 experts per token"),
-        (RoutingPolicy(threshold=(0.1, 0.2)), "routing.threshold: 2 values are not allowed; .* the 3 sparse layers"),
-        (RoutingPolicy(top_p=0.5, temperature=1.0), "routing.temperature: is not allowed with this model's softmax"),
+        (ExpertPolicy(top_k=4), "routing.top_k: 4 is not allowed; the model uses 3 experts per token"),
+        (ExpertPolicy(threshold=(0.1, 0.2)), "routing.threshold: 2 values are not allowed; .* the 3 sparse layers"),
+        (ExpertPolicy(top_p=0.5, temperature=1.0), "routing.temperature: is not allowed with this model's softmax"),
     ):
         with pytest.raises(ValueError, match=message):
             policies.resolve(asked)
-    calibrated = RoutingPolicies(model, calibration_of(model), default="balanced")
-    assert calibrated.resolve(None) == RoutingPolicy(threshold=0.4)
-    assert calibrated.resolve("fast") == RoutingPolicy(top_k=1)
+    calibrated = ExpertPolicies(model, calibration_of(model), default="balanced")
+    assert calibrated.resolve(None) == ExpertPolicy(threshold=0.4)
+    assert calibrated.resolve("fast") == ExpertPolicy(top_k=1)
     assert calibrated.resolve("full") is None
     with pytest.raises(ValueError, match="needs a file"):
-        RoutingPolicies(model, default="balanced")
+        ExpertPolicies(model, default="balanced")
 
 
 def test_resolving_for_a_sigmoid_gate(tmp_path: Path) -> None:
     model = saved_model(tmp_path, "glm4 groups")
     with pytest.raises(ValueError, match="need a temperature for this model's sigmoid gate"):
-        RoutingPolicies(model).resolve(RoutingPolicy(threshold=0.5))
-    assert RoutingPolicies(model).resolve(RoutingPolicy(top_k=2)) == RoutingPolicy(top_k=2)
-    own = RoutingPolicy(top_p=0.5, temperature=0.2)
-    assert RoutingPolicies(model).resolve(own) == own
+        ExpertPolicies(model).resolve(ExpertPolicy(threshold=0.5))
+    assert ExpertPolicies(model).resolve(ExpertPolicy(top_k=2)) == ExpertPolicy(top_k=2)
+    own = ExpertPolicy(top_p=0.5, temperature=0.2)
+    assert ExpertPolicies(model).resolve(own) == own
     calibration = calibration_of(model)
-    found = RoutingPolicies(model, calibration).resolve("balanced")
-    assert found == RoutingPolicy(threshold=0.4, temperature=calibration.temperature)
+    found = ExpertPolicies(model, calibration).resolve("balanced")
+    assert found == ExpertPolicy(threshold=0.4, temperature=calibration.temperature)
 
 
 def test_the_file_of_a_calibration(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_file_of_a_calibration(tmp_path: Path) -> None:
     calibration = calibration_of(model, measured=[{"mean_k": 2.5, "policy": "top_p"}])
     path = tmp_path / "calibration.json"
     calibration.save(path)
-    assert RoutingCalibration.load(path) == calibration
+    assert PolicyCalibration.load(path) == calibration
     with pytest.raises(ValueError, match="is for 3 sparse layers, 12 experts and top_k 4; the model has"):
         replace(calibration, num_layers=3).check(model)
     for change, message in (
@@ -144,10 +144,10 @@ def test_the_file_of_a_calibration(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
         with pytest.raises(ValueError, match=message):
-            RoutingCalibration.load(path)
+            PolicyCalibration.load(path)
         calibration.save(path)
     with pytest.raises(ValueError, match="cannot be read"):
-        RoutingCalibration.load(tmp_path / "none.json")
+        PolicyCalibration.load(tmp_path / "none.json")
 
 
 def slow_drop(
@@ -196,23 +196,23 @@ def test_gates_drop_what_the_policy_says(scoring: Any, normalize: bool, native: 
     chosen_TK = torch.empty(num_tokens, 6, dtype=torch.int16)
     counts_2E = torch.zeros(2, 20, dtype=torch.int64)
     if native:
-        from moe_runtime.kernels.cpu.blocks import Router, Routing
+        from moe_runtime.kernels.cpu.blocks import GateCall, LayerPolicies
         from moe_runtime.kernels.cpu.native import gate_config, load_or_none
 
         kernels = load_or_none()
         if kernels is None:
             pytest.skip("no native CPU kernels here")
-        router = Router(kernels, gate_config(20, **options), weight_ED, counts_2E)
+        router = GateCall(kernels, gate_config(20, **options), weight_ED, counts_2E)
         unruled, experts = router(x_TD, 30)
         assert torch.equal(experts, plain_experts)
         counts_2E.zero_()
-        weights_TK, experts_TK = router(x_TD, 30, Routing(policy_T, policies_P4, chosen_TK))
+        weights_TK, experts_TK = router(x_TD, 30, LayerPolicies(policy_T, policies_P4, chosen_TK))
     else:
-        from moe_runtime.layers.batch import StepRouting
+        from moe_runtime.layers.batch import StepPolicies
         from moe_runtime.layers.gate import Gate
 
         gate = Gate(config, weight_ED, None, counts_2E, 1)
-        routing = StepRouting(
+        routing = StepPolicies(
             policy_T, torch.stack([policies_P4.flip(0), policies_P4]), torch.stack([chosen_TK, chosen_TK])
         )
         unruled, _ = gate(x_TD, 30)
@@ -252,5 +252,5 @@ def test_what_is_dropped_has_no_slot_and_takes_no_turn() -> None:
     layer = MoELayer(None, torch.tensor([0, 3, 5, 6]), None, None, None, {})  # type: ignore[arg-type]
     experts = torch.tensor([[3, -1], [-1, 1], [3, 0], [2, 3]])
     assert layer._slots(experts).tolist() == [[6, -1], [-1, 3], [6, 0], [5, 6]]
-    layer.route(3, [6, 1])
+    layer.use_replicas(3, [6, 1])
     assert layer._slots(experts).tolist() == [[6, -1], [-1, 3], [1, 0], [5, 6]]

@@ -15,7 +15,7 @@ from tiny_models import VOCAB, make_model, save
 from moe_runtime import LLM
 from moe_runtime.balancer.trace import UNUSED, RoutingTrace
 from moe_runtime.engine.engine import Engine
-from moe_runtime.types.expert_policy import RoutingPolicy
+from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -162,7 +162,7 @@ def test_no_expert_gets_more_than_its_capacity(tmp_path: Path, overflow: str) ->
 def test_policies_and_limits_go_together(tmp_path: Path) -> None:
     save(skewed_model("qwen3"), tmp_path)
     prompts = [{"prompt_token_ids": prompt} for prompt in draw_prompts()]
-    params = replace(PARAMS, routing=RoutingPolicy(top_k=2))
+    params = replace(PARAMS, routing=ExpertPolicy(top_k=2))
     with LLM(tmp_path, skip_tokenizer_init=True, device="cpu", capacity_factor=0.7, overflow="reroute") as llm:
         outs = llm.generate(prompts, params, use_tqdm=False)
     for out in outs:

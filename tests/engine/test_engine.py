@@ -91,7 +91,7 @@ def test_steps_are_planned_while_one_runs_and_what_overshoots_is_thrown_away():
 
 
 def test_context_end_is_a_length():
-    engine, _ = make_engine(max_model_len=10, num_blocks=[2])
+    engine, _ = make_engine(max_model_len=10, num_pages=[2])
     engine.add_request("a", list(range(1, 8)), SamplingParams(max_tokens=None, ignore_eos=True))
     deltas = drain(engine)["a"]
     assert (len(deltas), deltas[-1].finish_reason) == (3, "length")
@@ -277,7 +277,7 @@ def test_preempted_requests_stream_the_same_text(tokenizer):
     token_ids = tokenizer.encode(text)[:40]
     prompt = tokenizer.encode("The sea")
     engine, executor = make_engine(
-        num_blocks=[8, 8],
+        num_pages=[8, 8],
         max_inflight=2,
         next_token=says(token_ids, len(prompt)),
         tokenizer=tokenizer,
@@ -297,7 +297,7 @@ def test_max_model_len_is_the_models_unless_given():
 
 
 def test_stats_count():
-    engine, executor = make_engine(num_blocks=[64, 64], max_num_batched_tokens=200, max_model_len=256)
+    engine, executor = make_engine(num_pages=[64, 64], max_num_batched_tokens=200, max_model_len=256)
     engine.add_request("a", [1] * 100, SamplingParams(max_tokens=3, ignore_eos=True))
     engine.add_request("b", [2] * 20, SamplingParams(max_tokens=2, ignore_eos=True))
     engine.step()
@@ -312,7 +312,7 @@ def test_stats_count():
 
 
 def test_expert_load_awaits_the_steps_in_flight_and_loses_nothing():
-    engine, executor = make_engine(num_blocks=[8, 8], max_inflight=2, served_model_name="name")
+    engine, executor = make_engine(num_pages=[8, 8], max_inflight=2, served_model_name="name")
     params = SamplingParams(max_tokens=10, ignore_eos=True, seed=1)
     engine.add_request("a", [1, 2, 3], params)
     tokens = [token for delta in engine.step() for token in delta.token_ids]
@@ -327,11 +327,11 @@ def test_expert_load_awaits_the_steps_in_flight_and_loses_nothing():
 
 
 def test_health_is_plain_and_tells_what_was_chosen():
-    engine, _ = make_engine(num_blocks=[8, 9], served_model_name="name")
+    engine, _ = make_engine(num_pages=[8, 9], served_model_name="name")
     health = json.loads(json.dumps(engine.health()))
     assert health["model"] == "name" and health["version"] == __version__
     assert (health["dtype"], health["device"], health["ep_size"]) == ("float32", "cpu", 2)
-    assert (health["max_model_len"], health["block_size"], health["num_blocks"]) == (64, 8, [8, 9])
+    assert (health["max_model_len"], health["block_size"], health["num_pages"]) == (64, 8, [8, 9])
     assert (health["dispatcher"], health["kernels"]) == ("auto", {"gate": "torch"})
     assert [rank["rank"] for rank in health["ranks"]] == [0, 1]
     assert health["placement_invariance"] == "greedy tokens, float32"
@@ -345,7 +345,7 @@ def test_close_ends_the_ranks():
 
 def test_random_requests_share_the_machine(seed):
     rng = np.random.default_rng(seed)
-    engine, _ = make_engine(num_blocks=[9, 12], max_inflight=2, max_num_batched_tokens=30, max_num_seqs=6)
+    engine, _ = make_engine(num_pages=[9, 12], max_inflight=2, max_num_batched_tokens=30, max_num_seqs=6)
     expected = {}
     for index in range(40):
         prompt = rng.integers(1, 50, rng.integers(1, 40)).tolist()

@@ -13,7 +13,7 @@ from tiny_models import VOCAB, make_model, save
 
 from moe_runtime import LLM
 from moe_runtime.balancer.trace import UNUSED, RoutingTrace
-from moe_runtime.types.expert_policy import RoutingPolicy
+from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -21,15 +21,15 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprob
 POLICIES = {
     "qwen3 normalised": [
         None,
-        RoutingPolicy(top_k=1),
-        RoutingPolicy(top_p=0.6),
-        RoutingPolicy(threshold=(0.3, 0.5, 0)),
+        ExpertPolicy(top_k=1),
+        ExpertPolicy(top_p=0.6),
+        ExpertPolicy(threshold=(0.3, 0.5, 0)),
     ],
     "glm4 groups": [
         None,
-        RoutingPolicy(top_k=(2, 3)),
-        RoutingPolicy(top_p=0.5, temperature=1.5),
-        RoutingPolicy(threshold=0.4, temperature=(0.7, 2.0)),
+        ExpertPolicy(top_k=(2, 3)),
+        ExpertPolicy(top_p=0.5, temperature=1.5),
+        ExpertPolicy(threshold=0.4, temperature=(0.7, 2.0)),
     ],
 }
 
@@ -149,7 +149,7 @@ def test_a_trace_holds_every_step(rank_pool: Pools, tmp_path: Path) -> None:
     save(model, tmp_path)
     path = tmp_path / "routing.npz"
     prompts = [torch.randint(2, VOCAB, (length,)).tolist() for length in (5, 30, 12)]
-    params = [replace(GREEDY, routing=policy) for policy in (None, RoutingPolicy(top_k=1), None)]
+    params = [replace(GREEDY, routing=policy) for policy in (None, ExpertPolicy(top_k=1), None)]
     with pool_engine(
         rank_pool, tmp_path, 2, dtype="float32", record_trace=str(path), max_num_batched_tokens=64
     ) as made:

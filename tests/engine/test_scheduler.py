@@ -31,8 +31,8 @@ def make_request(seq_id: int, num_tokens: int, max_output_tokens: int = 1000) ->
     )
 
 
-def make_scheduler(num_blocks: list[int], lengths: list[int], **limits) -> tuple[Scheduler, list[Request]]:
-    scheduler = Scheduler(num_blocks, 8, **{"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits})
+def make_scheduler(num_pages: list[int], lengths: list[int], **limits) -> tuple[Scheduler, list[Request]]:
+    scheduler = Scheduler(num_pages, 8, **{"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits})
     requests = [make_request(seq_id, length) for seq_id, length in enumerate(lengths)]
     for request in requests:
         scheduler.add(request)
@@ -68,7 +68,7 @@ def test_pages_for_exactly_the_chunk():
     scheduler, requests = make_scheduler([64], [20], max_num_batched_tokens=9, max_num_seqs=9)
     pages = []
     for _ in range(8):
-        pages.append([len(chunk.new_blocks) for chunk in scheduler.schedule().ranks[0].chunks])
+        pages.append([len(chunk.new_pages) for chunk in scheduler.schedule().ranks[0].chunks])
         if requests[0].num_pending:
             requests[0].append(1, [])
     assert pages == [[2], [1], [0], [0], [0], [0], [0], [1]]
@@ -292,7 +292,7 @@ def scenarios(draw: st.DrawFn) -> tuple[dict, list[Arrival]]:
     max_num_seqs = draw(st.integers(1, 5) | st.just(5))
     options = {
         "max_model_len": max_model_len,
-        "num_blocks": draw(st.lists(st.integers(least, least + 3), min_size=1, max_size=3)),
+        "num_pages": draw(st.lists(st.integers(least, least + 3), min_size=1, max_size=3)),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": draw(st.integers(max_num_seqs, 24)),
         "max_inflight": draw(st.integers(1, 2)),

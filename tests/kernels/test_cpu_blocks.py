@@ -8,7 +8,7 @@ from cpu_cases import DTYPES, assert_close, cache_and_meta, experts_of, normal
 
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, DenseBlock, NextNorm, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, GateCall, NextNorm, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -43,7 +43,7 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
         "eps": 1e-6,
     }
     weights = PackedLinear.pack(kernels, qkv, bias), PackedLinear.pack(kernels, out_weight)
-    block = AttentionBlock(kernels, *weights, **options)
+    block = AttentionCall(kernels, *weights, **options)
     rows = torch.tensor(positions)
     step = native.Step(meta, slots, cos, sin, rows) if table else native.Step(meta, slots, cos[rows], sin[rows])
     own_k, own_v = k_cache.clone(), v_cache.clone()
@@ -62,7 +62,7 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     assert_close(actual, torch.nn.functional.linear(attended.flatten(1), out_weight), scale=8)
     next_norm, residual = NextNorm(normal(hidden, dtype=dtype), 1e-5), normal(tokens, hidden, dtype=dtype)
     total = residual.clone()
-    normed = AttentionBlock(kernels, *weights, **options, next_norm=next_norm)(x, step, own_k, own_v, total)
+    normed = AttentionCall(kernels, *weights, **options, next_norm=next_norm)(x, step, own_k, own_v, total)
     for fused, plain in zip(
         (normed, total), kernels.add_rms_norm(actual, residual, next_norm.weight_D, 1e-5), strict=True
     ):
@@ -79,7 +79,7 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
 def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype, head_dim, rotated):
     """Through a projection that copies, so that nothing is summed: rotary embedding and store are equal bit for bit."""
     size, tokens = 4 * head_dim, 30
-    block = AttentionBlock(
+    block = AttentionCall(
         kernels,
         PackedLinear.pack(kernels, torch.eye(size).to(dtype)),
         PackedLinear.pack(kernels, torch.eye(size, 2 * head_dim).to(dtype)),
@@ -103,16 +103,16 @@ def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype,
     assert torch.equal(own_k, k_cache) and torch.equal(own_v, v_cache)
 
 
-def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72, inner=40):
+def sparse_block(kernels, dtype, gate_dtype, shared, num_experts=12, hidden=72, inner=40):
     gate = native.gate_config(num_experts, top_k=3, scoring="softmax", normalize=True)
-    weight = normal(num_experts, hidden, dtype=router_dtype) / 8
+    weight = normal(num_experts, hidden, dtype=gate_dtype) / 8
     w13 = normal(num_experts, 2 * inner, hidden, dtype=dtype) / 8
     w2 = normal(num_experts, hidden, inner, dtype=dtype) / 8
     slot_E, counts = torch.randperm(num_experts), torch.zeros(2, 3, num_experts, dtype=torch.int64)
-    router = Router(kernels, gate, weight, counts[:, 1])
+    gate = GateCall(kernels, gate, weight, counts[:, 1])
     shared_weights = (normal(1, 34, hidden, dtype=dtype) / 8, normal(1, hidden, 17, dtype=dtype) / 8)
     shared_experts = experts_of(kernels, *shared_weights) if shared else None
-    block = SparseBlock(router, slot_E[:, None], experts_of(kernels, w13, w2), shared_experts)
+    block = SparseCall(gate, slot_E[:, None], experts_of(kernels, w13, w2), shared_experts)
     return block, weight, w13, w2, slot_E, counts, shared_weights if shared else None
 
 
@@ -121,17 +121,17 @@ def sparse_block(kernels, dtype, router_dtype, shared, num_experts=12, hidden=72
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1, 30, 1100])  # the last in three parts
 def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
-    router_dtype = torch.float32 if float32_router else dtype
-    block, weight, w13, w2, slot_E, counts, shared_weights = sparse_block(kernels, dtype, router_dtype, shared)
+    gate_dtype = torch.float32 if float32_router else dtype
+    block, weight, w13, w2, slot_E, counts, shared_weights = sparse_block(kernels, dtype, gate_dtype, shared)
     x, num_decode = normal(tokens, w2.shape[1], dtype=dtype), tokens // 3
     actual = block(x, num_decode)
 
     # The twin's own choice could fall otherwise where two logits are a rounding apart.
-    weights, experts = block.router(x, num_decode)
-    logits = torch.nn.functional.linear(x.to(router_dtype), weight).float()
+    weights, experts = block.gate(x, num_decode)
+    logits = torch.nn.functional.linear(x.to(gate_dtype), weight).float()
     expected_weights, _ = torch_ops.topk_gate(logits, top_k=3, scoring="softmax", normalize=True)
-    # A logit of a bfloat16 router may be one rounding off, 2^-8 of it, and so may the weight's logarithm.
-    assert_close(weights, expected_weights, scale=10 if router_dtype == torch.float32 else 5000)
+    # A logit of a bfloat16 gate may be one rounding off, 2^-8 of it, and so may the weight's logarithm.
+    assert_close(weights, expected_weights, scale=10 if gate_dtype == torch.float32 else 5000)
     order, rows_per_slot = torch_ops.group_by_slot(slot_E[experts].flatten(), len(slot_E))
     y = torch.empty(tokens * 3, x.shape[1], dtype=dtype)
     y[order] = torch_ops.grouped_mlp(x, order // 3, rows_per_slot, w13, w2)
@@ -165,10 +165,10 @@ def test_blocks_with_the_norm_behind_them(kernels, dtype):
     norm = NextNorm(normal(72, dtype=dtype), 1e-6)
     w13, w2 = normal(1, 60, 72, dtype=dtype) / 8, normal(1, 72, 30, dtype=dtype) / 8
     mlp = experts_of(kernels, w13, w2)
-    dense = DenseBlock(mlp)(x)
+    dense = DenseCall(mlp)(x)
     assert torch.equal(dense, mlp(x, None, torch.tensor([20])))
-    sparse = SparseBlock(block.router, slot_E[:, None], block.experts, None, norm)
-    with_norm = (sparse, (0,)), (DenseBlock(mlp, norm), ())
+    sparse = SparseCall(block.gate, slot_E[:, None], block.experts, None, norm)
+    with_norm = (sparse, (0,)), (DenseCall(mlp, norm), ())
     for (fused, arguments), plain in zip(with_norm, (block(x, 0), dense), strict=True):
         total = residual.clone()
         normed = fused(x, *arguments, total)

@@ -11,7 +11,7 @@ import torch
 from cpu_cases import DTYPES, cache_and_meta, experts_of, normal
 
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, DenseBlock, NextNorm, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, GateCall, NextNorm, SparseCall
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.packed import PackedLinear
 
@@ -42,7 +42,7 @@ class Case:
         sizes = {"num_heads": 3, "num_kv_heads": 1, "head_dim": 16, "scale": 0.25, "sliding_window": None}
         qkv, output = (normal(*shape, dtype=self.dtype) / 7 for shape in ((80, HIDDEN), (HIDDEN, 48)))
         weights = PackedLinear.pack(self.kernels, qkv), PackedLinear.pack(self.kernels, output)
-        return AttentionBlock(
+        return AttentionCall(
             self.kernels, *weights, **sizes, q_norm_d=None, k_norm_d=None, eps=1e-6, next_norm=self.norm()
         )
 
@@ -51,18 +51,18 @@ class Case:
         return experts_of(self.kernels, *(normal(*shape, dtype=self.dtype) / 7 for shape in shapes))
 
     def dense(self):
-        return DenseBlock(self.mlp(1), self.norm())
+        return DenseCall(self.mlp(1), self.norm())
 
     def sparse(self):
         gate = native.gate_config(EXPERTS, top_k=2, scoring="softmax", normalize=True)
-        router = Router(self.kernels, gate, normal(EXPERTS, HIDDEN) / 7)
-        return SparseBlock(router, torch.randperm(EXPERTS)[:, None], self.mlp(EXPERTS), None, self.norm())
+        gate = GateCall(self.kernels, gate, normal(EXPERTS, HIDDEN) / 7)
+        return SparseCall(gate, torch.randperm(EXPERTS)[:, None], self.mlp(EXPERTS), None, self.norm())
 
     def one_by_one(self):
         x, residual = self.x, self.residual.clone()
         for (attention, mlp), (keys, values) in zip(self.blocks, self.caches, strict=True):
             x = attention(x, self.step, keys, values, residual)
-            x = mlp(x, residual) if isinstance(mlp, DenseBlock) else mlp(x, 0, residual)
+            x = mlp(x, residual) if isinstance(mlp, DenseCall) else mlp(x, 0, residual)
         return x, residual
 
     def begin(self):

@@ -64,8 +64,8 @@ def by_expert(weights, experts):
     return weights.gather(1, order), experts
 
 
-def assert_routes_like(router, x, **options):
-    logits, their_weights, their_experts = router(x)
+def assert_routes_like(gate, x, **options):
+    logits, their_weights, their_experts = gate(x)
     weights, experts = by_expert(*ops.topk_gate(logits, **options))
     their_weights, their_experts = by_expert(their_weights, their_experts)
     assert torch.equal(experts, their_experts)
@@ -76,16 +76,16 @@ def assert_routes_like(router, x, **options):
 @torch.no_grad()
 def test_equals_qwen3_moe(normalize):
     config = Qwen3MoeConfig(hidden_size=32, num_experts=60, num_experts_per_tok=7, norm_topk_prob=normalize)
-    router = Qwen3MoeTopKRouter(config)
-    torch.nn.init.normal_(router.weight)
-    assert_routes_like(router, torch.randn(50, 32), top_k=7, scoring="softmax", normalize=normalize)
+    gate = Qwen3MoeTopKRouter(config)
+    torch.nn.init.normal_(gate.weight)
+    assert_routes_like(gate, torch.randn(50, 32), top_k=7, scoring="softmax", normalize=normalize)
 
 
 @torch.no_grad()
 def test_equals_mixtral():
-    router = MixtralTopKRouter(MixtralConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=2))
-    torch.nn.init.normal_(router.weight)
-    assert_routes_like(router, torch.randn(50, 32), top_k=2, scoring="softmax", normalize=True)
+    gate = MixtralTopKRouter(MixtralConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=2))
+    torch.nn.init.normal_(gate.weight)
+    assert_routes_like(gate, torch.randn(50, 32), top_k=2, scoring="softmax", normalize=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -101,15 +101,15 @@ def test_equals_glm4_moe(normalize, num_groups, topk_groups):
         n_group=num_groups,
         topk_group=topk_groups,
     )
-    router = Glm4MoeTopkRouter(config)
-    torch.nn.init.normal_(router.weight, std=0.2)
-    torch.nn.init.normal_(router.e_score_correction_bias, std=0.2)
+    gate = Glm4MoeTopkRouter(config)
+    torch.nn.init.normal_(gate.weight, std=0.2)
+    torch.nn.init.normal_(gate.e_score_correction_bias, std=0.2)
     assert_routes_like(
-        router,
+        gate,
         torch.randn(50, 32),
         top_k=5,
         scoring="sigmoid",
-        correction_bias_E=router.e_score_correction_bias,
+        correction_bias_E=gate.e_score_correction_bias,
         num_groups=num_groups,
         topk_groups=topk_groups,
         normalize=normalize,

@@ -54,7 +54,7 @@ def test_head_groups_and_dtypes(heads, groups, dtype):
 @pytest.mark.parametrize("window", [None, 5])
 def test_chunks_and_decodes_give_what_the_whole_prompt_gives(window):
     q, k_cache, v_cache, whole = random_case([13], [13])
-    blocks = [whole.block_table[0].tolist()]
+    blocks = [whole.page_table[0].tolist()]
     expected = ops.paged_attention(q, k_cache, v_cache, whole, scale=0.3, sliding_window=window)
     start = 0
     for size in (4, 3, 1, 1, 4):
@@ -72,7 +72,7 @@ def test_a_sequence_does_not_see_its_neighbours(window):
     together = ops.paged_attention(q, k_cache, v_cache, meta, scale=0.3, sliding_window=window)
     for i, context in enumerate(meta.context_len):
         rows = slice(meta.query_start[i], meta.query_start[i + 1])
-        pages = meta.block_table[i, : -(-context // BLOCK_SIZE)]
+        pages = meta.page_table[i, : -(-context // BLOCK_SIZE)]
         only_k, only_v = torch.zeros_like(k_cache), torch.zeros_like(v_cache)
         only_k[pages], only_v[pages] = k_cache[pages], v_cache[pages]
         alone_meta = AttentionMetadata.build([meta.num_query[i]], [context], [pages.tolist()], CPU)
@@ -82,8 +82,8 @@ def test_a_sequence_does_not_see_its_neighbours(window):
 
 def test_pages_before_the_window_are_not_read():
     q, k_cache, v_cache, meta = random_case([1, 1, 6], [30, 26, 29])
-    k_cache[meta.block_table[:, :3].flatten()] = float("nan")
-    v_cache[meta.block_table[:, :3].flatten()] = float("nan")
+    k_cache[meta.page_table[:, :3].flatten()] = float("nan")
+    v_cache[meta.page_table[:, :3].flatten()] = float("nan")
     assert ops.paged_attention(q, k_cache, v_cache, meta, scale=0.3, sliding_window=12).isfinite().all()
     assert not ops.paged_attention(q, k_cache, v_cache, meta, scale=0.3, sliding_window=None).isfinite().any()
 
@@ -92,7 +92,7 @@ def test_metadata_is_built_with_decodes_in_front():
     meta = AttentionMetadata.build([1, 1, 4, 1], [5, 2, 4, 3], [[3, 1], [2], [7], [4]], CPU)
     assert meta.num_decode == 2 and meta.query_start == [0, 1, 2, 6, 7]
     assert meta.num_query == [1, 1, 4, 1] and meta.num_tokens == 7 and meta.max_context == 5
-    assert meta.block_table.tolist() == [[3, 1], [2, 0], [7, 0], [4, 0]]
+    assert meta.page_table.tolist() == [[3, 1], [2, 0], [7, 0], [4, 0]]
     nothing = AttentionMetadata.build([], [], [], CPU)
     assert (nothing.num_tokens, nothing.max_context, nothing.reads(BLOCK_SIZE, None)) == (0, 0, [])
 

@@ -71,7 +71,7 @@ def decode_bits_do_not_depend_on_the_batch(device: torch.device, dtype: torch.dt
         places = meta.on_device
         for row in torch.randperm(meta.num_tokens)[:3].tolist():
             position = int(places.position_T[row])
-            table = meta.block_table[int(places.sequence_T[row])][None]
+            table = meta.page_table[int(places.sequence_T[row])][None]
             alone = AttentionMetadata(1, [0, 1], [position + 1], table)
             one = attention.paged_attention(q[row : row + 1], k_cache, v_cache, alone, **options)
             assert torch.equal(one[0], together[row]), (row, window)
@@ -81,7 +81,7 @@ def longer_grids_give_the_same_bits(device: torch.device, dtype: torch.dtype) ->
     from moe_runtime.kernels.triton import attention
 
     q, k_cache, v_cache, meta = random_step("decodes", device, dtype)
-    places = (meta.block_table, meta.on_device.sequence_T, meta.on_device.position_T)
+    places = (meta.page_table, meta.on_device.sequence_T, meta.on_device.position_T)
     for window in (None, 7):
         out = [
             attention.decode_attention(q, k_cache, v_cache, *places, max_context=most, scale=0.3, sliding_window=window)
@@ -95,10 +95,10 @@ def decode_gives_what_its_twin_gives(device: torch.device, dtype: torch.dtype) -
 
     q, k_cache, v_cache, meta = random_step("mixed", device, dtype)
     caches = (k_cache.nan_to_num(), v_cache.nan_to_num())  # the twin reads padding, with a weight of 0
-    places = (meta.block_table, meta.on_device.sequence_T, meta.on_device.position_T)
+    places = (meta.page_table, meta.on_device.sequence_T, meta.on_device.position_T)
     for window in (None, 7):
         options = {"max_context": 270, "scale": 0.3, "sliding_window": window}
-        table = torch.nn.functional.pad(meta.block_table, (0, 70 - meta.block_table.shape[1]))
+        table = torch.nn.functional.pad(meta.page_table, (0, 70 - meta.page_table.shape[1]))
         actual = attention.decode_attention(q, *caches, *places, **options)
         assert_near(actual, torch_attention.decode_attention(q, *caches, table, *places[1:], **options))
 

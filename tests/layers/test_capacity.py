@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_runtime.all2all.rounds import counts_of, num_rounds, place_among_equals
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import torch_ops
-from moe_runtime.layers.batch import Batch, StepLimits, StepRouting
+from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import (
     LayerLimits,
     Limits,
@@ -158,8 +158,8 @@ def run(limits: Limits, config: MoEConfig, logits_TE: Tensor, bias_E: Tensor | N
     rows_LW = torch.tensor(rank_rows, dtype=torch.float64).T if rank_rows else None
     step = StepLimits(rows_LW, torch.zeros(len(logits_TE), 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     empty = torch.empty(0, dtype=torch.int64)
-    routing = StepRouting(chosen_LTK=chosen_LTK)
-    batch = Batch(empty, empty, empty, None, 5, "local", [len(logits_TE)], routing=routing, limits=step)  # type: ignore[arg-type]
+    routing = StepPolicies(chosen_LTK=chosen_LTK)
+    batch = Batch(empty, empty, empty, None, 5, "local", [len(logits_TE)], policies=routing, limits=step)  # type: ignore[arg-type]
     layer = LayerLimits(limits, config, bias_E, counts_2E, 1, 4)
     found = layer.choose(logits_TE, weights_TK, experts_TK, torch.arange(8)[:, None].repeat(1, 4), batch)
     assert torch.equal(chosen_LTK[1].long(), found[1]) and (chosen_LTK[0] == 99).all()

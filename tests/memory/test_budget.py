@@ -50,12 +50,12 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
     assert tuple(rank.num_slots for rank in budget.ranks) == num_slots and min(num_slots) >= 4 / ep_size
     for rank in budget.ranks:
         assert rank.weights == weight_bytes(MODEL, "float32", rank.num_slots)
-        assert rank.kv_cache == rank.num_blocks * page_bytes(MODEL, 16, 4)
+        assert rank.kv_cache == rank.num_pages * page_bytes(MODEL, 16, 4)
     assert len({(rank.dense, rank.kv_cache, rank.buffers) for rank in budget.ranks}) == 1
     assert budget.largest.num_slots == max(num_slots) and budget.largest.total == max(r.total for r in budget.ranks)
     assert budget.total == sum(rank.weights + rank.kv_cache + rank.buffers for rank in budget.ranks)
     assert budget.left == free - budget.total and budget.fits == (budget.left >= 0)
-    assert max_model_len <= rank.num_blocks * 16 <= max_num_seqs * (max_model_len + 15), "one sequence, at most all"
+    assert max_model_len <= rank.num_pages * 16 <= max_num_seqs * (max_model_len + 15), "one sequence, at most all"
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypat
     after_loading = free - sum(rank.weights for rank in budget.ranks)
     monkeypatch.setattr(kv_cache, "available_host_memory", lambda: after_loading)
     dtype = getattr(torch, options.get("dtype", "float32"))
-    chosen = kv_cache.choose_num_blocks(engine, model, dtype, torch.device("cpu"), num_ranks)
-    assert {rank.num_blocks for rank in budget.ranks} == {chosen}
+    chosen = kv_cache.choose_num_pages(engine, model, dtype, torch.device("cpu"), num_ranks)
+    assert {rank.num_pages for rank in budget.ranks} == {chosen}
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused_before_loading() -> None:

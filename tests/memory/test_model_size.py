@@ -86,7 +86,7 @@ def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: i
     for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
         loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
         count = size.count_parameters(config)
-        vectors = count.norms + 2 * config.num_layers * config.head_dim + count.router_bias
+        vectors = count.norms + 2 * config.num_layers * config.head_dim + count.gate_bias
         coded = holds_codes("cpu")
         least = size.weight_bytes(config, dtype, num_slots, coded) - 4 * vectors
         tables = 1.011 if coded and dtype == "bfloat16" else 1.0  # 64 bytes for every 6,144 or more of codes

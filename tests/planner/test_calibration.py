@@ -18,7 +18,7 @@ from moe_runtime import LLM, SamplingParams
 from moe_runtime.build import fit_to_model
 from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.expert_policy import RoutingCalibration
+from moe_runtime.config.expert_policy import PolicyCalibration
 from moe_runtime.models.registry import load_model_config
 from moe_runtime.planner.calibration import Blocks, Observed, calibrate, find_candidates, fit_temperature
 from moe_runtime.worker.worker import Worker
@@ -106,7 +106,7 @@ def test_the_command_writes_what_the_engine_reads(tmp_path: Path, capsys: Any) -
     assert len(rows) == 2 + 2 * 4
     assert rows[1].split()[1] == "full"
     assert outputs[1].read_bytes().startswith(b"\x89PNG")
-    found = RoutingCalibration.load(outputs[0])
+    found = PolicyCalibration.load(outputs[0])
     assert len(found.measured) == 9
     with LLM(tmp_path, device="cpu") as llm:  # finds the file beside the model
         params = SamplingParams(max_tokens=8, temperature=0, routing="fast", return_routed_experts=True)

@@ -70,7 +70,7 @@ def tiny(num_experts: int = 4, top_k: int = 1, **changes: object) -> ModelShape:
         attention=(Matrix(100, 50, "bfloat16"),),
         dense_mlp=(Matrix(1000, 10, "bfloat16"),),
         shared=(),
-        router=Matrix(num_experts, 50, "bfloat16"),
+        gate=Matrix(num_experts, 50, "bfloat16"),
         expert=(Matrix(500, 100, "bfloat16"),),
         head=Matrix(1000, 50, "bfloat16"),
         embedding_bytes=0,

@@ -30,10 +30,10 @@ def test_sizes_agree_with_those_of_the_checkpoint(case, dtype, tmp_path):
     shape = ModelShape.of(config, dtype, "tiny")
     item = {"float32": 4, "bfloat16": 2}[dtype]
     count = count_parameters(config)
-    router = count.router * (4 if config.moe.router_float32 else item)
+    gate = count.gate * (4 if config.moe.gate_float32 else item)
     matrices = count.embedding + count.head + count.dense_mlp + count.shared_experts
     attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.num_layers
-    assert size(shape.dense) + shape.embedding_bytes == (matrices + attention) * item + router
+    assert size(shape.dense) + shape.embedding_bytes == (matrices + attention) * item + gate
     assert size(shape.expert) == expert_bytes(config, dtype)
     assert shape.kv_bytes * shape.num_layers == kv_bytes_per_token(config, dtype)
 

@@ -10,7 +10,7 @@ import pytest
 from moe_runtime.serve.generate import GenerateRequest, NativeReply
 from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
 from moe_runtime.serve.streaming import Completion
-from moe_runtime.types.expert_policy import parse_routing
+from moe_runtime.types.expert_policy import parse_expert_policy
 from moe_runtime.types.outputs import OutputDelta
 
 
@@ -55,7 +55,7 @@ def test_they_are_left_out_where_nobody_asked(reply):
 )
 def test_policies_in_bodies(routing, meant):
     body = GenerateRequest.model_validate({"prompt": "x", "routing": routing})
-    assert body.sampling_params().routing == parse_routing(meant)
+    assert body.sampling_params().routing == parse_expert_policy(meant)
 
 
 def test_a_wrong_policy_names_its_field():

@@ -77,18 +77,18 @@ class FakeSequence:
     num_prefill_tokens: int
     params: SamplingParams
     seed: int
-    blocks: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
     num_computed: int = 0
 
 
 class FakeRank:
-    def __init__(self, index: int, num_blocks: int, config: EngineConfig, next_token: NextToken) -> None:
+    def __init__(self, index: int, num_pages: int, config: EngineConfig, next_token: NextToken) -> None:
         self.index = index
-        self.num_blocks = num_blocks
+        self.num_pages = num_pages
         self.config = config
         self.next_token = next_token
         self.sequences: dict[int, FakeSequence] = {}
-        self.pages: dict[tuple[int, int], tuple[int, int, int]] = {}  # (block, offset) -> (seq_id, position, token)
+        self.pages: dict[tuple[int, int], tuple[int, int, int]] = {}  # (page, offset) -> (seq_id, position, token)
 
     def run(self, step: int, plan: RankPlan) -> RankResult:
         for seq_id in plan.dropped:
@@ -132,24 +132,24 @@ class FakeRank:
 
     def write(self, chunk: Chunk, sequence: FakeSequence) -> None:
         assert chunk.start == sequence.num_computed, "a chunk does not begin where the last one ended"
-        held = {block for other in self.sequences.values() for block in other.blocks}
-        assert held.isdisjoint(chunk.new_blocks), "a page that a sequence holds is given away"
-        assert len(set(chunk.new_blocks)) == len(chunk.new_blocks)
-        assert all(0 <= block < self.num_blocks for block in chunk.new_blocks)
-        sequence.blocks += chunk.new_blocks
+        held = {page for other in self.sequences.values() for page in other.pages}
+        assert held.isdisjoint(chunk.new_pages), "a page that a sequence holds is given away"
+        assert len(set(chunk.new_pages)) == len(chunk.new_pages)
+        assert all(0 <= page < self.num_pages for page in chunk.new_pages)
+        sequence.pages += chunk.new_pages
         end = sequence.num_computed = chunk.start + chunk.num_tokens
         size = self.config.block_size
-        assert len(sequence.blocks) == -(-end // size), "there are pages for exactly the positions so far"
+        assert len(sequence.pages) == -(-end // size), "there are pages for exactly the positions so far"
         assert end <= len(sequence.token_ids), "a position is planned whose token does not exist"
         assert chunk.sample == (end == len(sequence.token_ids))
         for position in range(chunk.start, end):
-            where = (sequence.blocks[position // size], position % size)
+            where = (sequence.pages[position // size], position % size)
             self.pages[where] = (chunk.seq_id, position, sequence.token_ids[position])
 
     def context(self, seq_id: int, end: int) -> list[int]:
         size = self.config.block_size
-        blocks = self.sequences[seq_id].blocks
-        cells = [self.pages[blocks[position // size], position % size] for position in range(end)]
+        pages = self.sequences[seq_id].pages
+        cells = [self.pages[pages[position // size], position % size] for position in range(end)]
         assert [cell[:2] for cell in cells] == [(seq_id, position) for position in range(end)]
         return [token for _, _, token in cells]
 
@@ -168,7 +168,7 @@ class MockExecutor:
     def __init__(
         self,
         config: EngineConfig,
-        num_blocks: list[int],
+        num_pages: list[int],
         max_inflight: int = 1,
         next_token: NextToken = random_next_token,
     ) -> None:
@@ -176,7 +176,7 @@ class MockExecutor:
         self.plans: list[StepPlan] = []
         self.closed = 0
         self._inflight: deque[tuple[StepPlan, StepPlan]] = deque()
-        self._workers = [FakeRank(index, count, config, next_token) for index, count in enumerate(num_blocks)]
+        self._workers = [FakeRank(index, count, config, next_token) for index, count in enumerate(num_pages)]
         self.ranks = [
             RankInfo(
                 index,
@@ -190,9 +190,9 @@ class MockExecutor:
                 0.5,
                 {"gate": "torch"},
                 False,
-                ("local",) if len(num_blocks) == 1 else ("all_to_all", "all_gather"),
+                ("local",) if len(num_pages) == 1 else ("all_to_all", "all_gather"),
             )
-            for index, count in enumerate(num_blocks)
+            for index, count in enumerate(num_pages)
         ]
 
     @property
@@ -262,17 +262,17 @@ def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64
 
 
 def make_engine(
-    num_blocks: list[int] | None = None,
+    num_pages: list[int] | None = None,
     max_inflight: int = 1,
     next_token: NextToken = random_next_token,
     tokenizer: Tokenizer | None = None,
     vocab_size: int = VOCAB_SIZE,
     **options,
 ) -> tuple[Engine, MockExecutor]:
-    num_blocks = num_blocks or [64]
-    options = {"max_model_len": 64, "block_size": 8, "ep_size": len(num_blocks), **options}
+    num_pages = num_pages or [64]
+    options = {"max_model_len": 64, "block_size": 8, "ep_size": len(num_pages), **options}
     config = EngineConfig("fake", **options)
-    executor = MockExecutor(config, num_blocks, max_inflight, next_token)
+    executor = MockExecutor(config, num_pages, max_inflight, next_token)
     return Engine(config, model_config(vocab_size), executor, tokenizer), executor
 
 

@@ -11,8 +11,8 @@ from rank_pool import RankContext
 
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import Router, Routing
-from moe_runtime.layers.batch import Batch, StepRouting
+from moe_runtime.kernels.cpu.blocks import GateCall, LayerPolicies
+from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.native_layers import NativeGate, NativeMLP, NativeMoELayer, NativeNorm
 
 EXPERTS, SLOTS, TOP_K, HIDDEN, INNER = 5, 5, 3, 72, 40
@@ -31,14 +31,14 @@ def make_layer(
     w13, w2 = normal(num_slots, 2 * INNER, HIDDEN, dtype=dtype) / 8, normal(num_slots, HIDDEN, INNER, dtype=dtype) / 8
     shared = experts_of(kernels, normal(1, 34, HIDDEN, dtype=dtype) / 8, normal(1, HIDDEN, 17, dtype=dtype) / 8)
     config = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
-    gate = NativeGate(Router(kernels, config, normal(EXPERTS, HIDDEN, dtype=dtype) / 8), 0)
+    gate = NativeGate(GateCall(kernels, config, normal(EXPERTS, HIDDEN, dtype=dtype) / 8), 0)
     norm = NativeNorm(kernels, normal(HIDDEN, dtype=dtype), 1e-6)
     own = slice(context.rank * SLOTS, (context.rank + 1) * SLOTS)
     experts = experts_of(kernels, w13[own], w2[own])
     layer = NativeMoELayer(gate, torch.arange(EXPERTS), experts, NativeMLP(shared), norm, {"symmetric": way})
     for expert in range(EXPERTS):
         slots = list(range(expert, num_slots, EXPERTS))
-        layer.route(expert, slots[: 1 << (len(slots).bit_length() - 1)])
+        layer.use_replicas(expert, slots[: 1 << (len(slots).bit_length() - 1)])
     return layer
 
 
@@ -60,11 +60,11 @@ def run_steps(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: in
             num_decode=tokens // 2,
             dispatcher="symmetric",
             tokens_per_rank=tokens_per_rank,
-            routing=StepRouting(policy_T, policies[None]),
+            policies=StepPolicies(policy_T, policies[None]),
         )
         expected, expected_residual = layer(x_TD.clone(), residual_TD.clone(), batch)
         spread = layer.way.step(tokens_per_rank, same.randint(1, max(1, *tokens_per_rank)))
-        actual = layer.block(x_TD, tokens // 2, residual_TD, Routing(policy_T, policies), spread)
+        actual = layer.block(x_TD, tokens // 2, residual_TD, LayerPolicies(policy_T, policies), spread)
         if not (torch.equal(actual, expected) and torch.equal(residual_TD, expected_residual)):
             different.append(step)
     return different

@@ -44,7 +44,7 @@ def compute(sent: Dispatched, rank: int) -> Tensor:
 
 
 def expected(x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    y_TKD = torch.stack([experts(x_TD, slot_T) for slot_T in slot_TK.T], 1)
+    y_TKD = torch.stack([experts(x_TD, cache_position_T) for cache_position_T in slot_TK.T], 1)
     return torch_ops.combine_topk(y_TKD * (slot_TK >= 0)[..., None], weights_TK)
 
 

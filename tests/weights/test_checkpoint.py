@@ -20,7 +20,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, Router, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.gate import Gate
@@ -35,8 +35,8 @@ from moe_runtime.layers.native_layers import (
     NativeNorm,
     NativeSparseBlock,
 )
-from moe_runtime.layers.torch_kit import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
-from moe_runtime.models.reader import ModelLoader
+from moe_runtime.layers.torch_kit import MLP, Attention, DenseCall, Embedding, Head, Linear, RMSNorm, TorchKit
+from moe_runtime.models.reader import ModelReader
 from moe_runtime.models.registry import load_model_config
 from moe_runtime.system.pages import mappings_of
 from moe_runtime.weights.checkpoint import Checkpoint, RandomWeights, WeightSource, resolve_model
@@ -59,7 +59,7 @@ def build(
     kept = KITS[kit]()
     ways = make_dispatchers(None, placement.max_slots, kept.row_ops) if placement.num_ranks == 1 else {}
     slots = placement.max_slots
-    return ModelLoader(config, source, placement, rank, slots, ways, counter, kept).load(lambda: None)
+    return ModelReader(config, source, placement, rank, slots, ways, counter, kept).load(lambda: None)
 
 
 def values(part: object) -> list[torch.Tensor]:
@@ -89,14 +89,14 @@ def values(part: object) -> list[torch.Tensor]:
         NativeHead: ("linear",),
         NativeEmbedding: ("linear",),
         NativeMLP: ("experts",),
-        Router: ("linear",),
+        GateCall: ("linear",),
         Attention: ("qkv", "output", "next_norm"),
         NativeAttention: ("block",),
-        AttentionBlock: ("qkv", "output"),
-        DenseBlock: ("mlp",),
+        AttentionCall: ("qkv", "output"),
+        DenseCall: ("mlp",),
         NativeDenseBlock: ("mlp",),
         NativeSparseBlock: ("block",),
-        SparseBlock: ("router", "experts", "shared"),
+        SparseCall: ("router", "experts", "shared"),
         MoELayer: ("gate", "experts", "shared"),
     }
     return [tensor for name in parts[type(part)] for tensor in values(getattr(part, name))]

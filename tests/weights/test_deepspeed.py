@@ -229,7 +229,7 @@ def test_a_tag_can_be_served_by_itself(checkpoint: Path) -> None:
 def test_safetensors_files_come_first(checkpoint: Path) -> None:
     """A trainer may write both; then the gate is the family's own."""
     (checkpoint / "model.safetensors").touch()
-    assert not load_model_config(checkpoint).moe.router_float32
+    assert not load_model_config(checkpoint).moe.gate_float32
 
 
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "layer_1_expert_6_mp_rank_00_model_states.pt"])

@@ -100,7 +100,7 @@ def test_ties_go_to_the_lowest_expert_in_ours(top_k: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_router_is_computed_in_float32(dtype: torch.dtype) -> None:
-    """DeepSpeed widens inputs and router weight first; `router_float32` is the same here."""
+    """DeepSpeed widens inputs and router weight first; `gate_float32` is the same here."""
     gate = TopKGate(48, 16, k=4, drop_tokens=False, min_capacity=0).to(dtype)
     x_TD = torch.randn(200, 48).to(dtype)
     _, _, _, experts_KT, _, weights_KT, _ = gate(x_TD, None, True)

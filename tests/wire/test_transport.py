@@ -38,6 +38,7 @@ from moe_runtime.wire.messages import (
 )
 from moe_runtime.wire.transport import (
     Alive,
+    ControlServer,
     Counts,
     CountsRequest,
     Dealer,
@@ -51,7 +52,6 @@ from moe_runtime.wire.transport import (
     RankExited,
     Ready,
     Result,
-    Router,
     Stop,
     Task,
     TaskReport,
@@ -185,35 +185,35 @@ def test_a_field_of_a_wrong_type_names_peer_and_field():
 
 def test_router_and_dealers_talk_by_name(endpoint):
     dealers = [Dealer(endpoint, rank_name(rank)) for rank in range(3)]  # before the front is there
-    router = Router(endpoint, [rank_name(rank) for rank in range(3)])
+    server = ControlServer(endpoint, [rank_name(rank) for rank in range(3)])
     try:
         for rank, dealer in enumerate(dealers):
             dealer.send(Hello("rank", rank, 0, os.getpid()))
-        received = dict(filter(None, (router.receive(10) for _ in dealers)))
+        received = dict(filter(None, (server.receive(10) for _ in dealers)))
         assert received == {rank_name(rank): Hello("rank", rank, 0, os.getpid()) for rank in range(3)}
-        router.send("rank 1", Stop(failed=True))
+        server.send("rank 1", Stop(failed=True))
         assert dealers[1].receive(10) == Stop(failed=True)
         assert dealers[0].receive(0) is None
-        assert router.receive(0) is None
+        assert server.receive(0) is None
     finally:
-        for end in (*dealers, router):
+        for end in (*dealers, server):
             end.close()
 
 
 def test_a_message_in_order_of_sending(endpoint):
-    router, dealer = Router(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
+    server, dealer = ControlServer(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
     try:
         for number in range(200):
             dealer.send(Failed(number, "kind", "text"))
-        received = [router.receive(10) for _ in range(200)]
+        received = [server.receive(10) for _ in range(200)]
         assert received == [("rank 0", Failed(number, "kind", "text")) for number in range(200)]
     finally:
         dealer.close()
-        router.close()
+        server.close()
 
 
 def test_strangers_are_ignored_and_peers_that_send_noise_are_named(endpoint, caplog):
-    router = Router(endpoint, ["rank 0"])
+    server = ControlServer(endpoint, ["rank 0"])
     context = zmq.Context()
     sockets = [context.socket(zmq.DEALER) for _ in range(2)]
     try:
@@ -221,27 +221,27 @@ def test_strangers_are_ignored_and_peers_that_send_noise_are_named(endpoint, cap
             socket.setsockopt(zmq.IDENTITY, name)
             socket.connect(endpoint)
         sockets[0].send_multipart([b"Stop", b"noise"])
-        assert router.receive(0.5) is None
+        assert server.receive(0.5) is None
         assert "stranger" in caplog.text
         sockets[1].send_multipart([b"Result", b"noise"])
         with pytest.raises(ProtocolError, match=r"^rank 0 sent a Result that cannot be read"):
-            router.receive(10)
+            server.receive(10)
     finally:
         context.destroy(linger=0)
-        router.close()
+        server.close()
 
 
 def test_sending_to_who_is_not_there_is_an_error_that_names_it(endpoint):
-    router = Router(endpoint, ["rank 0"])
+    server = ControlServer(endpoint, ["rank 0"])
     dealer = Dealer(endpoint, "rank 0")
     try:
         dealer.send(Alive())
-        assert router.receive(10) == ("rank 0", Alive())
+        assert server.receive(10) == ("rank 0", Alive())
         dealer.close()
 
         def gone() -> bool:
             try:
-                router.send("rank 0", Stop())
+                server.send("rank 0", Stop())
             except PeerGoneError as error:
                 return "rank 0 is not connected" in str(error)
             return False
@@ -249,17 +249,17 @@ def test_sending_to_who_is_not_there_is_an_error_that_names_it(endpoint):
         assert eventually(gone, 10)
     finally:
         dealer.close()
-        router.close()
+        server.close()
 
 
 def test_a_dealer_knows_whether_the_front_is_there(endpoint):
     dealer = Dealer(endpoint, "rank 0")
     try:
         assert not dealer.connected and not dealer.ever_connected and dealer.lost_seconds == 0
-        router = Router(endpoint, ["rank 0"])
+        server = ControlServer(endpoint, ["rank 0"])
         assert eventually(lambda: dealer.connected, 10)
         assert dealer.ever_connected and dealer.lost_seconds == 0
-        router.close()
+        server.close()
         assert eventually(lambda: not dealer.connected, 10)
         assert dealer.ever_connected and eventually(lambda: dealer.lost_seconds > 0.1, 10)
     finally:
@@ -267,47 +267,47 @@ def test_a_dealer_knows_whether_the_front_is_there(endpoint):
 
 
 def test_what_was_sent_before_closing_arrives(endpoint):
-    router, dealer = Router(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
+    server, dealer = ControlServer(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
     try:
         dealer.send(Failed(0, "ValueError", "x" * 1_000_000))
         dealer.close()
-        received = router.receive(10)
+        received = server.receive(10)
         assert received is not None and received[1] == Failed(0, "ValueError", "x" * 1_000_000)
     finally:
-        router.close()
+        server.close()
 
 
 def test_closing_twice_is_fine_and_nothing_stays(endpoint):
     threads = threading.active_count()
-    router, dealer = Router(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
-    for end in (router, dealer, router, dealer):
+    server, dealer = ControlServer(endpoint, ["rank 0"]), Dealer(endpoint, "rank 0")
+    for end in (server, dealer, server, dealer):
         end.close()
     assert threading.active_count() == threads
 
 
 def test_an_endpoint_in_use_is_an_oserror():
-    first = Router("tcp://127.0.0.1:*", [])
+    first = ControlServer("tcp://127.0.0.1:*", [])
     port = first._socket.getsockopt(zmq.LAST_ENDPOINT).decode().rpartition(":")[2]
     try:
         with pytest.raises(OSError, match=f"cannot listen for ranks at tcp://127.0.0.1:{port}"):
-            Router(f"tcp://127.0.0.1:{port}", [])
+            ControlServer(f"tcp://127.0.0.1:{port}", [])
     finally:
         first.close()
 
 
 def test_receive_waits_no_longer_than_asked(endpoint):
-    router = Router(endpoint, ["rank 0"])
+    server = ControlServer(endpoint, ["rank 0"])
     try:
         before = time.monotonic()
-        assert router.receive(0.05) is None
+        assert server.receive(0.05) is None
         assert time.monotonic() - before < 5
     finally:
-        router.close()
+        server.close()
 
 
 def test_the_socket_lies_in_the_folder(endpoint):
-    router = Router(endpoint, [])
+    server = ControlServer(endpoint, [])
     try:
         assert Path(endpoint.removeprefix("ipc://")).is_socket()
     finally:
-        router.close()
+        server.close()

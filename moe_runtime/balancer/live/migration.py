@@ -3,7 +3,7 @@
 Every rank keeps a slot free in each layer, the shadow. In a layer's round, ranks copy one expert each into it, between
 steps, so many bytes at a time; then they and a rank that has held the expert so far sum up what their slots hold. Only
 if the sums agree is the round committed: the front raises the version of the placement, and the next plan has new
-routes, so all ranks switch at once. The slot that an expert gave up is the new shadow. Until the commit nothing has
+replica tables, so all ranks switch at once. The slot that an expert gave up is the new shadow. Until the commit nothing has
 changed for the tokens, so what fails is dropped and serving goes on; the old expert still lies in its slot.
 """
 
@@ -141,7 +141,7 @@ class Migration:
         """Get on, once between two steps; True if this committed a change of `placement`, for the next plan to carry.
 
         A slot that a commit gives up may be asked to be overwritten at once: ranks do that after the steps that they
-        were given so far, and all later ones have the new routes.
+        were given so far, and all later ones have the new replica tables.
         """
         before = self.placement
         for complete in [going for going in self._rounds.values() if going.is_complete]:

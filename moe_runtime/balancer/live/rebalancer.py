@@ -22,7 +22,7 @@ from moe_runtime.balancer.decide import Decision, MoveCost, Payback, balancednes
 from moe_runtime.balancer.eplb import plan_eplb
 from moe_runtime.balancer.live.load_monitor import LoadMonitor, Window
 from moe_runtime.balancer.live.mover import Mover, Rebalance
-from moe_runtime.balancer.live.replica_table import Routes
+from moe_runtime.balancer.live.replica_table import ReplicaTables
 from moe_runtime.balancer.plan import Plan, plan_placement
 from moe_runtime.balancer.shift import Shift, ShiftDetector
 from moe_runtime.balancer.split import rank_loads
@@ -91,7 +91,7 @@ class Rebalancer:
         self._shifts = ShiftDetector(SLOW_INTERVALS)
         self._payback = Payback()
         self._mover = Mover(executor, self._num_slots, self._expert_bytes, config.migration_bytes_per_step)
-        self._routes = Routes(self.placement)
+        self._replica_tables = ReplicaTables(self.placement)
         # of each rank in each layer, by the averages; worked out anew where one of them changes
         self._fast_LW, self._slow_LW = np.zeros((2, shape[0], self._num_ranks))
 
@@ -114,12 +114,13 @@ class Rebalancer:
         )
 
     def prepare(self, plan: StepPlan) -> StepPlan:
-        """The plan with the version of the placement, routes that are new, and whether to measure."""
+        """The plan with the version of the placement, replica choices that are new, and whether to measure."""
         self._monitor.note_plan(plan)
-        news = self._routes.take_news()
+        news = self._replica_tables.take_news()
         if news is not None:
             plan = replace(
-                plan, ranks=[replace(work, routes=routes) for work, routes in zip(plan.ranks, news, strict=True)]
+                plan,
+                ranks=[replace(work, replica_choices=choices) for work, choices in zip(plan.ranks, news, strict=True)],
             )
         measure = self._watches and self._monitor.num_steps % MEASURE_EVERY == 0
         return replace(plan, placement_version=self.placement.version, measure=measure)
@@ -138,7 +139,7 @@ class Rebalancer:
             self._move(idle)
         if self._monitor.total.num_steps - self._looked.num_steps >= self._config.balance_interval:
             self._look()
-        self._routes.advance()
+        self._replica_tables.advance()
         if not self._monitor.is_waiting and self._monitor.steps_since >= self._steps_between_counts:
             self._monitor.ask()
 
@@ -165,7 +166,7 @@ class Rebalancer:
         """Counts that somebody has fetched after all steps; `Executor.expert_counts`."""
         self._take_reports()  # of counts that were asked for before
         if (window := self._monitor.take_counts(counts_W2LE)) is not None:
-            self._routes.weigh(window.counts_W2LE.sum(axis=1))
+            self._replica_tables.weigh(window.counts_W2LE.sum(axis=1))
         self._weigh()
 
     @property
@@ -176,7 +177,7 @@ class Rebalancer:
     def _steps_between_counts(self) -> float:
         """Few where replicas share tokens by them, more where only the balancer watches, no end where nobody does."""
         interval = self._config.balance_interval
-        if self._routes.has_replicas:
+        if self._replica_tables.has_replicas:
             return min(ROUTE_STEPS, interval)
         return interval if self._watches else math.inf
 
@@ -185,7 +186,7 @@ class Rebalancer:
             if not isinstance(report, CountsReport):
                 self._mover.take(report)
             elif (window := self._monitor.take_report(report)) is not None:
-                self._routes.weigh(window.counts_W2LE.sum(axis=1))
+                self._replica_tables.weigh(window.counts_W2LE.sum(axis=1))
 
     def _look(self) -> None:
         """Once in an interval: whether the load is a new one, how even it is, and whether experts should move."""
@@ -196,7 +197,7 @@ class Rebalancer:
             self._monitor.averages.restart_fast(window.counts_W2LE.sum(axis=0), window.num_steps)
             self._began = before.seconds
         self._weigh()
-        self._routes.refresh()
+        self._replica_tables.refresh()
         if self._watches and not self._mover.is_moving:
             self._decide(window, shift)
         self._known_LE = self._rows()
@@ -274,7 +275,7 @@ class Rebalancer:
         placement = self._mover.tick(self._monitor.step_seconds, idle)
         if placement is not None:
             self.placement = placement
-            self._weigh(self._routes.place(placement))
+            self._weigh(self._replica_tables.place(placement))
         if (rebalance := self._mover.take_finished()) is not None:
             rebalance.balancedness_after = balancedness(self._fast_LW)
             if self.decisions and self.decisions[-1].get("moves_experts"):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from moe_runtime.balancer.choice import quotas, replica_table, slots_by_rank
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.split import split_tokens
-from moe_runtime.wire.messages import ROUTE_LENGTH, Route
+from moe_runtime.wire.messages import REPLICA_TURNS, ReplicaChoice
 
 SLACK = 0.05  # of the least possible load of the busiest rank: less is not worth new tables
 MAX_CELLS = 1 << 20  # of quotas at a time, 8 bytes each
@@ -55,7 +55,7 @@ class _Told:
         return load_W
 
 
-class Routes:
+class ReplicaTables:
     """What every rank has been told, and what it must be told next.
 
     Args:
@@ -70,7 +70,7 @@ class Routes:
         self._single_LE: Ints = placement.first_slot.astype(np.int64)  # EMPTY where tables were told
         self._told: dict[int, _Told] = {}  # by layer, of those with replicas
         self._due: dict[int, bool] = {}  # layers, and whether they get new tables whatever their load is
-        self._news: list[list[Route]] = [[] for _ in range(placement.num_ranks)]
+        self._news: list[list[ReplicaChoice]] = [[] for _ in range(placement.num_ranks)]
         self._tell(range(placement.num_layers))
 
     @property
@@ -79,7 +79,7 @@ class Routes:
         return bool(self._told)
 
     def place(self, placement: Placement) -> npt.NDArray[np.intp]:
-        """Routes to other slots; what is new waits for the next plan. The layers that have changed."""
+        """ReplicaTables to other slots; what is new waits for the next plan. The layers that have changed."""
         changed: npt.NDArray[np.intp] = (placement.slots != self._placement.slots).any(axis=(1, 2)).nonzero()[0]
         self._placement = placement
         self._tell(changed.tolist())
@@ -116,8 +116,8 @@ class Routes:
                     chosen.append(layer)
         self._tell(chosen)
 
-    def take_news(self) -> list[list[Route]] | None:
-        """The routes that each rank must be told with the next plan; None if there are none."""
+    def take_news(self) -> list[list[ReplicaChoice]] | None:
+        """The replica choices that each rank must be told with the next plan; None if there are none."""
         if not any(self._news):
             return None
         news, self._news = self._news, [[] for _ in self._news]
@@ -134,7 +134,7 @@ class Routes:
         return self._excess(layer) * float(least_W.mean()) > (1 + SLACK) * float(least_W.max())
 
     def _tell(self, layers: Iterable[int]) -> None:
-        """Work out the routes of layers; what ranks do not know is news."""
+        """Work out the tables of layers; what ranks do not know is news."""
         replicated: list[tuple[int, Ints, Ints]] = []  # layer, slots, experts with replicas
         counts, shares, slots = [], [], []
         for layer in layers:
@@ -167,7 +167,7 @@ class Routes:
     def _tell_single(self, layer: int, slot_E: Ints) -> None:
         for expert in ((slot_E != self._single_LE[layer]) & (slot_E != EMPTY)).nonzero()[0].tolist():
             for news in self._news:
-                news.append(Route(layer, expert, [int(slot_E[expert])]))
+                news.append(ReplicaChoice(layer, expert, [int(slot_E[expert])]))
         self._single_LE[layer] = slot_E
 
     def _tell_tables(
@@ -184,7 +184,7 @@ class Routes:
         for rank, row in np.argwhere(is_new_VH).tolist():
             slots = table_VHP[rank, row].tolist()
             self._news[rank].append(
-                Route(
+                ReplicaChoice(
                     layer,
                     int(expert_H[row]),
                     slots if len(set(slots)) > 1 else slots[:1],
@@ -199,11 +199,11 @@ class Routes:
 def _tables(count_VH: npt.NDArray[np.integer], share_HW: Floats, slot_HW: Ints) -> npt.NDArray[np.int32]:
     """int32 [V, H, P]: every rank's table of every row; rows in pieces, for quotas are of ranks by ranks."""
     num_ranks, num_rows = count_VH.shape
-    table_VHP = np.empty((num_ranks, num_rows, ROUTE_LENGTH), np.int32)
+    table_VHP = np.empty((num_ranks, num_rows, REPLICA_TURNS), np.int32)
     piece = max(1, MAX_CELLS // num_ranks**2)
     for start in range(0, num_rows, piece):
         rows = slice(start, start + piece)
         quota_VHW = quotas(count_VH[:, rows], share_HW[rows])
         for rank, quota_HW in enumerate(quota_VHW):
-            table_VHP[rank, rows] = replica_table(quota_HW, share_HW[rows], slot_HW[rows], rank, ROUTE_LENGTH)
+            table_VHP[rank, rows] = replica_table(quota_HW, share_HW[rows], slot_HW[rows], rank, REPLICA_TURNS)
     return table_VHP

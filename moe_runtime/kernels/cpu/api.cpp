@@ -154,7 +154,7 @@ void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLay
 
 void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
   const std::lock_guard<std::mutex> lock(engine.pool.busy);
-  gate(engine, *config, Routing{}, logits, rows, weights, experts);
+  gate_rows(engine, *config, Policies{}, logits, rows, weights, experts);
 }
 
 // best[i] = place of the first largest of row i, or 0 where all are NaN. A row is cut into blocks, which tasks share.
@@ -198,7 +198,7 @@ void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* or
                  int64_t tokens, int64_t top_k, int64_t hidden, void* out) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    int64_t* place = engine.routing.get<int64_t>(tokens * top_k);
+    int64_t* place = engine.groups.get<int64_t>(tokens * top_k);
     std::fill_n(place, tokens * top_k, -1);
     for (int64_t i = 0; i < num_rows; i++) place[order ? order[i] : i] = i;
     combine(engine, static_cast<const T*>(y), place, weights, tokens, top_k, hidden, static_cast<const T*>(nullptr),
@@ -206,19 +206,19 @@ void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* or
   });
 }
 
-void moe_route(int is_bf16, const Router* router, const Routing* routing, const void* x, int64_t tokens,
+void moe_choose_experts(int is_bf16, const Gate* gate, const Policies* policies, const void* x, int64_t tokens,
                int64_t num_decode, float* weights, int64_t* experts) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    route(engine, *router, *routing, static_cast<const T*>(x), tokens, num_decode, weights, experts);
+    choose_experts(engine, *gate, *policies, static_cast<const T*>(x), tokens, num_decode, weights, experts);
   });
 }
 
-int64_t moe_sparse_block(int is_bf16, const SparseBlock* block, const Routing* routing, const SpreadStep* spread,
+int64_t moe_sparse_block(int is_bf16, const SparseBlock* block, const Policies* policies, const SpreadStep* spread,
                          const void* x, int64_t tokens, int64_t num_decode, void* residual, void* out) {
   return dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    return sparse_block(engine, *block, *routing, spread, static_cast<const T*>(x), tokens, num_decode,
+    return sparse_block(engine, *block, *policies, spread, static_cast<const T*>(x), tokens, num_decode,
                         static_cast<T*>(residual), static_cast<T*>(out));
   });
 }

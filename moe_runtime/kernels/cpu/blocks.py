@@ -27,7 +27,7 @@ class NextNorm:
     eps: float
 
 
-class AttentionBlock:
+class AttentionCall:
     """From normed hidden states to the attention's output: projection, head norms, rotary embedding, cache, attention,
     projection back.
 
@@ -57,7 +57,7 @@ class AttentionBlock:
         assert qkv.outputs == (num_heads + 2 * num_kv_heads) * head_dim and output.inputs == num_heads * head_dim
         assert num_heads % num_kv_heads == 0
         self.kernels, self.qkv, self.output = kernels, qkv, output
-        self.block = structs.AttentionBlock(
+        self.struct = structs.AttentionStruct(
             _next_norm(next_norm),
             AttentionShape(num_heads, num_kv_heads, head_dim, 0, sliding_window or 0, scale),
             HeadOps(pointer(q_norm_d), pointer(k_norm_d), eps),
@@ -66,7 +66,7 @@ class AttentionBlock:
             output.weight,
             pointer(output.bias),
         )
-        self.address = ctypes.addressof(self.block)
+        self.address = ctypes.addressof(self.struct)
         self.next_norm = next_norm
         self._keep = (q_norm_d, k_norm_d)
         self._dtype = qkv.dtype
@@ -106,8 +106,8 @@ class AttentionBlock:
 
 
 @dataclass(frozen=True)
-class Routing:
-    """What a step asks of a layer's gate beside the model's own routing.
+class LayerPolicies:
+    """What a step asks of a layer's gate beside what the model's own does.
 
     Attributes:
         policy_T: int64, which of `policies_P4` each token has, 0 for none; None: none for all.
@@ -119,61 +119,63 @@ class Routing:
     policies_P4: Tensor | None = None
     chosen_TK: Tensor | None = None
 
-    def struct(self, num_tokens: int, top_k: int) -> structs.Routing:
+    def struct(self, num_tokens: int, top_k: int) -> structs.PoliciesStruct:
         """As the library takes it; the tensors must outlive the call."""
         policy, policies, chosen = self.policy_T, self.policies_P4, self.chosen_TK
         assert policy is None or (policy.dtype == torch.int64 and policy.shape == (num_tokens,))
         assert (policy is None) == (policies is None)
         assert policies is None or (policies.dtype == torch.float32 and policies.shape[1:] == (4,))
         assert chosen is None or (chosen.dtype == torch.int16 and chosen.shape == (num_tokens, top_k))
-        return structs.Routing(pointer(policy), pointer(policies), pointer(chosen))
+        return structs.PoliciesStruct(pointer(policy), pointer(policies), pointer(chosen))
 
 
-NO_ROUTING = Routing()
+NO_POLICIES = LayerPolicies()
 
 
-class Router:
-    """Router product, gate and counts.
+class GateCall:
+    """The product with the gate's weight, the gate, and counts.
 
     Args:
-        gate: from `native.gate_config`.
+        config: from `native.gate_config`.
         weight_ED: in the model's dtype or in float32.
         counts_2E: int64, tokens of each expert in prefill and decode, which grow with every call; None counts nothing.
             Rows may be apart, so a layer of a larger tensor fits.
     """
 
-    def __init__(self, kernels: Kernels, gate: GateConfig, weight_ED: Tensor, counts_2E: Tensor | None = None) -> None:
-        assert len(weight_ED) == gate.experts
+    def __init__(
+        self, kernels: Kernels, config: GateConfig, weight_ED: Tensor, counts_2E: Tensor | None = None
+    ) -> None:
+        assert len(weight_ED) == config.experts
         assert counts_2E is None or (counts_2E.dtype == torch.int64 and counts_2E.stride(1) == 1)
         self.kernels = kernels
-        self.top_k = gate.top_k
+        self.top_k = config.top_k
         self.linear = PackedLinear.pack(kernels, weight_ED)
-        self.router = structs.Router(
-            gate,
+        self.struct = structs.GateStruct(
+            config,
             self.linear.weight,
             weight_ED.dtype == torch.float32,
             None if counts_2E is None else counts_2E.data_ptr(),
             0 if counts_2E is None else counts_2E.stride(0),
         )
-        self.address = ctypes.addressof(self.router)
-        self.num_experts = gate.experts
-        self._keep = (gate.keep, counts_2E)
+        self.address = ctypes.addressof(self.struct)
+        self.num_experts = config.experts
+        self._keep = (config.keep, counts_2E)
 
     @property
     def nbytes(self) -> int:
         return self.linear.nbytes
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """The router's `[T, E]` in float32, unrounded."""
+        """The gate's logits `[T, E]` in float32, unrounded."""
         return self.linear(x_TD.to(self.linear.dtype), float32=True)
 
-    def __call__(self, x_TD: Tensor, num_decode: int, routing: Routing = NO_ROUTING) -> tuple[Tensor, Tensor]:
+    def __call__(self, x_TD: Tensor, num_decode: int, policies: LayerPolicies = NO_POLICIES) -> tuple[Tensor, Tensor]:
         """`(weights_TK float32, experts_TK int64)`, best first, -1 where a policy drops one; counts the choices."""
         assert x_TD.shape[1] == self.linear.inputs
         weights_TK = torch.empty(len(x_TD), self.top_k)
         experts_TK = torch.empty(len(x_TD), self.top_k, dtype=torch.int64)
-        asked = routing.struct(len(x_TD), self.top_k)
-        self.kernels.library.moe_route(
+        asked = policies.struct(len(x_TD), self.top_k)
+        self.kernels.library.moe_choose_experts(
             is_bf16(x_TD),
             self.address,
             ctypes.addressof(asked),
@@ -186,8 +188,8 @@ class Router:
         return weights_TK, experts_TK
 
 
-class SparseBlock:
-    """The whole sparse block: route, experts, weighted sum, shared experts.
+class SparseCall:
+    """The whole sparse block: gate, experts, weighted sum, shared experts.
 
     Args:
         slot_EP: int64, the slots that each expert's rows go to in turn; P is a power of two. It may change.
@@ -198,7 +200,7 @@ class SparseBlock:
 
     def __init__(
         self,
-        router: Router,
+        gate: GateCall,
         slot_EP: Tensor,
         experts: PackedExperts,
         shared: PackedExperts | None,
@@ -206,19 +208,19 @@ class SparseBlock:
         exchange: int | None = None,
     ) -> None:
         assert shared is None or shared.num_slots == 1
-        assert slot_EP.dtype == torch.int64 and len(slot_EP) == router.num_experts and int(slot_EP.min()) >= 0
+        assert slot_EP.dtype == torch.int64 and len(slot_EP) == gate.num_experts and int(slot_EP.min()) >= 0
         assert slot_EP.shape[1].bit_count() == 1
         assert exchange is not None or int(slot_EP.max()) < experts.num_slots
-        self.router, self.experts, self.shared, self.next_norm = router, experts, shared, next_norm
-        self.block = structs.SparseBlock(
+        self.gate, self.experts, self.shared, self.next_norm = gate, experts, shared, next_norm
+        self.struct = structs.SparseStruct(
             _next_norm(next_norm),
-            router.address,
+            gate.address,
             experts.address,
             None if shared is None else shared.address,
             exchange,
-            structs.Routes(pointer(slot_EP), slot_EP.shape[1]),
+            structs.ReplicasStruct(pointer(slot_EP), slot_EP.shape[1]),
         )
-        self.address = ctypes.addressof(self.block)
+        self.address = ctypes.addressof(self.struct)
         self.has_exchange = exchange is not None
         self._keep = slot_EP
         self._is_bf16 = experts.is_bf16
@@ -228,7 +230,7 @@ class SparseBlock:
         x_TD: Tensor,
         num_decode: int,
         residual_TD: Tensor | None = None,
-        routing: Routing = NO_ROUTING,
+        policies: LayerPolicies = NO_POLICIES,
         spread: structs.SpreadStep | None = None,
     ) -> Tensor:
         """`[T, D]`; the first `num_decode` rows are counted as decode. `spread` where there is an exchange.
@@ -240,7 +242,7 @@ class SparseBlock:
         assert self.has_exchange == (spread is not None)
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
-        asked = routing.struct(len(x_TD), self.router.top_k)
+        asked = policies.struct(len(x_TD), self.gate.top_k)
         late = self.experts.kernels.library.moe_sparse_block(
             self._is_bf16,
             self.address,
@@ -257,7 +259,7 @@ class SparseBlock:
         return out_TD
 
 
-class DenseBlock:
+class DenseCall:
     """A SwiGLU that all rows pass: an expert's weights in one slot.
 
     Args:
@@ -267,8 +269,8 @@ class DenseBlock:
     def __init__(self, mlp: PackedExperts, next_norm: NextNorm | None = None) -> None:
         assert mlp.num_slots == 1
         self.mlp, self.next_norm = mlp, next_norm
-        self.block = structs.DenseBlock(_next_norm(next_norm), mlp.address)
-        self.address = ctypes.addressof(self.block)
+        self.struct = structs.DenseStruct(_next_norm(next_norm), mlp.address)
+        self.address = ctypes.addressof(self.struct)
         self._is_bf16 = mlp.is_bf16
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
@@ -282,8 +284,8 @@ class DenseBlock:
         return out_TD
 
 
-def _next_norm(norm: NextNorm | None) -> structs.NextNorm:
-    return structs.NextNorm(None, 0.0) if norm is None else structs.NextNorm(pointer(norm.weight_D), norm.eps)
+def _next_norm(norm: NextNorm | None) -> structs.NormStruct:
+    return structs.NormStruct(None, 0.0) if norm is None else structs.NormStruct(pointer(norm.weight_D), norm.eps)
 
 
 def _residual(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:

@@ -65,7 +65,7 @@ struct Engine {
   std::vector<Scratch> scratch = std::vector<Scratch>(1);
   std::vector<PanelTask> panel_tasks;
   std::vector<AttentionTask> attention_tasks;
-  Buffer padded, widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, routing,
+  Buffer padded, widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, groups,
       parts;
 };
 

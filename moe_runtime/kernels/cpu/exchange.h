@@ -138,11 +138,11 @@ class Exchange {
   // [ranks, capacity, 1 + top_k]; returned rows [capacity, top_k].
   static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
   static int64_t rows_offset(const ExchangeShape& shape) { return sizeof(Bell) + shape.ranks * sizeof(Flag); }
-  static int64_t routes_offset(const ExchangeShape& shape) {
+  static int64_t entries_offset(const ExchangeShape& shape) {
     return rows_offset(shape) + aligned(shape.ranks * shape.capacity * shape.row_bytes);
   }
   static int64_t returned_offset(const ExchangeShape& shape) {
-    return routes_offset(shape) + aligned(shape.ranks * shape.capacity * (1 + shape.top_k) * sizeof(int32_t));
+    return entries_offset(shape) + aligned(shape.ranks * shape.capacity * (1 + shape.top_k) * sizeof(int32_t));
   }
 
   Bell& bell(int64_t owner) { return *reinterpret_cast<Bell*>(segments_[owner]); }
@@ -152,8 +152,8 @@ class Exchange {
   char* row(int64_t owner, int64_t source, int64_t index) {
     return segments_[owner] + rows_offset(shape_) + (source * shape_.capacity + index) * shape_.row_bytes;
   }
-  int32_t* route(int64_t owner, int64_t source, int64_t index) {
-    return reinterpret_cast<int32_t*>(segments_[owner] + routes_offset(shape_)) +
+  int32_t* entry_of(int64_t owner, int64_t source, int64_t index) {
+    return reinterpret_cast<int32_t*>(segments_[owner] + entries_offset(shape_)) +
            (source * shape_.capacity + index) * (1 + shape_.top_k);
   }
   char* returned(int64_t owner, int64_t index) {
@@ -199,14 +199,14 @@ class Exchange {
         if (newest_[owner] != token) {
           newest_[owner] = token;
           const int64_t index = half + rows_[owner]++;
-          int32_t* entry = route(owner, shape_.rank, index);
+          int32_t* entry = entry_of(owner, shape_.rank, index);
           entry[0] = static_cast<int32_t>(token);
           std::fill_n(entry + 1, top_k, -1);
           if (owner != shape_.rank) {
             copies_.push_back({x + (first + token) * shape_.row_bytes, row(owner, shape_.rank, index)});
           }
         }
-        route(owner, shape_.rank, half + rows_[owner] - 1)[1 + k] = static_cast<int32_t>(wanted % shape_.slots);
+        entry_of(owner, shape_.rank, half + rows_[owner] - 1)[1 + k] = static_cast<int32_t>(wanted % shape_.slots);
       }
     }
     copy_rows(pool);
@@ -220,7 +220,7 @@ class Exchange {
     for (int64_t source = 0; source < shape_.ranks; source++) {
       const int64_t count = flag(shape_.rank, source).rows[number_ % 2];
       for (int64_t i = 0; i < count; i++, num_received++) {
-        const int32_t* entry = route(shape_.rank, source, half + i);
+        const int32_t* entry = entry_of(shape_.rank, source, half + i);
         const int64_t token = entry[0];
         const bool own = source == shape_.rank;
         copies_.push_back({own ? x + (first + token) * shape_.row_bytes : row(shape_.rank, source, half + i),

@@ -25,8 +25,8 @@ struct Policy {
   float sharpness;  // a sigmoid gate's probabilities are the softmax of its logits times this
 };
 
-// What a step asks of a layer's gate beside the model's own routing.
-struct Routing {
+// What a step asks of a layer's gate beside what the model's own does.
+struct Policies {
   const int64_t* policy;   // of each token, which of `policies`, 0 for none; null: none for all
   const Policy* policies;  // of this layer; the first is not read
   int16_t* chosen;         // [tokens, top_k], takes the experts that each token uses, -1 for none; or null
@@ -148,13 +148,13 @@ inline void gate_row(const GateConfig& config, const Policy* policy, const float
 }
 
 // weights[rows, top_k] and experts[rows, top_k], best first.
-inline void gate(Engine& engine, const GateConfig& config, const Routing& routing, const float* logits, int64_t rows,
+inline void gate_rows(Engine& engine, const GateConfig& config, const Policies& policies, const float* logits, int64_t rows,
                  float* weights, int64_t* experts) {
   constexpr int64_t kRows = 16;
   engine.pool.run(ceil_div(rows, kRows), [&](int64_t task, int thread) {
     float* scratch = engine.scratch[thread].sums.get<float>(3 * whole_lanes(config.experts));
     for (int64_t i = task * kRows; i < std::min(rows, (task + 1) * kRows); i++) {
-      gate_row(config, routing.of(i), logits + i * config.experts, scratch, weights + i * config.top_k,
+      gate_row(config, policies.of(i), logits + i * config.experts, scratch, weights + i * config.top_k,
                experts + i * config.top_k);
     }
   });

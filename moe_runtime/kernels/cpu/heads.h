@@ -20,7 +20,7 @@ struct StepHeads {
   const float* cos;     // [rows, rotated]
   const float* sin;
   const int64_t* rope_row;    // row of cos and sin of each token; null: its own
-  const int64_t* cache_slot;  // page * page_size + offset of each token
+  const int64_t* cache_position;  // page * page_size + offset of each token
   int64_t page_size;
 };
 
@@ -40,7 +40,7 @@ void finish_heads(Engine& engine, const AttentionShape& shape, const HeadOps& op
         if (norm) rms_norm_row(values, static_cast<const T*>(norm), d, ops.eps, values);
         if (step.rotated) rotate_head(values, step.cos + angle, step.sin + angle, step.rotated);
       }
-      const int64_t place = step.cache_slot[token] * shape.kv_heads * d, bytes = shape.kv_heads * d * sizeof(T);
+      const int64_t place = step.cache_position[token] * shape.kv_heads * d, bytes = shape.kv_heads * d * sizeof(T);
       std::memcpy(key_cache + place, heads + shape.heads * d, bytes);
       std::memcpy(value_cache + place, heads + (shape.heads + shape.kv_heads) * d, bytes);
     }

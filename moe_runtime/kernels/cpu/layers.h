@@ -63,11 +63,11 @@ void dense_block(Engine& engine, const DenseBlock& block, const T* x, int64_t to
 
 struct SparseBlock {
   NextNorm next;
-  const Router* router;
+  const Gate* gate;
   const Experts* experts;
   const Experts* shared;  // or null
   Exchange* exchange;     // with the other ranks that have experts; null: all are here
-  Routes routes;
+  Replicas replicas;
 };
 
 // What a step of several ranks tells all its sparse blocks.
@@ -84,9 +84,9 @@ struct SpreadStep {
 template <class T>
 int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadStep& step, const int64_t* slot,
                        const float* weights, const T* x, int64_t tokens, T* out) {
-  const int64_t top_k = block.router->gate.top_k, hidden = block.experts->hidden, slots = block.exchange->slots();
+  const int64_t top_k = block.gate->config.top_k, hidden = block.experts->hidden, slots = block.exchange->slots();
   T *arrived = static_cast<T*>(step.arrived), *computed = static_cast<T*>(step.computed);
-  int64_t* counts = engine.routing.get<int64_t>(slots + step.part_rows * top_k);
+  int64_t* counts = engine.groups.get<int64_t>(slots + step.part_rows * top_k);
   int64_t *row = counts + slots, largest;
   for (int64_t first = 0; first < step.most_tokens; first += step.part_tokens) {
     const int64_t count = std::clamp<int64_t>(tokens - first, 0, step.part_tokens);
@@ -105,21 +105,21 @@ int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadSte
   return -1;
 }
 
-// Router, gate, experts, weighted sum, shared experts. `spread` where there is an exchange. Returns -1, or the rank that
+// Gate, experts, weighted sum, shared experts. `spread` where there is an exchange. Returns -1, or the rank that
 // did not arrive in time.
 template <class T>
-int64_t sparse_block(Engine& engine, const SparseBlock& block, const Routing& routing, const SpreadStep* spread,
+int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& policies, const SpreadStep* spread,
                      const T* x, int64_t tokens, int64_t num_decode, T* residual, T* out) {
-  const int64_t size = tokens * block.router->gate.top_k;
+  const int64_t size = tokens * block.gate->config.top_k;
   float* weights = engine.gate_weights.get<float>(size);
   int64_t* slot = engine.slots.get<int64_t>(size);
-  route(engine, *block.router, routing, x, tokens, num_decode, weights, slot);
-  take_slots(engine, block.routes, block.router->gate.experts, size, slot);
+  choose_experts(engine, *block.gate, policies, x, tokens, num_decode, weights, slot);
+  take_slots(engine, block.replicas, block.gate->config.experts, size, slot);
   if (block.exchange) {
     const int64_t late = spread_experts(engine, block, *spread, slot, weights, x, tokens, out);
     if (late >= 0) return late;
   } else {
-    local_experts(engine, *block.experts, block.shared, slot, weights, x, tokens, block.router->gate.top_k, out);
+    local_experts(engine, *block.experts, block.shared, slot, weights, x, tokens, block.gate->config.top_k, out);
   }
   normalize(engine, block.next, tokens, block.experts->hidden, residual, out);
   return -1;
@@ -140,7 +140,7 @@ struct LayersCall {
   int64_t is_bf16;
   const Layer* layers;
   int64_t count;
-  const Routing* routing;    // one for each sparse layer, in order, or null
+  const Policies* policies;    // one for each sparse layer, in order, or null
   const SpreadStep* spread;  // where there is an exchange
   const StepLayout* step;
   const StepHeads* heads;
@@ -153,7 +153,7 @@ struct LayersCall {
 // Returns -1, or the rank that did not arrive in time.
 template <class T>
 int64_t run_layers(Engine& engine, const LayersCall& call) {
-  const Routing* routing = call.routing;
+  const Policies* policies = call.policies;
   T *residual = static_cast<T*>(call.residual), *x = static_cast<T*>(call.x);
   for (const Layer* layer = call.layers; layer < call.layers + call.count; layer++) {
     attention_block(engine, *layer->attention, *call.step, *call.heads, x, static_cast<T*>(layer->key_cache),
@@ -162,7 +162,7 @@ int64_t run_layers(Engine& engine, const LayersCall& call) {
       dense_block(engine, *layer->dense, x, call.step->tokens, residual, x);
       continue;
     }
-    const Routing asked = routing ? *routing++ : Routing{};
+    const Policies asked = policies ? *policies++ : Policies{};
     const int64_t late = sparse_block(engine, *layer->sparse, asked, call.spread, x, call.step->tokens,
                                       call.num_decode, residual, x);
     if (late >= 0) return late;

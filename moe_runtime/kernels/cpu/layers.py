@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.blocks import AttentionBlock, DenseBlock, Routing, SparseBlock
+from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, LayerPolicies, SparseCall
 from moe_runtime.kernels.cpu.native import Step, check_arrived, pointer
 
 
@@ -24,26 +24,26 @@ class Layers:
     """
 
     def __init__(
-        self, blocks: Sequence[tuple[AttentionBlock, SparseBlock | DenseBlock]], caches: Sequence[tuple[Tensor, Tensor]]
+        self, blocks: Sequence[tuple[AttentionCall, SparseCall | DenseCall]], caches: Sequence[tuple[Tensor, Tensor]]
     ) -> None:
         assert all(part.next_norm is not None for layer in blocks for part in layer)
         self._keep = (list(blocks), list(caches))
         self._page_size = caches[0][0].shape[1]
-        sparse = [mlp for _, mlp in blocks if isinstance(mlp, SparseBlock)]
-        self._top_k = [mlp.router.top_k for mlp in sparse]
-        self.num_experts = max((mlp.router.num_experts for mlp in sparse), default=0)
+        sparse = [mlp for _, mlp in blocks if isinstance(mlp, SparseCall)]
+        self._top_k = [mlp.gate.top_k for mlp in sparse]
+        self.num_experts = max((mlp.gate.num_experts for mlp in sparse), default=0)
         self._has_exchange = any(mlp.has_exchange for mlp in sparse)
         assert self._has_exchange == all(mlp.has_exchange for mlp in sparse)
         self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
         self._dtype = blocks[0][0].qkv.dtype
         self._is_bf16 = blocks[0][0].qkv.is_bf16
-        self._layers = (structs.Layer * len(blocks))(
+        self._layers = (structs.LayerStruct * len(blocks))(
             *(
-                structs.Layer(
+                structs.LayerStruct(
                     attention.address,
-                    mlp.address if isinstance(mlp, SparseBlock) else None,
-                    mlp.address if isinstance(mlp, DenseBlock) else None,
+                    mlp.address if isinstance(mlp, SparseCall) else None,
+                    mlp.address if isinstance(mlp, DenseCall) else None,
                     pointer(keys),
                     pointer(values),
                 )
@@ -58,16 +58,16 @@ class Layers:
         residual_TD: Tensor,
         step: Step,
         num_decode: int,
-        routing: Sequence[Routing] = (),
+        policies: Sequence[LayerPolicies] = (),
         spread: structs.SpreadStep | None = None,
     ) -> RunningLayers:
         """Start on `x_TD`, the normed rows before and after, and `residual_TD`, the residual rows, both in place.
 
-        `routing` has one for each sparse layer, or none at all; `spread` is there where there is an exchange.
+        `policies` has one for each sparse layer, or none at all; `spread` is there where there is an exchange.
         """
-        assert not routing or len(routing) == self.num_sparse
-        asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(routing, self._top_k, strict=False)]
-        structure = (structs.Routing * len(asked))(*asked) if asked else None
+        assert not policies or len(policies) == self.num_sparse
+        asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(policies, self._top_k, strict=False)]
+        structure = (structs.PoliciesStruct * len(asked))(*asked) if asked else None
         assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
         assert x_TD.shape[0] == step.layout.tokens and self._has_exchange == (spread is not None)
         step.heads.page_size = self._page_size
@@ -75,7 +75,7 @@ class Layers:
             is_bf16=self._is_bf16,
             layers=self._address,
             count=len(self._layers),
-            routing=None if structure is None else ctypes.addressof(structure),
+            policies=None if structure is None else ctypes.addressof(structure),
             spread=structs.address(spread),
             step=step.address,
             heads=step.heads_address,
@@ -83,7 +83,7 @@ class Layers:
             residual=pointer(residual_TD),
             x=pointer(x_TD),
         )
-        return RunningLayers(self._library, call, spread, keep=(self, x_TD, residual_TD, step, routing, structure))
+        return RunningLayers(self._library, call, spread, keep=(self, x_TD, residual_TD, step, policies, structure))
 
 
 class RunningLayers:

@@ -1,4 +1,4 @@
-// The parts of a sparse block: router, grouping by slot, SwiGLU experts over groups of rows, weighted sum per token.
+// The parts of a sparse block: gate, grouping by slot, SwiGLU experts over groups of rows, weighted sum per token.
 #pragma once
 
 #include "engine.h"
@@ -127,57 +127,57 @@ inline int64_t group_by_slot(const int64_t* slot, int64_t size, int64_t slots, i
   return total;
 }
 
-struct Router {
-  GateConfig gate;
+struct Gate {
+  GateConfig config;
   Weight weight;  // [experts, hidden]
   int32_t weight_is_float32;
   int64_t* counts;      // [2, experts] of this layer, prefill then decode; grows
   int64_t phase_stride;  // elements between the phases
 };
 
-// Router product and gate. Scores of a bf16 router are rounded to bf16, as its product in torch is.
+// The product with the gate's weight, then the gate. Scores of a bf16 gate are rounded to bf16, as its product in torch is.
 template <class T>
-void route(Engine& engine, const Router& router, const Routing& routing, const T* x, int64_t tokens,
+void choose_experts(Engine& engine, const Gate& gate, const Policies& policies, const T* x, int64_t tokens,
            int64_t num_decode, float* weights, int64_t* experts) {
-  const int64_t hidden = router.weight.inputs, num_experts = router.gate.experts;
+  const int64_t hidden = gate.weight.inputs, num_experts = gate.config.experts;
   float* logits = engine.logits.get<float>(tokens * num_experts);
-  if (router.weight_is_float32 && sizeof(T) != sizeof(float)) {
+  if (gate.weight_is_float32 && sizeof(T) != sizeof(float)) {
     float* wide = engine.widened.get<float>(tokens * hidden);
     for_lanes(tokens * hidden, [&](int64_t i, int n) { store_first(wide + i, load_first(x + i, n), n); });
-    linear<float>(engine, router.weight, nullptr, wide, tokens, hidden, logits);
+    linear<float>(engine, gate.weight, nullptr, wide, tokens, hidden, logits);
   } else {
-    linear<T>(engine, router.weight, nullptr, x, tokens, hidden, logits);
+    linear<T>(engine, gate.weight, nullptr, x, tokens, hidden, logits);
     if (sizeof(T) != sizeof(float)) {
       for_lanes(tokens * num_experts,
                 [&](int64_t i, int n) { store_first(logits + i, rounded<T>(load_first(logits + i, n)), n); });
     }
   }
-  const int64_t size = tokens * router.gate.top_k;
-  gate(engine, router.gate, routing, logits, tokens, weights, experts);
-  if (routing.chosen) std::copy_n(experts, size, routing.chosen);
-  if (router.counts) {
+  const int64_t size = tokens * gate.config.top_k;
+  gate_rows(engine, gate.config, policies, logits, tokens, weights, experts);
+  if (policies.chosen) std::copy_n(experts, size, policies.chosen);
+  if (gate.counts) {
     for (int64_t i = 0; i < size; i++) {
       if (experts[i] < 0) continue;
-      const int64_t phase = i < num_decode * router.gate.top_k ? 1 : 0;
-      router.counts[phase * router.phase_stride + experts[i]]++;
+      const int64_t phase = i < num_decode * gate.config.top_k ? 1 : 0;
+      gate.counts[phase * gate.phase_stride + experts[i]]++;
     }
   }
 }
 
 // Where experts are: the i-th row of an expert goes to entry i % length of its list, `slot[experts, length]`. The length
 // is a power of two.
-struct Routes {
+struct Replicas {
   const int64_t* slot;
   int64_t length;
 };
 
 // Replaces each of `size` experts by a slot, -1 by -1.
-inline void take_slots(Engine& engine, const Routes& routes, int64_t experts, int64_t size, int64_t* chosen) {
+inline void take_slots(Engine& engine, const Replicas& replicas, int64_t experts, int64_t size, int64_t* chosen) {
   int64_t* turns = engine.turns.get<int64_t>(experts);
   std::fill_n(turns, experts, 0);
   for (int64_t i = 0; i < size; i++) {
     const int64_t expert = chosen[i];
-    if (expert >= 0) chosen[i] = routes.slot[expert * routes.length + (turns[expert]++ & (routes.length - 1))];
+    if (expert >= 0) chosen[i] = replicas.slot[expert * replicas.length + (turns[expert]++ & (replicas.length - 1))];
   }
 }
 
@@ -199,7 +199,7 @@ template <class T>
 void local_experts(Engine& engine, const Experts& experts, const Experts* shared, const int64_t* slot,
                    const float* weights, const T* x, int64_t tokens, int64_t top_k, T* out) {
   const int64_t all = tokens * top_k, parts = ceil_div(all, kExpertRows * experts.slots);
-  int64_t* counts = engine.routing.get<int64_t>(experts.slots + 3 * all);
+  int64_t* counts = engine.groups.get<int64_t>(experts.slots + 3 * all);
   int64_t *order = counts + experts.slots, *row = order + all, *place = row + all;
   for (int64_t part = 0; part < parts; part++) {
     const int64_t first = tokens * part / parts, count = tokens * (part + 1) / parts - first, size = count * top_k;

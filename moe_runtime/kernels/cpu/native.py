@@ -122,7 +122,7 @@ class Step:
 
     Args:
         meta: the step's sequences.
-        slot_T: int64, where each token's key and value go; None where nothing is written.
+        cache_position_T: int64, where each token's key and value go; None where nothing is written.
         cos_Nr, sin_Nr: float32 angles; a row per token, or a table.
         rope_row_T: int64, the row of the table for each token; None if they have a row each.
     """
@@ -130,27 +130,29 @@ class Step:
     def __init__(
         self,
         meta: AttentionMetadata,
-        slot_T: Tensor | None = None,
+        cache_position_T: Tensor | None = None,
         cos_Nr: Tensor | None = None,
         sin_Nr: Tensor | None = None,
         rope_row_T: Tensor | None = None,
     ) -> None:
-        for index in (slot_T, rope_row_T):
+        for index in (cache_position_T, rope_row_T):
             assert index is None or (index.dtype == torch.int64 and len(index) == meta.num_tokens)
         for angle in (cos_Nr, sin_Nr):
             assert angle is None or angle.dtype == torch.float32
         num_seqs = len(meta.context_len)
         ints = array("q", meta.query_start + meta.context_len)  # a tensor takes longer than all the rest of this
-        table = meta.block_table.contiguous()
+        table = meta.page_table.contiguous()
         start, _ = ints.buffer_info()
         self.layout = StepLayout(
             num_seqs, meta.num_tokens, table.shape[1], start, start + 8 * (num_seqs + 1), table.data_ptr()
         )
         self.address = ctypes.addressof(self.layout)
         rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
-        self.heads = StepHeads(rotated, pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(slot_T))
+        self.heads = StepHeads(
+            rotated, pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(cache_position_T)
+        )
         self.heads_address = ctypes.addressof(self.heads)
-        self._keep = (ints, table, slot_T, cos_Nr, sin_Nr, rope_row_T)
+        self._keep = (ints, table, cache_position_T, cos_Nr, sin_Nr, rope_row_T)
 
 
 class Kernels:

@@ -162,7 +162,7 @@ class PackedExperts:
         self._up_row = -(-intermediate_size // PANEL) * PANEL
         self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots)
         self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots)
-        self.experts = structs.Experts(
+        self.experts = structs.ExpertsStruct(
             self.w13.data.data_ptr(),
             self.w2.data.data_ptr(),
             self.w13.escapes.data_ptr(),

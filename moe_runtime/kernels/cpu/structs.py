@@ -46,7 +46,7 @@ class StepHeads(ctypes.Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("rope_row", c_void_p),
-        ("cache_slot", c_void_p),
+        ("cache_position", c_void_p),
         ("page_size", c_int64),
     )
 
@@ -65,22 +65,22 @@ class GateConfig(ctypes.Structure):
     keep: object = None  # what the pointer points to
 
 
-class NextNorm(ctypes.Structure):
+class NormStruct(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("eps", c_float))
 
 
-class Routes(ctypes.Structure):
+class ReplicasStruct(ctypes.Structure):
     _fields_ = (("slot", c_void_p), ("length", c_int64))
 
 
-class SparseBlock(ctypes.Structure):
+class SparseStruct(ctypes.Structure):
     _fields_ = (
-        ("next", NextNorm),
-        ("router", c_void_p),
+        ("next", NormStruct),
+        ("gate", c_void_p),
         ("experts", c_void_p),
         ("shared", c_void_p),
         ("exchange", c_void_p),
-        ("routes", Routes),
+        ("replicas", ReplicasStruct),
     )
 
 
@@ -96,13 +96,13 @@ class SpreadStep(ctypes.Structure):
     keep: object = None  # what the pointers point to
 
 
-class DenseBlock(ctypes.Structure):
-    _fields_ = (("next", NextNorm), ("mlp", c_void_p))
+class DenseStruct(ctypes.Structure):
+    _fields_ = (("next", NormStruct), ("mlp", c_void_p))
 
 
-class AttentionBlock(ctypes.Structure):
+class AttentionStruct(ctypes.Structure):
     _fields_ = (
-        ("next", NextNorm),
+        ("next", NormStruct),
         ("shape", AttentionShape),
         ("heads", HeadOps),
         ("qkv", Weight),
@@ -112,7 +112,7 @@ class AttentionBlock(ctypes.Structure):
     )
 
 
-class Layer(ctypes.Structure):
+class LayerStruct(ctypes.Structure):
     _fields_ = (
         ("attention", c_void_p),
         ("sparse", c_void_p),
@@ -129,7 +129,7 @@ class LayersCall(ctypes.Structure):
         ("is_bf16", c_int64),
         ("layers", c_void_p),
         ("count", c_int64),
-        ("routing", c_void_p),
+        ("policies", c_void_p),
         ("spread", c_void_p),
         ("step", c_void_p),
         ("heads", c_void_p),
@@ -140,7 +140,7 @@ class LayersCall(ctypes.Structure):
     )
 
 
-class Experts(ctypes.Structure):
+class ExpertsStruct(ctypes.Structure):
     _fields_ = (
         ("w13", c_void_p),
         ("w2", c_void_p),
@@ -152,9 +152,9 @@ class Experts(ctypes.Structure):
     )
 
 
-class Router(ctypes.Structure):
+class GateStruct(ctypes.Structure):
     _fields_ = (
-        ("gate", GateConfig),
+        ("config", GateConfig),
         ("weight", Weight),
         ("weight_is_float32", c_int32),
         ("counts", c_void_p),
@@ -162,7 +162,7 @@ class Router(ctypes.Structure):
     )
 
 
-class Routing(ctypes.Structure):
+class PoliciesStruct(ctypes.Structure):
     _fields_ = (("policy", c_void_p), ("policies", c_void_p), ("chosen", c_void_p))
 
 
@@ -218,7 +218,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     ),
-    "moe_route": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_choose_experts": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "moe_sparse_block": (
         c_int64,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),

@@ -3,7 +3,7 @@
 A program has a block of (token, head) pairs of one sequence and one group, so that a key serves all heads that share
 it, and goes through the keys once. Softmax is in float32.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N cache blocks, B block size, S sequences,
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
 X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
 """
 
@@ -115,7 +115,7 @@ def paged_attention(
             q_THd[decode],
             k_cache_NBGd,
             v_cache_NBGd,
-            meta.block_table,
+            meta.page_table,
             on_device.sequence_T[decode],
             on_device.position_T[decode],
             max_context=max(meta.context_len[decode]),
@@ -133,13 +133,13 @@ def paged_attention(
             q_THd,
             k_cache_NBGd,
             v_cache_NBGd,
-            meta.block_table,
+            meta.page_table,
             on_device.query_start,
             on_device.context_len,
             out_THd,
             meta.num_decode,
             *q_THd.stride()[:2],
-            meta.block_table.stride(0),
+            meta.page_table.stride(0),
             num_groups,
             heads_per_group,
             head_size,
@@ -167,7 +167,7 @@ def invariant_paged_attention(
         q_THd,
         k_cache_NBGd,
         v_cache_NBGd,
-        meta.block_table,
+        meta.page_table,
         meta.on_device.sequence_T,
         meta.on_device.position_T,
         max_context=meta.max_context,

@@ -4,7 +4,7 @@ The keys of a sequence are cut at fixed positions, every `CHUNK` keys from its b
 heads of a group to one chunk, and a second kernel merges the chunks in order. What a row gets depends on its own keys
 alone, bit for bit, whatever else is in the batch. Softmax is in float32.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N cache blocks, B block size, S sequences,
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
 X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
 """
 
@@ -155,7 +155,7 @@ def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    block_table: Tensor,
+    page_table: Tensor,
     sequence_T: Tensor,
     position_T: Tensor,
     *,
@@ -171,7 +171,7 @@ def decode_attention(
 
     Args:
         q_THd: `[T, H, d]`.
-        block_table: int64 `[S, max_blocks]`, pages of each sequence.
+        page_table: int64 `[S, max_pages]`, pages of each sequence.
         sequence_T: int32 or int64, which row of the block table each token uses.
         position_T: int32 or int64; a row sees the keys up to its own position.
         max_context: at least the largest position plus one.
@@ -201,13 +201,13 @@ def decode_attention(
         q_THd,
         k_cache_NBGd,
         v_cache_NBGd,
-        block_table,
+        page_table,
         sequence_T,
         position_T,
         sums,
         part,
         *q_THd.stride()[:2],
-        block_table.stride(0),
+        page_table.stride(0),
         num_groups,
         heads_per_group,
         head_size,

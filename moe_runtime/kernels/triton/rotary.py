@@ -140,7 +140,7 @@ def store_kv_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Copy a token's keys and values into its slot of the cache."""
+    """Copy a token's keys and values to its position in the cache."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.load(slot_ptr + token) * num_kv_heads * head_size
     k_ptr += token * k_token_stride
@@ -187,30 +187,32 @@ def rotary_store_kv(
     sin_Tr: Tensor,
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
-    slot_T: Tensor,
+    cache_position_T: Tensor,
 ) -> Tensor:
     """The Triton form of `torch_attention.rotary_store_kv`, same arguments and result.
 
     Raises:
         ValueError: operands do not fit together.
     """
-    check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
-    return _launch_rotary(q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, slot_T, k_cache_NBGd, v_cache_NBGd)
+    check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
+    return _launch_rotary(q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, cache_position_T, k_cache_NBGd, v_cache_NBGd)
 
 
-def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
+def store_kv(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+) -> None:
     """The Triton form of `torch_attention.store_kv`, same arguments and effect.
 
     Raises:
         ValueError: operands do not fit together.
     """
-    check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, slot_T)
+    check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     num_tokens, num_kv_heads, head_size = k_TGd.shape
     if num_tokens:
         store_kv_kernel[(num_tokens,)](
             k_TGd,
             v_TGd,
-            slot_T,
+            cache_position_T,
             k_cache_NBGd,
             v_cache_NBGd,
             *k_TGd.stride()[:2],
@@ -221,8 +223,10 @@ def store_kv(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: T
         )
 
 
-def check_cache(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, slot_T: Tensor) -> None:
-    """Refuse keys, values, caches and slots that do not fit together.
+def check_cache(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+) -> None:
+    """Refuse keys, values, caches and cache positions that do not fit together.
 
     Raises:
         ValueError: the operand and what is allowed.
@@ -234,9 +238,9 @@ def check_cache(k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd
                 f"{name}: {cache.dtype} {tuple(cache.shape)} must be contiguous pages of {k_TGd.dtype} "
                 f"{tuple(k_TGd.shape[1:])}"
             )
-    if v_TGd.shape != k_TGd.shape or slot_T.shape != k_TGd.shape[:1] or slot_T.dtype != torch.int64:
+    if v_TGd.shape != k_TGd.shape or cache_position_T.shape != k_TGd.shape[:1] or cache_position_T.dtype != torch.int64:
         raise ValueError(
-            f"v_TGd {tuple(v_TGd.shape)} and slot_T {slot_T.dtype} {tuple(slot_T.shape)} must fit k_TGd "
+            f"v_TGd {tuple(v_TGd.shape)} and cache_position_T {cache_position_T.dtype} {tuple(cache_position_T.shape)} must fit k_TGd "
             f"{tuple(k_TGd.shape)}, slots int64"
         )
 
@@ -258,7 +262,7 @@ def _launch_rotary(
     v_TGd: Tensor | None,
     cos_Tr: Tensor,
     sin_Tr: Tensor,
-    slot_T: Tensor | None,
+    cache_position_T: Tensor | None,
     k_out: Tensor,
     v_out: Tensor | None,
 ) -> Tensor:
@@ -275,7 +279,7 @@ def _launch_rotary(
             v_TGd,
             cos_Tr,
             sin_Tr,
-            slot_T,
+            cache_position_T,
             q_out_THd,
             k_out,
             v_out,

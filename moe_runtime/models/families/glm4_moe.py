@@ -47,7 +47,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
             num_groups=hf.integer("n_group", default=1),
             topk_groups=hf.integer("topk_group", default=1),
             correction_bias=True,
-            router_float32=True,
+            gate_float32=True,
         ),
         moe_layers=tuple(range(hf.integer("first_k_dense_replace", default=1, low=0), num_layers)),
         sliding_window=None,

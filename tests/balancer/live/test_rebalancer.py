@@ -95,10 +95,10 @@ def test_replicas_follow_the_counts_of_the_last_steps(tmp_path: Path) -> None:
         plans = []
         ranks.run(lambda plan, plans=plans: plans.append(rebalancer.prepare(plan)), 1)
         rebalancer.tick()
-        if step > 1 and any(work.routes for work in plans[0].ranks):
+        if step > 1 and any(work.replica_choices for work in plans[0].ranks):
             told.append(step)
             for work in plans[0].ranks:
-                assert all((route.layer, route.expert) == (0, 0) for route in work.routes)
+                assert all((route.layer, route.expert) == (0, 0) for route in work.replica_choices)
     assert told and told[0] == ROUTE_STEPS + 2, "asked after ROUTE_STEPS, answered a step later, told with the next"
     assert (np.diff(told) >= ROUTE_STEPS).all()
 
