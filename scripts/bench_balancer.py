@@ -266,7 +266,7 @@ def large_times() -> dict[str, dict[str, float]]:
 
 
 def route_times() -> dict[str, dict[str, float]]:
-    """What replica choice costs the front between steps, in milliseconds, and how many tables_told it has to tell.
+    """What replica choice costs the front between steps, in milliseconds, and how many replica_tables it has to tell.
 
     Zipf loads, each rank with its own drift; the counts of ROUTE_STEPS steps are drawn anew each time.
     """
@@ -275,7 +275,7 @@ def route_times() -> dict[str, dict[str, float]]:
         rng = np.random.default_rng(SEED)
         load_LE = np.stack([SYNTHETIC["zipf"](rng, num_experts) for _ in range(num_layers)])
         placement = plan_placement(load_LE, num_ranks, num_slots).placement.in_slots(num_slots + 1)
-        tables_told = ReplicaTables(placement)
+        replica_tables = ReplicaTables(placement)
         load_VLE = drifted(rng, np.repeat(load_LE[None], num_ranks, axis=0))
         load_VLE *= rows * ROUTE_STEPS / load_VLE.sum(axis=2, keepdims=True)
         seconds, news = [], []
@@ -283,15 +283,15 @@ def route_times() -> dict[str, dict[str, float]]:
             counts_VLE = rng.poisson(load_VLE) if step % ROUTE_STEPS == 0 else None
             start = time.perf_counter()
             if counts_VLE is not None:
-                tables_told.weigh(counts_VLE)
-            tables_told.advance()
-            told = tables_told.take_news()
+                replica_tables.weigh(counts_VLE)
+            replica_tables.advance()
+            told = replica_tables.take_news()
             seconds.append(time.perf_counter() - start)
             news.append(sum(map(len, told)) / num_ranks if told else 0)
         table[name] = {
             "milliseconds a step": statistics.mean(seconds[ROUTE_STEPS:]) * 1e3,
             "most": max(seconds[ROUTE_STEPS:]) * 1e3,
-            "tables_told told to a rank, a step": statistics.mean(news[ROUTE_STEPS:]),
+            "replica_tables told to a rank, a step": statistics.mean(news[ROUTE_STEPS:]),
         }
     return table
 

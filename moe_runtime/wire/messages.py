@@ -76,10 +76,11 @@ class RankPlan:
 class StepPlan:
     """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
 
-    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `replica_choices`, then runs `chunks`.
-    `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each rank
-    computed in the last step that the front knows, where load-aware routing asks for them. With a `bucket` there are
-    decode rows alone, and every rank runs so many, padding included; the dispatcher is `PADDED`. See `decode_graphs`.
+    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `replica_choices`, then runs
+    `chunks`. `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each
+    rank computed in the last step that the front knows; they are there with `balance_epsilon`. With a `bucket` there
+    are only decode rows, and every rank runs `bucket` rows, padding included; the dispatcher is `PADDED`. See
+    `worker.decode_graphs`.
     """
 
     step: int

@@ -1,7 +1,7 @@
 """The control plane between the front, the rank processes and the hosts that keep them: typed messages over ZeroMQ.
 
-The front binds a `ControlServer`; every rank, and every host that is a process of its own, connects a `Dealer` under its name
-and says `Hello`. A message travels as two frames: the name of its type, and its fields in MessagePack.
+The front binds a `ControlServer`; every rank, and every host that is a process of its own, connects a `Dealer` under
+its name and says `Hello`. A message travels as two frames: the name of its type, and its fields in MessagePack.
 
 A `ControlServer` or `Dealer` belongs to one thread at a time.
 """

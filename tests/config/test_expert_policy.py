@@ -44,7 +44,7 @@ def test_what_may_be_written(written: object, meant: object) -> None:
 )
 def test_what_may_not_be_written(written: Any) -> None:
     with pytest.raises(ValueError, match=r"^routing: [^\n]* is not allowed; it must be [^\n]+$"):
-        SamplingParams(policies=written)
+        SamplingParams(routing=written)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_wrong_value_gets_one_line_that_names_the_field(name: str, value: Any)
 
 def test_policies_travel_to_the_ranks() -> None:
     for routing in (None, ExpertPolicy(top_k=(1, 2), threshold=0.5, temperature=[0.1, 0.2])):
-        params = SamplingParams(policies=routing, return_routed_experts=True)
+        params = SamplingParams(routing=routing, return_routed_experts=True)
         packed = msgspec.msgpack.encode(params)
         found = msgspec.msgpack.decode(packed, type=SamplingParams)
         assert found == params

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from moe_runtime.kernels.cpu import library as build
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import library, native
 
 
-@pytest.fixture(scope="module", params=build.supported_instruction_sets() or ["none"])
+@pytest.fixture(scope="module", params=library.supported_instruction_sets() or ["none"])
 def kernels(request):
     if request.param == "none":
         pytest.skip("no instruction set for the native kernels")
     try:
         return native.load(request.param)
-    except build.NativeUnavailableError as error:
+    except library.NativeUnavailableError as error:
         pytest.skip(str(error))
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.kernels.cpu import library as build
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import library, native
 
-needs_instructions = pytest.mark.skipif(not build.supported_instruction_sets(), reason="no AVX2")
+needs_instructions = pytest.mark.skipif(not library.supported_instruction_sets(), reason="no AVX2")
 
 
 def names_in(folder):
@@ -21,8 +20,8 @@ def names_in(folder):
 
 def has_compiler() -> bool:
     try:
-        build.find_compiler()
-    except build.NativeUnavailableError:
+        library.find_compiler()
+    except library.NativeUnavailableError:
         return False
     return True
 
@@ -49,8 +48,8 @@ def test_two_processes_compile_once_and_leave_one_whole_file(tmp_path):
 def test_without_a_compiler_there_is_one_reason(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.NativeUnavailableError, match=r"no C\+\+ compiler: no-such-compiler not found"):
-        build.ensure_library()
+    with pytest.raises(library.NativeUnavailableError, match=r"no C\+\+ compiler: no-such-compiler not found"):
+        library.ensure_library()
     native.load.cache_clear()
     native.load_or_none.cache_clear()
     try:
@@ -72,17 +71,17 @@ def write_compiler(path, body):
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "cxx", "echo 'api.cpp:1: error: no such flag' >&2; exit 1"))
     cache = tmp_path / "cache"
-    with pytest.raises(build.NativeUnavailableError, match=r"cxx failed: api.cpp:1: error: no such flag"):
-        build.ensure_library(cache_dir=cache)
+    with pytest.raises(library.NativeUnavailableError, match=r"cxx failed: api.cpp:1: error: no such flag"):
+        library.ensure_library(cache_dir=cache)
     assert names_in(cache) == {"cpu-kernels.lock"}
 
 
 @needs_instructions
 def test_a_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "cxx", "exec sleep 60"))
-    monkeypatch.setattr(build, "COMPILE_DEADLINE_S", 0.2)
-    with pytest.raises(build.NativeUnavailableError, match="took more than 0 s"):
-        build.ensure_library(cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(library, "COMPILE_DEADLINE_S", 0.2)
+    with pytest.raises(library.NativeUnavailableError, match="took more than 0 s"):
+        library.ensure_library(cache_dir=tmp_path / "cache")
 
 
 @needs_instructions
@@ -90,36 +89,36 @@ def test_the_file_is_named_after_compiler_and_source(tmp_path, monkeypatch):
     """Another compiler, flag or source has another name, so what it made is never taken for this one's."""
     compiler = write_compiler(tmp_path / "cxx", 'while [ $# -gt 1 ]; do shift; done; touch "$1"')
     monkeypatch.setenv("CXX", compiler)
-    first, instruction_set = build.ensure_library(cache_dir=tmp_path)
+    first, instruction_set = library.ensure_library(cache_dir=tmp_path)
     assert first.exists() and instruction_set in first.name
-    assert build.ensure_library(cache_dir=tmp_path)[0] == first
+    assert library.ensure_library(cache_dir=tmp_path)[0] == first
     script = tmp_path / "cxx"
     script.write_text(script.read_text().replace("fake 1.0", "fake 1.1"))
-    assert build.ensure_library(cache_dir=tmp_path)[0] != first
+    assert library.ensure_library(cache_dir=tmp_path)[0] != first
 
 
 @needs_instructions
 def test_a_lock_that_is_not_released_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "LOCK_DEADLINE_S", 0.2)
+    monkeypatch.setattr(library, "LOCK_DEADLINE_S", 0.2)
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "cxx", "exit 1"))
     with (
-        build._exclusive(tmp_path / "cpu-kernels.lock"),
-        pytest.raises(build.NativeUnavailableError, match=r"another process has held .*cpu-kernels.lock"),
+        library._exclusive(tmp_path / "cpu-kernels.lock"),
+        pytest.raises(library.NativeUnavailableError, match=r"another process has held .*cpu-kernels.lock"),
     ):
-        build.ensure_library(cache_dir=tmp_path)
+        library.ensure_library(cache_dir=tmp_path)
 
 
 @needs_instructions
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(build.NativeUnavailableError, match=r"cannot write to the cache folder .*file/cache"):
-        build.ensure_library(cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises(library.NativeUnavailableError, match=r"cannot write to the cache folder .*file/cache"):
+        library.ensure_library(cache_dir=tmp_path / "file" / "cache")
 
 
 def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch):
-    monkeypatch.setattr(build, "supported_instruction_sets", lambda: ["avx2"])
+    monkeypatch.setattr(library, "supported_instruction_sets", lambda: ["avx2"])
     with pytest.raises(ValueError, match=r"instruction_set: 'avx512' is not allowed; this machine has \['avx2'\]"):
-        build.ensure_library("avx512")
-    monkeypatch.setattr(build, "supported_instruction_sets", list)
-    with pytest.raises(build.NativeUnavailableError, match="no AVX2"):
-        build.ensure_library()
+        library.ensure_library("avx512")
+    monkeypatch.setattr(library, "supported_instruction_sets", list)
+    with pytest.raises(library.NativeUnavailableError, match="no AVX2"):
+        library.ensure_library()

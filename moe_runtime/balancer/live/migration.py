@@ -3,8 +3,8 @@
 Every rank keeps a slot free in each layer, the shadow. In a layer's round, ranks copy one expert each into it, between
 steps, so many bytes at a time; then they and a rank that has held the expert so far sum up what their slots hold. Only
 if the sums agree is the round committed: the front raises the version of the placement, and the next plan has new
-replica tables, so all ranks switch at once. The slot that an expert gave up is the new shadow. Until the commit nothing has
-changed for the tokens, so what fails is dropped and serving goes on; the old expert still lies in its slot.
+replica tables, so all ranks switch at once. The slot that an expert gave up is the new shadow. Until the commit
+nothing has changed for the tokens, so what fails is dropped and serving goes on; the old expert still lies in its slot.
 """
 
 from __future__ import annotations

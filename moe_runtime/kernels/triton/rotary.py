@@ -240,8 +240,8 @@ def check_cache(
             )
     if v_TGd.shape != k_TGd.shape or cache_position_T.shape != k_TGd.shape[:1] or cache_position_T.dtype != torch.int64:
         raise ValueError(
-            f"v_TGd {tuple(v_TGd.shape)} and cache_position_T {cache_position_T.dtype} {tuple(cache_position_T.shape)} must fit k_TGd "
-            f"{tuple(k_TGd.shape)}, slots int64"
+            f"v_TGd {tuple(v_TGd.shape)} and cache_position_T {cache_position_T.dtype} {tuple(cache_position_T.shape)} "
+            f"must fit k_TGd {tuple(k_TGd.shape)}, cache positions int64"
         )
 
 

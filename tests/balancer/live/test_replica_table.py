@@ -1,4 +1,4 @@
-"""ReplicaTables: what ranks are told adds up to the best shares, is told once, and follows counts where that is worth it."""
+"""Replica tables: what ranks are told adds up to the best shares, is told once, and follows counts where it pays."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Tables = list[dict[tuple[int, int], list[int]]]
 
 
 def begin(placement: Placement) -> tuple[ReplicaTables, Tables]:
-    """ReplicaTables, and what each rank knows: the first slot of each expert."""
+    """Replica tables, and what each rank knows: the first slot of each expert."""
     first = {key: [int(slot)] for key, slot in np.ndenumerate(placement.first_slot)}
     return ReplicaTables(placement), [dict(first) for _ in range(placement.num_ranks)]
 
 
-def tell(tables_told: ReplicaTables, tables: Tables) -> list[ReplicaChoice]:
+def tell(replicas: ReplicaTables, tables: Tables) -> list[ReplicaChoice]:
     """Give ranks their news; all of them."""
     for _ in range(10):
-        tables_told.advance()
-    news = tables_told.take_news() or []
+        replicas.advance()
+    news = replicas.take_news() or []
     for table, told in zip(tables, news, strict=False):
         for route in told:
             table[route.layer, route.expert] = route.slots
-    assert tables_told.take_news() is None
+    assert replicas.take_news() is None
     return [route for told in news for route in told]
 
 
@@ -61,12 +61,12 @@ def random_counts(rng: np.random.Generator, placement: Placement, most: int) -> 
 @given(cases())
 def test_new_tables_meet_the_best_shares(case: tuple[Placement, np.random.Generator]) -> None:
     placement, rng = case
-    tables_told, tables = begin(placement)
-    tell(tables_told, tables)
+    replicas, tables = begin(placement)
+    tell(replicas, tables)
     counts = random_counts(rng, placement, 12)
-    tables_told.weigh(counts)
-    tables_told.refresh()
-    tell(tables_told, tables)
+    replicas.weigh(counts)
+    replicas.refresh()
+    tell(replicas, tables)
     best = rank_loads(counts.sum(axis=0), placement.slots)
     # whole tokens, and of a table of 64 entries: each replica is within a token or so of its share
     room = placement.num_experts * placement.num_ranks
@@ -77,11 +77,11 @@ def test_new_tables_meet_the_best_shares(case: tuple[Placement, np.random.Genera
 @given(cases())
 def test_after_any_counts_ranks_are_near_the_least_maximum(case: tuple[Placement, np.random.Generator]) -> None:
     placement, rng = case
-    tables_told, tables = begin(placement)
+    replicas, tables = begin(placement)
     for _ in range(4):
         counts = random_counts(rng, placement, 4) * REPLICA_TURNS
-        tables_told.weigh(counts)
-        tell(tables_told, tables)
+        replicas.weigh(counts)
+        tell(replicas, tables)
         least_L = rank_loads(counts.sum(axis=0), placement.slots).max(axis=1)
         most_L = computed(placement, tables, counts).max(axis=1)
         # a table has 64 entries, so a rank's part of each expert is off by at most one of them
@@ -95,16 +95,16 @@ def test_every_change_of_the_placement_reaches_the_ranks(
     case: tuple[Placement, np.random.Generator], seed: int
 ) -> None:
     placement, rng = case
-    tables_told, tables = begin(placement)
+    replicas, tables = begin(placement)
     for step in range(4):
-        tell(tables_told, tables)
+        tell(replicas, tables)
         counts = random_counts(rng, placement, 9)
         computed(placement, tables, counts)  # checks every slot
-        assert tables_told.has_replicas == bool((placement.hosts.sum(axis=1) > 1).any())
-        tables_told.weigh(counts)
+        assert replicas.has_replicas == bool((placement.hosts.sum(axis=1) > 1).any())
+        replicas.weigh(counts)
         other = random_placement(np.random.default_rng([seed, step]), (1, 3), placement.num_experts, 4, 3)
         if other.slots.shape == placement.slots.shape:
-            changed = tables_told.place(other)
+            changed = replicas.place(other)
             assert changed.tolist() == [n for n in (0, 1) if (other.slots[n] != placement.slots[n]).any()]
             placement = other
 
@@ -119,24 +119,24 @@ def counts_of(*of_expert_0: int) -> np.ndarray:
 
 
 def test_only_layers_with_replicas_follow_counts_and_only_where_that_is_worth_it() -> None:
-    tables_told, tables = begin(PAIR)
-    tell(tables_told, tables)
-    tables_told.weigh(counts_of(40, 40))
-    assert {route.layer for route in tell(tables_told, tables)} == {0}
+    replicas, tables = begin(PAIR)
+    tell(replicas, tables)
+    replicas.weigh(counts_of(40, 40))
+    assert {route.layer for route in tell(replicas, tables)} == {0}
     before = [dict(table) for table in tables]
-    tables_told.weigh(counts_of(41, 40))  # tables made for these would differ, and gain next to nothing
-    assert tell(tables_told, tables) == [] and tables == before
-    tables_told.refresh()
-    assert {(route.layer, route.expert) for route in tell(tables_told, tables)} <= {(0, 0)}
-    tables_told.weigh(counts_of(400, 400))
-    assert tell(tables_told, tables), "the busiest rank would have far more than it must"
+    replicas.weigh(counts_of(41, 40))  # tables made for these would differ, and gain next to nothing
+    assert tell(replicas, tables) == [] and tables == before
+    replicas.refresh()
+    assert {(route.layer, route.expert) for route in tell(replicas, tables)} <= {(0, 0)}
+    replicas.weigh(counts_of(400, 400))
+    assert tell(replicas, tables), "the busiest rank would have far more than it must"
 
 
 def test_tokens_stay_on_their_rank_as_far_as_shares_allow() -> None:
-    tables_told, tables = begin(PAIR)
-    tables_told.weigh(counts_of(32, 32))
-    tables_told.refresh()
-    tell(tables_told, tables)
+    replicas, tables = begin(PAIR)
+    replicas.weigh(counts_of(32, 32))
+    replicas.refresh()
+    tell(replicas, tables)
     # 40 tokens of experts 1 and 2 on rank 0, 20 of expert 3 on rank 1: of 64 tokens rank 0 takes 22, rank 1 takes 42
     per_rank = [[slot // PAIR.max_slots for slot in table[0, 0]] for table in tables]
     assert set(per_rank[1]) == {1}, "rank 1 keeps all of its own"
@@ -147,10 +147,10 @@ def test_the_same_counts_give_the_same_tables() -> None:
     counts = np.random.default_rng().integers(0, 50, (2, 2, 4))
     found = []
     for _ in range(2):
-        tables_told, tables = begin(PAIR)
-        tables_told.weigh(counts)
-        tables_told.refresh()
-        tell(tables_told, tables)
+        replicas, tables = begin(PAIR)
+        replicas.weigh(counts)
+        replicas.refresh()
+        tell(replicas, tables)
         found.append(tables)
     assert found[0] == found[1]
 
@@ -158,15 +158,15 @@ def test_the_same_counts_give_the_same_tables() -> None:
 def test_a_step_has_a_share_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables a layer, one for each rank; the layer that is worst off comes first."""
     slots = np.array([[[0, 1, 2], [0, 3, EMPTY]]] * 3)
-    tables_told, tables = begin(Placement(slots, 4, (0, 1, 2)))
-    tell(tables_told, tables)
+    replicas, tables = begin(Placement(slots, 4, (0, 1, 2)))
+    tell(replicas, tables)
     counts = np.full((2, 3, 4), 10)
     # of expert 0 half goes to each rank; rank 0 has two of the others: 540 and 520, 70 and 50, 140 and 120
     counts[:, :, 0] = 500, 30, 100
     monkeypatch.setattr("moe_runtime.balancer.live.replica_table.TABLES_A_STEP", 2)
-    tables_told.weigh(counts)
+    replicas.weigh(counts)
     found = []
     for _ in range(4):
-        tables_told.advance()
-        found.append({route.layer for told in tables_told.take_news() or [] for route in told})
+        replicas.advance()
+        found.append({route.layer for told in replicas.take_news() or [] for route in told})
     assert found == [{1}, {2}, set(), set()]
