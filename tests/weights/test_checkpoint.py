@@ -35,7 +35,7 @@ from moe_runtime.layers.native_layers import (
     NativeNorm,
     NativeSparseBlock,
 )
-from moe_runtime.layers.torch_kit import MLP, Attention, DenseCall, Embedding, Head, Linear, RMSNorm, TorchKit
+from moe_runtime.layers.torch_kit import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
 from moe_runtime.models.reader import ModelReader
 from moe_runtime.models.registry import load_model_config
 from moe_runtime.system.pages import mappings_of
@@ -93,7 +93,7 @@ def values(part: object) -> list[torch.Tensor]:
         Attention: ("qkv", "output", "next_norm"),
         NativeAttention: ("block",),
         AttentionCall: ("qkv", "output"),
-        DenseCall: ("mlp",),
+        DenseBlock: ("mlp",),
         NativeDenseBlock: ("mlp",),
         NativeSparseBlock: ("block",),
         SparseCall: ("router", "experts", "shared"),
