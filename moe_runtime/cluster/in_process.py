@@ -36,7 +36,7 @@ class InProcessExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         assert self._worker is not None
-        self._todo.append(self._worker.prepare(plan))
+        self._todo.append(self._worker.prepare(plan.of_rank(0)))
         self._get_on()
 
     def collect(self) -> list[RankResult]:

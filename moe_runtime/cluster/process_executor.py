@@ -6,7 +6,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
-from moe_runtime.wire.transport import Counts, CountsRequest, Message, Plan, Result, Task, TaskReport
+from moe_runtime.wire.transport import Counts, CountsRequest, Message, Result, RunStep, Task, TaskReport
 
 REPORT = 0  # request id of counts that nobody waits for
 
@@ -65,8 +64,8 @@ class ProcessExecutor:
 
     def submit(self, plan: StepPlan) -> None:
         assert len(self._steps) < self.max_inflight and len(plan.ranks) == len(self.ranks)
-        for rank, share in enumerate(plan.ranks):
-            self._group.send(rank, Plan(replace(plan, ranks=[share])))
+        for rank in range(len(plan.ranks)):
+            self._group.send(rank, RunStep(plan.of_rank(rank)))
         self._steps.append(plan.step)
         self._results[plan.step] = {}
 

@@ -15,14 +15,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe_runtime.system.pages import library_mappings, release_library_pages
 from moe_runtime.wire.executor import RankInfo
-from moe_runtime.wire.messages import RankPlan, RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.messages import RankResult, RankStep, SlotReport, SlotTask
 from moe_runtime.wire.transport import (
     Counts,
     CountsRequest,
@@ -30,9 +30,9 @@ from moe_runtime.wire.transport import (
     Failed,
     Hello,
     Init,
-    Plan,
     Ready,
     Result,
+    RunStep,
     Stop,
     Task,
     TaskReport,
@@ -93,7 +93,7 @@ class RankWorker(Protocol):
     @property
     def info(self) -> RankInfo: ...
 
-    def step(self, plan: StepPlan) -> RankResult: ...
+    def step(self, step: RankStep) -> RankResult: ...
 
     def expert_counts(self) -> np.ndarray: ...
 
@@ -133,7 +133,7 @@ def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
             worker = make_worker(seat, init)
             loaded = True
             front.send(Ready(worker.info))
-            _serve(front, worker, seat.rank, init.num_ranks)
+            _serve(front, worker, seat.rank)
         else:
             assert isinstance(init, Stop)
     except BaseException as error:
@@ -145,15 +145,12 @@ def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
         front.close()
 
 
-def _serve(front: Dealer, worker: RankWorker, rank: int, num_ranks: int) -> None:
-    idle = RankPlan()
+def _serve(front: Dealer, worker: RankWorker, rank: int) -> None:
     while True:
         message = front.receive(None)
         match message:
-            case Plan(plan):
-                ranks = [idle] * num_ranks
-                ranks[rank] = plan.ranks[0]
-                front.send(Result(worker.step(replace(plan, ranks=ranks))))
+            case RunStep(step):
+                front.send(Result(worker.step(step)))
             case CountsRequest(request_id):
                 front.send(Counts.from_array(rank, request_id, worker.expert_counts()))
             case Task(task):

@@ -123,7 +123,7 @@ class Scheduler:
         self.num_steps += 1
         bucket = self._choose_bucket(drafts)
         dispatcher = PADDED if bucket else self._choose_dispatcher(tokens_per_rank)
-        return StepPlan(self.num_steps, dispatcher, tokens_per_rank, plans, bucket=bucket)
+        return StepPlan(self.num_steps, dispatcher, tokens_per_rank, bucket=bucket, ranks=plans)
 
     def _choose_bucket(self, drafts: list[Draft]) -> int:
         """The least that holds the rows of every rank; 0 where a rank has other work than plain decode rows."""

@@ -7,7 +7,7 @@ step n+1 while step n runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
@@ -73,25 +73,49 @@ class RankPlan:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One step on all ranks. An idle rank has an empty `RankPlan` and still takes part.
+class StepShape:
+    """What a step has in common on all ranks: every choice that shapes a collective.
 
-    A rank first forgets the sequences in `dropped`, then takes in `new_sequences` and `replica_choices`, then runs
-    `chunks`. `measure` asks for the `expert_work` of the step. `rank_rows` [W][L] are the rows that the experts of each
-    rank computed in the last step that the front knows; they are there with `balance_epsilon`. With a `bucket` there
-    are only decode rows, and every rank runs `bucket` rows, padding included; the dispatcher is `PADDED`. See
-    `worker.decode_graphs`.
+    Attributes:
+        step: number of the step, from 1.
+        dispatcher: name of the dispatcher; `PADDED` with a bucket.
+        tokens_per_rank: [W].
+        measure: asks for the `expert_work` of the step.
+        rank_rows: [W][L], the rows that the experts of each rank computed in the last step that the front knows; there
+            with `balance_epsilon`.
+        bucket: not 0 in a step of decode rows alone: every rank runs so many rows, padding included; see
+            `worker.decode_graphs`.
     """
 
     step: int
     dispatcher: str
     tokens_per_rank: list[int]
-    ranks: list[RankPlan]
-    placement_version: int = 0
-    generation: int = 0
     measure: bool = False
     rank_rows: list[list[int]] = field(default_factory=list)
     bucket: int = 0
+
+
+@dataclass(frozen=True)
+class RankStep(StepShape):
+    """A step as one rank gets it. A rank without tokens has an empty `work` and still takes part.
+
+    The rank first forgets the sequences in `work.dropped`, then takes in `new_sequences` and `replica_choices`, then
+    runs `chunks`.
+    """
+
+    work: RankPlan = field(default_factory=RankPlan)
+
+
+@dataclass(frozen=True)
+class StepPlan(StepShape):
+    """A step on all ranks, as the front plans it. `ranks` [W] has the work of each."""
+
+    ranks: list[RankPlan] = field(default_factory=list)
+
+    def of_rank(self, rank: int) -> RankStep:
+        """What one rank gets."""
+        shape = {each.name: getattr(self, each.name) for each in fields(StepShape)}
+        return RankStep(**shape, work=self.ranks[rank])
 
 
 @dataclass(frozen=True)
@@ -186,7 +210,7 @@ class SequenceChanges:
 class RankResult:
     """What one rank has to say of one step.
 
-    `expert_rows` [L] are the rows that its experts computed, where `StepPlan.rank_rows` wants them; `extra_rounds` are
+    `expert_rows` [L] are the rows that its experts computed, where the step has `rank_rows`; `extra_rounds` are
     the rounds of dispatch beyond one in each layer, the same on all ranks.
     """
 

@@ -22,7 +22,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankInfo
-from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.messages import RankResult, RankStep, SlotReport, SlotTask
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,10 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """To a rank: run this step. `plan.ranks` holds this rank's share alone."""
+class RunStep:
+    """To a rank: run this step."""
 
-    plan: StepPlan
+    step: RankStep
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ Message = (
     Hello
     | Init
     | Ready
-    | Plan
+    | RunStep
     | Result
     | CountsRequest
     | Counts

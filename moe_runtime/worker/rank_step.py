@@ -8,7 +8,7 @@ from typing import Any
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.decoder import Rows
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, StepPlan
+from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, RankStep
 
 
 @dataclass
@@ -53,7 +53,7 @@ class PreparedStep:
     """A step that has not begun.
 
     Attributes:
-        plan, work: of all ranks, and of this one.
+        plan: what the front asks for.
         sequences: of each chunk.
         rows: all that is in the plan's bucket, if it names one.
         batch, attention: else what the layers need, and what the kit's `attention_step` makes of it.
@@ -61,8 +61,7 @@ class PreparedStep:
         seconds: that this took.
     """
 
-    plan: StepPlan
-    work: RankPlan
+    plan: RankStep
     sequences: list[Sequence]
     rows: StepRows
     batch: Batch | None
@@ -71,6 +70,10 @@ class PreparedStep:
     policies: StepPolicies | None
     limits: StepLimits | None
     seconds: float
+
+    @property
+    def work(self) -> RankPlan:
+        return self.plan.work
 
     def tokens(self) -> list[int]:
         """The ids of the rows, once the step before has ended."""

@@ -40,10 +40,10 @@ from moe_runtime.wire.messages import (
     PromptLogprobs,
     RankPlan,
     RankResult,
+    RankStep,
     Sample,
     SlotReport,
     SlotTask,
-    StepPlan,
     TokenLogprobs,
 )
 from moe_runtime.worker.decode_graphs import DecodeGraphs, capture_on
@@ -164,16 +164,16 @@ class Worker:
             graph_bytes=0 if self._graphs is None else self._graphs.nbytes,
         )
 
-    def step(self, plan: StepPlan) -> RankResult:
-        """Run this rank's share of a plan. Every rank runs every plan, also without tokens of its own."""
-        self.begin(self.prepare(plan))
+    def step(self, step: RankStep) -> RankResult:
+        """Run a step. Every rank runs every step, also without tokens of its own."""
+        self.begin(self.prepare(step))
         return self.finish()
 
     @torch.inference_mode()
-    def prepare(self, plan: StepPlan) -> PreparedStep:
+    def prepare(self, plan: RankStep) -> PreparedStep:
         """Do for a step what needs no tokens of the one before, which may be running. Plans come in their order."""
         start = time.perf_counter()
-        work = plan.ranks[self.rank]
+        work = plan.work
         self._admit(work)
         sequences = [self.sequences[chunk.seq_id] for chunk in work.chunks]
         rows = StepRows.take(work.chunks, sequences, self.config.block_size)
@@ -187,7 +187,7 @@ class Worker:
                 batch = self._batch(work, plan, rows, expert_work, policies, limits)
                 attention = self.model.attention_step(batch, self.model.rope)
         seconds = time.perf_counter() - start
-        return PreparedStep(plan, work, sequences, rows, batch, attention, expert_work, policies, limits, seconds)
+        return PreparedStep(plan, sequences, rows, batch, attention, expert_work, policies, limits, seconds)
 
     @torch.inference_mode()
     def begin(self, step: PreparedStep) -> None:
@@ -259,7 +259,7 @@ class Worker:
                 list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, pages=[]
             )
 
-    def _step_limits(self, work: RankPlan, plan: StepPlan) -> StepLimits | None:
+    def _step_limits(self, work: RankPlan, plan: RankStep) -> StepLimits | None:
         if self._limits is None:
             return None
         return step_limits(plan.rank_rows, work.num_tokens, len(self._model_config.moe_layers), self.device)
@@ -267,7 +267,7 @@ class Worker:
     def _batch(
         self,
         work: RankPlan,
-        plan: StepPlan,
+        plan: RankStep,
         rows: StepRows,
         expert_work: list[ExpertWork] | None,
         policies: StepPolicies | None,

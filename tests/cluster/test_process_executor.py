@@ -27,7 +27,7 @@ from moe_runtime.cluster.host import Host
 from moe_runtime.cluster.process_executor import ProcessExecutor
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.wire.executor import CountsReport, RankError, RankInfo
-from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask
 
 NOWHERE = Path("/nowhere")
 FRONT = [sys.executable, "-P", str(SUPPORT / "fake_front.py")]
@@ -325,15 +325,15 @@ def test_in_process_a_step_is_run_and_errors_pass_through(monkeypatch):
         def __init__(self, *args) -> None:
             made.append(args)
 
-        def prepare(self, plan: StepPlan) -> StepPlan:
-            asked.append(f"prepare {plan.step}")
-            return plan
+        def prepare(self, step: RankStep) -> RankStep:
+            asked.append(f"prepare {step.step}")
+            return step
 
-        def begin(self, plan: StepPlan) -> None:
-            if plan.dispatcher:
-                raise RuntimeError(plan.dispatcher)
-            asked.append(f"begin {plan.step}")
-            self.step = plan.step
+        def begin(self, step: RankStep) -> None:
+            if step.dispatcher:
+                raise RuntimeError(step.dispatcher)
+            asked.append(f"begin {step.step}")
+            self.step = step.step
 
         def finish(self) -> RankResult:
             asked.append(f"finish {self.step}")

@@ -15,7 +15,7 @@ def plan_of(step: int, prefill: int = 5, decode: int = 2, num_ranks: int = 2) ->
     chunks = [Chunk(seq_id, 7, 1, [], True) for seq_id in range(decode)]
     chunks += [Chunk(decode, 0, prefill, [], True)] if prefill else []
     works = [RankPlan() for _ in range(num_ranks - 1)] + [RankPlan(chunks=chunks, num_decode=decode)]
-    return StepPlan(step, "all_to_all", [work.num_tokens for work in works], works)
+    return StepPlan(step, "all_to_all", [work.num_tokens for work in works], ranks=works)
 
 
 class CountingRanks:

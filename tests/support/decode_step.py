@@ -20,7 +20,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels import ops
 from moe_runtime.models.registry import load_model_config
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, RankStep
 from moe_runtime.worker import decode_graphs, worker
 
 BLOCK, STEPS = 8, 4
@@ -62,7 +62,7 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
         chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
         work = RankPlan(new, [], chunks, num_decode=len(chunks) if step else 0)
         named = bucket if step else 0
-        plan = StepPlan(step, PADDED if named else "local", [work.num_tokens], [work], bucket=named)
+        plan = RankStep(step, PADDED if named else "local", [work.num_tokens], bucket=named, work=work)
         with torch.inference_mode():
             prepared = rank.prepare(plan)
             hidden_TD = rank.launch(prepared)()

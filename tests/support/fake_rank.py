@@ -18,7 +18,16 @@ from moe_runtime.cluster.rank import RankArguments, run_rank
 from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankInfo
-from moe_runtime.wire.messages import NewSequence, RankPlan, RankResult, Sample, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.messages import (
+    NewSequence,
+    RankPlan,
+    RankResult,
+    RankStep,
+    Sample,
+    SlotReport,
+    SlotTask,
+    StepPlan,
+)
 from moe_runtime.wire.transport import Init
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
@@ -38,13 +47,12 @@ class FakeWorker:
             self.rank, os.getpid(), "cpu", "float32", threads, 8, 0, 0, 0.0, {"cores": cores}, False, ("all_gather",)
         )
 
-    def step(self, plan: StepPlan) -> RankResult:
-        assert len(plan.ranks) == self.num_ranks
-        assert all(share == RankPlan() for rank, share in enumerate(plan.ranks) if rank != self.rank)
-        self.steps.append(plan.step)
-        _obey(plan.dispatcher, self.rank)
-        samples = [Sample(new.seq_id, fingerprint(new)) for new in plan.ranks[self.rank].new_sequences]
-        return RankResult(plan.step, self.rank, samples)
+    def step(self, step: RankStep) -> RankResult:
+        assert len(step.tokens_per_rank) == self.num_ranks
+        self.steps.append(step.step)
+        _obey(step.dispatcher, self.rank)
+        samples = [Sample(new.seq_id, fingerprint(new)) for new in step.work.new_sequences]
+        return RankResult(step.step, self.rank, samples)
 
     def run_task(self, task: SlotTask) -> SlotReport:
         return SlotReport(self.rank, task.task_id, True, 0, 0.0, task.slot + self.rank)
@@ -112,7 +120,7 @@ def step_plan(step: int, num_ranks: int, commands: str = "") -> StepPlan:
         RankPlan(new_sequences=[NewSequence(rank, [step, rank], 2, SamplingParams(stop=["a", "b"]), seed=100 * rank)])
         for rank in range(num_ranks)
     ]
-    return StepPlan(step, commands, [2] * num_ranks, ranks)
+    return StepPlan(step, commands, [2] * num_ranks, ranks=ranks)
 
 
 if __name__ == "__main__":

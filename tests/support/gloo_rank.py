@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_runtime.cluster.rank import RankArguments, join_group, run_rank
 from moe_runtime.wire.executor import RankInfo
-from moe_runtime.wire.messages import RankResult, Sample, SlotReport, SlotTask, StepPlan
+from moe_runtime.wire.messages import RankResult, RankStep, Sample, SlotReport, SlotTask
 from moe_runtime.wire.transport import Init
 
 COMMAND = (sys.executable, "-P", str(Path(__file__).resolve()))
@@ -26,16 +26,16 @@ class GlooWorker:
             self.rank, os.getpid(), "cpu", "float32", torch.get_num_threads(), 8, 0, 0, 0.0, {}, False, ("all_gather",)
         )
 
-    def step(self, plan: StepPlan) -> RankResult:
+    def step(self, step: RankStep) -> RankResult:
         """Sums `step * (rank + 1)` over the ranks; the rank that `dispatcher` names leaves without a word."""
         import torch
         import torch.distributed as dist
 
-        if plan.dispatcher == str(self.rank):
+        if step.dispatcher == str(self.rank):
             os._exit(7)
-        total = torch.tensor([plan.step * (self.rank + 1)])
+        total = torch.tensor([step.step * (self.rank + 1)])
         dist.all_reduce(total, group=self.group)
-        return RankResult(plan.step, self.rank, [Sample(0, int(total))])
+        return RankResult(step.step, self.rank, [Sample(0, int(total))])
 
     def run_task(self, task: SlotTask) -> SlotReport:
         return SlotReport(self.rank, task.task_id, True, 0, 0.0, task.slot + self.rank)

@@ -50,7 +50,7 @@ def plan_steps(
             part.chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
         tokens = [part.num_tokens for part in work]
         dispatcher = "local" if num_ranks == 1 else dispatchers[step % len(dispatchers)]
-        steps.append(StepPlan(step, dispatcher, tokens, work))
+        steps.append(StepPlan(step, dispatcher, tokens, ranks=work))
     return steps
 
 
@@ -85,8 +85,9 @@ def run_steps(
         assert worker.info.batch_invariant == (native or batch_invariant)
         with torch.inference_mode():
             for plan in steps:
-                work = plan.ranks[context.rank]
-                rows = worker.model.logits(worker.launch(worker.prepare(plan))())
+                step = plan.of_rank(context.rank)
+                work = step.work
+                rows = worker.model.logits(worker.launch(worker.prepare(step))())
                 for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
                     logits.setdefault(chunk.seq_id, []).append(part)
     return logits

@@ -179,7 +179,7 @@ def _make_worker(context: RankContext, config: EngineConfig, model_config: Model
 
 
 def _step(context: RankContext, plan: StepPlan) -> RankResult:
-    return context.kept["worker"].step(plan)
+    return context.kept["worker"].step(plan.of_rank(context.rank))
 
 
 def _run_task(context: RankContext, rank: int, task: SlotTask) -> SlotReport | None:

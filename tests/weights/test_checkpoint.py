@@ -96,7 +96,7 @@ def values(part: object) -> list[torch.Tensor]:
         DenseBlock: ("mlp",),
         NativeDenseBlock: ("mlp",),
         NativeSparseBlock: ("block",),
-        SparseCall: ("router", "experts", "shared"),
+        SparseCall: ("gate", "experts", "shared"),
         MoELayer: ("gate", "experts", "shared"),
     }
     return [tensor for name in parts[type(part)] for tensor in values(getattr(part, name))]

@@ -29,11 +29,11 @@ from moe_runtime.wire.messages import (
     PromptLogprobs,
     RankPlan,
     RankResult,
+    RankStep,
     Sample,
     SequenceChanges,
     SlotReport,
     SlotTask,
-    StepPlan,
     TokenLogprobs,
 )
 from moe_runtime.wire.transport import (
@@ -47,11 +47,11 @@ from moe_runtime.wire.transport import (
     Init,
     Message,
     PeerGoneError,
-    Plan,
     ProtocolError,
     RankExited,
     Ready,
     Result,
+    RunStep,
     Stop,
     Task,
     TaskReport,
@@ -77,15 +77,15 @@ PARAMS = st.builds(
 SEQUENCES = st.builds(NewSequence, INTEGERS, FEW, INTEGERS, PARAMS, INTEGERS)
 CHUNKS = st.builds(Chunk, INTEGERS, INTEGERS, INTEGERS, FEW, st.booleans())
 RANK_PLANS = st.builds(RankPlan, st.lists(SEQUENCES, max_size=2), FEW, st.lists(CHUNKS, max_size=3), INTEGERS)
-PLANS = st.builds(
-    StepPlan,
+STEPS = st.builds(
+    RankStep,
     INTEGERS,
     st.text(),
     FEW,
-    st.lists(RANK_PLANS, max_size=2),
-    INTEGERS,
-    INTEGERS,
+    st.booleans(),
     rank_rows=st.lists(FEW, max_size=2),
+    bucket=INTEGERS,
+    work=RANK_PLANS,
 )
 LOGPROBS = st.builds(TokenLogprobs, FEW, st.lists(FLOATS, max_size=3), FEW)
 RESULTS = st.builds(
@@ -112,7 +112,7 @@ STRATEGIES = {
     Hello: st.builds(Hello, st.sampled_from(["rank", "host"]), *[INTEGERS] * 4, st.text()),
     Init: st.builds(Init, CONFIGS, st.just(model_config()), st.text(), *[INTEGERS] * 3),
     Ready: st.builds(Ready, INFOS),
-    Plan: st.builds(Plan, PLANS),
+    RunStep: st.builds(RunStep, STEPS),
     Result: st.builds(Result, RESULTS),
     CountsRequest: st.builds(CountsRequest, INTEGERS),
     Counts: st.builds(Counts, INTEGERS, INTEGERS, FEW, st.binary()),
@@ -144,10 +144,10 @@ def test_every_message_survives_the_way(kind, data):
 
 @given(PARAMS)
 def test_sampling_params_arrive_as_they_are(params):
-    plan = StepPlan(1, "auto", [1], [RankPlan([NewSequence(1, [2], 1, params, 3)])])
-    arrived = decode(encode(Plan(plan)), "the front")
-    assert isinstance(arrived, Plan)
-    arrived_params = arrived.plan.ranks[0].new_sequences[0].params
+    step = RankStep(1, "auto", [1], work=RankPlan([NewSequence(1, [2], 1, params, 3)]))
+    arrived = decode(encode(RunStep(step)), "the front")
+    assert isinstance(arrived, RunStep)
+    arrived_params = arrived.step.work.new_sequences[0].params
     assert isinstance(arrived_params, SamplingParams)
     assert (arrived_params.stop, arrived_params.stop_token_ids) == (params.stop, params.stop_token_ids)
 

@@ -114,7 +114,7 @@ class Rebalancer:
         )
 
     def prepare(self, plan: StepPlan) -> StepPlan:
-        """The plan with the version of the placement, replica choices that are new, and whether to measure."""
+        """The plan with the replica choices that are new, and whether to measure."""
         self._monitor.note_plan(plan)
         news = self._replica_tables.take_news()
         if news is not None:
@@ -123,7 +123,7 @@ class Rebalancer:
                 ranks=[replace(work, replica_choices=choices) for work, choices in zip(plan.ranks, news, strict=True)],
             )
         measure = self._watches and self._monitor.num_steps % MEASURE_EVERY == 0
-        return replace(plan, placement_version=self.placement.version, measure=measure)
+        return replace(plan, measure=measure)
 
     def note(self, results: list[RankResult]) -> None:
         """Take in what ranks measured in a step."""
