@@ -35,11 +35,11 @@ def build_engine(
         RankError: a rank failed to start. Whatever was started has ended then.
     """
     from moe_runtime.memory.initial_placement import initial_placement
-    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.models.registry import read_model_config
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(config.model)
-    model_config = load_model_config(path)
+    model_config = read_model_config(path)
     config = fit_to_model(find_calibration(config, path), model_config)
     initial_placement(config, model_config, config.ep_size)  # a file that does not fit is refused before ranks start
     policies_of(config, model_config)

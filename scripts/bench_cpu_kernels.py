@@ -165,7 +165,7 @@ class SparseLayers:
             experts = PackedExperts(kernels, EXPERTS, HIDDEN, INNER, DTYPE)
             for slot in range(EXPERTS):
                 for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
-                    experts.load(slot, part, 0, rows)
+                    experts.put(slot, part, 0, rows)
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
             router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
             gate = GateCall(kernels, gate, router_weight)

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_runtime.models.registry import load_model_config, open_deepspeed
+from moe_runtime.models.registry import open_deepspeed, read_model_config
 from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 
@@ -28,7 +28,7 @@ def convert(checkpoint: Path, output: Path, max_shard_bytes: int) -> int:
     Raises:
         ValueError: there is no such checkpoint, it is not whole, or `output` exists.
     """
-    config = load_model_config(checkpoint)
+    config = read_model_config(checkpoint)
     files = DeepSpeedFiles.find(checkpoint)
     if files is None:
         raise ValueError(f"checkpoint: {checkpoint} is no DeepSpeed checkpoint")

@@ -20,7 +20,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     """A folder that is taken for a checkpoint with four experts and a context of 64 tokens; it has a tokenizer."""
     save_byte_tokenizer(tmp_path)
     monkeypatch.setattr(weights, "resolve_model", Path)
-    monkeypatch.setattr(models, "load_model_config", lambda path: model_config())
+    monkeypatch.setattr(models, "read_model_config", lambda path: model_config())
     return tmp_path
 
 

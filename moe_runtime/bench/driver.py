@@ -72,7 +72,7 @@ async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Ta
         if options.text or "vocab_size" not in target.health:
             raise ValueError(f"model: missing; the server does not say what prompts may hold; it must be {MODEL}")
         return target, range(target.health["vocab_size"])
-    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.models.registry import read_model_config
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(engine["model"], weights=False)
@@ -81,7 +81,7 @@ async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Ta
         from moe_runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_path(engine.get("tokenizer") or path)
-    return target, _tokens(options, load_model_config(path).vocab_size, tokenizer)
+    return target, _tokens(options, read_model_config(path).vocab_size, tokenizer)
 
 
 def _tokens(options: BenchOptions, vocab_size: int, tokenizer: Tokenizer | None) -> Sequence[int]:

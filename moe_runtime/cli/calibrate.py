@@ -78,14 +78,14 @@ def _run(options: CalibrateOptions, config: EngineConfig) -> Sequence[Mapping[st
     from tqdm import tqdm
 
     from moe_runtime.build import fit_to_model
-    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.models.registry import read_model_config
     from moe_runtime.planner.calibration import calibrate as run
     from moe_runtime.text.tokenizer import Tokenizer
     from moe_runtime.weights.checkpoint import resolve_model
     from moe_runtime.worker.worker import Worker
 
     path = resolve_model(config.model)
-    model = load_model_config(path)
+    model = read_model_config(path)
     config = fit_to_model(config, model)
     if max(options.mean_k) >= model.moe.top_k:
         raise ValueError(f"mean_k: {max(options.mean_k):g} is not allowed; the model uses {model.moe.top_k} experts")

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig, parse_redundant
-from moe_runtime.config.model import ModelConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
 from moe_runtime.memory.budget import Budget, available_host_memory, gigabytes, holds_codes, may_use_cuda, plan_budget
 from moe_runtime.memory.model_size import (
@@ -84,10 +84,10 @@ def inspect(namespace: argparse.Namespace) -> int:
         chosen = {name: value for name, value in values.items() if name in ("model", *ENGINE)}
         redundant = parse_redundant(values.get("redundant_experts", 0))
         engine = EngineConfig(**chosen, ep_size=MOST_RANKS if isinstance(redundant, int) else len(redundant))
-        from moe_runtime.models.registry import load_model_config
+        from moe_runtime.models.registry import read_model_config
         from moe_runtime.weights.checkpoint import resolve_model
 
-        model = load_model_config(resolve_model(engine.model, weights=False))
+        model = read_model_config(resolve_model(engine.model, weights=False))
         found = describe(engine, model, options)
     print(json.dumps(found, indent=1) if options.json else to_text(found, model))
     return 0
@@ -137,6 +137,10 @@ def _with_ranks(engine: EngineConfig, ep_size: int) -> EngineConfig:
     return replace(engine, ep_size=ep_size, redundant_experts=0 if ep_size == 1 else engine.redundant_experts)
 
 
+def _attention(attention: AttentionConfig) -> str:
+    return f"{attention.num_heads} heads and {attention.num_kv_heads} key/value heads of {attention.head_dim}"
+
+
 def _decode(model: ModelConfig, dtype: str, batch_size: int, coded: bool) -> dict[str, Any]:
     read = decode_bytes(model, dtype, batch_size, coded=coded)
     return {
@@ -177,7 +181,7 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
         ),
         (
             "attention",
-            f"{model.num_heads} heads and {model.num_kv_heads} key/value heads of {model.head_dim}; "
+            f"{'; '.join(map(_attention, dict.fromkeys(layer.attention for layer in model.layers)))}; "
             f"KV cache {found['kv_bytes_per_token'] / 1e3:.1f} kB per token",
         ),
         ("context", f"{found['max_model_len']} tokens"),

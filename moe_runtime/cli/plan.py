@@ -195,10 +195,10 @@ def load_shape(model: str, dtype: str) -> ModelShape:
 
     if model.endswith(".json"):
         return ModelShape.load(Path(model))
-    from moe_runtime.models.registry import load_model_config
+    from moe_runtime.models.registry import read_model_config
     from moe_runtime.weights.checkpoint import resolve_model
 
-    config = load_model_config(resolve_model(model, weights=False))
+    config = read_model_config(resolve_model(model, weights=False))
     return ModelShape.of(config, weights_dtype(dtype, config.dtype), model)
 
 

@@ -27,10 +27,10 @@ def tune(namespace: argparse.Namespace) -> int:
     with user_mistakes():
         engine = EngineConfig(**option_values(namespace, tune_options()))
         from moe_runtime.build import fit_to_model
-        from moe_runtime.models.registry import load_model_config
+        from moe_runtime.models.registry import read_model_config
         from moe_runtime.weights.checkpoint import resolve_model
 
-        model = load_model_config(resolve_model(engine.model, weights=False))
+        model = read_model_config(resolve_model(engine.model, weights=False))
         file, lines = tune_model(fit_to_model(engine, model), model)
     print("\n".join(lines))
     print(f"written to {file}; ranks that start from now on use it", file=sys.stderr)

@@ -115,7 +115,7 @@ class RankGroup:
         self._hosts_heard_at: dict[str, float] = {}
         self._store: TCPStore | None = None
         names = [rank_name(rank) for rank in range(site.num_ranks)] + [host_name(rank) for rank in site.remote_ranks]
-        self._router = ControlServer(site.bind, names)
+        self._server = ControlServer(site.bind, names)
         try:
             self._host = Host(
                 site.own_ranks,
@@ -163,7 +163,7 @@ class RankGroup:
         """Send to a rank."""
         self._raise_known_failure()
         try:
-            self._router.send(rank_name(rank), message)
+            self._server.send(rank_name(rank), message)
         except PeerGoneError as error:
             self._blame(str(error))
 
@@ -195,7 +195,7 @@ class RankGroup:
         kill = kill or self._failure is not None
         for peer in self._greeted:
             try:
-                self._router.send(peer, Stop(failed=kill))
+                self._server.send(peer, Stop(failed=kill))
             except PeerGoneError as error:
                 logger.debug("%s", error)
         self._greeted.clear()
@@ -203,7 +203,7 @@ class RankGroup:
         self._release()
 
     def _release(self) -> None:
-        self._router.close()
+        self._server.close()
         self._store = None
         if self._site.directory is not None:
             shutil.rmtree(self._site.directory, ignore_errors=True)
@@ -211,10 +211,10 @@ class RankGroup:
     def _pump(self, timeout: float) -> None:
         """Sort all messages that are there, or that come first within `timeout` seconds."""
         try:
-            received = self._router.receive(timeout)
+            received = self._server.receive(timeout)
             while received is not None:
                 self._sort(*received)
-                received = self._router.receive(0.0)
+                received = self._server.receive(0.0)
         except ProtocolError as error:
             self._fail(str(error))
 

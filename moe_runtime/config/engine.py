@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
-from moe_runtime.config.checks import check_integer, is_number
+from moe_runtime.config.checks import check_integer
+from moe_runtime.config.limits import OVERFLOWS, Limits
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 BALANCE = ("off", "auto", "eplb")
-OVERFLOWS = ("queue", "reroute", "drop")
 DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
 
@@ -139,27 +138,19 @@ class EngineConfig:
             raise ValueError(
                 "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
             )
-        self._check_limits()
-
-    def _check_limits(self) -> None:
-        factor, epsilon = self.capacity_factor, self.balance_epsilon
-        if factor is not None:
-            if not (is_number(factor) and 0 < factor <= sys.float_info.max):
-                raise ValueError(f"capacity_factor: {factor!r} is not allowed; it must be a finite number above 0")
-            object.__setattr__(self, "capacity_factor", float(factor))
-        elif self.overflow != "queue":
-            raise ValueError(f"overflow: {self.overflow!r} is not allowed; without capacity_factor nothing overflows")
-        if epsilon is not None:
-            if not (is_number(epsilon) and 0 < epsilon < 1):
-                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; it must be a number between 0 and 1")
-            if self.ep_size == 1:
-                raise ValueError(f"balance_epsilon: {epsilon!r} is not allowed; ep_size 1 has nothing to balance")
+        Limits(self.capacity_factor, self.overflow, self.balance_epsilon)  # which checks them
+        if self.capacity_factor is not None:
+            object.__setattr__(self, "capacity_factor", float(self.capacity_factor))
+        if self.balance_epsilon is not None and self.ep_size == 1:
+            raise ValueError(
+                f"balance_epsilon: {self.balance_epsilon!r} is not allowed; ep_size 1 has nothing to balance"
+            )
 
     @property
-    def changes_experts(self) -> bool:
-        """Whether the experts that a token uses may depend on the batch and on the ranks' load."""
-        drops = self.capacity_factor is not None and self.overflow != "queue"
-        return drops or self.balance_epsilon is not None
+    def limits(self) -> Limits | None:
+        """Limits on experts and ranks; None where nothing is limited."""
+        limits = Limits(self.capacity_factor, self.overflow, self.balance_epsilon)
+        return limits if limits.any else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 
@@ -43,29 +45,101 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class KVSpec:
+    """What a layer keeps of each token of a sequence.
+
+    Attributes:
+        kind: "full": all later tokens read it; "window": only the next `window - 1` tokens do.
+        bytes_per_token: keys and values of one token.
+        window: tokens that a token attends to, itself included; None with "full".
+    """
+
+    kind: Literal["full", "window"]
+    bytes_per_token: int
+    window: int | None
+
+    def tokens_read(self, context_len: int) -> int:
+        """Of a context of so many tokens, those that the next token attends to."""
+        return min(context_len, self.window or context_len)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def query_size(self) -> int:
+        """Outputs of the query projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of the key projection, and of the value projection."""
+        return self.num_kv_heads * self.head_dim
+
+    def kv_spec(self, itemsize: int) -> KVSpec:
+        """What the layer keeps, in elements of `itemsize` bytes."""
+        kind: Literal["full", "window"] = "full" if self.sliding_window is None else "window"
+        return KVSpec(kind, 2 * self.kv_size * itemsize, self.sliding_window)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer: its attention, and the intermediate size of its dense MLP; None for a sparse layer."""
+
+    attention: AttentionConfig
+    dense_intermediate_size: int | None
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.dense_intermediate_size is None
+
+
+def layers_alike(
+    num_layers: int, attention: AttentionConfig, sparse: Container[int], dense_intermediate_size: int
+) -> tuple[LayerConfig, ...]:
+    """Layers with the same attention; those whose index is not in `sparse` have a dense MLP."""
+    return tuple(
+        LayerConfig(attention, None if index in sparse else dense_intermediate_size) for index in range(num_layers)
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint, Hugging Face's many spellings normalised once. `moe_layers` are the sparse layers' indices."""
+    """One checkpoint, Hugging Face's many spellings normalised once."""
 
     family: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rms_norm_eps: float
     max_position_embeddings: int
     rope: RopeConfig
     moe: MoEConfig
-    moe_layers: tuple[int, ...]
-    sliding_window: int | None
-    qkv_bias: bool
-    output_bias: bool
-    qk_norm: bool
+    layers: tuple[LayerConfig, ...]
     tie_word_embeddings: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the sparse layers."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.is_sparse)
+
+    def kv_specs(self, itemsize: int) -> list[KVSpec]:
+        """What each layer keeps of a token, in elements of `itemsize` bytes."""
+        return [layer.attention.kv_spec(itemsize) for layer in self.layers]
 
     @property
     def max_model_len(self) -> int:

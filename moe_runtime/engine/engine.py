@@ -95,6 +95,7 @@ class Engine:
         self._intake = Intake(tokenizer, model_config.vocab_size, self.max_model_len, config.seed)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
+        self._changes_experts = config.limits is not None and config.limits.changes_experts
         self._num_requests = 0
         self._requests: dict[str, Request] = {}
         self._by_seq_id: dict[int, Request] = {}
@@ -260,7 +261,7 @@ class Engine:
 
     def _placement_invariance(self) -> str:
         """How far batches, chunks, ranks and placements leave a request's tokens alone."""
-        if self.config.changes_experts:
+        if self._changes_experts:
             return "none"
         if all(rank.batch_invariant for rank in self.executor.ranks):
             return "bitwise"
@@ -349,7 +350,7 @@ class Engine:
 
     def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
         """With what comes at a request's end."""
-        changes = request.expert_changes if self.config.changes_experts else None
+        changes = request.expert_changes if self._changes_experts else None
         return replace(delta, routed_experts=self._routed_experts(request), expert_changes=changes)
 
     def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:

@@ -42,7 +42,7 @@ class ExpertSlots:
     def nbytes(self) -> int:
         return self.w13_SGD.nbytes + self.w2_SDF.nbytes
 
-    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
         """Copy rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot."""
         inner = self.w2_SDF.shape[2]
         whole = {"gate": self.w13_SGD[slot, :inner], "up": self.w13_SGD[slot, inner:], "down": self.w2_SDF[slot]}[part]

@@ -7,14 +7,13 @@ Shape suffixes: T tokens, K experts per token, E logical experts, W ranks, P ent
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moe_runtime.all2all.rounds import counts_of, place_among_equals
-from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import torch_ops
 from moe_runtime.layers.batch import Batch, StepLimits
@@ -25,44 +24,13 @@ from moe_runtime.wire.messages import RankPlan, RankResult, SequenceChanges
 NONE = -torch.inf  # a choice that cannot be made
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an engine's configuration asks for; see `EngineConfig`."""
-
-    capacity_factor: float | None
-    overflow: str
-    balance_epsilon: float | None
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> Limits | None:
-        """None where nothing is limited."""
-        if config.capacity_factor is None and config.balance_epsilon is None:
-            return None
-        return cls(config.capacity_factor, config.overflow, config.balance_epsilon)
-
-    @property
-    def queues(self) -> bool:
-        """Whether what is over capacity goes in further rounds."""
-        return self.capacity_factor is not None and self.overflow == "queue"
-
-    @property
-    def limits_choices(self) -> bool:
-        """Whether what is over capacity is rerouted or dropped."""
-        return self.capacity_factor is not None and self.overflow != "queue"
-
-
-def capacity(factor: float, num_tokens: int, top_k: int, num_experts: int) -> int:
-    """Assignments that an expert takes of a rank's tokens: `ceil(factor * T * K / E)` (GShard, arXiv 2006.16668)."""
-    return max(1, math.ceil(min(num_tokens, factor * num_tokens * top_k / num_experts)))
-
-
 class LayerLimits:
     """The limits in one sparse layer.
 
     Args:
         limits: what was asked for.
-        config, correction_bias_E: the layer's gate; as for `gate.Gate`.
-        counts_2E: takes the tokens of each expert, as for `gate.Gate`, where the limits change experts: then the gate
+        config, correction_bias_E: the layer's gate; as for `TorchGate`.
+        counts_2E: takes the tokens of each expert, as for `TorchGate`, where the limits change experts: then the gate
             must not count.
         layer: number of the sparse layer.
         num_slots: the most slots that any rank has, by which the slots of all are numbered.
@@ -84,19 +52,8 @@ class LayerLimits:
         self.layer = layer
         self.num_slots = num_slots
 
-    @property
-    def queues(self) -> bool:
-        """Whether what is over capacity goes in further rounds."""
-        return self.limits.queues
-
-    @property
-    def changes_experts(self) -> bool:
-        """Whether `choose` must be called."""
-        return self.limits.limits_choices or self.limits.balance_epsilon is not None
-
     def capacities(self, tokens_per_rank: list[int]) -> list[int]:
         """The capacity of an expert for each rank's tokens."""
-        assert self.limits.capacity_factor is not None
         return [self._capacity(num_tokens) for num_tokens in tokens_per_rank]
 
     def choose(
@@ -145,8 +102,7 @@ class LayerLimits:
         return weights_TK, experts_TK
 
     def _capacity(self, num_tokens: int) -> int:
-        assert self.limits.capacity_factor is not None
-        return capacity(self.limits.capacity_factor, num_tokens, self.config.top_k, self.config.num_experts)
+        return self.limits.capacity(num_tokens, self.config.top_k, self.config.num_experts)
 
 
 def over_capacity(experts_TK: Tensor, num_experts: int, room: int) -> Tensor:

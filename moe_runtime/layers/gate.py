@@ -15,7 +15,7 @@ from moe_runtime.kernels.forms import USUAL, Forms
 from moe_runtime.layers.batch import StepPolicies
 
 
-class Gate:
+class TorchGate:
     """Scores every expert for every token and keeps the best K, as the model's family defines it.
 
     Args:
@@ -48,16 +48,11 @@ class Gate:
     def nbytes(self) -> int:
         return self.weight_ED.nbytes
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's logits `[T, E]`."""
-        return self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, None)
-
-    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
-        """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
-
-        The first `num_decode` rows count as decode.
-        """
-        logits_TE = self.logits(x_TD)
+    def __call__(
+        self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `layers.kit.Gate`."""
+        logits_TE = self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, None)
         weights_TK, experts_TK = ops.topk_gate(
             logits_TE,
             top_k=self.config.top_k,
@@ -78,7 +73,7 @@ class Gate:
                 policies.chosen_LTK[self.layer] = experts_TK
         if self.counts_2E is not None:
             count_choices(self.counts_2E, experts_TK, num_decode)
-        return weights_TK, experts_TK
+        return weights_TK, experts_TK, logits_TE
 
 
 def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> None:

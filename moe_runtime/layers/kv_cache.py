@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_cache_pages
-from moe_runtime.memory.model_size import page_bytes
 from moe_runtime.system.pages import ask_for_huge_pages
 
 
@@ -33,32 +32,33 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.num_layers, num_pages, block_size, config.num_kv_heads, config.head_dim)
+        shapes = [
+            (num_pages, block_size, layer.attention.num_kv_heads, layer.attention.head_dim) for layer in config.layers
+        ]
+        sizes = [math.prod(shape) for shape in shapes]
         self.num_pages = num_pages
-        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
-        self._layers = [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+        self._keys, self._values = (_zeros(sum(sizes), dtype, device) for _ in range(2))
+        self._layers = [
+            LayerCache(keys.view(shape), values.view(shape))
+            for keys, values, shape in zip(self._keys.split(sizes), self._values.split(sizes), shapes, strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self._keys.nbytes + self._values.nbytes
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros; on CPUs in huge pages, if there are any, that take no memory before they are first used."""
     if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+        return torch.zeros(count, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    tensor = torch.frombuffer(pages, dtype=dtype)
     ask_for_huge_pages(tensor)
     return tensor
-
-
-def block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers."""
-    return page_bytes(config, block_size, dtype.itemsize)
 
 
 def choose_num_pages(

@@ -1,4 +1,4 @@
-"""The sparse block: gate, dispatch, experts, combine. The one place that knows both logical experts and slots.
+"""The sparse block in parts: gate, dispatch, experts, combine. From logical experts to slots.
 
 Shape suffixes: T tokens, D hidden, E logical experts, K experts per token, L sparse layers, W ranks, S slots per rank,
 R computations, N rows.
@@ -8,70 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatched, Dispatcher, RoundDispatcher
 from moe_runtime.all2all.rounds import place_among_equals
-from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
+from moe_runtime.layers.kit import MLP, Experts, Gate, Norm
 from moe_runtime.layers.side_stream import SideStream
 from moe_runtime.memory.budget import tokens_at_once
 from moe_runtime.wire.messages import PADDED, REPLICA_TURNS, ExpertWork
-
-
-class Router(Protocol):
-    """Chooses logical experts, and counts them."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's logits `[T, E]`."""
-
-    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
-        """`(weights_TK float32, experts_TK int64)`, best expert first, -1 where the token's policy drops one.
-
-        The first `num_decode` rows are decode rows.
-        """
-
-
-class Experts(Protocol):
-    """This rank's slots of a layer."""
-
-    @property
-    def num_slots(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
-        """Copy rows of one of an expert's matrices into a slot."""
-
-    def stored(self, slot: int) -> tuple[Tensor, ...]:
-        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
-
-    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
-        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot; they may be put into `room_RD`."""
-
-
-class Shared(Protocol):
-    """The experts that every token uses, as one MLP."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def __call__(self, x_TD: Tensor) -> Tensor: ...
-
-
-class Norm(Protocol):
-    """The norm behind a block."""
-
-    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum; they may take the places of `x` and `residual`."""
 
 
 def part_size(tokens_per_rank: list[int], num_experts: int, top_k: int) -> int:
@@ -93,7 +41,7 @@ class ExpertCounter:
 
 
 class MoELayer:
-    """A sparse block whose experts lie in slots on all ranks, and the norm behind it.
+    """A sparse block whose experts lie in slots on all ranks, and the norm after it.
 
     An expert's tokens go to its replicas in turn: the i-th of this rank's to entry `i % REPLICA_TURNS` of its list.
 
@@ -102,17 +50,17 @@ class MoELayer:
         slot_E: a global slot (`rank * S + local slot`) of each logical expert.
         experts: this rank's slots.
         shared: the experts that every token uses, or None.
-        next_norm: the norm behind.
+        next_norm: the norm after it.
         dispatchers: by the name that a plan uses.
         limits: of experts and ranks, or None.
     """
 
     def __init__(
         self,
-        gate: Router,
+        gate: Gate,
         slot_E: Tensor,
         experts: Experts,
-        shared: Shared | None,
+        shared: MLP | None,
         next_norm: Norm,
         dispatchers: Mapping[str, Dispatcher],
         limits: LayerLimits | None = None,
@@ -138,16 +86,16 @@ class MoELayer:
         All ranks call it for the same step, also one that has no token.
         """
         way = self.dispatchers[batch.dispatcher]
-        weights_TK, experts_TK = self.gate(x_TD, batch.num_decode, batch.policies)
-        if self.limits is not None and self.limits.changes_experts:
-            logits_TE = self.gate.logits(x_TD)
+        weights_TK, experts_TK, logits_TE = self.gate(x_TD, batch.num_decode, batch.policies)
+        if self.limits is not None and self.limits.limits.changes_experts:
             weights_TK, experts_TK = self.limits.choose(logits_TE, weights_TK, experts_TK, self.slot_EP[:-1], batch)
 
         shared_TD = self._beside.start(self.shared, x_TD) if self.shared is not None else None
 
-        # A captured step is replayed with replica tables that are not known yet.
-        slot_TK = self._slots(experts_TK, any_replicas=batch.dispatcher == PADDED and "local" not in self.dispatchers)
-        if self.limits is not None and self.limits.queues:
+        # A captured step of several ranks is replayed with replica tables that are not known yet.
+        is_replayed = batch.dispatcher == PADDED and len(batch.tokens_per_rank) > 1
+        slot_TK = self._slots(experts_TK, in_turn=self.has_replicas or is_replayed)
+        if self.limits is not None and self.limits.limits.queues:
             out_TD = self._in_rounds(way, self.limits, x_TD, slot_TK, weights_TK, batch)
         else:
             out_TD = self._in_parts(way, x_TD, slot_TK, weights_TK, batch)
@@ -162,9 +110,9 @@ class MoELayer:
         self.slot_EP[expert] = turns
         self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
 
-    def _slots(self, experts_TK: Tensor, any_replicas: bool = False) -> Tensor:
-        """The global slot of each (token, k), `[T, K]`; -1 for expert -1."""
-        if not (self.has_replicas or any_replicas):
+    def _slots(self, experts_TK: Tensor, in_turn: bool) -> Tensor:
+        """The global slot of each (token, k), `[T, K]`; -1 for expert -1. Without `in_turn` no expert has replicas."""
+        if not in_turn:
             return self.slot_EP[experts_TK, 0]
         chosen = experts_TK.flatten()
         turn = place_among_equals(chosen, len(self.slot_EP) - 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.config.model import ModelConfig, MoEConfig
+from moe_runtime.config.model import AttentionConfig, MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
@@ -21,7 +21,8 @@ from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
-from moe_runtime.layers.decoder import DecoderLayer, LayerLoop
+from moe_runtime.layers.decoder import LayerLoop
+from moe_runtime.layers.kit import MLP, DecoderLayer, Experts, Gate, Linear, Norm
 from moe_runtime.layers.kv_cache import KVCache
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.layers.native_layers import (
@@ -36,11 +37,13 @@ from moe_runtime.layers.native_layers import (
     NativeSparseBlock,
 )
 from moe_runtime.layers.rotary import RotaryEmbedding
+from moe_runtime.layers.sparse_form import SparseForm, native_sparse_form
+from moe_runtime.layers.torch_layers import TorchEmbedding
 
 
 @dataclass(frozen=True)
 class NativeKit:
-    """Makes the parts of a decoder on the native CPU kernels; weights are loaded, and packed, into them afterwards."""
+    """See `layers.kit.Kit`; weights are packed when they are put in."""
 
     kernels: Kernels
     dtype: torch.dtype
@@ -63,19 +66,24 @@ class NativeKit:
         linear = self.linear(vocab_size, hidden_size)
         return NativeHead(linear), linear
 
+    def embedding(self, weight_VD: Tensor) -> TorchEmbedding:
+        return TorchEmbedding(weight_VD)
+
     def norm(self, weight_D: Tensor, eps: float) -> NativeNorm:
         return NativeNorm(self.kernels, weight_D, eps)
 
     def attention(
         self,
-        config: ModelConfig,
-        qkv: PackedLinear,
-        output: PackedLinear,
+        config: AttentionConfig,
+        eps: float,
+        qkv: Linear,
+        output: Linear,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
-        next_norm: NativeNorm,
+        next_norm: Norm,
     ) -> NativeAttention:
-        block = AttentionCall(
+        assert isinstance(qkv, PackedLinear) and isinstance(output, PackedLinear) and isinstance(next_norm, NativeNorm)
+        call = AttentionCall(
             self.kernels,
             qkv,
             output,
@@ -86,10 +94,10 @@ class NativeKit:
             sliding_window=config.sliding_window,
             q_norm_d=q_norm,
             k_norm_d=k_norm,
-            eps=config.rms_norm_eps,
-            next_norm=next_norm.behind,
+            eps=eps,
+            next_norm=next_norm.after,
         )
-        return NativeAttention(block)
+        return NativeAttention(call)
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Step:
         """What all layers of a step share."""
@@ -102,23 +110,25 @@ class NativeKit:
         return self.kernels.argmax(logits_BV)
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop | FusedLayers:
-        """In one call where the experts are here or rows go through shared memory."""
-        loop, blocks, way = LayerLoop(layers, cache), [], None
+        """One native call for all layers, unless sparse blocks only run in parts."""
+        loop, calls, form, symmetric = LayerLoop(layers, cache), [], SparseForm.WHOLE, None
         for layer in layers:
             attention, mlp = layer.attention, layer.mlp
             assert isinstance(attention, NativeAttention)
             if not isinstance(mlp, NativeSparseBlock | NativeDenseBlock | NativeMoELayer):
                 return loop
             if isinstance(mlp, NativeMoELayer):
-                way = mlp.way
-            blocks.append((attention.block, mlp.block))
+                form, symmetric = SparseForm.EXCHANGE, mlp.symmetric
+            calls.append((attention.call, mlp.call))
         pages = [cache.layer(index) for index in range(len(layers))]
-        return FusedLayers(Layers(blocks, [(layer.k_NBGd, layer.v_NBGd) for layer in pages]), way, loop)
+        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGd) for layer in pages])
+        return FusedLayers(fused, form, symmetric, loop)
 
     def mlp(self, hidden_size: int, intermediate_size: int) -> NativeMLP:
         return NativeMLP(self.experts(1, hidden_size, intermediate_size))
 
-    def dense_block(self, mlp: NativeMLP, next_norm: NativeNorm) -> NativeDenseBlock:
+    def dense_block(self, mlp: MLP, next_norm: Norm) -> NativeDenseBlock:
+        assert isinstance(mlp, NativeMLP) and isinstance(next_norm, NativeNorm)
         return NativeDenseBlock(mlp, next_norm)
 
     def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> PackedExperts:
@@ -146,20 +156,23 @@ class NativeKit:
 
     def sparse_block(
         self,
-        gate: NativeGate,
+        gate: Gate,
         slot_E: Tensor,
-        experts: PackedExperts,
-        shared: NativeMLP | None,
-        next_norm: NativeNorm,
+        experts: Experts,
+        shared: MLP | None,
+        next_norm: Norm,
         dispatchers: Mapping[str, Dispatcher],
         limits: LayerLimits | None,
     ) -> MoELayer | NativeSparseBlock:
-        all_are_here = int(slot_E.max()) < experts.num_slots
-        if all_are_here and set(dispatchers) == {"local"} and limits is None:
-            shared_experts = None if shared is None else shared.experts
-            return NativeSparseBlock(
-                SparseCall(gate.call, slot_E[:, None], experts, shared_experts, next_norm.behind), gate
-            )
-        if "symmetric" in dispatchers and limits is None:
-            return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
-        return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)
+        assert isinstance(gate, NativeGate) and isinstance(experts, PackedExperts) and isinstance(next_norm, NativeNorm)
+        assert shared is None or isinstance(shared, NativeMLP)
+        holds_all = int(slot_E.max()) < experts.num_slots
+        match native_sparse_form(holds_all=holds_all, dispatchers=dispatchers, has_limits=limits is not None):
+            case SparseForm.WHOLE:
+                shared_experts = None if shared is None else shared.experts
+                call = SparseCall(gate.call, slot_E[:, None], experts, shared_experts, next_norm.after)
+                return NativeSparseBlock(call, gate)
+            case SparseForm.EXCHANGE:
+                return NativeMoELayer(gate, slot_E, experts, shared, next_norm, dispatchers)
+            case SparseForm.PARTS:
+                return MoELayer(gate, slot_E, experts, shared, next_norm, dispatchers, limits)

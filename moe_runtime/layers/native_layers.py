@@ -1,6 +1,6 @@
-"""The parts of a decoder on the native CPU kernels; `moe_runtime.layers.torch_kit` has the same in torch.
+"""The parts of a decoder on the native CPU kernels; `layers.torch_layers` has the same in torch.
 
-`moe_runtime.layers.native_kit` makes them. Blocks add to the residual rows in place.
+`layers.native_kit` makes them. Blocks add to the residual rows in place.
 
 Shape suffixes: T tokens, D hidden, E logical experts, V vocabulary.
 """
@@ -27,9 +27,11 @@ from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, Step
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.batch import Batch, StepPolicies
-from moe_runtime.layers.decoder import LayerLoop, Rows
+from moe_runtime.layers.decoder import LayerLoop
+from moe_runtime.layers.kit import HiddenRows
 from moe_runtime.layers.kv_cache import LayerCache
 from moe_runtime.layers.moe import MoELayer, part_size
+from moe_runtime.layers.sparse_form import SparseForm
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class NativeNorm:
     eps: float
 
     @property
-    def behind(self) -> NextNorm:
+    def after(self) -> NextNorm:
         """As the blocks take it."""
         return NextNorm(self.weight_D, self.eps)
 
@@ -54,55 +56,56 @@ class NativeNorm:
 
 
 class NativeAttention:
-    """See `torch_kit.Attention`."""
+    """See `TorchAttention`."""
 
-    def __init__(self, block: AttentionCall) -> None:
-        self.block = block
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
 
     @property
     def nbytes(self) -> int:
-        return self.block.nbytes
+        return self.call.nbytes
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        return self.block(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD, in_place=True), residual_TD
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        assert isinstance(step, Step)
+        return self.call(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD, in_place=True), residual_TD
 
 
 class NativeMLP:
-    """SwiGLU; loaded as an expert in slot 0."""
+    """SwiGLU; its weights are put in as those of an expert in slot 0."""
 
     def __init__(self, experts: PackedExperts) -> None:
         self.experts = experts
-        self._block = DenseCall(experts)
+        self._call = DenseCall(experts)
 
     @property
     def nbytes(self) -> int:
         return self.experts.nbytes
 
-    def load(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
         """Pack rows of a weight."""
-        self.experts.load(slot, part, first_row, rows)
+        self.experts.put(slot, part, first_row, rows)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return self._block(x_TD)
+        return self._call(x_TD)
 
 
 class NativeDenseBlock:
-    """An MLP and the norm behind it, in one call."""
+    """An MLP and the norm after it, in one call."""
 
     def __init__(self, mlp: NativeMLP, next_norm: NativeNorm) -> None:
         self.mlp = mlp
-        self.block = DenseCall(mlp.experts, next_norm.behind)
+        self.call = DenseCall(mlp.experts, next_norm.after)
 
     @property
     def nbytes(self) -> int:
         return self.mlp.nbytes
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.block(x_TD, residual_TD), residual_TD
+        return self.call(x_TD, residual_TD), residual_TD
 
 
 class NativeGate:
-    """See `gate.Gate`."""
+    """See `TorchGate`."""
 
     def __init__(self, call: GateCall, layer: int) -> None:
         self.call = call
@@ -112,10 +115,9 @@ class NativeGate:
     def nbytes(self) -> int:
         return self.call.nbytes
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        return self.call.logits(x_TD)
-
-    def __call__(self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.call(x_TD, num_decode, _of_layer(policies, self.layer))
 
 
@@ -131,26 +133,29 @@ def _of_layer(policies: StepPolicies | None, layer: int) -> LayerPolicies:
 
 
 class NativeSparseBlock:
-    """The sparse block of a rank that holds all experts, and the norm behind it, in one call."""
+    """The sparse block of a rank that holds all experts, and the norm after it, in one call."""
 
-    def __init__(self, block: SparseCall, gate: NativeGate) -> None:
-        self.block = block
+    def __init__(self, call: SparseCall, gate: NativeGate) -> None:
+        self.call = call
         self.gate = gate
-        self.experts = block.experts
+        self.experts = call.experts
 
     @property
     def nbytes(self) -> int:
-        parts = (self.block.gate, self.block.experts, self.block.shared)
+        parts = (self.call.gate, self.call.experts, self.call.shared)
         return sum(part.nbytes for part in parts if part is not None)
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.dispatcher == "local"
         policies = _of_layer(batch.policies, self.gate.layer)
-        return self.block(x_TD, batch.num_decode, residual_TD, policies), residual_TD
+        return self.call(x_TD, batch.num_decode, residual_TD, policies), residual_TD
+
+    def use_replicas(self, expert: int, slots: list[int]) -> None:
+        raise AssertionError("a rank that holds all experts has no replicas")
 
 
 class NativeMoELayer(MoELayer):
-    """A sparse block whose rows go through shared memory, and the norm behind it; `block` does the same in one call."""
+    """A sparse block whose rows go through shared memory, and the norm after it; `call` does the same in one call."""
 
     def __init__(
         self,
@@ -162,36 +167,41 @@ class NativeMoELayer(MoELayer):
         dispatchers: Mapping[str, Dispatcher],
     ) -> None:
         super().__init__(gate, slot_E, experts, shared, next_norm, dispatchers)
-        way = dispatchers["symmetric"]
-        assert isinstance(way, SymmetricDispatcher)
+        dispatcher = dispatchers["symmetric"]
+        assert isinstance(dispatcher, SymmetricDispatcher)
         shared_experts = None if shared is None else shared.experts
         slot_EP = self.slot_EP[:-1]  # which `use_replicas` changes
-        self.block = SparseCall(gate.call, slot_EP, experts, shared_experts, next_norm.behind, way.exchange)
-        self.way = way
+        self.call = SparseCall(gate.call, slot_EP, experts, shared_experts, next_norm.after, dispatcher.exchange)
+        self.symmetric = dispatcher
 
 
 class FusedLayers:
-    """All layers in one call, where the experts are here or rows go through shared memory; see
-    `models.decoder.LayerRunner`.
+    """All layers in one call, where the experts are here or rows go through shared memory; see `kit.LayerRunner`.
 
     Args:
-        way: the exchange of the layers, or None.
-        loop: runs what the call can't: steps that are measured or that take another way.
+        layers: the call.
+        form: of its sparse blocks, `WHOLE` or `EXCHANGE`; see `layers.sparse_form`.
+        symmetric: the exchange of the layers, or None.
+        loop: runs the layers in the steps in which sparse blocks run in parts.
     """
 
-    def __init__(self, layers: Layers, way: SymmetricDispatcher | None, loop: LayerLoop) -> None:
+    def __init__(
+        self, layers: Layers, form: SparseForm, symmetric: SymmetricDispatcher | None, loop: LayerLoop
+    ) -> None:
         self._layers = layers
-        self._way = way
+        self._form = form
+        self._symmetric = symmetric
         self._loop = loop
 
-    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: Step, batch: Batch) -> Rows:
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
+        assert isinstance(step, Step)
+        if self._form.in_step(batch) is SparseForm.PARTS:
+            return self._loop.begin(x_TD, residual_TD, step, batch)
         spread = None
-        if self._way is not None:
-            if batch.dispatcher != "symmetric" or batch.expert_work is not None:
-                return self._loop.begin(x_TD, residual_TD, step, batch)
+        if self._symmetric is not None:
             tokens_per_rank = batch.tokens_per_rank
-            size = part_size(tokens_per_rank, self._layers.num_experts, self._way.top_k)
-            spread = self._way.step(tokens_per_rank, size)
+            size = part_size(tokens_per_rank, self._layers.num_experts, self._symmetric.top_k)
+            spread = self._symmetric.step(tokens_per_rank, size)
         policies = batch.policies and [_of_layer(batch.policies, layer) for layer in range(self._layers.num_sparse)]
         running = self._layers.begin(x_TD, residual_TD, step, batch.num_decode, policies or (), spread)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.kernels.cpu.library import can_have_kernels
+from moe_runtime.kernels.cpu.library import EXPERT_ROWS, can_have_kernels
 from moe_runtime.memory.model_size import (
     ITEMSIZE,
     dense_bytes,
@@ -20,7 +20,6 @@ CPU_DEFAULT_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.5
 PROCESS_BYTES = 190 << 20  # of a rank: interpreter and libraries
 SHARED_BYTES = 150 << 20  # of these, what the ranks of a host share
-EXPERT_ROWS = 128  # of an expert on average, at a time
 DECODE_CHUNK = 256  # keys that decode attention takes at a time on GPUs
 SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulated copies
 CUDA_DRIVER = Path("/dev/nvidiactl")
@@ -164,11 +163,11 @@ def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
     all tokens come back before they are summed.
     """
     moe, hidden, tokens = model.moe, model.hidden_size, engine.max_num_batched_tokens
-    at_once, queues = tokens, engine.capacity_factor is not None and engine.overflow == "queue"
+    at_once, queues = tokens, engine.limits is not None and engine.limits.queues
     if not may_use_cuda(engine.device) and not queues:
         at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
-    attention = 7 * hidden + (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    inner = model.intermediate_size if len(model.moe_layers) < model.num_layers else 0
+    attention = 7 * hidden + max(2 * layer.attention.query_size + 2 * layer.attention.kv_size for layer in model.layers)
+    inner = max(layer.dense_intermediate_size or 0 for layer in model.layers)
     dense = 3 * max(moe.shared_intermediate_size, inner)
     experts = moe.top_k * (2 * hidden + 3 * moe.intermediate_size)
     exchange = (engine.ep_size + moe.top_k) * hidden if engine.ep_size > 1 else 0
@@ -198,7 +197,7 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     pairs = rows * engine.ep_size * model.moe.top_k
     exchange = pairs * (3 * model.hidden_size + model.moe.intermediate_size)
     chunks = -(-(engine.max_model_len or model.max_model_len) // DECODE_CHUNK)
-    merged = rows * model.num_heads * chunks * (model.head_dim + 2)
+    merged = rows * chunks * max(layer.attention.num_heads * (layer.attention.head_dim + 2) for layer in model.layers)
     return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 

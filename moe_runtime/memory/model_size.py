@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_runtime.config.model import ModelConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 CODED_BYTES = 1.5  # of a bfloat16 weight in codes
@@ -65,19 +65,12 @@ def count_parameters(config: ModelConfig) -> Parameters:
     """Numbers of parameters of a checkpoint."""
     hidden, moe = config.hidden_size, config.moe
     num_sparse = len(config.moe_layers)
-    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = hidden * (query + 2 * key_value) + query * hidden
-    if config.qkv_bias:
-        attention += query + 2 * key_value
-    if config.output_bias:
-        attention += hidden
-    if config.qk_norm:
-        attention += 2 * config.head_dim
+    dense_sizes = [layer.dense_intermediate_size or 0 for layer in config.layers]
     return Parameters(
         embedding=config.vocab_size * hidden,
         head=0 if config.tie_word_embeddings else config.vocab_size * hidden,
-        attention=config.num_layers * attention,
-        dense_mlp=(config.num_layers - num_sparse) * 3 * hidden * config.intermediate_size,
+        attention=sum(_attention_parameters(layer.attention, hidden) for layer in config.layers),
+        dense_mlp=3 * hidden * sum(dense_sizes),
         shared_experts=num_sparse * 3 * hidden * moe.shared_intermediate_size,
         gate=num_sparse * moe.num_experts * hidden,
         gate_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
@@ -86,6 +79,18 @@ def count_parameters(config: ModelConfig) -> Parameters:
         num_experts=num_sparse * moe.num_experts,
         top_k=num_sparse * moe.top_k,
     )
+
+
+def _attention_parameters(attention: AttentionConfig, hidden: int) -> int:
+    qkv_size = attention.query_size + 2 * attention.kv_size
+    count = hidden * qkv_size + attention.query_size * hidden
+    if attention.qkv_bias:
+        count += qkv_size
+    if attention.output_bias:
+        count += hidden
+    if attention.qk_norm:
+        count += 2 * attention.head_dim
+    return count
 
 
 def weights_dtype(asked: str, stored: str) -> str:
@@ -111,7 +116,7 @@ def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
 
 
 def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
-    """Bytes that every rank holds: all but the routed experts. Routers are float32 where the family has them so; an
+    """Bytes that every rank holds: all but the routed experts. Gates are float32 where the family has them so; an
     embedding that is not tied to the head is never in codes."""
     count = count_parameters(config)
     gate_dtype = "float32" if config.moe.gate_float32 else dtype
@@ -134,7 +139,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
 
 def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> int:
     """Bytes of one page of the KV cache over all layers; `itemsize` is that of an element."""
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * itemsize
+    return block_size * sum(spec.bytes_per_token for spec in config.kv_specs(itemsize))
 
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
@@ -154,10 +159,10 @@ def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: 
     moe = config.moe
     table = 0 if config.tie_word_embeddings else count_parameters(config).embedding - batch_size * config.hidden_size
     experts = len(config.moe_layers) * distinct_experts(moe.num_experts, moe.top_k, batch_size)
-    seen = min(context_len, config.sliding_window or context_len)
+    kept = sum(spec.tokens_read(context_len) * spec.bytes_per_token for spec in config.kv_specs(ITEMSIZE[dtype]))
     return (
         dense_bytes(config, dtype, coded)
         - table * ITEMSIZE[dtype]
         + experts * expert_bytes(config, dtype, coded)
-        + batch_size * seen * kv_bytes_per_token(config, dtype)
+        + batch_size * kept
     )

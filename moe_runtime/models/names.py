@@ -1,22 +1,58 @@
-"""Names of the MLPs' tensors in checkpoints."""
+"""Names of tensors in checkpoints."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class ExpertNames:
-    """How a family's checkpoints call the sparse block `model.layers.N.<block>` and the three matrices of an expert.
+class SwiGLUNames:
+    """The three matrices of a SwiGLU, below its own prefix."""
 
-    Checkpoints that store all experts of a layer fused use the same names in every family:
-    `model.layers.N.mlp.experts.gate_up_proj` [E, 2F, D] and `.down_proj` [E, D, F].
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class TensorNames:
+    """How the checkpoints of a family call their tensors. Defaults are those of most families.
+
+    Attributes:
+        layer: prefix of a layer; `{}` is its index. What follows is below this prefix.
+        attention_norm, mlp_norm: before the attention, before the MLP.
+        query, key, value, attention_output: projections; each has a `.weight` and perhaps a `.bias`.
+        query_norm, key_norm: of the heads.
+        dense: prefix of a dense MLP.
+        dense_parts: its matrices.
+        sparse: prefix of a sparse block. A checkpoint may have `dense` in its place.
+        gate, correction_bias: below `sparse`.
+        shared: prefix of the shared experts, below `sparse`; matrices as `dense_parts`.
+        expert: prefix of one expert, below `sparse`; `{}` is its number.
+        expert_parts: its matrices.
+        fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, below the layer. They stand in
+            place of the single experts.
     """
 
-    block: str
-    gate: str
-    up: str
-    down: str
-
-
-DENSE_NAMES = ExpertNames(block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm.weight"
+    layer: str = "model.layers.{}"
+    attention_norm: str = "input_layernorm.weight"
+    mlp_norm: str = "post_attention_layernorm.weight"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    attention_output: str = "self_attn.o_proj"
+    query_norm: str = "self_attn.q_norm.weight"
+    key_norm: str = "self_attn.k_norm.weight"
+    dense: str = "mlp"
+    dense_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
+    sparse: str = "mlp"
+    gate: str = "gate.weight"
+    correction_bias: str = "gate.e_score_correction_bias"
+    shared: str = "shared_experts"
+    expert: str = "experts.{}"
+    expert_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
+    fused_gate_up: str = "mlp.experts.gate_up_proj"
+    fused_down: str = "mlp.experts.down_proj"

@@ -1,7 +1,7 @@
 """The family, the configuration and the weights of a checkpoint. No torch at import.
 
-A family's file holds `parse(config.json) -> ModelConfig` and `EXPERT_NAMES`, the checkpoint's names of its sparse
-block. All share the decoder of `layers.decoder`.
+A family's file holds `parse(config.json) -> ModelConfig`, which describes every layer, and `NAMES`, what checkpoints of
+the family call their tensors. All share the decoder of `layers.decoder`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_g
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from moe_runtime.models.names import ExpertNames
+    from moe_runtime.models.names import TensorNames
     from moe_runtime.weights.checkpoint import WeightSource
     from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
@@ -34,7 +34,13 @@ def family_module(family: str) -> ModuleType:
     return importlib.import_module(FAMILIES[family])
 
 
-def load_model_config(path: Path) -> ModelConfig:
+def names_of(family: str) -> TensorNames:
+    """What the checkpoints of a family call their tensors."""
+    names: TensorNames = family_module(family).NAMES
+    return names
+
+
+def read_model_config(path: Path) -> ModelConfig:
     """Read the configuration of the checkpoint in the directory `path`.
 
     End-of-sequence ids come from `generation_config.json` where there is one, else from `config.json`.
@@ -78,21 +84,25 @@ def open_deepspeed(files: DeepSpeedFiles, config: ModelConfig) -> DeepSpeedCheck
     """A DeepSpeed checkpoint that answers to the names of its family. Raises ValueError as `open_weights`."""
     from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
-    names: ExpertNames = family_module(config.family).EXPERT_NAMES
-    return DeepSpeedCheckpoint(files, config, names.block, (names.gate, names.up, names.down))
+    names = names_of(config.family)
+    parts = names.expert_parts
+    return DeepSpeedCheckpoint(files, config, names.sparse, (parts.gate, parts.up, parts.down))
 
 
 def _check(model: ModelConfig) -> None:
     """Refuse figures of a `config.json` that contradict each other."""
     moe = model.moe
-    for name, value, good, rule in (
-        ("num_key_value_heads", model.num_kv_heads, model.num_heads % model.num_kv_heads == 0, "divide the heads"),
+    checks: list[tuple[str, object, bool, str]] = [
         ("num_experts_per_tok", moe.top_k, moe.top_k <= moe.num_experts, f"be at most {moe.num_experts} experts"),
         ("n_group", moe.num_groups, moe.num_experts % moe.num_groups == 0, f"divide {moe.num_experts} experts"),
         ("topk_group", moe.topk_groups, moe.topk_groups <= moe.num_groups, f"be at most {moe.num_groups} groups"),
-        ("sliding_window", model.sliding_window, (model.sliding_window or 1) >= 1, "be at least 1"),
         ("vocab_size", model.vocab_size, model.vocab_size > 1, "be at least 2"),
-    ):
+    ]
+    for attention in dict.fromkeys(layer.attention for layer in model.layers):
+        heads, kv_heads, window = attention.num_heads, attention.num_kv_heads, attention.sliding_window
+        checks.append(("num_key_value_heads", kv_heads, heads % kv_heads == 0, "divide the heads"))
+        checks.append(("sliding_window", window, (window or 1) >= 1, "be at least 1"))
+    for name, value, good, rule in checks:
         if not good:
             raise ValueError(f"{name}: {value!r} in config.json is not allowed; it must {rule}")
     if not model.moe_layers:

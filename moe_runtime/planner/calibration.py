@@ -19,6 +19,7 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.layers.kit import SparseBlock
 from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.worker.worker import Worker
 
@@ -125,16 +126,15 @@ class Blocks:
             x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)
         return Observed(*(torch.stack(parts) for parts in zip(*found, strict=True)))
 
-    def _observe_layer(self, block: object, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, experts = block.gate, block.experts  # type: ignore[attr-defined]
-        weights_TK, experts_TK = gate(x_TD, 0)
+    def _observe_layer(self, block: SparseBlock, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights_TK, experts_TK, logits_TE = block.gate(x_TD, 0)
         # With one rank and no spare slots an expert's number is its slot's.
         order_N, counts_E = ops.group_by_slot(experts_TK.flatten(), self.model.moe.num_experts)
-        y_ND = experts(x_TD, order_N // experts_TK.shape[1], counts_E)
+        y_ND = block.experts(x_TD, order_N // experts_TK.shape[1], counts_E)
         norm_N = torch.empty(len(order_N), device=y_ND.device)
         norm_N[order_N] = y_ND.float().norm(dim=1)
         energy_TK = (weights_TK * norm_N.view_as(weights_TK)).square()
-        return gate.logits(x_TD), experts_TK, energy_TK / energy_TK.sum(1, keepdim=True).clamp(min=1e-30)
+        return logits_TE, experts_TK, energy_TK / energy_TK.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def fit_temperature(logits_TE: Tensor, experts_TK: Tensor, energy_TK: Tensor) -> float:

@@ -207,9 +207,9 @@ def make_experts(kernels: Kernels, slots: int, hidden: int, inner: int) -> Packe
     experts = PackedExperts(kernels, slots, hidden, inner, torch.bfloat16)
     up, down = torch.randn(inner, hidden).bfloat16(), torch.randn(hidden, inner).bfloat16()
     for slot in range(slots):
-        experts.load(slot, "gate", 0, up)
-        experts.load(slot, "up", 0, up)
-        experts.load(slot, "down", 0, down)
+        experts.put(slot, "gate", 0, up)
+        experts.put(slot, "up", 0, up)
+        experts.put(slot, "down", 0, down)
     return experts
 
 

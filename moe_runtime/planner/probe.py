@@ -77,14 +77,14 @@ class Probe:
 
     def steps(self, variants: Sequence[Variant], works: Sequence[Workload], tokens: int = TOKENS) -> list[ProbedStep]:
         """A step of each model with each work; runs have so many tokens."""
-        from moe_runtime.models.registry import load_model_config
+        from moe_runtime.models.registry import read_model_config
 
         for variant in variants:
             self.say(f"steps of the engine, {variant.ep_size} rank(s), {variant.num_layers} layers")
         cases = [(work.sequences, work.length if work.phase == "prefill" else PROBE_DECODE_PROMPT) for work in works]
         found = probe_steps(self.folder, variants, cases, tokens, self.rounds, self.pace.read)
         shapes = [
-            ModelShape.of(load_model_config(self.folder / f"{number}"), "bfloat16", "probe")
+            ModelShape.of(read_model_config(self.folder / f"{number}"), "bfloat16", "probe")
             for number in range(len(variants))
         ]
         return [

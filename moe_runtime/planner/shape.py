@@ -106,9 +106,11 @@ class ModelShape:
     def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
         """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
         hidden, moe = config.hidden_size, config.moe
-        query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        (attention,) = {layer.attention for layer in config.layers}  # the planner knows one kind of attention a model
+        query, key_value = attention.query_size, attention.kv_size
         flops = 4 * query  # one product with the key, one with the value
         item = ITEMSIZE[dtype]
+        kept = attention.kv_spec(item)
         return cls(
             name=name,
             num_layers=config.num_layers,
@@ -116,14 +118,14 @@ class ModelShape:
             num_experts=moe.num_experts,
             top_k=moe.top_k,
             attention=(Matrix(query + 2 * key_value, hidden, dtype), Matrix(hidden, query, dtype)),
-            dense_mlp=_mlp(hidden, config.intermediate_size, dtype),
+            dense_mlp=_mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype),
             shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
             gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),
             expert=_mlp(hidden, moe.intermediate_size, dtype),
             head=Matrix(config.vocab_size, hidden, dtype),
             embedding_bytes=0 if config.tie_word_embeddings else config.vocab_size * hidden * item,
-            kv_bytes=2 * key_value * item,
-            sliding_window=config.sliding_window,
+            kv_bytes=kept.bytes_per_token,
+            sliding_window=kept.window,
             decode_flops_per_key=flops,
             prefill_flops_per_key=flops,
             bytes_out=hidden * item,

@@ -1,8 +1,9 @@
-"""What a rank finds at its start: its device, native kernels that all ranks share, memory shared with its peers."""
+"""What a rank chooses at its start: device, native kernels that all ranks have, kit, weights, dispatchers."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,12 @@ from moe_runtime.all2all.padded import make_padded
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.layers.kit import Kit
+from moe_runtime.layers.native_kit import NativeKit
+from moe_runtime.layers.torch_kit import TorchKit
 from moe_runtime.memory.budget import tokens_at_once
+from moe_runtime.models.registry import open_weights
+from moe_runtime.weights.checkpoint import RandomWeights, WeightSource
 from moe_runtime.wire.messages import PADDED
 
 logger = logging.getLogger(__name__)
@@ -48,6 +54,18 @@ def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Ker
         return None
     kernels.set_threads(torch.get_num_threads())
     return kernels
+
+
+def make_kit(config: EngineConfig, kernels: Kernels | None, dtype: torch.dtype, device: torch.device) -> Kit:
+    """What makes the layers: native parts where there are native kernels, else torch's."""
+    if kernels is None:
+        return TorchKit(dtype, device, config.batch_invariant)
+    return NativeKit(kernels, dtype)
+
+
+def open_source(config: EngineConfig, model: ModelConfig, path: Path) -> WeightSource:
+    """Where the weights come from. Raises ValueError as `open_weights`."""
+    return RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model)
 
 
 def choose_dispatchers(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
-from moe_runtime.layers.decoder import Rows
+from moe_runtime.layers.kit import HiddenRows
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, RankStep
 
@@ -90,4 +90,4 @@ class RunningStep:
 
     step: PreparedStep
     start: float
-    hidden: Rows
+    hidden: HiddenRows

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from moe_runtime.experts.parts import checksum
-from moe_runtime.layers.moe import Experts
+from moe_runtime.layers.kit import Experts
 from moe_runtime.models.reader import ModelReader
 from moe_runtime.wire.messages import SlotReport, SlotTask
 
@@ -18,13 +18,13 @@ class SlotTasks:
 
     Args:
         rank: whose.
-        loader: gives experts' weights.
+        reader: gives experts' weights.
         experts: the slots of each sparse layer.
     """
 
-    def __init__(self, rank: int, loader: ModelReader, experts: list[Experts]) -> None:
+    def __init__(self, rank: int, reader: ModelReader, experts: list[Experts]) -> None:
         self._rank = rank
-        self._loader = loader
+        self._reader = reader
         self._experts = experts
         self._copies: dict[int, Iterator[int]] = {}  # by task
 
@@ -47,7 +47,7 @@ class SlotTasks:
             return 0, True
         if task.task_id not in self._copies:
             piece = min(task.max_bytes, PIECE_BYTES)
-            self._copies[task.task_id] = self._loader.copy_expert(experts, task.slot, task.layer, task.expert, piece)
+            self._copies[task.task_id] = self._reader.copy_expert(experts, task.slot, task.layer, task.expert, piece)
         copied = 0
         for nbytes in self._copies[task.task_id]:
             copied += nbytes

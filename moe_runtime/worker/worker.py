@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,39 +21,32 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
-from moe_runtime.layers.capacity import Limits, step_limits, with_limits
-from moe_runtime.layers.decoder import Rows
+from moe_runtime.layers.capacity import step_limits, with_limits
+from moe_runtime.layers.decoder import Decoder
+from moe_runtime.layers.kit import HiddenRows
 from moe_runtime.layers.kv_cache import KVCache, choose_num_pages
 from moe_runtime.layers.moe import ExpertCounter
-from moe_runtime.layers.native_kit import NativeKit
-from moe_runtime.layers.torch_kit import TorchKit
 from moe_runtime.memory.graph_buckets import buckets_of
 from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
 from moe_runtime.memory.model_size import weights_dtype
-from moe_runtime.models.reader import Kit, ModelReader
-from moe_runtime.models.registry import open_weights
+from moe_runtime.models.reader import ModelReader
+from moe_runtime.models.registry import names_of
 from moe_runtime.system.pages import giving_memory_back
-from moe_runtime.weights.checkpoint import RandomWeights, WeightSource
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
     ExpertWork,
-    PromptLogprobs,
     RankPlan,
     RankResult,
     RankStep,
-    Sample,
     SlotReport,
     SlotTask,
-    TokenLogprobs,
 )
-from moe_runtime.worker.decode_graphs import DecodeGraphs, capture_on
-from moe_runtime.worker.rank_setup import choose_device, choose_dispatchers, native_kernels
+from moe_runtime.worker.decode_graphs import DecodeGraphs, Run, capture_on
+from moe_runtime.worker.rank_setup import choose_device, choose_dispatchers, make_kit, native_kernels, open_source
 from moe_runtime.worker.rank_step import PreparedStep, RunningStep, Sequence, StepRows
-from moe_runtime.worker.sampler import SamplingRow, sample, token_logprobs
 from moe_runtime.worker.slot_tasks import SlotTasks
 from moe_runtime.worker.step_policies import routed_experts, step_policies
-
-PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do not take gigabytes
+from moe_runtime.worker.step_samples import find_prompt_logprobs, sample_step
 
 
 class Worker:
@@ -90,16 +83,11 @@ class Worker:
             torch.cuda.set_device(self.device)  # Triton and NCCL take the current one
         self.dtype: torch.dtype = getattr(torch, weights_dtype(config.dtype, model_config.dtype))
         placement = initial_placement(config, model_config, num_ranks)
-        num_slots = slots_per_rank(config, model_config, num_ranks)[rank]
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
         kernels = native_kernels(self.device, group)
         self._runs_torch = kernels is None
-        kit: Kit = (
-            TorchKit(self.dtype, self.device, config.batch_invariant)
-            if kernels is None
-            else NativeKit(kernels, self.dtype)
-        )
-        self._limits = Limits.of(config)
+        kit = make_kit(config, kernels, self.dtype, self.device)
+        self._limits = config.limits
         buckets = buckets_of(config, num_ranks) if self._limits is None else ()
         capture = capture_on(self.device) if kernels is None and buckets else None
         dispatchers = choose_dispatchers(
@@ -112,41 +100,31 @@ class Worker:
             can_share_memory=kernels is not None and local_ranks == num_ranks,
             has_buckets=capture is not None,
         )
-        self.source: WeightSource = (
-            RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model_config)
+        self.source = open_source(config, model_config, path)
+        reader = ModelReader(
+            model_config,
+            names_of(model_config.family),
+            self.source,
+            placement,
+            rank,
+            slots_per_rank(config, model_config, num_ranks)[rank],
+            dispatchers,
+            self.counter,
+            kit,
+            self._limits,
         )
-        bar = tqdm(
-            total=model_config.num_layers, desc="loading layers", disable=None if rank == 0 else True, leave=False
-        )
-        with bar, giving_memory_back() if self.device.type == "cpu" else nullcontext():
-            loader = ModelReader(
-                model_config, self.source, placement, rank, num_slots, dispatchers, self.counter, kit, self._limits
-            )
-            self.model = loader.load(progress=bar.update)
-        self.slot_tasks = SlotTasks(rank, loader, [block.experts for block in self.model.sparse_blocks])
+        self.model = self._read_model(reader)
+        self.slot_tasks = SlotTasks(rank, reader, [block.experts for block in self.model.sparse_blocks])
         num_pages = choose_num_pages(config, model_config, self.dtype, self.device, local_ranks)
-        # What padding writes goes to one page more.
-        num_pages = num_pages + (capture is not None)
-        self.cache = KVCache(model_config, num_pages, config.block_size, self.dtype, self.device)
+        # Padding writes to one page more.
+        spare = int(capture is not None)
+        self.cache = KVCache(model_config, num_pages + spare, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
         self._layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
         self._running: RunningStep | None = None
         self._keeps_experts = config.record_trace is not None
-        self._graphs: DecodeGraphs | None = None
-        if capture is not None:
-            self._graphs = DecodeGraphs(
-                self.run_batch,
-                buckets,
-                num_ranks=num_ranks,
-                max_context=config.max_model_len or model_config.max_model_len,
-                block_size=config.block_size,
-                spare_page=num_pages,
-                hidden_size=model_config.hidden_size,
-                dtype=self.dtype,
-                device=self.device,
-                capture=capture,
-            )
+        self._graphs = None if capture is None else self._capture(capture, buckets, num_ranks, num_pages)
         self.info = RankInfo(
             rank=rank,
             pid=os.getpid(),
@@ -162,6 +140,28 @@ class Worker:
             dispatchers=tuple(dispatchers),
             buckets=() if self._graphs is None else buckets,
             graph_bytes=0 if self._graphs is None else self._graphs.nbytes,
+        )
+
+    def _read_model(self, reader: ModelReader) -> Decoder:
+        total, disable = self._model_config.num_layers, None if self.rank == 0 else True
+        bar = tqdm(total=total, desc="loading layers", disable=disable, leave=False)
+        with bar, giving_memory_back() if self.device.type == "cpu" else nullcontext():
+            return reader.read(progress=bar.update)
+
+    def _capture(
+        self, capture: Callable[[Run], Run], buckets: tuple[int, ...], num_ranks: int, spare_page: int
+    ) -> DecodeGraphs:
+        return DecodeGraphs(
+            self.run_batch,
+            buckets,
+            num_ranks=num_ranks,
+            max_context=self.config.max_model_len or self._model_config.max_model_len,
+            block_size=self.config.block_size,
+            spare_page=spare_page,
+            hidden_size=self._model_config.hidden_size,
+            dtype=self.dtype,
+            device=self.device,
+            capture=capture,
         )
 
     def step(self, step: RankStep) -> RankResult:
@@ -207,15 +207,15 @@ class Worker:
         step = running.step
         with self._torch_threads():
             hidden_TD = running.hidden()
-            samples = self.sample(step, hidden_TD)
-            prompt_logprobs = self._prompt_logprobs(step, hidden_TD)
+            samples = sample_step(step, hidden_TD, self.model, self._argmax)
+            prompt_logprobs = find_prompt_logprobs(step, hidden_TD, self.model)
         seconds = step.seconds + time.perf_counter() - running.start
         routed = routed_experts(step, keep_all=self._keeps_experts)
         work = step.expert_work or []
         result = RankResult(step.plan.step, self.rank, samples, prompt_logprobs, seconds, work, routed)
         return result if step.limits is None else with_limits(result, step.work, step.limits)
 
-    def launch(self, step: PreparedStep) -> Rows:
+    def launch(self, step: PreparedStep) -> HiddenRows:
         """Start the layers; the rows are hidden states of the tokens of this rank's share, in its order."""
         tokens, bucket = step.tokens(), step.plan.bucket
         if step.batch is not None:
@@ -292,49 +292,6 @@ class Worker:
             policies=policies,
             limits=limits,
         )
-
-    def sample(self, step: PreparedStep, hidden_TD: Tensor) -> list[Sample]:
-        """Sample behind every chunk that asks for it, and append each token to its sequence."""
-        last: list[int] = []  # rows behind which to sample
-        seq_ids: list[int] = []
-        sequences: list[Sequence] = []
-        end = 0
-        for chunk, sequence in zip(step.work.chunks, step.sequences, strict=True):
-            end += chunk.num_tokens
-            if chunk.sample:
-                last.append(end - 1)
-                seq_ids.append(chunk.seq_id)
-                sequences.append(sequence)
-        if not last:
-            return []
-        # In a step of decode rows that is every row.
-        logits_BV = self.model.logits(hidden_TD if len(last) == end else hidden_TD[self._tensor(last)])
-        rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
-        tokens = sample(logits_BV, rows, self._argmax)
-        logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
-        for num_best in {row.params.logprobs for row in rows} - {None}:
-            which = [index for index, row in enumerate(rows) if row.params.logprobs == num_best]
-            found = token_logprobs(logits_BV[which], [tokens[index] for index in which], num_best or 0)
-            for index, entry in zip(which, found, strict=True):
-                logprobs[index] = entry
-        for sequence, token in zip(sequences, tokens, strict=True):
-            sequence.token_ids.append(token)
-        return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, strict=True)]
-
-    def _prompt_logprobs(self, step: PreparedStep, hidden_TD: Tensor) -> list[PromptLogprobs]:
-        found, row = [], 0
-        for chunk, sequence in zip(step.work.chunks, step.sequences, strict=True):
-            num_best = sequence.params.prompt_logprobs
-            known = sequence.token_ids[chunk.start + 1 : sequence.num_prompt_tokens][: chunk.num_tokens]
-            if num_best is not None and known:
-                entries: list[TokenLogprobs] = []
-                for first in range(0, len(known), PROMPT_LOGPROB_ROWS):
-                    part = known[first : first + PROMPT_LOGPROB_ROWS]
-                    logits = self.model.logits(hidden_TD[row + first : row + first + len(part)])
-                    entries += token_logprobs(logits, part, num_best)
-                found.append(PromptLogprobs(chunk.seq_id, chunk.start, entries))
-            row += chunk.num_tokens
-        return found
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -130,7 +130,7 @@ class OurSide:
             w13_GD, w2_DF = expert_weights(shape, index, self.rank * slots + slot)
             gate_FD, up_FD = w13_GD.to(dtype).chunk(2)
             for part, rows in (("gate", gate_FD), ("up", up_FD), ("down", w2_DF.to(dtype))):
-                self.experts[index].load(slot, part, 0, rows)
+                self.experts[index].put(slot, part, 0, rows)
         self.ways: dict[str, Dispatcher] = {}
         if self.ranks > 1:
             group, row_ops = dist.group.WORLD, RowOps(kernels.group_by_slot, kernels.combine)

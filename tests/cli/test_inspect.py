@@ -15,7 +15,7 @@ from moe_runtime.memory import budget
 from moe_runtime.memory import model_size as size
 from moe_runtime.memory.budget import holds_codes, plan_budget
 from moe_runtime.memory.initial_placement import slots_per_rank
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def inspect(capsys, *words: object) -> dict:
 
 def test_figures_are_those_of_the_model(path, capsys):
     found = inspect(capsys, path, "--batch-size", "1,5", "--ep-size", "1,3", "--dtype", "bfloat16")
-    model = load_model_config(path)
+    model = read_model_config(path)
     count = size.count_parameters(model)
     assert (found["family"], found["dtype"], found["available_bytes"]) == ("glm4_moe", "bfloat16", 230_000_000)
     assert found["parameters"] == {
@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_model(path, capsys):
 def test_engine_options_count(path, capsys):
     words = (path, "--max-model-len", 40, "--max-num-seqs", 3, "--block-size", 8, "--ep-size", 1)
     (rank,) = inspect(capsys, *words)["ranks"]
-    page = size.page_bytes(load_model_config(path), 8, 4)
+    page = size.page_bytes(read_model_config(path), 8, 4)
     assert rank["kv_cache_bytes"] == 3 * 5 * page
     (rank,) = inspect(capsys, *words, "--kv-cache-memory-bytes", 7 * page)["ranks"]
     assert rank["kv_cache_bytes"] == 7 * page
@@ -74,7 +74,7 @@ def test_engine_options_count(path, capsys):
 @pytest.mark.parametrize("words", [["--ep-size", "2"], []])
 def test_ranks_with_redundant_experts_of_their_own(path, capsys, words):
     words = [path, "--redundant-experts", "3,0", *words]
-    model = load_model_config(path)
+    model = read_model_config(path)
     (found,) = inspect(capsys, *words)["ranks"]
     (more,), (usual,) = (inspect(capsys, path, "--ep-size", 2, "--redundant-experts", n)["ranks"] for n in (3, 0))
     slot = len(model.moe_layers) * size.expert_bytes(model, "float32")
@@ -94,7 +94,7 @@ def test_what_is_printed(path, capsys):
     assert lines[3] == "experts     12 per layer, 4 per token, 24 wide, 48 wide shared; 0.01 MB each"
     assert "Memory with all ranks on this host; 0.23 GB are free:" in lines
     table = [line.split() for line in lines[lines.index("Memory with all ranks on this host; 0.23 GB are free:") + 2 :]]
-    model = load_model_config(path)
+    model = read_model_config(path)
     slots = [str(slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks)[0]) for ranks in (1, 2, 4, 8)]
     assert [(row[0], row[1], row[-1]) for row in table] == [
         ("1", slots[0], "yes"),

@@ -27,7 +27,7 @@ from moe_runtime.cluster.host import Host
 from moe_runtime.cluster.process_executor import ProcessExecutor
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.wire.executor import CountsReport, RankError, RankInfo
-from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask
+from moe_runtime.wire.messages import RankResult, RankStep, SlotReport, SlotTask
 
 NOWHERE = Path("/nowhere")
 FRONT = [sys.executable, "-P", str(SUPPORT / "fake_front.py")]

@@ -76,10 +76,12 @@ def test_one_rank_has_no_redundant_experts():
 
 
 def test_limits_say_whether_tokens_depend_on_the_batch():
-    assert not EngineConfig("demo").changes_experts
-    assert not EngineConfig("demo", capacity_factor=1).changes_experts
+    assert EngineConfig("demo").limits is None
+    queue = EngineConfig("demo", capacity_factor=1).limits
+    assert queue is not None and queue.queues and not queue.changes_experts
     for options in ({"capacity_factor": 1.5, "overflow": "drop"}, {"balance_epsilon": 0.1, "ep_size": 2}):
-        assert EngineConfig("demo", **options).changes_experts
+        limits = EngineConfig("demo", **options).limits
+        assert limits is not None and limits.changes_experts and not limits.queues
 
 
 def test_from_dict_refuses_unknown_names():

@@ -16,7 +16,7 @@ from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.layers.gate import drop_experts
 from moe_runtime.layers.moe import MoELayer
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.expert_policy import ALL_MASS, ExpertPolicy, parse_expert_policy
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -80,7 +80,7 @@ def saved_model(tmp_path: Path, case: str) -> Any:
     from tiny_models import make_model, save
 
     save(make_model(case), tmp_path)
-    return load_model_config(tmp_path)
+    return read_model_config(tmp_path)
 
 
 def calibration_of(model: Any, **values: Any) -> PolicyCalibration:
@@ -202,22 +202,22 @@ def test_gates_drop_what_the_policy_says(scoring: Any, normalize: bool, native: 
         kernels = load_or_none()
         if kernels is None:
             pytest.skip("no native CPU kernels here")
-        router = GateCall(kernels, gate_config(20, **options), weight_ED, counts_2E)
-        unruled, experts = router(x_TD, 30)
+        gate = GateCall(kernels, gate_config(20, **options), weight_ED, counts_2E)
+        unruled, experts, _ = gate(x_TD, 30)
         assert torch.equal(experts, plain_experts)
         counts_2E.zero_()
-        weights_TK, experts_TK = router(x_TD, 30, LayerPolicies(policy_T, policies_P4, chosen_TK))
+        weights_TK, experts_TK, _ = gate(x_TD, 30, LayerPolicies(policy_T, policies_P4, chosen_TK))
     else:
         from moe_runtime.layers.batch import StepPolicies
-        from moe_runtime.layers.gate import Gate
+        from moe_runtime.layers.gate import TorchGate
 
-        gate = Gate(config, weight_ED, None, counts_2E, 1)
+        gate = TorchGate(config, weight_ED, None, counts_2E, 1)
         routing = StepPolicies(
             policy_T, torch.stack([policies_P4.flip(0), policies_P4]), torch.stack([chosen_TK, chosen_TK])
         )
-        unruled, _ = gate(x_TD, 30)
+        unruled, *_ = gate(x_TD, 30)
         counts_2E.zero_()
-        weights_TK, experts_TK = gate(x_TD, 30, routing)
+        weights_TK, experts_TK, _ = gate(x_TD, 30, routing)
         assert routing.chosen_LTK is not None
         chosen_TK = routing.chosen_LTK[1]
     assert torch.equal(chosen_TK.long(), experts_TK)
@@ -251,6 +251,6 @@ def test_a_token_keeps_its_best_expert() -> None:
 def test_what_is_dropped_has_no_slot_and_takes_no_turn() -> None:
     layer = MoELayer(None, torch.tensor([0, 3, 5, 6]), None, None, None, {})  # type: ignore[arg-type]
     experts = torch.tensor([[3, -1], [-1, 1], [3, 0], [2, 3]])
-    assert layer._slots(experts).tolist() == [[6, -1], [-1, 3], [6, 0], [5, 6]]
+    assert layer._slots(experts, in_turn=layer.has_replicas).tolist() == [[6, -1], [-1, 3], [6, 0], [5, 6]]
     layer.use_replicas(3, [6, 1])
-    assert layer._slots(experts).tolist() == [[6, -1], [-1, 3], [1, 0], [5, 6]]
+    assert layer._slots(experts, in_turn=layer.has_replicas).tolist() == [[6, -1], [-1, 3], [1, 0], [5, 6]]

@@ -127,7 +127,7 @@ def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
     actual = block(x, num_decode)
 
     # The twin's own choice could fall otherwise where two logits are a rounding apart.
-    weights, experts = block.gate(x, num_decode)
+    weights, experts, _ = block.gate(x, num_decode)
     logits = torch.nn.functional.linear(x.to(gate_dtype), weight).float()
     expected_weights, _ = torch_ops.topk_gate(logits, top_k=3, scoring="softmax", normalize=True)
     # A logit of a bfloat16 gate may be one rounding off, 2^-8 of it, and so may the weight's logarithm.

@@ -29,8 +29,8 @@ def test_packing_keeps_every_weight(kernels, dtype, size):
     assert torch.equal(packed.unpack(), weight)
     in_pieces = PackedLinear(kernels, *size, dtype)
     cut = size[0] // 2 // PANEL * PANEL
-    in_pieces.load(cut, weight[cut:])
-    in_pieces.load(0, weight[:cut])
+    in_pieces.put(cut, weight[cut:])
+    in_pieces.put(0, weight[:cut])
     for actual, expected in zip(in_pieces.matrix.stored(0), packed.matrix.stored(0), strict=True):
         assert torch.equal(actual, expected)
 
@@ -45,7 +45,7 @@ def test_any_bits_of_a_bf16_weight_are_kept(kernels, size, share):
     assert torch.equal(packed.unpack().view(torch.int16), bits)
     index = torch.randint(size[0], (5,))
     assert torch.equal(packed.take_rows(index).view(torch.int16), bits[index])
-    packed.load(0, weight)  # in the place of the other
+    packed.put(0, weight)  # in the place of the other
     assert torch.equal(packed.unpack(), weight)
 
 

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_runtime.all2all.rounds import counts_of, num_rounds, place_among_equals
+from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import torch_ops
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import (
     LayerLimits,
-    Limits,
-    capacity,
     drop,
     over_capacity,
     prefer_light_ranks,
@@ -67,7 +66,7 @@ def test_rounds_follow_the_fullest_slot_of_any_rank() -> None:
     [(1.0, 10, 2, 8, 3), (2.0, 10, 2, 8, 5), (0.01, 10, 2, 8, 1), (1e308, 10, 2, 8, 10), (1.0, 0, 2, 8, 1)],
 )
 def test_capacity(factor: float, num_tokens: int, top_k: int, num_experts: int, expected: int) -> None:
-    assert capacity(factor, num_tokens, top_k, num_experts) == expected
+    assert Limits(factor).capacity(num_tokens, top_k, num_experts) == expected
 
 
 @settings(deadline=None)

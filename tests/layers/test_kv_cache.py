@@ -7,27 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from fakes import model_config
 from tiny_models import make_model, save
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import ModelConfig
-from moe_runtime.layers.kv_cache import KVCache, available_host_memory, block_bytes, choose_num_pages
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.config.model import AttentionConfig, LayerConfig, ModelConfig
+from moe_runtime.layers.kv_cache import KVCache, available_host_memory, choose_num_pages
+from moe_runtime.memory.model_size import decode_bytes, page_bytes
+from moe_runtime.models.registry import read_model_config
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelConfig:
-    return load_model_config(save(make_model("glm4"), tmp_path))
+    return read_model_config(save(make_model("glm4"), tmp_path))
 
 
 def test_a_page_is_as_large_as_its_tensors(model: ModelConfig) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cache = KVCache(model, 5, 16, dtype, CPU)
-        assert cache.nbytes == 5 * block_bytes(model, 16, dtype)
-        assert cache.layer(1).k_NBGd.shape == (5, 16, model.num_kv_heads, model.head_dim)
-        assert not cache.keys.any() and not cache.values.any()
+        assert cache.nbytes == 5 * page_bytes(model, 16, dtype.itemsize)
+        for index, layer in enumerate(model.layers):
+            for stored in (cache.layer(index).k_NBGd, cache.layer(index).v_NBGd):
+                assert stored.shape == (5, 16, layer.attention.num_kv_heads, layer.attention.head_dim)
+                assert stored.is_contiguous() and not stored.any()
 
 
 def test_no_more_than_the_sequences_can_use(model: ModelConfig) -> None:
@@ -36,7 +40,7 @@ def test_no_more_than_the_sequences_can_use(model: ModelConfig) -> None:
 
 
 def test_no_more_than_the_memory_that_is_given(model: ModelConfig) -> None:
-    page = block_bytes(model, 8, torch.float32)
+    page = page_bytes(model, 8, 4)
     engine = EngineConfig("m", max_num_seqs=8, max_model_len=64, block_size=8, kv_cache_memory_bytes=11 * page - 1)
     assert choose_num_pages(engine, model, torch.float32, CPU, 1) == 10
 
@@ -44,7 +48,7 @@ def test_no_more_than_the_memory_that_is_given(model: ModelConfig) -> None:
 def test_half_of_free_memory_is_shared_by_the_ranks_of_a_host(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = block_bytes(model, 16, torch.float32)
+    page = page_bytes(model, 16, 4)
     monkeypatch.setattr("moe_runtime.layers.kv_cache.available_host_memory", lambda: 80 * page)
     engine = EngineConfig("m", max_num_seqs=64, max_model_len=96)
     assert choose_num_pages(engine, model, torch.float32, CPU, 1) == 40
@@ -52,7 +56,7 @@ def test_half_of_free_memory_is_shared_by_the_ranks_of_a_host(
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused(model: ModelConfig) -> None:
-    page = block_bytes(model, 16, torch.float32)
+    page = page_bytes(model, 16, 4)
     engine = EngineConfig("m", max_model_len=90, kv_cache_memory_bytes=5 * page)
     message = (
         rf"^kv_cache_memory_bytes: {5 * page} bytes a rank hold 80 tokens, but max_model_len is 90; "
@@ -67,3 +71,19 @@ def test_a_cache_that_holds_no_whole_sequence_is_refused(model: ModelConfig) -> 
 def test_free_memory_is_that_of_this_machine() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < available_host_memory() < total
+
+
+def test_layers_may_keep_different_heads() -> None:
+    """The cache, a page's bytes and the budget follow each layer's own specification."""
+    wide, narrow = AttentionConfig(4, 2, 16), AttentionConfig(4, 1, 8, sliding_window=7)
+    model = dataclasses.replace(
+        model_config(), layers=(LayerConfig(wide, None), LayerConfig(narrow, None), LayerConfig(wide, 8))
+    )
+    cache = KVCache(model, 3, 8, torch.bfloat16, CPU)
+    assert [cache.layer(index).k_NBGd.shape for index in range(3)] == [(3, 8, 2, 16), (3, 8, 1, 8), (3, 8, 2, 16)]
+    assert cache.nbytes == 3 * page_bytes(model, 8, 2) == 3 * 8 * 2 * 2 * (2 * 32 + 8)
+    assert [spec.kind for spec in model.kv_specs(2)] == ["full", "window", "full"]
+    long, short = (decode_bytes(model, "float32", 1, context_len=length) for length in (30, 20))
+    assert long - short == 10 * 2 * 4 * 2 * 32, "the layer with a window reads no more"
+    cache.layer(1).k_NBGd.fill_(1)
+    assert not cache.layer(0).k_NBGd.any() and not cache.layer(2).k_NBGd.any() and not cache.layer(1).v_NBGd.any()

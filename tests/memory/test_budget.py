@@ -10,7 +10,6 @@ import torch
 from fakes import model_config
 from hypothesis import given
 from hypothesis import strategies as st
-from places import ROOT
 from tiny_models import make_model, save
 
 from moe_runtime import build
@@ -20,7 +19,7 @@ from moe_runtime.memory import budget as budgets
 from moe_runtime.memory.budget import Budget, check_budget, plan_budget
 from moe_runtime.memory.initial_placement import slots_per_rank
 from moe_runtime.memory.model_size import page_bytes, weight_bytes
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 
 MODEL = model_config()
 BIG = dataclasses.replace(MODEL, vocab_size=10**6, hidden_size=4096)  # 33 GB in float32, nearly all on every rank
@@ -63,7 +62,7 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
 )
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypatch, options, num_ranks) -> None:
-    model = load_model_config(save(make_model("glm4"), tmp_path))
+    model = read_model_config(save(make_model("glm4"), tmp_path))
     engine = EngineConfig("m", ep_size=num_ranks, redundant_experts=range(num_ranks), **options)
     free = 4_000_000
     budget = plan_budget(engine, model, num_ranks, free)
@@ -142,10 +141,6 @@ def test_free_memory_in_a_control_group(monkeypatch, tmp_path: Path) -> None:
     for limit, free in (("max", 800 * 1024), ("7000", 5000), ("1000000", 800 * 1024), ("100", 0)):
         (tmp_path / "memory.max").write_text(limit + "\n")
         assert budgets.available_host_memory() == free
-
-
-def test_native_kernels_take_as_many_rows_of_an_expert_at_a_time() -> None:
-    assert f"kExpertRows = {budgets.EXPERT_ROWS};" in (ROOT / "moe_runtime/kernels/cpu/moe.h").read_text()
 
 
 def test_readable_bytes() -> None:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny_models import CASES, make_model, save
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.config.model import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.memory import model_size as size
 from moe_runtime.memory.budget import holds_codes
 from moe_runtime.memory.initial_placement import slots_per_rank
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 
 PANEL = 64  # native kernels round the outputs of a matrix up to it
 
@@ -25,7 +25,7 @@ PANEL = 64  # native kernels round the outputs of a matrix up to it
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_are_those_of_the_checkpoint(case: str, tmp_path: Path) -> None:
     model = make_model(case)
-    count = size.count_parameters(load_model_config(save(model, tmp_path)))
+    count = size.count_parameters(read_model_config(save(model, tmp_path)))
     tensors = dict(model.named_parameters())  # tied ones once
     tensors |= {name: tensor for name, tensor in model.named_buffers() if name.endswith("correction_bias")}
     assert count.total == sum(tensor.numel() for tensor in tensors.values())
@@ -48,20 +48,11 @@ def test_a_known_model() -> None:
             family="qwen3_moe",
             vocab_size=151936,
             hidden_size=2048,
-            intermediate_size=6144,
-            num_layers=48,
-            num_heads=32,
-            num_kv_heads=4,
-            head_dim=128,
             rms_norm_eps=1e-6,
             max_position_embeddings=40960,
             rope=RopeConfig(theta=1e6, rotary_dim=128),
             moe=MoEConfig(num_experts=128, top_k=8, intermediate_size=768),
-            moe_layers=tuple(range(48)),
-            sliding_window=None,
-            qkv_bias=False,
-            output_bias=False,
-            qk_norm=True,
+            layers=layers_alike(48, AttentionConfig(32, 4, 128, qk_norm=True), range(48), 6144),
             tie_word_embeddings=False,
             dtype="bfloat16",
             eos_token_ids=(1,),
@@ -80,13 +71,13 @@ def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: i
     from moe_runtime.worker.worker import Worker
 
     path = save(make_model(case), tmp_path)
-    config = load_model_config(path)
+    config = read_model_config(path)
     options = {"ep_size": num_ranks, "redundant_experts": range(num_ranks)}
     engine = EngineConfig("m", dtype=dtype, device="cpu", max_num_seqs=1, **options)
     for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
         loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
         count = size.count_parameters(config)
-        vectors = count.norms + 2 * config.num_layers * config.head_dim + count.gate_bias
+        vectors = count.norms + sum(2 * layer.attention.head_dim for layer in config.layers) + count.gate_bias
         coded = holds_codes("cpu")
         least = size.weight_bytes(config, dtype, num_slots, coded) - 4 * vectors
         tables = 1.011 if coded and dtype == "bfloat16" else 1.0  # 64 bytes for every 6,144 or more of codes
@@ -102,8 +93,13 @@ def _padded(config: ModelConfig) -> ModelConfig:
         config,
         vocab_size=up(config.vocab_size),
         hidden_size=up(config.hidden_size),
-        intermediate_size=up(config.intermediate_size),
-        head_dim=up(config.head_dim),
+        layers=tuple(
+            LayerConfig(
+                dataclasses.replace(layer.attention, head_dim=up(layer.attention.head_dim)),
+                layer.dense_intermediate_size and up(layer.dense_intermediate_size),
+            )
+            for layer in config.layers
+        ),
         moe=dataclasses.replace(
             moe,
             num_experts=up(moe.num_experts),
@@ -129,7 +125,7 @@ def test_expected_distinct_experts_as_drawn() -> None:
 
 @pytest.mark.parametrize("case", ["qwen3 bias, tied", "glm4", "mixtral window"])
 def test_what_a_decode_step_reads(case: str, tmp_path: Path) -> None:
-    config = load_model_config(save(make_model(case), tmp_path))
+    config = read_model_config(save(make_model(case), tmp_path))
     count, dtype = size.count_parameters(config), "float32"
     everything = size.weight_bytes(config, dtype, config.moe.num_experts)
     rows = lambda batch: 0 if config.tie_word_embeddings else 4 * (config.vocab_size - batch) * config.hidden_size  # noqa: E731
@@ -137,14 +133,14 @@ def test_what_a_decode_step_reads(case: str, tmp_path: Path) -> None:
     assert one == pytest.approx(size.dense_bytes(config, dtype) + 4 * count.top_k * count.expert - rows(1))
     assert size.decode_bytes(config, dtype, 90) == pytest.approx(everything - rows(90), rel=1e-3)
     longer = size.decode_bytes(config, dtype, 3, context_len=30) - size.decode_bytes(config, dtype, 3)
-    seen = min(30, config.sliding_window or 30)
+    seen = min(30, config.layers[0].attention.sliding_window or 30)
     assert longer == pytest.approx(3 * seen * size.kv_bytes_per_token(config, dtype))
 
 
 def test_a_page_holds_the_keys_and_values_of_its_tokens(tmp_path: Path) -> None:
     from moe_runtime.layers.kv_cache import KVCache
 
-    config = load_model_config(save(make_model("glm4"), tmp_path))
+    config = read_model_config(save(make_model("glm4"), tmp_path))
     cache = KVCache(config, 3, 8, torch.bfloat16, torch.device("cpu"))
     assert cache.nbytes == 3 * size.page_bytes(config, 8, 2) == 24 * size.kv_bytes_per_token(config, "bfloat16")
 

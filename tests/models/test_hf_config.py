@@ -10,7 +10,8 @@ import pytest
 import transformers
 from tiny_models import BASE, CASES, CLASSES, FAMILY
 
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.config.model import AttentionConfig
+from moe_runtime.models.registry import read_model_config
 
 
 def write(path: Path, config: dict[str, Any]) -> Path:
@@ -29,8 +30,8 @@ def test_what_transformers_writes_is_read(tmp_path: Path, case: str) -> None:
     family, settings = CASES[case]
     config = getattr(transformers, CLASSES[family][0])(**{**BASE, **FAMILY[family], **settings})
     config.save_pretrained(tmp_path)
-    model = load_model_config(tmp_path)
-    assert (model.family, model.hidden_size, model.num_layers, model.num_kv_heads) == (
+    model = read_model_config(tmp_path)
+    assert (model.family, model.hidden_size, model.num_layers, model.layers[0].attention.num_kv_heads) == (
         family,
         config.hidden_size,
         config.num_hidden_layers,
@@ -70,8 +71,8 @@ def test_what_transformers_writes_is_read(tmp_path: Path, case: str) -> None:
 def test_old_and_new_spellings_mean_the_same(
     tmp_path: Path, family: str, old: dict[str, Any], new: dict[str, Any]
 ) -> None:
-    first = load_model_config(write(tmp_path, plain(family, **old)))
-    assert first == load_model_config(write(tmp_path, plain(family, **new)))
+    first = read_model_config(write(tmp_path, plain(family, **old)))
+    assert first == read_model_config(write(tmp_path, plain(family, **new)))
 
 
 @pytest.mark.parametrize(
@@ -84,24 +85,28 @@ def test_old_and_new_spellings_mean_the_same(
 )
 def test_spellings_of_the_number_of_experts(tmp_path: Path, family: str, one: str, other: str) -> None:
     number = FAMILY[family][one]
-    first = load_model_config(write(tmp_path, plain(family)))
-    assert first == load_model_config(write(tmp_path, plain(family, **{one: ..., other: number})))
+    first = read_model_config(write(tmp_path, plain(family)))
+    assert first == read_model_config(write(tmp_path, plain(family, **{one: ..., other: number})))
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
-    qwen = load_model_config(write(tmp_path, {"model_type": "qwen3_moe"}))
-    assert (qwen.moe.num_experts, qwen.moe.normalize_topk, qwen.sliding_window, qwen.head_dim) == (128, False, None, 64)
-    mixtral = load_model_config(write(tmp_path, {"model_type": "mixtral"}))
-    assert (mixtral.rope.theta, mixtral.moe.top_k, mixtral.intermediate_size) == (1e6, 2, 14336)
-    glm = load_model_config(write(tmp_path, {"model_type": "glm4_moe", "hidden_size": 96 * 128}))
+    qwen = read_model_config(write(tmp_path, {"model_type": "qwen3_moe"}))
+    assert (qwen.moe.num_experts, qwen.moe.normalize_topk, qwen.layers[0].attention) == (
+        128,
+        False,
+        AttentionConfig(32, 4, 64, qk_norm=True),
+    )
+    mixtral = read_model_config(write(tmp_path, {"model_type": "mixtral"}))
+    assert (mixtral.rope.theta, mixtral.moe.top_k, mixtral.moe.intermediate_size) == (1e6, 2, 14336)
+    glm = read_model_config(write(tmp_path, {"model_type": "glm4_moe", "hidden_size": 96 * 128}))
     assert (glm.rope.rotary_dim, glm.moe_layers[0], glm.moe.shared_intermediate_size) == (64, 1, 1408)
 
 
 def test_generation_config_gives_the_stop_ids(tmp_path: Path) -> None:
     write(tmp_path, plain("mixtral", eos_token_id=5))
-    assert load_model_config(tmp_path).eos_token_ids == (5,)
+    assert read_model_config(tmp_path).eos_token_ids == (5,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
-    assert load_model_config(tmp_path).eos_token_ids == (7, 9)
+    assert read_model_config(tmp_path).eos_token_ids == (7, 9)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,7 @@ def test_what_is_not_done_is_refused_by_name(
 ) -> None:
     write(tmp_path, plain(family, **changes))
     with pytest.raises(ValueError) as error:
-        load_model_config(tmp_path)
+        read_model_config(tmp_path)
     message = str(error.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
@@ -139,12 +144,12 @@ def test_what_is_not_done_is_refused_by_name(
 
 def test_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_model_config(tmp_path)
+        read_model_config(tmp_path)
     with pytest.raises(ValueError, match="is no directory"):
-        load_model_config(tmp_path / "nowhere")
+        read_model_config(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
-        load_model_config(tmp_path)
+        read_model_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="does not hold a JSON object"):
-        load_model_config(tmp_path)
+        read_model_config(tmp_path)

@@ -19,7 +19,7 @@ from moe_runtime.build import fit_to_model
 from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.expert_policy import PolicyCalibration
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.planner.calibration import Blocks, Observed, calibrate, find_candidates, fit_temperature
 from moe_runtime.worker.worker import Worker
 
@@ -27,7 +27,7 @@ from moe_runtime.worker.worker import Worker
 @pytest.fixture(params=["glm4 groups", "qwen3 normalised"])
 def worker(request: pytest.FixtureRequest, tmp_path: Path) -> Worker:
     save(make_model(request.param), tmp_path)
-    model = load_model_config(tmp_path)
+    model = read_model_config(tmp_path)
     config = EngineConfig(str(tmp_path), dtype="float32", device="cpu", max_num_seqs=4, max_num_batched_tokens=128)
     return Worker(fit_to_model(config, model), model, tmp_path)
 

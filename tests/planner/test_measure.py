@@ -12,7 +12,7 @@ from tiny_models import make_model, save
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels.cpu.native import load_or_none
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.planner.hardware_file import load_hardware
 from moe_runtime.planner.measure import cold_factor_of, efficiency_of, table_of
 from moe_runtime.planner.measure_engine import StepTimer, Variant, probe_steps, streaming
@@ -84,7 +84,7 @@ def test_probe_models_take_turns(tmp_path):
     assert (runs[..., 0] == [[4.5, 5.5], [6.5, 7.5]]).all() and (runs[..., 1] == runs[..., 0] + 4).all()  # in turn
     for times in (times for cases in found for case in cases for times, _ in case):
         assert times.prefill > 0 and times.decode > 0 and times.decode_busy is None
-    read = load_model_config(tmp_path / "1").moe
+    read = read_model_config(tmp_path / "1").moe
     assert read.num_experts == read.top_k
     assert 0.8 < read.num_experts * 3 * 512 * read.intermediate_size * 2 / (4 << 20) <= 1
 

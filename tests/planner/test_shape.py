@@ -10,7 +10,7 @@ from places import ROOT
 from tiny_models import make_model, save
 
 from moe_runtime.memory.model_size import count_parameters, expert_bytes, kv_bytes_per_token
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.planner.hardware import ITEMSIZE
 from moe_runtime.planner.shape import Matrix, ModelShape
 
@@ -26,13 +26,15 @@ DEEPSEEK = ROOT / "benchmarks" / "planner" / "deepseek-v3.json"
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sizes_agree_with_those_of_the_checkpoint(case, dtype, tmp_path):
     save(make_model(case), tmp_path)
-    config = load_model_config(tmp_path)
+    config = read_model_config(tmp_path)
     shape = ModelShape.of(config, dtype, "tiny")
     item = {"float32": 4, "bfloat16": 2}[dtype]
     count = count_parameters(config)
     gate = count.gate * (4 if config.moe.gate_float32 else item)
     matrices = count.embedding + count.head + count.dense_mlp + count.shared_experts
-    attention = config.hidden_size * 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.num_layers
+    attention = sum(
+        2 * config.hidden_size * (a.query_size + a.kv_size) for a in (layer.attention for layer in config.layers)
+    )
     assert size(shape.dense) + shape.embedding_bytes == (matrices + attention) * item + gate
     assert size(shape.expert) == expert_bytes(config, dtype)
     assert shape.kv_bytes * shape.num_layers == kv_bytes_per_token(config, dtype)

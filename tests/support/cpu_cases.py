@@ -28,7 +28,7 @@ def experts_of(kernels, w13, w2):
     experts = PackedExperts(kernels, len(w2), w2.shape[1], w2.shape[2], w2.dtype)
     for slot in range(len(w2)):
         for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
-            experts.load(slot, part, 0, rows)
+            experts.put(slot, part, 0, rows)
         for actual, expected in zip(experts.unpack(slot), (*w13[slot].chunk(2), w2[slot]), strict=True):
             assert torch.equal(actual, expected)
     return experts

@@ -18,7 +18,7 @@ from no_sync import NoSync
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.kernels import ops
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, RankStep
 from moe_runtime.worker import decode_graphs, worker
@@ -47,7 +47,7 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
     config = EngineConfig(
         str(path), dtype="float32", max_num_seqs=4, block_size=BLOCK, max_model_len=64, batch_invariant=batch_invariant
     )
-    rank = worker.Worker(config, load_model_config(path), path)
+    rank = worker.Worker(config, read_model_config(path), path)
     params = SamplingParams(temperature=0.0)
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     logits = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_runtime.cluster.rank import RankArguments, run_rank
-from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
@@ -94,20 +94,11 @@ def model_config() -> ModelConfig:
         family="fake",
         vocab_size=10,
         hidden_size=4,
-        intermediate_size=4,
-        num_layers=1,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=4,
         rms_norm_eps=1e-6,
         max_position_embeddings=64,
         rope=RopeConfig(theta=10000.0, rotary_dim=4),
         moe=MoEConfig(num_experts=4, top_k=2, intermediate_size=4),
-        moe_layers=(0,),
-        sliding_window=None,
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=False,
+        layers=layers_alike(1, AttentionConfig(1, 1, 4), (0,), 4),
         tie_word_embeddings=True,
         dtype="float32",
         eos_token_ids=(0,),

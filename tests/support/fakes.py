@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.engine.engine import Engine
 from moe_runtime.text.tokenizer import Tokenizer
 from moe_runtime.types.sampling_params import SamplingParams
@@ -241,20 +241,11 @@ def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64
         family="mixtral",
         vocab_size=vocab_size,
         hidden_size=8,
-        intermediate_size=8,
-        num_layers=3,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=4,
         rms_norm_eps=1e-5,
         max_position_embeddings=max_position_embeddings,
         rope=RopeConfig(theta=1e4, rotary_dim=4),
         moe=MoEConfig(num_experts=4, top_k=1, intermediate_size=8),
-        moe_layers=(1, 2),
-        sliding_window=None,
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=False,
+        layers=layers_alike(3, AttentionConfig(2, 1, 4), (1, 2), 8),
         tie_word_embeddings=False,
         dtype="float32",
         eos_token_ids=(EOS,),

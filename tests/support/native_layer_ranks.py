@@ -63,8 +63,8 @@ def run_steps(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: in
             policies=StepPolicies(policy_T, policies[None]),
         )
         expected, expected_residual = layer(x_TD.clone(), residual_TD.clone(), batch)
-        spread = layer.way.step(tokens_per_rank, same.randint(1, max(1, *tokens_per_rank)))
-        actual = layer.block(x_TD, tokens // 2, residual_TD, LayerPolicies(policy_T, policies), spread)
+        spread = layer.symmetric.step(tokens_per_rank, same.randint(1, max(1, *tokens_per_rank)))
+        actual = layer.call(x_TD, tokens // 2, residual_TD, LayerPolicies(policy_T, policies), spread)
         if not (torch.equal(actual, expected) and torch.equal(residual_TD, expected_residual)):
             different.append(step)
     return different
@@ -75,7 +75,7 @@ def run_alone(context: RankContext, late_rank: int) -> str | None:
     layer = make_layer(context, 0, torch.float32, timeout=0.3)
     if context.rank == late_rank:
         return None
-    spread = layer.way.step([4] * context.num_ranks, 4)
+    spread = layer.symmetric.step([4] * context.num_ranks, 4)
     with pytest.raises(TimeoutError) as error:
-        layer.block(torch.randn(4, HIDDEN), 0, torch.randn(4, HIDDEN), spread=spread)
+        layer.call(torch.randn(4, HIDDEN), 0, torch.randn(4, HIDDEN), spread=spread)
     return str(error.value)

@@ -12,7 +12,7 @@ from torch import Tensor
 import moe_runtime.memory.budget
 import moe_runtime.worker.rank_setup
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 from moe_runtime.worker.worker import Worker
@@ -75,7 +75,7 @@ def run_steps(
             patch.setattr(moe_runtime.worker.rank_setup, "load_or_none", lambda: None)
         worker = Worker(
             config,
-            load_model_config(path),
+            read_model_config(path),
             path,
             rank=context.rank,
             num_ranks=context.num_ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rank_pool import RankContext
 
-from moe_runtime.layers.moe import Experts
+from moe_runtime.layers.kit import Experts
 from moe_runtime.wire.messages import SlotTask
 
 

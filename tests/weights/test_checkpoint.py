@@ -23,7 +23,7 @@ from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.decoder import Decoder
-from moe_runtime.layers.gate import Gate
+from moe_runtime.layers.gate import TorchGate
 from moe_runtime.layers.moe import ExpertCounter, MoELayer
 from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.native_layers import (
@@ -35,9 +35,18 @@ from moe_runtime.layers.native_layers import (
     NativeNorm,
     NativeSparseBlock,
 )
-from moe_runtime.layers.torch_kit import MLP, Attention, DenseBlock, Embedding, Head, Linear, RMSNorm, TorchKit
+from moe_runtime.layers.torch_kit import TorchKit
+from moe_runtime.layers.torch_layers import (
+    RMSNorm,
+    TorchAttention,
+    TorchDenseBlock,
+    TorchEmbedding,
+    TorchHead,
+    TorchLinear,
+    TorchMLP,
+)
 from moe_runtime.models.reader import ModelReader
-from moe_runtime.models.registry import load_model_config
+from moe_runtime.models.registry import names_of, read_model_config
 from moe_runtime.system.pages import mappings_of
 from moe_runtime.weights.checkpoint import Checkpoint, RandomWeights, WeightSource, resolve_model
 
@@ -53,13 +62,15 @@ KITS = {
 def build(
     path: Path, source: WeightSource, placement: Placement | None = None, rank: int = 0, kit: str = "torch"
 ) -> Decoder:
-    config = load_model_config(path)
+    config = read_model_config(path)
     placement = placement or Placement.even(config.moe_layers, config.moe.num_experts, 1)
     counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
     kept = KITS[kit]()
     ways = make_dispatchers(None, placement.max_slots, kept.row_ops) if placement.num_ranks == 1 else {}
     slots = placement.max_slots
-    return ModelReader(config, source, placement, rank, slots, ways, counter, kept).load(lambda: None)
+    return ModelReader(config, names_of(config.family), source, placement, rank, slots, ways, counter, kept).read(
+        lambda: None
+    )
 
 
 def values(part: object) -> list[torch.Tensor]:
@@ -72,30 +83,30 @@ def values(part: object) -> list[torch.Tensor]:
         case ExpertSlots():
             whole = zip(part.w13_SGD, part.w2_SDF, strict=True)
             return [tensor for w13_GD, w2_DF in whole for tensor in (*w13_GD.chunk(2), w2_DF)]
-        case Linear():
+        case TorchLinear():
             return [part.weight]
-        case MLP():
+        case TorchMLP():
             return [*part.gate_up.weight.chunk(2), part.down.weight]
-        case Embedding():
+        case TorchEmbedding():
             return [part.weight_VD]
-        case Gate():
+        case TorchGate():
             return [part.weight_ED]
         case RMSNorm() | NativeNorm():
             return [part.weight_D]
         case None:
             return []
     parts = {
-        Head: ("linear",),
+        TorchHead: ("linear",),
         NativeHead: ("linear",),
         NativeEmbedding: ("linear",),
         NativeMLP: ("experts",),
         GateCall: ("linear",),
-        Attention: ("qkv", "output", "next_norm"),
-        NativeAttention: ("block",),
+        TorchAttention: ("qkv", "output", "next_norm"),
+        NativeAttention: ("call",),
         AttentionCall: ("qkv", "output"),
-        DenseBlock: ("mlp",),
+        TorchDenseBlock: ("mlp",),
         NativeDenseBlock: ("mlp",),
-        NativeSparseBlock: ("block",),
+        NativeSparseBlock: ("call",),
         SparseCall: ("gate", "experts", "shared"),
         MoELayer: ("gate", "experts", "shared"),
     }
@@ -137,7 +148,7 @@ def test_sharded_and_fused_hold_the_same_as_one_file(tmp_path: Path, case: str, 
     whole = save(model, tmp_path / "whole")
     sharded = save(model, tmp_path / "sharded", max_shard_size="100KB")
     fused = save(model, tmp_path / "fused")
-    fuse_experts(fused, load_model_config(fused))
+    fuse_experts(fused, read_model_config(fused))
     assert len(list(sharded.glob("*.safetensors"))) > 2
     expected = tensors(build(whole, Checkpoint(whole)))
     assert sum(tensor.numel() for tensor in expected) > 0.9 * sum(weight.numel() for weight in model.parameters())
@@ -157,7 +168,7 @@ def test_sharded_and_fused_hold_the_same_as_one_file(tmp_path: Path, case: str, 
 def test_a_rank_reads_only_its_own_experts(tmp_path: Path, family: str, fused: bool) -> None:
     case = next(name for name, (of, _) in CASES.items() if of == family)
     path = save(make_model(case), tmp_path)
-    config = load_model_config(path)
+    config = read_model_config(path)
     if fused:
         fuse_experts(path, config)
     placement = Placement.even(config.moe_layers, config.moe.num_experts, 3)
@@ -174,7 +185,7 @@ def test_a_rank_reads_only_its_own_experts(tmp_path: Path, family: str, fused: b
 
 def test_ranks_of_an_engine_read_only_their_own_experts(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
     path = save(make_model("qwen3"), tmp_path)
-    config = load_model_config(path)
+    config = read_model_config(path)
     whole = Checkpoint(path)
     build(path, whole)
     expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4 * len(config.moe_layers)
@@ -186,7 +197,7 @@ def test_ranks_of_an_engine_read_only_their_own_experts(rank_pool: Callable[[int
 
 def test_dummy_weights_do_not_depend_on_the_placement(tmp_path: Path) -> None:
     path = save(make_model("mixtral"), tmp_path)
-    config = load_model_config(path)
+    config = read_model_config(path)
     whole = build(path, RandomWeights(3))
     placement = Placement.even(config.moe_layers, config.moe.num_experts, 2)
     first = placement.slots[0, 0]

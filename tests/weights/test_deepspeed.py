@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.models.registry import load_model_config, open_weights
+from moe_runtime.models.registry import open_weights, read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.weights.checkpoint import Checkpoint
 from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
@@ -73,7 +73,7 @@ def checkpoint(trained: Callable[[str], Trained], tmp_path: Path) -> Path:
 
 
 def open_it(path: Path) -> DeepSpeedCheckpoint:
-    source = open_weights(path, load_model_config(path))
+    source = open_weights(path, read_model_config(path))
     assert isinstance(source, DeepSpeedCheckpoint)
     return source
 
@@ -185,7 +185,7 @@ def test_ranks_of_an_engine_read_only_their_own_experts(
     trained: Callable[[str], Trained], rank_pool: Callable[[int], RankPool]
 ) -> None:
     path = trained("qwen3_moe").path
-    model = load_model_config(path)
+    model = read_model_config(path)
     executor = PoolExecutor(rank_pool(4), EngineConfig(str(path), ep_size=4, dtype="float32"), model, path)
     source = open_it(path)
     for name in source.names:
@@ -196,7 +196,7 @@ def test_ranks_of_an_engine_read_only_their_own_experts(
 
 
 def test_files_of_experts_that_nobody_asks_for_are_not_opened(checkpoint: Path) -> None:
-    model = load_model_config(checkpoint)
+    model = read_model_config(checkpoint)
     own = {0, 5}
     for row in range(2):
         for expert in set(range(NUM_EXPERTS)) - own:
@@ -229,7 +229,7 @@ def test_a_tag_can_be_served_by_itself(checkpoint: Path) -> None:
 def test_safetensors_files_come_first(checkpoint: Path) -> None:
     """A trainer may write both; then the gate is the family's own."""
     (checkpoint / "model.safetensors").touch()
-    assert not load_model_config(checkpoint).moe.gate_float32
+    assert not read_model_config(checkpoint).moe.gate_float32
 
 
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "layer_1_expert_6_mp_rank_00_model_states.pt"])
@@ -333,18 +333,18 @@ def test_a_family_that_no_deepspeed_gate_fits_is_refused(checkpoint: Path) -> No
     config = {"model_type": "glm4_moe", "num_attention_heads": 8}
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"^model_type: 'glm4_moe' is not allowed with a DeepSpeed checkpoint"):
-        load_model_config(checkpoint)
+        read_model_config(checkpoint)
 
 
 @pytest.mark.parametrize("tag", ["nothing", "../elsewhere", "/tmp", ""])
 def test_a_wrong_latest_is_refused(checkpoint: Path, tag: str) -> None:
     (checkpoint / "latest").write_text(tag)
     with pytest.raises(ValueError, match=r"latest names .*, which is no folder beside it"):
-        load_model_config(checkpoint)
+        read_model_config(checkpoint)
 
 
 def test_a_tag_without_weights_is_refused(checkpoint: Path) -> None:
     (checkpoint / "empty").mkdir()
     (checkpoint / "latest").write_text("empty\n")
     with pytest.raises(ValueError, match=r"empty holds no \*model_states\.pt"):
-        load_model_config(checkpoint)
+        read_model_config(checkpoint)

@@ -207,10 +207,11 @@ void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* or
 }
 
 void moe_choose_experts(int is_bf16, const Gate* gate, const Policies* policies, const void* x, int64_t tokens,
-               int64_t num_decode, float* weights, int64_t* experts) {
+                        int64_t num_decode, float* logits, float* weights, int64_t* experts) {
   dispatch(is_bf16, [&](auto type) {
     using T = decltype(type);
-    choose_experts(engine, *gate, *policies, static_cast<const T*>(x), tokens, num_decode, weights, experts);
+    choose_experts(engine, *gate, *policies, static_cast<const T*>(x), tokens, num_decode, logits, weights,
+                   experts);
   });
 }
 

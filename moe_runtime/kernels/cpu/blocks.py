@@ -165,13 +165,15 @@ class GateCall:
     def nbytes(self) -> int:
         return self.linear.nbytes
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """The gate's logits `[T, E]` in float32, unrounded."""
-        return self.linear(x_TD.to(self.linear.dtype), float32=True)
+    def __call__(
+        self, x_TD: Tensor, num_decode: int, policies: LayerPolicies = NO_POLICIES
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(weights_TK float32, experts_TK int64, logits_TE float32)`, best first, -1 where a policy drops one.
 
-    def __call__(self, x_TD: Tensor, num_decode: int, policies: LayerPolicies = NO_POLICIES) -> tuple[Tensor, Tensor]:
-        """`(weights_TK float32, experts_TK int64)`, best first, -1 where a policy drops one; counts the choices."""
+        Counts the choices.
+        """
         assert x_TD.shape[1] == self.linear.inputs
+        logits_TE = torch.empty(len(x_TD), self.num_experts)
         weights_TK = torch.empty(len(x_TD), self.top_k)
         experts_TK = torch.empty(len(x_TD), self.top_k, dtype=torch.int64)
         asked = policies.struct(len(x_TD), self.top_k)
@@ -182,10 +184,11 @@ class GateCall:
             pointer(x_TD),
             len(x_TD),
             num_decode,
+            logits_TE.data_ptr(),
             weights_TK.data_ptr(),
             experts_TK.data_ptr(),
         )
-        return weights_TK, experts_TK
+        return weights_TK, experts_TK, logits_TE
 
 
 class SparseCall:

@@ -113,7 +113,8 @@ int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& p
   const int64_t size = tokens * block.gate->config.top_k;
   float* weights = engine.gate_weights.get<float>(size);
   int64_t* slot = engine.slots.get<int64_t>(size);
-  choose_experts(engine, *block.gate, policies, x, tokens, num_decode, weights, slot);
+  float* logits = engine.logits.get<float>(tokens * block.gate->config.experts);
+  choose_experts(engine, *block.gate, policies, x, tokens, num_decode, logits, weights, slot);
   take_slots(engine, block.replicas, block.gate->config.experts, size, slot);
   if (block.exchange) {
     const int64_t late = spread_experts(engine, block, *spread, slot, weights, x, tokens, out);

@@ -23,7 +23,11 @@ SOURCES = Path(__file__).parent
 LOCK_DEADLINE_S = 300.0
 COMPILE_DEADLINE_S = 240.0
 
+# Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
+EXPERT_ROWS = 128
+
 _COMMON = (
+    f"-DMOE_EXPERT_ROWS={EXPERT_ROWS} "
     "-std=c++17 -O3 -Wall -Wextra -fPIC -shared -pthread -fvisibility=hidden -fno-strict-aliasing "
     # A product and a sum are fused only where the source says so: else results would depend on the compiler.
     "-ffp-contract=off -mavx2 -mfma -mbmi -mbmi2"

@@ -135,12 +135,12 @@ struct Gate {
   int64_t phase_stride;  // elements between the phases
 };
 
-// The product with the gate's weight, then the gate. Scores of a bf16 gate are rounded to bf16, as its product in torch is.
+// The product with the gate's weight, `logits[tokens, experts]`, then the gate. Logits of a bf16 gate are rounded to bf16,
+// as its product in torch is.
 template <class T>
 void choose_experts(Engine& engine, const Gate& gate, const Policies& policies, const T* x, int64_t tokens,
-           int64_t num_decode, float* weights, int64_t* experts) {
+           int64_t num_decode, float* logits, float* weights, int64_t* experts) {
   const int64_t hidden = gate.weight.inputs, num_experts = gate.config.experts;
-  float* logits = engine.logits.get<float>(tokens * num_experts);
   if (gate.weight_is_float32 && sizeof(T) != sizeof(float)) {
     float* wide = engine.widened.get<float>(tokens * hidden);
     for_lanes(tokens * hidden, [&](int64_t i, int n) { store_first(wide + i, load_first(x + i, n), n); });
@@ -191,7 +191,7 @@ const T* shared_rows(Engine& engine, const Experts* shared, const T* x, int64_t 
 }
 
 // Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
-constexpr int64_t kExpertRows = 128;
+constexpr int64_t kExpertRows = MOE_EXPERT_ROWS;
 
 // The weighted sum of each token's experts `slot[tokens, top_k]`, all of which are here, and the shared ones, unless
 // that is null.

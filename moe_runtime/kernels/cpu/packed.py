@@ -21,7 +21,7 @@ PANEL = 64  # outputs of a panel; gate and up projections of experts begin at on
 
 
 class PackedMatrices:
-    """Room for weights `[outputs, inputs]`, packed one after the other. Load all rows of one before its use.
+    """Room for weights `[outputs, inputs]`, packed one after the other. Put in all rows of one before its use.
 
     Attributes:
         is_bf16: whether they are in codes; else they are float32.
@@ -45,7 +45,7 @@ class PackedMatrices:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def load(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
+    def put(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
         """Fill the outputs from `first_row` on, in whole panels; only the last of all may lack rows."""
         rows, inputs = weight_MD.shape
         assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
@@ -111,16 +111,16 @@ class PackedLinear:
     def pack(cls, kernels: Kernels, weight_ND: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """Pack a whole weight."""
         packed = cls(kernels, weight_ND.shape[0], weight_ND.shape[1], weight_ND.dtype, bias)
-        packed.load(0, weight_ND)
+        packed.put(0, weight_ND)
         return packed
 
     @property
     def nbytes(self) -> int:
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def load(self, first_row: int, weight_MD: Tensor) -> None:
+    def put(self, first_row: int, weight_MD: Tensor) -> None:
         """Fill the outputs from `first_row` on, in whole panels."""
-        self.matrix.load(0, first_row, weight_MD)
+        self.matrix.put(0, first_row, weight_MD)
 
     def unpack(self) -> Tensor:
         """The weight `[outputs, inputs]`."""
@@ -152,7 +152,7 @@ class PackedLinear:
 
 
 class PackedExperts:
-    """SwiGLU experts of one layer, packed, in slots; with one slot, a dense MLP. Load a slot before its use."""
+    """SwiGLU experts of one layer, packed, in slots; with one slot, a dense MLP. Fill a slot before its use."""
 
     def __init__(
         self, kernels: Kernels, num_slots: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
@@ -178,7 +178,7 @@ class PackedExperts:
     def nbytes(self) -> int:
         return self.w13.nbytes + self.w2.nbytes
 
-    def load(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
         """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot.
 
         Pieces of a matrix are of whole panels, so that only the last has a number of rows that `PANEL` does not divide.
@@ -186,9 +186,9 @@ class PackedExperts:
         outputs = self.hidden_size if part == "down" else self.intermediate_size
         assert first_row + len(rows) <= outputs and (first_row + len(rows) == outputs or len(rows) % PANEL == 0)
         if part == "down":
-            self.w2.load(slot, first_row, rows)
+            self.w2.put(slot, first_row, rows)
         else:
-            self.w13.load(slot, first_row + (self._up_row if part == "up" else 0), rows)
+            self.w13.put(slot, first_row + (self._up_row if part == "up" else 0), rows)
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """What a slot holds; the same on every rank for the same expert."""

@@ -218,7 +218,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     ),
-    "moe_choose_experts": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "moe_choose_experts": (None, (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p)),
     "moe_sparse_block": (
         c_int64,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p),

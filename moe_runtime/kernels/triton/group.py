@@ -54,7 +54,7 @@ def place_kernel(
     counts_ptr: tl.tensor,
     num_rows: tl.tensor,
     num_slots: tl.tensor,
-    num_pages: tl.tensor,
+    num_blocks: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -65,9 +65,9 @@ def place_kernel(
     slot_S = tl.arange(0, BLOCK_S)
     before_S = tl.zeros((BLOCK_S,), dtype=tl.int32)
     total_S = tl.zeros((BLOCK_S,), dtype=tl.int32)
-    for start in range(0, num_pages, BLOCK_B):
+    for start in range(0, num_blocks, BLOCK_B):
         block_B = start + tl.arange(0, BLOCK_B)
-        is_count_BS = (block_B < num_pages)[:, None] & (slot_S < num_slots)[None, :]
+        is_count_BS = (block_B < num_blocks)[:, None] & (slot_S < num_slots)[None, :]
         count_BS = tl.load(count_ptr + block_B[:, None] * num_slots + slot_S[None, :], mask=is_count_BS, other=0)
         total_S += tl.sum(count_BS, 0)
         before_S += tl.sum(tl.where(block_B[:, None] < block, count_BS, 0), 0)
@@ -147,12 +147,12 @@ def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor
     if num_rows == 0:
         return order_R, place_R, slot_R.new_zeros(num_slots, dtype=torch.int64)
     meta = group_meta(num_rows, num_slots)
-    num_pages = triton.cdiv(num_rows, meta["BLOCK_R"])
-    count_BS = torch.empty((num_pages, num_slots), dtype=torch.int32, device=slot_R.device)
+    num_blocks = triton.cdiv(num_rows, meta["BLOCK_R"])
+    count_BS = torch.empty((num_blocks, num_slots), dtype=torch.int32, device=slot_R.device)
     counts_S = torch.empty(num_slots, dtype=torch.int64, device=slot_R.device)
-    count_kernel[(num_pages,)](slot_R, count_BS, num_rows, num_slots, **meta)
-    place_kernel[(num_pages,)](
-        slot_R, count_BS, order_R, place_R, counts_S, num_rows, num_slots, num_pages, BLOCK_B=BLOCKS_TOGETHER, **meta
+    count_kernel[(num_blocks,)](slot_R, count_BS, num_rows, num_slots, **meta)
+    place_kernel[(num_blocks,)](
+        slot_R, count_BS, order_R, place_R, counts_S, num_rows, num_slots, num_blocks, BLOCK_B=BLOCKS_TOGETHER, **meta
     )
     return order_R, place_R, counts_S
 

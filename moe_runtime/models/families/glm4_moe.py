@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_runtime.config.model import ModelConfig, MoEConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.hf_config import HFConfig
-from moe_runtime.models.names import DENSE_NAMES
+from moe_runtime.models.names import TensorNames
 
-EXPERT_NAMES = DENSE_NAMES
+NAMES = TensorNames()
 
 
 def parse(config: dict[str, Any]) -> ModelConfig:
@@ -24,15 +24,17 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     head_dim = hf.head_dim(hidden_size, num_heads)
     max_position = hf.integer("max_position_embeddings", default=131072)
     moe_intermediate_size = hf.integer("moe_intermediate_size", default=1408)
+    attention = AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=hf.integer("num_key_value_heads", default=8),
+        head_dim=head_dim,
+        qkv_bias=hf.flag("attention_bias", False),
+        qk_norm=hf.flag("use_qk_norm", False),
+    )
     model = ModelConfig(
         family="glm4_moe",
         vocab_size=hf.integer("vocab_size", default=151552),
         hidden_size=hidden_size,
-        intermediate_size=hf.integer("intermediate_size", default=10944),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=hf.integer("num_key_value_heads", default=8),
-        head_dim=head_dim,
         rms_norm_eps=hf.number("rms_norm_eps", default=1e-5),
         max_position_embeddings=max_position,
         rope=hf.rope(head_dim, max_position, theta=10_000.0, rotary_factor=0.5),
@@ -49,11 +51,12 @@ def parse(config: dict[str, Any]) -> ModelConfig:
             correction_bias=True,
             gate_float32=True,
         ),
-        moe_layers=tuple(range(hf.integer("first_k_dense_replace", default=1, low=0), num_layers)),
-        sliding_window=None,
-        qkv_bias=hf.flag("attention_bias", False),
-        output_bias=False,
-        qk_norm=hf.flag("use_qk_norm", False),
+        layers=layers_alike(
+            num_layers,
+            attention,
+            range(hf.integer("first_k_dense_replace", default=1, low=0), num_layers),
+            hf.integer("intermediate_size", default=10944),
+        ),
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
         dtype=hf.dtype,
         eos_token_ids=hf.eos_token_ids,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_runtime.config.model import ModelConfig, MoEConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.hf_config import HFConfig
-from moe_runtime.models.names import ExpertNames
+from moe_runtime.models.names import SwiGLUNames, TensorNames
 
-EXPERT_NAMES = ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2")
+NAMES = TensorNames(sparse="block_sparse_moe", expert_parts=SwiGLUNames(gate="w1", up="w3", down="w2"))
 
 
 def parse(config: dict[str, Any]) -> ModelConfig:
@@ -21,15 +21,16 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     head_dim = hf.head_dim(hidden_size, num_heads)
     max_position = hf.integer("max_position_embeddings", default=4096 * 32)
     intermediate_size = hf.integer("intermediate_size", default=14336)
+    attention = AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=hf.integer("num_key_value_heads", default=8),
+        head_dim=head_dim,
+        sliding_window=hf.get("sliding_window"),
+    )
     model = ModelConfig(
         family="mixtral",
         vocab_size=hf.integer("vocab_size", default=32000),
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=hf.integer("num_key_value_heads", default=8),
-        head_dim=head_dim,
         rms_norm_eps=hf.number("rms_norm_eps", default=1e-5),
         max_position_embeddings=max_position,
         rope=hf.rope(head_dim, max_position, theta=1_000_000.0),
@@ -38,11 +39,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
             top_k=hf.integer("num_experts_per_tok", default=2),
             intermediate_size=intermediate_size,
         ),
-        moe_layers=tuple(range(num_layers)),
-        sliding_window=hf.get("sliding_window"),
-        qkv_bias=False,
-        output_bias=False,
-        qk_norm=False,
+        layers=layers_alike(num_layers, attention, range(num_layers), intermediate_size),
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
         dtype=hf.dtype,
         eos_token_ids=hf.eos_token_ids,

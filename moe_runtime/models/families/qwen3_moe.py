@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_runtime.config.model import ModelConfig, MoEConfig
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.hf_config import HFConfig
-from moe_runtime.models.names import DENSE_NAMES
+from moe_runtime.models.names import TensorNames
 
-EXPERT_NAMES = DENSE_NAMES
+NAMES = TensorNames()
 
 
 def parse(config: dict[str, Any]) -> ModelConfig:
@@ -24,15 +24,19 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     bias = hf.flag("attention_bias", False)
     dense = set(hf.get("mlp_only_layers", default=[]))
     stride = hf.integer("decoder_sparse_step", default=1)
+    attention = AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=hf.integer("num_key_value_heads", default=4),
+        head_dim=head_dim,
+        sliding_window=window if hf.flag("use_sliding_window", False) else None,
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+    )
     model = ModelConfig(
         family="qwen3_moe",
         vocab_size=hf.integer("vocab_size", default=151936),
         hidden_size=hidden_size,
-        intermediate_size=hf.integer("intermediate_size", default=6144),
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=hf.integer("num_key_value_heads", default=4),
-        head_dim=head_dim,
         rms_norm_eps=hf.number("rms_norm_eps", default=1e-6),
         max_position_embeddings=max_position,
         rope=hf.rope(head_dim, max_position, theta=10_000.0),
@@ -42,11 +46,12 @@ def parse(config: dict[str, Any]) -> ModelConfig:
             intermediate_size=hf.integer("moe_intermediate_size", default=768),
             normalize_topk=hf.flag("norm_topk_prob", False),
         ),
-        moe_layers=tuple(i for i in range(num_layers) if i not in dense and (i + 1) % stride == 0),
-        sliding_window=window if hf.flag("use_sliding_window", False) else None,
-        qkv_bias=bias,
-        output_bias=bias,
-        qk_norm=True,
+        layers=layers_alike(
+            num_layers,
+            attention,
+            [i for i in range(num_layers) if i not in dense and (i + 1) % stride == 0],
+            hf.integer("intermediate_size", default=6144),
+        ),
         tie_word_embeddings=hf.flag("tie_word_embeddings", False),
         dtype=hf.dtype,
         eos_token_ids=hf.eos_token_ids,

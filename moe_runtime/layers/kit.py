@@ -1,0 +1,240 @@
+"""What a decoder is made of: the protocols that the parts of every kit follow, and the kit that makes them.
+
+Parts of one kit fit together and take no others. A block ends in the norm after it: it takes and gives the residual
+rows. `nbytes` are those of weights.
+
+Shape suffixes: T tokens, D hidden, F intermediate, E logical experts, K experts per token, S slots, V vocabulary,
+N rows, R computations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_runtime.all2all.dispatch import Dispatcher, RowOps
+from moe_runtime.config.model import AttentionConfig, MoEConfig
+from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.layers.capacity import LayerLimits
+from moe_runtime.layers.kv_cache import KVCache, LayerCache
+from moe_runtime.layers.rotary import RotaryEmbedding
+
+
+class Linear(Protocol):
+    """A linear map. Its weight is put in by rows, in pieces of whole panels (see `kernels.cpu.packed.PANEL`)."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def put(self, first_row: int, weight_ND: Tensor, /) -> None:
+        """Fill the outputs from `first_row` on."""
+
+
+class Norm(Protocol):
+    """RMS norm of rows."""
+
+    def __call__(self, x_TD: Tensor, /) -> Tensor: ...
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of `residual + x`, and that sum; they may take the places of `x` and `residual`."""
+
+
+class Embedding(Protocol):
+    """Token ids to rows."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, token_T: Tensor, /) -> Tensor: ...
+
+
+class Head(Protocol):
+    """Rows to logits `[T, V]` in float32."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tied_embedding(self) -> Embedding:
+        """The embedding that shares this head's weight."""
+
+    def __call__(self, x_TD: Tensor, /) -> Tensor: ...
+
+
+class AttentionBlock(Protocol):
+    """Attention and the norm after it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """The normed rows and the residual rows; `step` is what the kit's `attention_step` gave."""
+
+
+class MLP(Protocol):
+    """SwiGLU. Its weights are put in as those of an expert in slot 0."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None: ...
+
+    def __call__(self, x_TD: Tensor, /) -> Tensor: ...
+
+
+class MLPBlock(Protocol):
+    """A sparse or a dense MLP and the norm after it."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The normed rows and the residual rows."""
+
+
+class Gate(Protocol):
+    """Chooses logical experts, and counts them."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(
+        self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`(weights_TK float32, experts_TK int64, logits_TE)`, best expert first.
+
+        An expert is -1 where the token's policy drops it. The first `num_decode` rows are decode rows.
+        """
+
+
+class Experts(Protocol):
+    """This rank's slots of a layer."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None:
+        """Copy rows of one of an expert's matrices into a slot, in pieces of whole panels."""
+
+    def stored(self, slot: int) -> tuple[Tensor, ...]:
+        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
+
+    def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
+        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot; they may be put into `room_RD`."""
+
+
+class SparseBlock(MLPBlock, Protocol):
+    """A sparse MLP over the experts of all ranks, and the norm after it."""
+
+    @property
+    def gate(self) -> Gate: ...
+
+    @property
+    def experts(self) -> Experts: ...
+
+    def use_replicas(self, expert: int, slots: list[int]) -> None:
+        """From the next call on, send an expert's tokens to these global slots in turn; their number divides 64."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Attention, then a sparse or a dense MLP, each with the norm after it."""
+
+    attention: AttentionBlock
+    mlp: MLPBlock
+
+
+HiddenRows = Callable[[], Tensor]  # waits until the rows are there
+
+
+class LayerRunner(Protocol):
+    """All layers of a decoder over one cache."""
+
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
+        """Start; the rows are those after the last norm. `x_TD` and `residual_TD` may be overwritten."""
+
+
+class StepMaker(Protocol):
+    """See `Kit.attention_step`."""
+
+    def __call__(self, batch: Batch, rope: RotaryEmbedding) -> object: ...
+
+
+class Kit(Protocol):
+    """Makes the parts of a decoder in one implementation; weights are put into them afterwards."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def row_ops(self) -> RowOps:
+        """The local work of dispatchers."""
+
+    def describe(self) -> dict[str, str]:
+        """The implementation of each op."""
+
+    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> Linear: ...
+
+    def head(self, vocab_size: int, hidden_size: int) -> tuple[Head, Linear]:
+        """The head, and the linear map that its weight is put into."""
+
+    def embedding(self, weight_VD: Tensor) -> Embedding: ...
+
+    def norm(self, weight_D: Tensor, eps: float) -> Norm: ...
+
+    def attention(
+        self,
+        config: AttentionConfig,
+        eps: float,
+        qkv: Linear,
+        output: Linear,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        next_norm: Norm,
+    ) -> AttentionBlock:
+        """Attention from its projections: query, key and value rows one below the other, and back.
+
+        Args:
+            eps: of the norms on queries and keys.
+            q_norm, k_norm: weights `[d]`, or None.
+            next_norm: the norm after it.
+        """
+
+    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> object:
+        """What the attention of all layers shares in a step."""
+
+    def argmax(self, logits_BV: Tensor) -> list[int]:
+        """The best token of each row."""
+
+    def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerRunner: ...
+
+    def mlp(self, hidden_size: int, intermediate_size: int) -> MLP: ...
+
+    def dense_block(self, mlp: MLP, next_norm: Norm) -> MLPBlock: ...
+
+    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Experts: ...
+
+    def gate(
+        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, counts_2E: Tensor | None, layer: int
+    ) -> Gate: ...
+
+    def sparse_block(
+        self,
+        gate: Gate,
+        slot_E: Tensor,
+        experts: Experts,
+        shared: MLP | None,
+        next_norm: Norm,
+        dispatchers: Mapping[str, Dispatcher],
+        limits: LayerLimits | None,
+    ) -> SparseBlock: ...
