@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.types.outputs import CompletionOutput, OutputDelta, RequestOutput
+from moe_runtime.types.outputs import Completion, RequestOutput
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -175,32 +175,25 @@ class LLM:
         """Step until all requests have ended."""
         from tqdm import tqdm
 
-        outputs = {
-            request_id: RequestOutput(
-                request_id=request_id,
-                prompt=prompt if isinstance(prompt, str) else None,
-                prompt_token_ids=[],
-                outputs=[CompletionOutput(0, "", [], None, None, None)],
-                finished=False,
-                prompt_logprobs=None,
-            )
-            for request_id, prompt in prompts.items()
-        }
+        completions = {request_id: Completion() for request_id in prompts}
         num_tokens = num_finished = 0
-        with tqdm(total=len(outputs), unit="prompt", desc="generating", disable=not use_tqdm) as bar:
-            while num_finished < len(outputs):
+        with tqdm(total=len(completions), unit="prompt", desc="generating", disable=not use_tqdm) as bar:
+            while num_finished < len(completions):
                 with self._guard():
                     deltas = self._engine.step()
                 for delta in deltas:
-                    if delta.request_id not in outputs:  # aborted by an earlier call
+                    if delta.request_id not in completions:  # aborted by an earlier call
                         continue
-                    _extend(outputs[delta.request_id], delta)
+                    completions[delta.request_id].add(delta)
                     num_tokens += len(delta.token_ids)
                     if delta.finish_reason is not None:
                         num_finished += 1
                         bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
                         bar.update()
-        return list(outputs.values())
+        return [
+            completion.request_output(request_id, prompt if isinstance(prompt, str) else None)
+            for (request_id, completion), prompt in zip(completions.items(), prompts.values(), strict=True)
+        ]
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -265,20 +258,3 @@ def _params_per_prompt(
     if len(params) != num_prompts:
         raise ValueError(f"sampling_params: {len(params)} given for {num_prompts} prompts; give one, or one for each")
     return params
-
-
-def _extend(output: RequestOutput, delta: OutputDelta) -> None:
-    """Add to a request's output what a step has brought."""
-    completion = output.outputs[0]
-    completion.text += delta.text
-    completion.token_ids += delta.token_ids
-    if delta.logprobs is not None:
-        if completion.logprobs is None:
-            completion.logprobs = []
-        completion.logprobs += delta.logprobs
-    if delta.prompt_token_ids is not None:
-        output.prompt_token_ids = delta.prompt_token_ids
-        output.prompt_logprobs = delta.prompt_logprobs
-    completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
-    completion.routed_experts, completion.expert_changes = delta.routed_experts, delta.expert_changes
-    output.finished = delta.finish_reason is not None

@@ -224,7 +224,7 @@ def test_an_error_outside_a_step_ends_the_requests_and_not_the_llm(fake, monkeyp
         raise OSError("stderr is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("moe_runtime.llm._extend", fail)
+        patch.setattr("moe_runtime.types.outputs.Completion.add", fail)
         with pytest.raises(OSError, match="stderr is full"):
             llm.generate([{"prompt_token_ids": [1]}] * 3, INTERRUPTED, use_tqdm=False)
     assert_usable(llm)

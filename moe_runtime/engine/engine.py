@@ -7,55 +7,31 @@ recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.expert_policy import policies_of
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.engine.health import describe
 from moe_runtime.engine.intake import Intake
 from moe_runtime.engine.request import Request
+from moe_runtime.engine.routed_output import add_routed, routed_output
 from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.engine.stats import EngineStats
+from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import Executor
-from moe_runtime.wire.messages import PromptLogprobs, RankResult, RoutedExperts, Sample, StepPlan, TokenLogprobs
+from moe_runtime.wire.messages import PromptLogprobs, RankResult, Sample, StepPlan, TokenLogprobs
 
 if TYPE_CHECKING:
     import numpy as np
 
     from moe_runtime.balancer.live.mover import Rebalance
-    from moe_runtime.balancer.live.rebalancer import BalancerStats
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
     from moe_runtime.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the start, and how full the engine is now.
-
-    `kv_cache_usage` is the share of pages held, 0 to 1. `prompt_tokens` and `generation_tokens` count tokens of
-    prompts that gave a first token, and tokens generated. `dispatcher_steps` says how many steps each dispatcher ran,
-    `finished` how many requests ended for which reason. `last_step_seconds` is that of the slowest rank.
-    `expert_changes` is what capacity and load-aware routing did, `extra_rounds` the rounds of dispatch beyond one per
-    layer that `overflow="queue"` took.
-    """
-
-    num_running: int
-    num_waiting: int
-    kv_cache_usage: float
-    num_preemptions: int
-    prompt_tokens: int
-    generation_tokens: int
-    steps: int
-    dispatcher_steps: dict[str, int]
-    finished: dict[str, int]
-    last_step_seconds: float
-    balancer: BalancerStats
-    expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
-    extra_rounds: int = 0
 
 
 class Engine:
@@ -83,9 +59,11 @@ class Engine:
             config.block_size,
             config.max_num_seqs,
             config.max_num_batched_tokens,
-            config.dispatcher,
-            set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
-            sorted(set.intersection(*(set(rank.buckets) for rank in executor.ranks))),
+            StepShapes(
+                config.dispatcher,
+                set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
+                sorted(set.intersection(*(set(rank.buckets) for rank in executor.ranks))),
+            ),
         )
         from moe_runtime.balancer.live.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
         from moe_runtime.engine.trace_recorder import TraceRecorder
@@ -235,37 +213,11 @@ class Engine:
 
     def health(self) -> dict[str, object]:
         """What was chosen and what is promised, as plain values."""
-        ranks = self.executor.ranks
         return {
             "model": self.model_name,
-            "version": __version__,
-            "dtype": ranks[0].dtype,
-            "device": ranks[0].device,
-            "ep_size": len(ranks),
-            "ranks": [asdict(rank) for rank in ranks],
-            "kernels": ranks[0].kernels,
-            "dispatcher": self.config.dispatcher,
-            "dispatchers": sorted(ranks[0].dispatchers),
-            "dispatcher_steps": dict(self._dispatcher_steps),
-            "capacity_factor": self.config.capacity_factor,
-            "overflow": self.config.overflow,
-            "balance_epsilon": self.config.balance_epsilon,
-            "expert_changes": asdict(self._expert_changes),
-            "extra_rounds": self._extra_rounds,
             "max_model_len": self.max_model_len,
-            "block_size": self.config.block_size,
-            "num_pages": [rank.num_pages for rank in ranks],
-            "vocab_size": self.model_config.vocab_size,
-            "placement_invariance": self._placement_invariance(),
+            **describe(self.config, self.model_config, self.executor.ranks, self.stats()),
         }
-
-    def _placement_invariance(self) -> str:
-        """How far batches, chunks, ranks and placements leave a request's tokens alone."""
-        if self._changes_experts:
-            return "none"
-        if all(rank.batch_invariant for rank in self.executor.ranks):
-            return "bitwise"
-        return "greedy tokens, float32" if self.executor.ranks[0].dtype == "float32" else "none"
 
     def _counts(self) -> np.ndarray:
         """Counts of experts since the start, [W, 2, L, E]; awaits the steps in flight."""
@@ -303,7 +255,7 @@ class Engine:
         self._add_expert_changes(result)
         for routed in result.routed_experts:
             if (request := self._by_seq_id.get(routed.seq_id)) is not None and request.params.return_routed_experts:
-                self._add_routed_experts(request, routed)
+                add_routed(request, routed, self.model_config)
         for sample in result.samples:
             if (request := self._by_seq_id.get(sample.seq_id)) is not None:
                 self._ready.append(self._add_token(request, sample))
@@ -319,20 +271,6 @@ class Engine:
             self._expert_changes += found.changes
             if (request := self._by_seq_id.get(found.seq_id)) is not None:
                 request.expert_changes += found.changes
-
-    def _add_routed_experts(self, request: Request, found: RoutedExperts) -> None:
-        from moe_runtime.engine.trace_recorder import read_routed
-
-        experts_TLK = read_routed(found, self.model_config)
-        num_known = request.num_routed - found.start  # a preempted sequence goes through the model again
-        assert num_known >= 0
-        if num_known < len(experts_TLK):
-            request.routed_experts.append(experts_TLK[num_known:])
-
-    def _routed_experts(self, request: Request) -> np.ndarray | None:
-        from moe_runtime.engine.trace_recorder import compact
-
-        return compact(request.routed_experts, self.model_config) if request.params.return_routed_experts else None
 
     def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
         finish_reason, stop_reason = request.append(sample.token_id, self.model_config.eos_token_ids)
@@ -351,7 +289,7 @@ class Engine:
     def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
         """With what comes at a request's end."""
         changes = request.expert_changes if self._changes_experts else None
-        return replace(delta, routed_experts=self._routed_experts(request), expert_changes=changes)
+        return replace(delta, routed_experts=routed_output(request, self.model_config), expert_changes=changes)
 
     def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
         decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None

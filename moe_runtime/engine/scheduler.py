@@ -15,13 +15,13 @@ a rank runs its plans in order, so the next holder's rows come after all of the 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.engine.page_pool import PagePool
 from moe_runtime.engine.request import Request
-from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
-from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 
 
 @dataclass(eq=False)
@@ -56,9 +56,7 @@ class Scheduler:
         block_size: tokens per page.
         max_num_seqs: most sequences on a rank.
         max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
-        dispatcher: of all steps; "auto" chooses among `available` by their tokens.
-        available: dispatchers that all ranks have.
-        buckets: numbers of rows, ascending, that all ranks have ready for steps of decode rows alone.
+        shapes: chooses each step's dispatcher and bucket.
     """
 
     def __init__(
@@ -67,9 +65,7 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        dispatcher: str = "auto",
-        available: Collection[str] = ("local", "all_gather", "all_to_all"),
-        buckets: Sequence[int] = (),
+        shapes: StepShapes,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
@@ -79,9 +75,7 @@ class Scheduler:
         self._block_size = block_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._dispatcher = dispatcher
-        self._available = frozenset(available)
-        self._buckets = tuple(buckets)
+        self._shapes = shapes
 
     @property
     def num_running(self) -> int:
@@ -121,25 +115,9 @@ class Scheduler:
             plans.append(RankPlan(draft.new_sequences, rank.dropped, chunks, num_decode=len(draft.decode)))
             rank.dropped = []
         self.num_steps += 1
-        bucket = self._choose_bucket(drafts)
-        dispatcher = PADDED if bucket else self._choose_dispatcher(tokens_per_rank)
+        plain = not any(draft.prefill or draft.asks_gates for draft in drafts)
+        dispatcher, bucket = self._shapes.choose(tokens_per_rank, plain)
         return StepPlan(self.num_steps, dispatcher, tokens_per_rank, bucket=bucket, ranks=plans)
-
-    def _choose_bucket(self, drafts: list[Draft]) -> int:
-        """The least that holds the rows of every rank; 0 where a rank has other work than plain decode rows."""
-        if any(draft.prefill or draft.asks_gates for draft in drafts):
-            return 0
-        most = max(draft.num_tokens for draft in drafts)
-        return next((bucket for bucket in self._buckets if bucket >= most), 0)
-
-    def _choose_dispatcher(self, tokens_per_rank: list[int]) -> str:
-        if self._dispatcher != "auto":
-            return self._dispatcher
-        if len(tokens_per_rank) == 1:
-            return "local"
-        if "symmetric" in self._available:
-            return "symmetric"
-        return "all_gather" if max(tokens_per_rank) <= ALL_GATHER_MAX_TOKENS else "all_to_all"
 
     def _plan_running(self, rank: RankState) -> Draft:
         # Decode rows come first: prompts share what those leave. There are at most `max_num_seqs` rows, and fewer if

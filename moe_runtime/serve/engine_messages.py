@@ -12,7 +12,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from moe_runtime.engine.engine import EngineStats
+    from moe_runtime.engine.stats import EngineStats
     from moe_runtime.text.tokenizer import Tokenizer
     from moe_runtime.types.outputs import OutputDelta
 

@@ -13,7 +13,8 @@ from moe_runtime.serve.bodies import Message, SamplingFields, finite, routed_exp
 from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.prompts import encode_chat, encode_text
-from moe_runtime.serve.streaming import Completion, respond
+from moe_runtime.serve.streaming import respond
+from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:
     from moe_runtime.text.tokenizer import Tokenizer

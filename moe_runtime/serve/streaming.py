@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request, Response
@@ -16,41 +15,13 @@ from starlette.types import Receive, Scope, Send
 from moe_runtime.serve.async_engine import AsyncEngine, RequestStream, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import error_body, json_response, user_error
+from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
+    from moe_runtime.types.outputs import OutputDelta
 
 T = TypeVar("T")
 DONE = "[DONE]"
-
-
-@dataclass
-class Completion:
-    """A request's deltas put together."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] | None = None
-    prompt_logprobs: list[PositionLogprobs | None] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    num_prompt_tokens: int = 0
-    routed_experts: np.ndarray | None = None
-    expert_changes: ExpertChanges | None = None
-
-    def add(self, delta: OutputDelta) -> None:
-        self.text += delta.text
-        self.token_ids += delta.token_ids
-        if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
-        if delta.prompt_logprobs is not None:
-            self.prompt_logprobs = delta.prompt_logprobs
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
-        self.num_prompt_tokens = delta.num_prompt_tokens
-        self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
 
 
 class Reply(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -91,3 +91,52 @@ class OutputDelta:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
+
+
+@dataclass
+class Completion:
+    """What a request's deltas add up to; attributes as those of `OutputDelta`."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    num_prompt_tokens: int = 0
+    routed_experts: np.ndarray | None = None
+    expert_changes: ExpertChanges | None = None
+
+    def add(self, delta: OutputDelta) -> None:
+        """Take in the next delta of the request."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.prompt_token_ids is not None:
+            self.prompt_token_ids, self.prompt_logprobs = delta.prompt_token_ids, delta.prompt_logprobs
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.num_prompt_tokens = delta.num_prompt_tokens
+        self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
+
+    def request_output(self, request_id: str, prompt: str | None) -> RequestOutput:
+        """The finished request as `LLM` gives it."""
+        output = CompletionOutput(
+            0,
+            self.text,
+            self.token_ids,
+            self.logprobs,
+            self.finish_reason,
+            self.stop_reason,
+            self.routed_experts,
+            self.expert_changes,
+        )
+        return RequestOutput(
+            request_id=request_id,
+            prompt=prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[output],
+            finished=self.finish_reason is not None,
+            prompt_logprobs=self.prompt_logprobs,
+        )

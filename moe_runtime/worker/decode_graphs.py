@@ -1,7 +1,7 @@
 """Decode steps of fixed shapes, captured as CUDA graphs: nothing in them waits for the host.
 
 Where all ranks have only decode rows, the plan names a bucket, and every rank runs so many rows: its own, and padding,
-which uses no expert and writes its keys to a page of nobody. All that depends on the step lies in static tensors, which
+which uses no expert and writes its keys to a spare page. All that depends on the step lies in static tensors, which
 are filled before; tokens are sampled behind the graph. Graphs of one bucket differ in the longest context they have
 room for, so that short contexts do not pay for long ones; as attention sends nothing, each rank takes the one it needs.
 
@@ -96,9 +96,16 @@ class DecodeGraphs:
         self._forward = forward
         self._num_ranks = num_ranks
         self._contexts = context_sizes(max_context)
-        self._spare_position = spare_page * block_size
+        # What padding holds: a token that attends to itself alone, uses no expert and writes to the spare page.
+        self._padding = {
+            "token": 0,
+            "position": 0,
+            "num_prompt": 1,
+            "cache_position": spare_page * block_size,
+            "live": 0,
+        }
         most, pinned = buckets[-1], device.type == "cuda"
-        sizes = {"rows": (5, most), "table": (most, -(-max_context // block_size))}
+        sizes = {"rows": (len(self._padding), most), "table": (most, -(-max_context // block_size))}
         self._on_host = {name: torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for name, size in sizes.items()}
         self._rows_5P, self._table_PM = (torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.values())
         self._sequence_P = torch.arange(most, device=device)
@@ -137,12 +144,16 @@ class DecodeGraphs:
             self._copied.synchronize()
         num_rows = len(tokens)
         host_5P, table_PM = self._on_host["rows"].numpy(), self._on_host["table"].numpy()
-        host_5P[:, num_rows:bucket] = [[0], [0], [1], [self._spare_position], [0]]
-        for column, values in zip(
-            host_5P, (tokens, rows.positions, rows.num_prompt, rows.cache_positions), strict=False
-        ):
-            column[:num_rows] = values
-        host_5P[4, :num_rows] = 1
+        columns: dict[str, list[int] | int] = {
+            "token": tokens,
+            "position": rows.positions,
+            "num_prompt": rows.num_prompt,
+            "cache_position": rows.cache_positions,
+            "live": 1,
+        }
+        for row_P, (name, padding) in zip(host_5P, self._padding.items(), strict=True):
+            row_P[:num_rows] = columns[name]
+            row_P[num_rows:bucket] = padding
         for row, pages in enumerate(rows.pages):
             table_PM[row, : len(pages)] = pages
         self._rows_5P.copy_(self._on_host["rows"], non_blocking=True)

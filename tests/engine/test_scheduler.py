@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moe_runtime.engine.engine import Engine
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import Scheduler
+from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
@@ -32,7 +33,8 @@ def make_request(seq_id: int, num_tokens: int, max_output_tokens: int = 1000) ->
 
 
 def make_scheduler(num_pages: list[int], lengths: list[int], **limits) -> tuple[Scheduler, list[Request]]:
-    scheduler = Scheduler(num_pages, 8, **{"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits})
+    shapes = StepShapes(**{name: limits.pop(name) for name in ("dispatcher", "buckets") if name in limits})
+    scheduler = Scheduler(num_pages, 8, shapes=shapes, **{"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits})
     requests = [make_request(seq_id, length) for seq_id, length in enumerate(lengths)]
     for request in requests:
         scheduler.add(request)
@@ -173,7 +175,7 @@ def test_everyone_stays_in_order_of_arrival():
 
 
 def test_no_row_beyond_the_length():
-    scheduler = Scheduler([8], 8, max_num_seqs=4, max_num_batched_tokens=16)
+    scheduler = Scheduler([8], 8, max_num_seqs=4, max_num_batched_tokens=16, shapes=StepShapes())
     scheduler.add(make_request(0, 5, max_output_tokens=2))
     assert scheduler.schedule().ranks[0].num_decode == 0
     assert scheduler.schedule().ranks[0].num_decode == 1

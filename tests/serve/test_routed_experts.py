@@ -9,9 +9,8 @@ import pytest
 
 from moe_runtime.serve.generate import GenerateRequest, NativeReply
 from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
-from moe_runtime.serve.streaming import Completion
 from moe_runtime.types.expert_policy import parse_expert_policy
-from moe_runtime.types.outputs import OutputDelta
+from moe_runtime.types.outputs import Completion, OutputDelta
 
 
 def deltas(experts: np.ndarray | None) -> list[OutputDelta]:

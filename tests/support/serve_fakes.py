@@ -13,7 +13,7 @@ from moe_runtime.balancer.live.rebalancer import BalancerStats
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.engine.engine import EngineStats
+from moe_runtime.engine.stats import EngineStats
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
 from moe_runtime.wire.executor import RankError
 

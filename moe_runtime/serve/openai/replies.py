@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.serve.bodies import finite, routed_experts, usage
-from moe_runtime.serve.streaming import Completion
+from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:
     from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta, PositionLogprobs

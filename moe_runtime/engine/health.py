@@ -1,0 +1,53 @@
+"""What `/health` says: what was chosen, and what is promised. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.model import ModelConfig
+from moe_runtime.engine.stats import EngineStats
+from moe_runtime.types.version import __version__
+from moe_runtime.wire.executor import RankInfo
+
+
+def describe(
+    config: EngineConfig, model: ModelConfig, ranks: Sequence[RankInfo], stats: EngineStats
+) -> dict[str, object]:
+    """The choices of an engine and its ranks, and what has happened since the start, as plain values."""
+    return {
+        "version": __version__,
+        "dtype": ranks[0].dtype,
+        "device": ranks[0].device,
+        "ep_size": len(ranks),
+        "ranks": [_rank(rank) for rank in ranks],
+        "kernels": ranks[0].kernels,
+        "dispatcher": config.dispatcher,
+        "dispatchers": sorted(ranks[0].dispatchers),
+        "dispatcher_steps": stats.dispatcher_steps,
+        "capacity_factor": config.capacity_factor,
+        "overflow": config.overflow,
+        "balance_epsilon": config.balance_epsilon,
+        "expert_changes": asdict(stats.expert_changes),
+        "extra_rounds": stats.extra_rounds,
+        "block_size": config.block_size,
+        "num_blocks": [rank.num_pages for rank in ranks],
+        "vocab_size": model.vocab_size,
+        "placement_invariance": _placement_invariance(config, ranks),
+    }
+
+
+def _rank(rank: RankInfo) -> dict[str, Any]:
+    """As users know it: they set a page's size as `block_size`, and read the number of pages as `num_blocks`."""
+    return {"num_blocks" if name == "num_pages" else name: value for name, value in asdict(rank).items()}
+
+
+def _placement_invariance(config: EngineConfig, ranks: Sequence[RankInfo]) -> str:
+    """How far a request's tokens are independent of batches, chunks, ranks and placements."""
+    if config.limits is not None and config.limits.changes_experts:
+        return "none"
+    if all(rank.batch_invariant for rank in ranks):
+        return "bitwise"
+    return "greedy tokens, float32" if ranks[0].dtype == "float32" else "none"
