@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatched, Returned
 from moe_runtime.all2all.rounds import counts_of, in_round, round_of
 from moe_runtime.kernels.cpu import native
-from moe_runtime.kernels.cpu.native import check_arrived
+from moe_runtime.kernels.cpu.native import check_arrived, native_format
 from moe_runtime.kernels.cpu.structs import ExchangeShape, SpreadStep
 
 Value = TypeVar("Value")
@@ -88,7 +88,7 @@ class SymmetricDispatcher:
         self.num_slots, self.hidden_size, self.top_k, self.dtype = num_slots, hidden_size, top_k, dtype
         self.rank = group.rank()
         self._timeout_ns = int(timeout * 1e9)
-        self._is_bf16 = dtype == torch.bfloat16
+        self._element = native_format(dtype).native
         self._number = 0
         self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
         self._kernels = native.load()
@@ -185,7 +185,7 @@ class SymmetricDispatcher:
         y_RD, weights_TK = y_RD.contiguous(), weights_TK.contiguous()
         out_TD = y_RD.new_empty(len(weights_TK), self.hidden_size)
         late = self._library.moe_exchange_combine(
-            self._is_bf16,
+            self._element,
             self.exchange,
             y_RD.data_ptr(),
             weights_TK.data_ptr(),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.forms import USUAL, Forms
+from moe_runtime.kernels.weight_format import WeightFormat
 
 
 class ExpertSlots:
@@ -31,6 +32,7 @@ class ExpertSlots:
         forms: Forms = USUAL,
     ) -> None:
         self.forms = forms
+        self.format = WeightFormat.of(str(dtype).removeprefix("torch."))
         self.w13_SGD = torch.empty(num_slots, 2 * intermediate_size, hidden_size, dtype=dtype, device=device)
         self.w2_SDF = torch.empty(num_slots, hidden_size, intermediate_size, dtype=dtype, device=device)
 

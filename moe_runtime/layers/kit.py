@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.config.model import AttentionConfig, MoEConfig
 from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
@@ -112,7 +113,9 @@ class Gate(Protocol):
 
 
 class Experts(Protocol):
-    """This rank's slots of a layer."""
+    """This rank's slots of a layer; `format` is how their matrices are held."""
+
+    format: WeightFormat
 
     @property
     def num_slots(self) -> int: ...

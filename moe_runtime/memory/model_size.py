@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_runtime.config.model import AttentionConfig, ModelConfig
+from moe_runtime.kernels.weight_format import WeightFormat
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
-CODED_BYTES = 1.5  # of a bfloat16 weight in codes
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,9 @@ def weights_dtype(asked: str, stored: str) -> str:
     return name
 
 
-def matrix_itemsize(dtype: str, coded: bool) -> float:
-    """Bytes of a weight of a matrix as kernels read it."""
-    return CODED_BYTES if coded and dtype == "bfloat16" else ITEMSIZE[dtype]
-
-
 def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
     """Bytes of one routed expert of one layer."""
-    return int(count_parameters(config).expert * matrix_itemsize(dtype, coded))
+    return int(WeightFormat.of(dtype, coded).nbytes(count_parameters(config).expert))
 
 
 def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
@@ -122,7 +117,7 @@ def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
     gate_dtype = "float32" if config.moe.gate_float32 else dtype
     embedding = 0 if config.tie_word_embeddings else count.embedding
     matrices = count.dense - count.gate - count.gate_bias - embedding
-    coded_bytes = matrices * matrix_itemsize(dtype, coded) + count.gate * matrix_itemsize(gate_dtype, coded)
+    coded_bytes = WeightFormat.of(dtype, coded).nbytes(matrices) + WeightFormat.of(gate_dtype, coded).nbytes(count.gate)
     return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 

@@ -1,5 +1,5 @@
 // The C interface. Python holds the structs; pointers in them must outlive the calls. All sizes are in elements.
-// `is_bf16` names the element type of activations and weights: bf16, else float32.
+// `element` names the type of activations, and so how weights are held: see Element.
 #include "layers.h"
 #include "packing.h"
 
@@ -9,9 +9,9 @@ namespace {
 // One call at a time; never destroyed, so that no thread is joined when the process ends.
 Engine& engine = *new Engine;
 template <class Body>
-auto dispatch(int is_bf16, const Body& body) {
+auto dispatch(Element element, const Body& body) {
   const std::lock_guard<std::mutex> lock(engine.pool.busy);
-  return is_bf16 ? body(bf16{}) : body(0.0f);
+  return element == kBf16 ? body(bf16{}) : body(0.0f);
 }
 
 }  // namespace
@@ -31,15 +31,15 @@ void moe_set_threads(int threads) {
 
 int moe_num_threads() { return engine.pool.size(); }
 
-int64_t moe_packed_bytes(int is_bf16, int64_t outputs, int64_t inputs) {
-  return ceil_div(outputs, kPanel) * (is_bf16 ? panel_bytes(bf16{}, inputs) : panel_bytes(0.0f, inputs));
+int64_t moe_packed_bytes(Element element, int64_t outputs, int64_t inputs) {
+  return ceil_div(outputs, kPanel) * (element == kBf16 ? panel_bytes(bf16{}, inputs) : panel_bytes(0.0f, inputs));
 }
 
 // Packs `rows` rows into the panels from `first_panel` on; the last of them may lack rows. `escapes` has a list for
 // each panel of bf16, or null, and owns it.
-void moe_pack(int is_bf16, const void* source, int64_t stride, int64_t first_panel, int64_t rows, int64_t inputs,
+void moe_pack(Element element, const void* source, int64_t stride, int64_t first_panel, int64_t rows, int64_t inputs,
               void* packed, Escape** escapes) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     engine.pool.run(ceil_div(rows, kPanel), [&](int64_t task, int) {
       const int64_t row = task * kPanel, panel = first_panel + task;
@@ -49,9 +49,9 @@ void moe_pack(int is_bf16, const void* source, int64_t stride, int64_t first_pan
   });
 }
 
-void moe_unpack(int is_bf16, const void* packed, const Escape* const* escapes, int64_t first_row, int64_t rows,
+void moe_unpack(Element element, const void* packed, const Escape* const* escapes, int64_t first_row, int64_t rows,
                 int64_t inputs, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     unpack_rows(packed, escapes, first_row, rows, inputs, static_cast<T*>(out));
   });
@@ -75,11 +75,11 @@ void moe_free_escapes(Escape** escapes, int64_t panels) { std::for_each_n(escape
 
 // out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head. Returns `count`, or the
 // place of the first index that is no row; nothing is taken then.
-int64_t moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
+int64_t moe_take_rows(Element element, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
   const auto is_row = [&](int64_t row) { return row >= 0 && row < weight->outputs; };
   const int64_t valid = std::find_if_not(rows, rows + count, is_row) - rows;
   if (valid < count) return valid;
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, count, [&](int64_t i) {
       unpack_rows(weight->data, weight->escapes, rows[i], 1, weight->inputs, static_cast<T*>(out) + i * weight->inputs);
@@ -89,9 +89,9 @@ int64_t moe_take_rows(int is_bf16, const Weight* weight, const int64_t* rows, in
 }
 
 // `out` is float32 where `out_float32`, else of the element type.
-void moe_linear(int is_bf16, int out_float32, const Weight* weight, const void* bias, const void* x, int64_t rows,
+void moe_linear(Element element, int out_float32, const Weight* weight, const void* bias, const void* x, int64_t rows,
                 void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     const T *input = static_cast<const T*>(x), *added = static_cast<const T*>(bias);
     if (out_float32) {
@@ -102,8 +102,8 @@ void moe_linear(int is_bf16, int out_float32, const Weight* weight, const void* 
   });
 }
 
-void moe_rms_norm(int is_bf16, const void* x, const void* weight, int64_t rows, int64_t size, float eps, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+void moe_rms_norm(Element element, const void* x, const void* weight, int64_t rows, int64_t size, float eps, void* out) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, rows, [&](int64_t i) {
       rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(weight), size, eps,
@@ -112,9 +112,9 @@ void moe_rms_norm(int is_bf16, const void* x, const void* weight, int64_t rows, 
   });
 }
 
-void moe_add_rms_norm(int is_bf16, const void* x, const void* residual, const void* weight, int64_t rows, int64_t size,
+void moe_add_rms_norm(Element element, const void* x, const void* residual, const void* weight, int64_t rows, int64_t size,
                       float eps, void* total, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, rows, [&](int64_t i) {
       add_rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(residual) + i * size,
@@ -124,8 +124,8 @@ void moe_add_rms_norm(int is_bf16, const void* x, const void* residual, const vo
   });
 }
 
-void moe_silu_mul(int is_bf16, const void* gate_up, int64_t rows, int64_t size, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+void moe_silu_mul(Element element, const void* gate_up, int64_t rows, int64_t size, void* out) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, rows, [&](int64_t i) {
       const T* gate = static_cast<const T*>(gate_up) + i * 2 * size;
@@ -134,18 +134,18 @@ void moe_silu_mul(int is_bf16, const void* gate_up, int64_t rows, int64_t size, 
   });
 }
 
-void moe_paged_attention(int is_bf16, const AttentionShape* shape, const StepLayout* step, const void* queries,
+void moe_paged_attention(Element element, const AttentionShape* shape, const StepLayout* step, const void* queries,
                          int64_t stride, const void* key_cache, const void* value_cache, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     paged_attention(engine, *shape, *step, static_cast<const T*>(queries), stride, static_cast<const T*>(key_cache),
                     static_cast<const T*>(value_cache), static_cast<T*>(out));
   });
 }
 
-void moe_attention_block(int is_bf16, const AttentionBlock* block, const StepLayout* step, const StepHeads* heads,
+void moe_attention_block(Element element, const AttentionBlock* block, const StepLayout* step, const StepHeads* heads,
                          const void* x, void* key_cache, void* value_cache, void* residual, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     attention_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
                     static_cast<T*>(value_cache), static_cast<T*>(residual), static_cast<T*>(out));
@@ -185,18 +185,18 @@ int64_t moe_group_by_slot(const int64_t* slot, int64_t size, int64_t slots, int6
   return group_by_slot(slot, size, slots, order, counts);
 }
 
-void moe_grouped_mlp(int is_bf16, const Experts* experts, const void* x, int64_t num_rows, const int64_t* row,
+void moe_grouped_mlp(Element element, const Experts* experts, const void* x, int64_t num_rows, const int64_t* row,
                      const int64_t* counts, void* y) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     grouped_mlp(engine, *experts, static_cast<const T*>(x), num_rows, row, counts, static_cast<T*>(y));
   });
 }
 
 // `order` as group_by_slot gives it: row i of `y` is that of (token, k) number order[i]; null: in order already.
-void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* order, const float* weights,
+void moe_combine(Element element, const void* y, int64_t num_rows, const int64_t* order, const float* weights,
                  int64_t tokens, int64_t top_k, int64_t hidden, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     int64_t* place = engine.groups.get<int64_t>(tokens * top_k);
     std::fill_n(place, tokens * top_k, -1);
@@ -206,26 +206,26 @@ void moe_combine(int is_bf16, const void* y, int64_t num_rows, const int64_t* or
   });
 }
 
-void moe_choose_experts(int is_bf16, const Gate* gate, const Policies* policies, const void* x, int64_t tokens,
+void moe_choose_experts(Element element, const Gate* gate, const Policies* policies, const void* x, int64_t tokens,
                         int64_t num_decode, float* logits, float* weights, int64_t* experts) {
-  dispatch(is_bf16, [&](auto type) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     choose_experts(engine, *gate, *policies, static_cast<const T*>(x), tokens, num_decode, logits, weights,
                    experts);
   });
 }
 
-int64_t moe_sparse_block(int is_bf16, const SparseBlock* block, const Policies* policies, const SpreadStep* spread,
+int64_t moe_sparse_block(Element element, const SparseBlock* block, const Policies* policies, const SpreadStep* spread,
                          const void* x, int64_t tokens, int64_t num_decode, void* residual, void* out) {
-  return dispatch(is_bf16, [&](auto type) {
+  return dispatch(element, [&](auto type) {
     using T = decltype(type);
     return sparse_block(engine, *block, *policies, spread, static_cast<const T*>(x), tokens, num_decode,
                         static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
 
-void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_t tokens, void* residual, void* out) {
-  dispatch(is_bf16, [&](auto type) {
+void moe_dense_block(Element element, const DenseBlock* block, const void* x, int64_t tokens, void* residual, void* out) {
+  dispatch(element, [&](auto type) {
     using T = decltype(type);
     dense_block(engine, *block, static_cast<const T*>(x), tokens, static_cast<T*>(residual), static_cast<T*>(out));
   });
@@ -235,7 +235,7 @@ void moe_dense_block(int is_bf16, const DenseBlock* block, const void* x, int64_
 void moe_layers_begin(LayersCall* call) {
   call->errand.run = [](Errand* errand) {
     LayersCall& call = *reinterpret_cast<LayersCall*>(errand);
-    call.late = call.is_bf16 ? run_layers<bf16>(engine, call) : run_layers<float>(engine, call);
+    call.late = static_cast<Element>(call.element) ? run_layers<bf16>(engine, call) : run_layers<float>(engine, call);
   };
   engine.pool.post(call->errand);
 }
@@ -267,9 +267,9 @@ int64_t moe_exchange_bring_back(Exchange* exchange, const char* y, int64_t timeo
   return exchange->bring_back(engine, y, timeout_ns, out);
 }
 
-int64_t moe_exchange_combine(int is_bf16, Exchange* exchange, const void* y, const float* weights, int64_t timeout_ns,
+int64_t moe_exchange_combine(Element element, Exchange* exchange, const void* y, const float* weights, int64_t timeout_ns,
                              void* out) {
-  return dispatch(is_bf16, [&](auto type) {
+  return dispatch(element, [&](auto type) {
     using T = decltype(type);
     return exchange->combine(engine, static_cast<const T*>(y), weights, static_cast<const T*>(nullptr), timeout_ns,
                              static_cast<T*>(out));

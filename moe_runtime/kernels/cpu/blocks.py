@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, Step, check_arrived, is_bf16, pointer
+from moe_runtime.kernels.cpu.native import Kernels, Step, check_arrived, element, pointer
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
 
@@ -70,7 +70,7 @@ class AttentionCall:
         self.next_norm = next_norm
         self._keep = (q_norm_d, k_norm_d)
         self._dtype = qkv.dtype
-        self._is_bf16 = qkv.is_bf16
+        self._element = qkv.format.native
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +92,7 @@ class AttentionCall:
         out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
         assert out_TD.shape == (len(x_TD), self.output.outputs)
         self.kernels.library.moe_attention_block(
-            self._is_bf16,
+            self._element,
             self.address,
             step.address,
             step.heads_address,
@@ -178,7 +178,7 @@ class GateCall:
         experts_TK = torch.empty(len(x_TD), self.top_k, dtype=torch.int64)
         asked = policies.struct(len(x_TD), self.top_k)
         self.kernels.library.moe_choose_experts(
-            is_bf16(x_TD),
+            element(x_TD),
             self.address,
             ctypes.addressof(asked),
             pointer(x_TD),
@@ -226,7 +226,7 @@ class SparseCall:
         self.address = ctypes.addressof(self.struct)
         self.has_exchange = exchange is not None
         self._keep = slot_EP
-        self._is_bf16 = experts.is_bf16
+        self._element = experts.format.native
 
     def __call__(
         self,
@@ -247,7 +247,7 @@ class SparseCall:
         residual = _residual(self.next_norm, residual_TD, out_TD)
         asked = policies.struct(len(x_TD), self.gate.top_k)
         late = self.experts.kernels.library.moe_sparse_block(
-            self._is_bf16,
+            self._element,
             self.address,
             ctypes.addressof(asked),
             structs.address(spread),
@@ -274,7 +274,7 @@ class DenseCall:
         self.mlp, self.next_norm = mlp, next_norm
         self.struct = structs.DenseStruct(_next_norm(next_norm), mlp.address)
         self.address = ctypes.addressof(self.struct)
-        self._is_bf16 = mlp.is_bf16
+        self._element = mlp.format.native
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
         """`[T, D]`."""
@@ -282,7 +282,7 @@ class DenseCall:
         out_TD = torch.empty_like(x_TD)
         residual = _residual(self.next_norm, residual_TD, out_TD)
         self.mlp.kernels.library.moe_dense_block(
-            self._is_bf16, self.address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
+            self._element, self.address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
         )
         return out_TD
 

@@ -78,6 +78,9 @@ void for_rows(Pool& pool, int64_t rows, const Body& body) {
   });
 }
 
+// What activations are made of. Weights are float32 too, or bf16 in codes; kernels/weight_format.py has the numbers.
+enum Element : int { kFloat32 = 0, kBf16 = 1 };
+
 // A packed weight; plain data, filled by the caller. `escapes` has a list for each panel of bf16.
 struct Weight {
   const void* data;

@@ -138,7 +138,7 @@ struct Layer {
 // All layers of a decoder. `x` holds the normed rows before and after, `residual` the residual rows.
 struct LayersCall {
   Errand errand;
-  int64_t is_bf16;
+  int64_t element;
   const Layer* layers;
   int64_t count;
   const Policies* policies;    // one for each sparse layer, in order, or null

@@ -37,7 +37,7 @@ class Layers:
         self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
         self._dtype = blocks[0][0].qkv.dtype
-        self._is_bf16 = blocks[0][0].qkv.is_bf16
+        self._element = blocks[0][0].qkv.format.native
         self._layers = (structs.LayerStruct * len(blocks))(
             *(
                 structs.LayerStruct(
@@ -72,7 +72,7 @@ class Layers:
         assert x_TD.shape[0] == step.layout.tokens and self._has_exchange == (spread is not None)
         step.heads.page_size = self._page_size
         call = structs.LayersCall(
-            is_bf16=self._is_bf16,
+            element=self._element,
             layers=self._address,
             count=len(self._layers),
             policies=None if structure is None else ctypes.addressof(structure),

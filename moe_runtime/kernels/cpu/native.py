@@ -22,6 +22,7 @@ from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.library import NativeUnavailableError, ensure_library
 from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepHeads, StepLayout
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
+from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.system.pages import HUGE_PAGE, ask_for_huge_pages
 
 logger = logging.getLogger(__name__)
@@ -62,20 +63,22 @@ def load_or_none() -> Kernels | None:
     return kernels
 
 
-def is_bf16(tensor: Tensor) -> bool:
-    """Whether a tensor is bfloat16; float32 is the other type that is allowed.
+def native_format(dtype: torch.dtype) -> WeightFormat:
+    """How the kernels hold matrices of a dtype.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither float32 nor bfloat16.
     """
-    return is_bf16_dtype(tensor.dtype)
-
-
-def is_bf16_dtype(dtype: torch.dtype) -> bool:
-    """See `is_bf16`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
-    return dtype == torch.bfloat16
+    return WeightFormat.of(str(dtype).removeprefix("torch."), coded=True)
+
+
+def element(tensor: Tensor) -> int:
+    """The number of a tensor's dtype in the library. Raises ValueError as `native_format`."""
+    found = native_format(tensor.dtype).native
+    assert found is not None
+    return found
 
 
 def check_arrived(late: int, timeout_ns: int) -> None:
@@ -191,7 +194,7 @@ class Kernels:
         size = x_TD.shape[-1]
         assert weight_D.dtype == x_TD.dtype and len(weight_D) == size
         rows = x_TD.numel() // size
-        self.library.moe_rms_norm(is_bf16(x_TD), pointer(x_TD), pointer(weight_D), rows, size, eps, out.data_ptr())
+        self.library.moe_rms_norm(element(x_TD), pointer(x_TD), pointer(weight_D), rows, size, eps, out.data_ptr())
         return out
 
     def add_rms_norm(
@@ -203,7 +206,7 @@ class Kernels:
         assert residual_TD.shape == x_TD.shape and len(weight_D) == size
         assert x_TD.dtype == residual_TD.dtype == weight_D.dtype
         self.library.moe_add_rms_norm(
-            is_bf16(x_TD),
+            element(x_TD),
             pointer(x_TD),
             pointer(residual_TD),
             pointer(weight_D),
@@ -219,7 +222,7 @@ class Kernels:
         """See `torch_ops.silu_mul`; rounded once, at the end."""
         rows, size = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
         out = gate_up_T2F.new_empty(rows, size)
-        self.library.moe_silu_mul(is_bf16(gate_up_T2F), pointer(gate_up_T2F), rows, size, out.data_ptr())
+        self.library.moe_silu_mul(element(gate_up_T2F), pointer(gate_up_T2F), rows, size, out.data_ptr())
         return out
 
     def paged_attention(
@@ -242,7 +245,7 @@ class Kernels:
         )
         out_THd = torch.empty_like(q_THd)
         self.library.moe_paged_attention(
-            is_bf16(q_THd),
+            element(q_THd),
             ctypes.addressof(shape),
             step.address,
             pointer(q_THd),
@@ -320,7 +323,7 @@ class Kernels:
         assert order_R is None or (order_R.dtype == torch.int64 and len(order_R) == num_rows)
         out_TD = y_RD.new_empty(num_tokens, hidden)
         self.library.moe_combine(
-            is_bf16(y_RD),
+            element(y_RD),
             pointer(y_RD),
             num_rows,
             pointer(order_R),
@@ -334,7 +337,7 @@ class Kernels:
 
     def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
         """Room for `copies` packed weights `[outputs, inputs]`, uint8 `[copies, bytes]`, in huge pages."""
-        nbytes: int = self.library.moe_packed_bytes(dtype == torch.bfloat16, outputs, inputs)
+        nbytes: int = self.library.moe_packed_bytes(native_format(dtype).native, outputs, inputs)
         return self._room(copies * nbytes).view(copies, nbytes)
 
     def _room(self, nbytes: int) -> Tensor:

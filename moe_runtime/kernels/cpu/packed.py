@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, is_bf16_dtype, pointer
+from moe_runtime.kernels.cpu.native import Kernels, native_format, pointer
 from moe_runtime.kernels.cpu.structs import Weight
 
 PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
@@ -24,7 +24,7 @@ class PackedMatrices:
     """Room for weights `[outputs, inputs]`, packed one after the other. Put in all rows of one before its use.
 
     Attributes:
-        is_bf16: whether they are in codes; else they are float32.
+        format: how they are held.
         data: uint8 `[copies, bytes]`.
         escapes: int64 `[copies, panels]`, addresses of the lists of what the codes of bfloat16 panels leave out; 0 for
             none. They belong to this object.
@@ -34,7 +34,7 @@ class PackedMatrices:
     """
 
     def __init__(self, kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> None:
-        self.is_bf16 = is_bf16_dtype(dtype)
+        self.format = native_format(dtype)
         self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs = outputs, inputs
         self.data = kernels.packed_empty(dtype, outputs, inputs, copies)
@@ -51,7 +51,7 @@ class PackedMatrices:
         assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
         assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
         self.kernels.library.moe_pack(
-            self.is_bf16,
+            self.format.native,
             weight_MD.data_ptr(),
             weight_MD.stride(0),
             first_row // PANEL,
@@ -65,7 +65,7 @@ class PackedMatrices:
         """Rows of a weight, `[rows, inputs]`."""
         out = torch.empty(rows, self.inputs, dtype=self.dtype)
         self.kernels.library.moe_unpack(
-            self.is_bf16,
+            self.format.native,
             self.data[copy].data_ptr(),
             self.escapes[copy].data_ptr(),
             first_row,
@@ -103,7 +103,7 @@ class PackedLinear:
         self.outputs, self.inputs, self.bias = outputs, inputs, bias
         self.matrix = PackedMatrices(kernels, dtype, outputs, inputs)
         self.weight = Weight(self.matrix.data.data_ptr(), self.matrix.escapes.data_ptr(), outputs, inputs)
-        self.is_bf16 = self.matrix.is_bf16
+        self.format = self.matrix.format
         self._address = ctypes.addressof(self.weight)
         self._bias = pointer(bias)
 
@@ -135,7 +135,7 @@ class PackedLinear:
         assert index_T.dtype == torch.int64 and index_T.ndim == 1
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
         taken = self.kernels.library.moe_take_rows(
-            self.is_bf16, self._address, pointer(index_T), len(index_T), out.data_ptr()
+            self.format.native, self._address, pointer(index_T), len(index_T), out.data_ptr()
         )
         if taken < len(index_T):
             raise ValueError(f"index: {int(index_T[taken])} is not allowed; it must be from 0 to {self.outputs - 1}")
@@ -146,7 +146,7 @@ class PackedLinear:
         assert x_TD.dtype == self.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
         out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
         self.kernels.library.moe_linear(
-            self.is_bf16, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
+            self.format.native, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
         )
         return out
 
@@ -172,7 +172,7 @@ class PackedExperts:
             intermediate_size,
         )
         self.address = ctypes.addressof(self.experts)
-        self.is_bf16 = self.w13.is_bf16
+        self.format = self.w13.format
 
     @property
     def nbytes(self) -> int:
@@ -211,6 +211,12 @@ class PackedExperts:
         y_RD = x_ND.new_empty(rows, self.hidden_size) if room_RD is None else room_RD
         assert y_RD.dtype == self.dtype and y_RD.shape == (rows, self.hidden_size) and y_RD.is_contiguous()
         self.kernels.library.moe_grouped_mlp(
-            self.is_bf16, self.address, pointer(x_ND), len(x_ND), pointer(row_R), pointer(counts_S), y_RD.data_ptr()
+            self.format.native,
+            self.address,
+            pointer(x_ND),
+            len(x_ND),
+            pointer(row_R),
+            pointer(counts_S),
+            y_RD.data_ptr(),
         )
         return y_RD

@@ -126,7 +126,7 @@ class LayersCall(ctypes.Structure):
     _fields_ = (
         ("run", c_void_p),
         ("done", c_uint32),
-        ("is_bf16", c_int64),
+        ("element", c_int64),
         ("layers", c_void_p),
         ("count", c_int64),
         ("policies", c_void_p),
