@@ -24,7 +24,7 @@ from typing import Any
 LONG_PROMPT = 2048  # tokens, all in one step
 PROMPT_TOKENS = 32  # before decode steps
 BATCHES = (1, 8, 32)
-WORKLOADS = {f"decode step, {batch} sequences": batch for batch in BATCHES} | {f"prompt of {LONG_PROMPT} tokens": 0}
+WORKLOADS = {f"decode step, batch {batch}": batch for batch in BATCHES} | {f"prompt of {LONG_PROMPT} tokens": 0}
 LOAD_DEADLINE = 600.0
 MEASURE_DEADLINE = 300.0
 END_DEADLINE = 30.0
