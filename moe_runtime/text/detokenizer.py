@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from itertools import islice
 
 REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are no whole character
 CONTEXT_TOKENS = 6  # tokens decoded before the new ones, so that spaces between words come out right
@@ -30,9 +31,13 @@ class IncrementalDecoder:
         self._held: list[int] = []
 
     def _context(self, context: Sequence[int]) -> tuple[list[int], str]:
-        """The last tokens of `context` and their text, from where a character begins: it has four bytes at most."""
+        """The last tokens of `context` that are shown, and their text, from where a character begins: it has four bytes
+        at most."""
+        shown = list(islice((token for token in reversed(context) if token not in self._hidden), CONTEXT_TOKENS + 3))[
+            ::-1
+        ]
         for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + 4):
-            known = [token for token in context[-count:] if token not in self._hidden]
+            known = shown[-count:]
             text = self._decode(known)
             if not text.startswith(REPLACEMENT):
                 break

@@ -95,6 +95,15 @@ def test_special_tokens_are_hidden_or_shown(tokenizers, name):
     assert shown.count("<|end|>") == 3
 
 
+@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("count", [1, 6, 9, 30])
+def test_a_prompt_that_ends_in_hidden_tokens_is_continued_with_a_space(tokenizers, name, count):
+    tokenizer = tokenizers[name]
+    end = tokenizer.encode("<|end|>")[-1]
+    assert_pieces_add_up(tokenizer, [*tokenizer.encode("a"), *[end] * count], tokenizer.encode("a 0")[1:])
+    assert_pieces_add_up(tokenizer, [end] * count, tokenizer.encode("a 0"))
+
+
 def assert_pieces_add_up(tokenizer: Tokenizer, context: list[int], token_ids: list[int]) -> None:
     pieces = pieces_of(make_decoder(tokenizer, context), token_ids)
     assert tokenizer.decode(context) + "".join(pieces) == tokenizer.decode(context + token_ids)
@@ -114,7 +123,8 @@ def test_any_tokens_give_in_pieces_what_they_give_together(tokenizers, data):
 def test_any_text_gives_in_pieces_what_it_gives_together(tokenizers, data):
     """SentencePiece gives bytes that are no text another number of replacements in pieces; so only text."""
     tokenizer = tokenizers["metaspace"]
-    texts = st.lists(st.text(max_size=5) | st.sampled_from([" ", " sea", "<|end|>", "🦀"]), max_size=8)
+    words = st.sampled_from([" ", " sea", " 0", "🦀"])
+    texts = st.lists(st.text(max_size=5) | words | st.integers(1, 12).map("<|end|>".__mul__), max_size=8)
     context, token_ids = ([token for text in data.draw(texts) for token in tokenizer.encode(text)] for _ in range(2))
     assert_pieces_add_up(tokenizer, [*tokenizer.encode("a"), *context], token_ids)
 
