@@ -28,11 +28,13 @@ def test_load_that_stays_is_balanced_once(monkeypatch: pytest.MonkeyPatch, copy_
     ranks, load = SimulatedRanks(monkeypatch, copy_seconds), next(loads())
     assert ranks.balancedness(load) < 0.6
     ranks.serve(load, 15)
-    at_first = ranks.rebalancer.stats().moves
+    # Averages of the first looks are rough, and where copies cost next to nothing every better plan pays back: how
+    # often experts move until here is chance. From here on it is not.
+    at_first, looks = ranks.rebalancer.stats().moves, ranks.num_looks
     assert ranks.balancedness(load) > 0.9
     ranks.serve(load, 60)
     assert ranks.rebalancer.stats().moves - at_first <= at_first / 4
-    assert len(ranks.moved_at) <= 3
+    assert sum(look > looks for look in ranks.moved_at) <= 2
 
 
 @pytest.mark.parametrize("copy_seconds", [0.001, 0.1])
