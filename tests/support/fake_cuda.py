@@ -11,10 +11,16 @@ import torch
 
 
 class FakeCuda:
-    """`log` holds what happened; work that tests do themselves notes itself with `note`."""
+    """Work that tests do themselves notes itself with `note`.
+
+    Attributes:
+        log: what happened, in order of the calls.
+        before: for each work, what a GPU is sure to have done before it begins, by streams and what they wait for.
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.log: list[str] = []
+        self.before: dict[str, set[str]] = {}
         self.current = FakeStream(self, "main")
         fakes = {
             "current_stream": lambda device=None: self.current,
@@ -29,6 +35,8 @@ class FakeCuda:
 
     def note(self, what: str) -> None:
         self.log.append(f"{what} on {self.current.name}")
+        self.before[what] = set(self.current.done)
+        self.current.done.add(what)
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -47,9 +55,11 @@ class FakeCuda:
 class FakeStream:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.cuda, self.name = cuda, name
+        self.done: set[str] = set()
 
     def wait_stream(self, other: FakeStream) -> None:
         self.cuda.log.append(f"{self.name} waits for {other.name}")
+        self.done |= other.done
 
 
 class FakeGraph:
