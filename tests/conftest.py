@@ -1,27 +1,122 @@
-"""Shared fixtures: one pool of ranks per `ep_size`, kept for the whole session."""
+"""Options and seeds of a test run, and the fixtures that all tests share."""
 
 from __future__ import annotations
 
 import os
 import random
+import runpy
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from rank_pool import RankPool
+
+HERE = Path(__file__).parent
+MOST_WORKERS = 4
+FORCED_KERNELS = HERE / "support" / "forced_kernels"
 
 # Many small models on few cores, often several processes at once: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `python -m pytest` puts the root on the path, where our links `kernels`, `serve`, ... pass for packages.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).parent.parent]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE.parent]
 
-import pytest
-import torch
-from rank_pool import RankPool
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    group = parser.getgroup("moe_runtime")
+    group.addoption("--quick", action="store_true", help="only tests marked quick: some of every room, in two minutes")
+    group.addoption("--full", action="store_true", help="also tests marked slow")
+    group.addoption("--seed", type=int, help="repeat the run that printed this seed")
+    group.addoption("--kernels", metavar="SET", help="the native kernels' best instruction set, or off")
+    group.addoption("--openblas", metavar="CORE", help="the processor that OpenBLAS takes this one for, as Haswell")
+    config: Any = pluginmanager.getplugin("pytestconfig")
+    set_environment(parser.parse_known_args([str(arg) for arg in config.invocation_params.args]))
+
+
+def set_environment(options: Any) -> None:
+    """What children inherit, and what must be known before numpy and the native kernels are imported here."""
+    if options.openblas:
+        assert "numpy" not in sys.modules
+        os.environ["OPENBLAS_CORETYPE"] = options.openblas
+    if options.kernels and "PYTEST_XDIST_WORKER" not in os.environ:  # else the worker has it from the start
+        os.environ["MOE_RUNTIME_TEST_KERNELS"] = options.kernels
+        path = [str(FORCED_KERNELS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
+        runpy.run_path(str(FORCED_KERNELS / "sitecustomize.py"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if option.seed is None:  # the workers of a run are told the same one
+        option.seed = random.SystemRandom().getrandbits(32)
+    option.hypothesis_seed = str(option.seed)
+    if option.full:
+        option.markexpr = option.markexpr.replace(" and not slow", "")
+    if option.quick:
+        option.markexpr = f"({option.markexpr or 'not gpu'}) and quick"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):
+        reporter.write_line(repeat_with(session.config))
+
+
+def repeat_with(config: pytest.Config) -> str:
+    option = config.option
+    given = [f"--seed {option.seed}"]
+    given += [f"--{name} {value}" for name in ("kernels", "openblas") if (value := config.getoption(name))]
+    return f"repeat with {' '.join(given)}"
+
+
+def seed_of(config: pytest.Config, name: str) -> int:
+    from seeds import seed_for
+
+    return seed_for(config.option.seed, name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    from seeds import seed_all
+
+    seed_all(seed_of(item.config, item.nodeid))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest) -> Any:
+    """What tests share is the same whichever of them comes first."""
+    from seeds import seeded
+
+    if fixturedef.scope == "function":
+        return (yield)
+    name = f"{fixturedef.baseid}::{fixturedef.argname}[{getattr(request, 'param_index', 0)}]"
+    with seeded(seed_of(request.config, name)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        report.sections.append(("seed", repeat_with(item.config)))
+    return report
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """The test's own."""
+    return seed_of(request.config, request.node.nodeid)
 
 
 @pytest.fixture(scope="session")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     """`rank_pool(n)` gives `n` processes in a gloo group; they are started once and end with the session."""
+    from rank_pool import RankPool
+
     pools: dict[int, RankPool] = {}
 
     def get(num_ranks: int) -> RankPool:
@@ -34,18 +129,12 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
         pool.close()
 
 
-@pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> int:
-    """A seed of each test's own, drawn anew every run and shown when the test fails."""
-    value = zlib.crc32(request.node.nodeid.encode()) ^ random.SystemRandom().getrandbits(32)
-    torch.manual_seed(value)
-    request.node.user_properties.append(("seed", value))
-    return value
+def pytest_xdist_auto_num_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    report = yield
-    if report.failed:
-        report.sections.append(("seed", str(dict(item.user_properties).get("seed"))))
-    return report
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from workers import ByFile
+
+    return ByFile(config, log)

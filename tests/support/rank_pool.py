@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import tempfile
 import traceback
 from collections import deque
@@ -53,8 +54,9 @@ class RankPool:
             self._processes.append(process)
 
     def send(self, function: Callable[..., Any], *args: Any) -> None:
-        for pipe in self._pipes:
-            pipe.send((function, args))
+        seed = random.getrandbits(32)
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send((function, args, seed + rank))
 
     def receive(self) -> list[Any]:
         """Each rank's answer to the oldest call; an exception on a rank is raised here with its traceback."""
@@ -88,13 +90,15 @@ def _serve(rank: int, num_ranks: int, store_path: str, pipe: Connection) -> None
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
     import torch.distributed as dist
+    from seeds import seed_all
 
     torch.set_num_threads(1)
     store = dist.FileStore(store_path, num_ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
     context = RankContext(rank, num_ranks, dist.group.WORLD)
     while (call := pipe.recv()) is not None:
-        function, args = call
+        function, args, seed = call
+        seed_all(seed)
         try:
             pipe.send((True, function(context, *args)))
         except Exception:  # noqa: BLE001 - the test's process raises it

@@ -1,0 +1,41 @@
+"""Native kernels as a lesser processor has them, in every process that has this folder on its PYTHONPATH.
+
+`MOE_RUNTIME_TEST_KERNELS` names the best instruction set that there is to be, or is `off`. Python imports this file as
+it starts, and nothing is changed until the runtime asks for the instruction sets.
+"""
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+
+LIBRARY = "moe_runtime.kernels.cpu.library"
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Takes instruction sets away from the module that lists them, once it has been run."""
+
+    def __init__(self, best):
+        self.best = best
+
+    def find_spec(self, name, path, target=None):
+        if name != LIBRARY:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            sets = module.INSTRUCTION_SETS
+            assert self.best == "off" or self.best in sets, f"--kernels: {self.best!r} is none of {[*sets]}, off"
+            for other in [*sets]:
+                if other == self.best:
+                    break
+                del sets[other]
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if best := os.environ.get("MOE_RUNTIME_TEST_KERNELS"):
+    sys.meta_path.insert(0, Finder(best))

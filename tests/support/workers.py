@@ -1,0 +1,14 @@
+"""How tests are shared out to the workers of a run."""
+
+from __future__ import annotations
+
+from places import ROOT
+from xdist.scheduler import LoadScopeScheduling
+
+
+class ByFile(LoadScopeScheduling):
+    """A file's tests go to one worker, which makes its fixtures once; those of all files with rank pools go to one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ranks" if "rank_pool" in (ROOT / file).read_text() else file
