@@ -27,7 +27,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE.pare
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     group = parser.getgroup("moe_runtime")
-    group.addoption("--quick", action="store_true", help="only tests marked quick: some of every room, in two minutes")
+    group.addoption("--quick", action="store_true", help="some tests of every room, in less than two minutes")
     group.addoption("--full", action="store_true", help="also tests marked slow")
     group.addoption("--seed", type=int, help="repeat the run that printed this seed")
     group.addoption("--kernels", metavar="SET", help="the native kernels' best instruction set, or off")
@@ -56,8 +56,25 @@ def pytest_configure(config: pytest.Config) -> None:
     option.hypothesis_seed = str(option.seed)
     if option.full:
         option.markexpr = option.markexpr.replace(" and not slow", "")
-    if option.quick:
-        option.markexpr = f"({option.markexpr or 'not gpu'}) and quick"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not config.option.quick or not collection_path.name.startswith("test_"):
+        return None
+    from quick_tests import QUICK
+
+    name = collection_path.relative_to(HERE).as_posix()
+    return not any(test.partition("::")[0] == name for test in QUICK) or None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    if config.option.quick:
+        from quick_tests import is_quick
+
+        others = [item for item in items if not is_quick(item.nodeid.removeprefix("tests/"))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import statistics
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import Pools
+from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
-from rank_pool import RankPool
 from tiny_models import CASES, VOCAB, make_model, save
 from torch import Tensor
 
+from moe_runtime.kernels.cpu.library import can_have_kernels
+
 TORCH_WAYS = ("all_to_all", "all_gather")
+MOST_KL = 1.1  # of transformers' own; docs/architecture.md
 
 
 def reference(model: Any, prompts: list[list[int]]) -> list[Tensor]:
@@ -32,47 +38,77 @@ def random_cuts(length: int) -> list[int]:
     return [length - 2, length - 1, length]
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "native"),
-    [(1, True), (2, True), (4, True), (1, False), (4, False)],
-    ids=lambda value: {True: "native", False: "torch"}.get(value, value) if isinstance(value, bool) else str(value),
-)
-@pytest.mark.parametrize("case", CASES)
-def test_float32_logits(
-    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_ranks: int, native: bool
-) -> None:
-    model = make_model(case)
-    save(model, tmp_path)
+@dataclass(frozen=True)
+class Example:
+    """A model, prompts, and transformers' logits of them."""
+
+    path: Path
+    prompts: list[list[int]]
+    logits: list[Tensor]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    model = make_model(request.param)
     lengths = [int(n) for n in torch.randint(3, 30, (4,))] + [70]
     prompts = [torch.randint(0, VOCAB, (length,)).tolist() for length in lengths]
+    return Example(save(model, tmp_path_factory.mktemp("model")), prompts, reference(model, prompts))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "native"),
+    [
+        pytest.param(num_ranks, native, marks=needs_native_kernels if native else (), id=f"{num_ranks}-{kind}")
+        for num_ranks, native, kind in (
+            (1, True, "native"),
+            (4, True, "native"),
+            (1, False, "torch"),
+            (2, False, "torch"),
+        )
+    ],
+)
+def test_float32_logits(rank_pool: Pools, example: Example, num_ranks: int, native: bool) -> None:
+    prompts = example.prompts
     ranks = [0, 1 % num_ranks, 0, 2 % num_ranks, 0]  # with four ranks, one has no sequence
     ways = (*TORCH_WAYS, "symmetric") if native else TORCH_WAYS
-    steps = plan_steps(prompts, ranks, num_ranks, [random_cuts(length) for length in lengths], ways)
-    results = rank_pool(num_ranks).run(run_steps, tmp_path, "float32", steps, native)
-    for ours, theirs in zip(gather(results, len(prompts)), reference(model, prompts), strict=True):
+    steps = plan_steps(prompts, ranks, num_ranks, [random_cuts(len(prompt)) for prompt in prompts], ways)
+    results = rank_pool(num_ranks).run(run_steps, example.path, "float32", steps, native)
+    for ours, theirs in zip(gather(results, len(prompts)), example.logits, strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
         assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
+def bounds(ratios: list[float]) -> tuple[float, float]:
+    """Three standard errors below and above the mean; wide enough that looking after every model does no harm."""
+    if len(ratios) < 6:
+        return -math.inf, math.inf
+    margin = 3 * statistics.stdev(ratios) / len(ratios) ** 0.5
+    return statistics.mean(ratios) - margin, statistics.mean(ratios) + margin
+
+
 @pytest.mark.parametrize(("case", "num_experts"), [("qwen3", 7), ("mixtral", 5), ("glm4", 12)])
 def test_bfloat16_is_as_close_to_float32_as_transformers(
-    rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, num_experts: int, native: bool
+    rank_pool: Pools, tmp_path: Path, case: str, num_experts: int
 ) -> None:
-    """Mean KL to float32, ours over theirs, of several models; within twice the standard error of that mean. All
+    """Mean KL to float32, ours over theirs: of so many models that it is surely at most 1.1, or surely more. All
     experts are used, since a choice that rounding flips moves the logits so far that a small sample says nothing."""
-    ratios = []
-    for attempt in range(8):
+    ratios: dict[bool, list[float]] = {native: [] for native in ((True, False) if can_have_kernels() else (False,))}
+    for attempt in range(80):
+        open_ways = [native for native, found in ratios.items() if bounds(found)[0] <= MOST_KL < bounds(found)[1]]
+        if not open_ways:
+            break
         model = make_model(case, num_experts_per_tok=num_experts)
         path = save(model.bfloat16(), tmp_path / str(attempt))
-        prompts = [torch.randint(0, VOCAB, (80,)).tolist() for _ in range(12)]
+        prompts = [torch.randint(0, VOCAB, (80,)).tolist() for _ in range(8)]
         theirs = torch.cat(reference(model, prompts)).log_softmax(-1)
         exact = torch.cat(reference(model.float(), prompts)).log_softmax(-1)
-        steps = plan_steps(prompts, [0, 1] * 6, 2, [[80]] * 12, TORCH_WAYS)
-        results = rank_pool(2).run(run_steps, path, "bfloat16", steps, native)
-        ours = torch.cat(gather(results, len(prompts))).log_softmax(-1)
-        kl_ours, kl_theirs = ((exact.exp() * (exact - other)).sum(-1).mean().item() for other in (ours, theirs))
-        assert kl_theirs > 0
-        ratios.append(kl_ours / kl_theirs)
-    standard_error = statistics.stdev(ratios) / len(ratios) ** 0.5
-    assert statistics.mean(ratios) - 2 * standard_error <= 1.1, ratios
+        steps = plan_steps(prompts, [0, 1] * 4, 2, [[80]] * 8, TORCH_WAYS)
+        for native in open_ways:
+            results = rank_pool(2).run(run_steps, path, "bfloat16", steps, native)
+            ours = torch.cat(gather(results, len(prompts))).log_softmax(-1)
+            kl_ours, kl_theirs = ((exact.exp() * (exact - other)).sum(-1).mean().item() for other in (ours, theirs))
+            assert kl_theirs > 0
+            ratios[native].append(kl_ours / kl_theirs)
+        shutil.rmtree(path)
+    for native, found in ratios.items():
+        assert bounds(found)[1] <= MOST_KL, ("native" if native else "torch", statistics.mean(found), found)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import row_products
 import torch
 import triton
 from no_sync import NoSync
@@ -90,6 +91,7 @@ def launches() -> list[str]:
 def main() -> None:
     path = Path(sys.argv[1])
     assert triton.knobs.runtime.interpret
+    row_products.use_in_this_process()
     worker.native_kernels = lambda device, group: None
     invariant = sys.argv[2] == "invariant"
     if invariant:

@@ -41,7 +41,8 @@ class RankPool:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self._dir = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # torch is imported once for all pools
+        context.set_forkserver_preload(["rank_pool", "torch.distributed", "moe_runtime.worker.worker", "transformers"])
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(num_ranks):

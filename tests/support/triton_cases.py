@@ -6,6 +6,7 @@ file itself, run as a script, which prints what went wrong with each case. On a 
 
 import json
 import os
+import random
 import subprocess
 import sys
 import traceback
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import row_products
 import torch
+from seeds import seed_for
 
 Case = Callable[[torch.device, torch.dtype], None]
 
@@ -34,25 +37,27 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def run_cases(cases: Mapping[str, Case]) -> None:
-    """Print, as JSON, seed and traceback of each case, empty where it passed."""
-    errors = {}
+    """Print, as JSON, the traceback of each case, empty where it passed. The script's arguments are the seed and `both`
+    or `one`: of each case both dtypes, or one that is drawn, since the interpreter is slow."""
+    row_products.use_in_this_process()
+    seed, num_dtypes = int(sys.argv[1]), {"both": 2, "one": 1}[sys.argv[2]]
+    draw, errors = random.Random(seed), {}
     for name, check in cases.items():
-        for dtype in INTERPRETED_DTYPES:
-            seed = torch.seed()
+        errors[name] = ""
+        for dtype in draw.sample(INTERPRETED_DTYPES, num_dtypes):
+            torch.manual_seed(seed_for(seed, f"{name} {dtype}"))
             try:
                 check(torch.device("cpu"), dtype)
-                errors[f"{name} {dtype}"] = ""
             except Exception:  # noqa: BLE001 (every kind of failure is a result to report)
-                errors[f"{name} {dtype}"] = f"seed {seed}\n{traceback.format_exc()}"
+                errors[name] += f"{dtype}\n{traceback.format_exc()}"
     json.dump(errors, sys.stdout)
 
 
-def interpret(file: str) -> dict[str, str]:
+def interpret(file: str, seed: int, num_dtypes: str) -> dict[str, str]:
     """What `run_cases` prints in a process that interprets kernels and runs this test file."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    child = subprocess.run(
-        [sys.executable, "-W", "error", file], env=env, cwd=Path(file).parent, capture_output=True, text=True
-    )
+    command = [sys.executable, "-W", "error", file, str(seed), num_dtypes]
+    child = subprocess.run(command, env=env, cwd=Path(file).parent, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     results: dict[str, str] = json.loads(child.stdout)
     return results
@@ -63,15 +68,14 @@ def kernel_tests(file: str, cases: Mapping[str, Case]) -> tuple[Any, Any, Any]:
     child that the fixture runs, and each case on a GPU."""
 
     @pytest.fixture(scope="module")
-    def interpreted() -> dict[str, str]:
-        return interpret(file)
+    def interpreted(request: pytest.FixtureRequest) -> dict[str, str]:
+        num_dtypes = "both" if request.config.getoption("full") else "one"
+        return interpret(file, random.getrandbits(32), num_dtypes)
 
-    @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES, ids=str)
     @pytest.mark.parametrize("case", cases)
-    def test_interpreted(interpreted: dict[str, str], case: str, dtype: torch.dtype) -> None:
-        error = interpreted[f"{case} {dtype}"]
-        if error:
-            pytest.fail(error, pytrace=False)
+    def test_interpreted(interpreted: dict[str, str], case: str) -> None:
+        if interpreted[case]:
+            pytest.fail(interpreted[case], pytrace=False)
 
     @pytest.mark.gpu
     @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
