@@ -108,8 +108,8 @@ def check(shape: Shape, kernels: native.Kernels) -> None:
     """Outputs in float32, for both routings and a few sizes."""
     theirs, ours = DeepSpeedSide(shape, torch.float32), OurSide(shape, torch.float32, kernels, max(CHECKED_TOKENS))
     for routing, tokens in itertools.product(ROUTINGS, CHECKED_TOKENS):
-        theirs.use_replicas(routing)
-        ours.use_replicas(routing)
+        theirs.route(routing)
+        ours.route(routing)
         inputs = draw_inputs(dist.get_rank(), tokens, torch.float32)
         compare(partial(theirs.call, inputs), ours.calls(inputs), torch.float32, f"{shape}, {routing}, {tokens} tokens")
 
@@ -118,8 +118,8 @@ def measure(shape: Shape, options: argparse.Namespace, kernels: native.Kernels) 
     dtype, floor, ranks = torch.bfloat16, Floor(kernels), dist.get_world_size()
     theirs, ours = DeepSpeedSide(shape, dtype), OurSide(shape, dtype, kernels, max(options.tokens))
     for routing, tokens in itertools.product(options.routing, options.tokens):
-        theirs.use_replicas(routing)
-        ours.use_replicas(routing)
+        theirs.route(routing)
+        ours.route(routing)
         inputs = draw_inputs(dist.get_rank(), tokens, dtype)
         calls = {"deepspeed": partial(theirs.call, inputs)} | ours.calls(inputs)
         compare(calls["deepspeed"], ours.calls(inputs), dtype, f"{shape}, {ranks} ranks, {routing}, {tokens} tokens")
@@ -155,6 +155,8 @@ def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) ->
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PEER_TIMEOUT))
     import deepspeed
 
+    # Compiled on first use, for half a minute, and nothing here calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     torch.set_num_threads(len(share))
     kernels = native.load()

@@ -164,7 +164,7 @@ class OurSide:
 
     def _call(self, way: Dispatcher, inputs: list[Tensor], index: int) -> Tensor:
         x_TD = inputs[index % INPUTS]
-        weights_TK, slots_TK = self.routers[index % LAYERS](x_TD, 0)
+        weights_TK, slots_TK, _ = self.routers[index % LAYERS](x_TD, 0)
         sent = way.dispatch(x_TD, slots_TK, [len(x_TD)] * self.ranks)
         y_RD = self.experts[index % LAYERS](sent.x_ND, sent.row_R, sent.counts_S)
         return way.combine(y_RD, sent, weights_TK)
