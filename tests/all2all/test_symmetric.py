@@ -37,7 +37,7 @@ Pools = Callable[[int], RankPool]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rounds", [False, True], ids=["one round", "rounds"])
-@pytest.mark.parametrize(("num_ranks", "steps"), [(1, 200), (2, 2000), (3, 500), (4, 500)])
+@pytest.mark.parametrize(("num_ranks", "steps"), [(1, 200), (2, 2000), (4, 500)])
 def test_random_sizes(
     rank_pool: Pools, seed: int, num_ranks: int, steps: int, rounds: bool, dtype: torch.dtype
 ) -> None:
@@ -64,9 +64,9 @@ def test_a_token_travels_once_to_a_rank(rank_pool: Pools) -> None:
 @pytest.mark.parametrize("both_dispatch", [False, True], ids=["dispatch", "combine"])
 @pytest.mark.parametrize("late_rank", [0, 2])
 def test_a_rank_that_does_not_come_is_named(rank_pool: Pools, late_rank: int, both_dispatch: bool) -> None:
-    answers = rank_pool(3).run(run_alone, late_rank, both_dispatch)
+    answers = rank_pool(4).run(run_alone, late_rank, both_dispatch)
     message = f"symmetric: no rows from rank {late_rank} within 0.3 s"
-    assert answers == [None if rank == late_rank else message for rank in range(3)]
+    assert answers == [None if rank == late_rank else message for rank in range(4)]
 
 
 def test_a_killed_rank_is_named(tmp_path: Path) -> None:

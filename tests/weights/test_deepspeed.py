@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from deepspeed_ranks import CONFIGS, NUM_EXPERTS, train_and_save
+from deepspeed_ranks import NUM_EXPERTS, train_and_save
 from places import SCRIPTS
 from rank_pool import PoolExecutor, RankPool
 from tiny_models import BASE, edit_config
@@ -88,8 +88,9 @@ def expert_file(path: Path, row: int, expert: int) -> Path:
     return path / TAG / f"layer_{row}_expert_{expert}_mp_rank_00_model_states.pt"
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 4])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    ("case", "ep_size"), [("qwen3_moe", 1), ("qwen3_moe", 4), ("qwen3_moe top 1", 2), ("mixtral", 2)]
+)
 def test_outputs_are_deepspeeds_own(
     trained: Callable[[str], Trained], rank_pool: Callable[[int], RankPool], case: str, ep_size: int
 ) -> None:
@@ -140,8 +141,9 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("max_shard_bytes", [1 << 30, 100_000])
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize(
+    ("case", "max_shard_bytes"), [("qwen3_moe", 100_000), ("qwen3_moe top 1", 1 << 30), ("mixtral", 1 << 30)]
+)
 def test_the_converted_checkpoint_is_transformers_model(
     trained: Callable[[str], Trained], tmp_path: Path, case: str, max_shard_bytes: int
 ) -> None:
