@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from rank_pool import RankPool
@@ -54,6 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if option.seed is None:  # the workers of a run are told the same one
         option.seed = random.SystemRandom().getrandbits(32)
     option.hypothesis_seed = str(option.seed)
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
     if option.full:
         option.markexpr = option.markexpr.replace(" and not slow", "")
 
