@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import WAYS, Pools, in_bytes, pool_engine, run, tokens
+from engines import WAYS, Pools, in_bytes, pool_engine, possible, run, tokens
 from tiny_models import VOCAB, make_model, save
 
 from moe_runtime import LLM
@@ -59,7 +59,7 @@ def test_policies_and_experts_are_the_same_however_requests_run(rank_pool: Pools
         assert (experts[experts != 0xFF] < config.moe.num_experts).all()
         assert (experts[:, :, :1] != 0xFF).any()
         assert (experts == 0xFF).any() == (p.routing is not None)
-    for name, (ep_size, options) in WAYS.items():
+    for name, (ep_size, options) in possible(WAYS).items():
         with pool_engine(rank_pool, tmp_path, ep_size, dtype="float32", **in_bytes(options, model)) as made:
             for found, expected in zip(run(made, prompts, params), alone, strict=True):
                 assert tokens(found) == tokens(expected), name

@@ -33,12 +33,9 @@ class NotingParts:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        raise AssertionError("nobody asks for them")
-
-    def gate(self, x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def gate(self, x_TD: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         self.cuda.note("gate")
-        return torch.ones(len(x_TD), 1), torch.zeros(len(x_TD), 1, dtype=torch.int64)
+        return torch.ones(len(x_TD), 1), torch.zeros(len(x_TD), 1, dtype=torch.int64), torch.zeros(len(x_TD), 1)
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         self.cuda.note("dispatch")

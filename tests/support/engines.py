@@ -12,6 +12,7 @@ from rank_pool import PoolExecutor, RankPool
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.engine import Engine
+from moe_runtime.kernels.cpu.library import can_have_kernels
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -27,6 +28,15 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks, all_gather, chunks": (2, {"dispatcher": "all_gather", "max_num_batched_tokens": 9, "max_num_seqs": 3}),
     "two ranks, preempted": (2, {"block_size": 8, "kv_cache_memory_bytes": 13}),
 }
+
+
+def possible(ways: dict[str, tuple[int, dict[str, Any]]]) -> dict[str, tuple[int, dict[str, Any]]]:
+    """The ways that this machine has: rows go through shared memory with native kernels alone."""
+    return {
+        name: (ep_size, options)
+        for name, (ep_size, options) in ways.items()
+        if options.get("dispatcher") != "symmetric" or can_have_kernels()
+    }
 
 
 def in_bytes(options: dict[str, Any], model: Any) -> dict[str, Any]:

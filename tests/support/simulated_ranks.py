@@ -49,7 +49,9 @@ class SimulatedRanks(CountingRanks):
         self._copy_seconds = copy_seconds
         self._held: dict[tuple[int, int, int], int] = {}
         moe = MoEConfig(num_experts=NUM_EXPERTS, top_k=1, intermediate_size=8)
-        model = replace(model_config(), num_layers=NUM_LAYERS, moe_layers=tuple(range(NUM_LAYERS)), moe=moe)
+        model = model_config()
+        layers = (replace(model.layers[0], dense_intermediate_size=None),) * NUM_LAYERS
+        model = replace(model, layers=layers, moe=moe)
         expert_bytes = 3 * 8 * 8 * 4
         monkeypatch.setattr(mover, "FIRST_COPY_RATE", expert_bytes / copy_seconds)
         monkeypatch.setattr(load_monitor, "time", self)
