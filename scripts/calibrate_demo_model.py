@@ -28,8 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, Glm4MoeForCausalLM, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from moe_runtime.demo import fit
-from moe_runtime.demo import quality as measure
+from moe_runtime.demo import fit, quality
 from moe_runtime.demo.carve import Carving
 from moe_runtime.demo.checkpoint import build_checkpoint
 from moe_runtime.demo.dense import load_dense
@@ -78,7 +77,7 @@ def main() -> None:
         carve(dense, capture_ffn_inputs(model, torch.cat(blocks))).save(CARVING)
 
     held_out = {kind: token_blocks(tokenizer, texts, HELD_OUT_BLOCKS) for kind, (_, texts) in documents.items()}
-    figures = {"dense": {kind: measure.perplexity(model, blocks) for kind, blocks in held_out.items()}}
+    figures = {"dense": {kind: quality.perplexity(model, blocks) for kind, blocks in held_out.items()}}
     carving = Carving.load()
     with tempfile.TemporaryDirectory(dir=work_dir) as folder:
         build_checkpoint(locate_gguf(work_dir), carving, Path(folder))
@@ -147,14 +146,14 @@ def measure_carved(folder: Path, tokenizer: PreTrainedTokenizerBase, held_out: d
     default_k = model.config.num_experts_per_tok
     figures: dict[str, Any] = {"default_k": default_k, "log2_scale": LOG2_SCALE, "carved": {}, "load": {}}
     for k in tqdm(MEASURED_KS, desc="measuring", unit="k"):
-        measure.set_num_experts_per_tok(model, k)
-        measured = {kind: measure.perplexity_and_load(model, blocks) for kind, blocks in held_out.items()}
+        quality.set_num_experts_per_tok(model, k)
+        measured = {kind: quality.perplexity_and_load(model, blocks) for kind, blocks in held_out.items()}
         counts = {kind: counts_BLE for kind, (_, counts_BLE) in measured.items()}
         figures["carved"][k] = {kind: value for kind, (value, _) in measured.items()}
-        figures["load"][k] = measure.skew_figures(counts)
+        figures["load"][k] = quality.skew_figures(counts)
         if k == default_k:
             plot_load(counts, REPOSITORY / "docs/images/demo-model-load.png")
-    measure.set_num_experts_per_tok(model, default_k)
+    quality.set_num_experts_per_tok(model, default_k)
     for dtype in (torch.float32, torch.bfloat16):
         model = Glm4MoeForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         answers = {question: greedy_answer(model, tokenizer, question) for question in QUESTIONS}

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_runtime.serve import generate as native
+from moe_runtime.serve import generate
 from moe_runtime.serve.async_engine import AsyncEngine, State
 from moe_runtime.serve.errors import ApiError, add_error_handlers, error_response, json_response
-from moe_runtime.serve.openai import routes as openai_api
+from moe_runtime.serve.openai import routes
 from moe_runtime.serve.page import index_page
 from moe_runtime.types.version import __version__
 
@@ -51,8 +51,8 @@ def create_app(engine: AsyncEngine) -> FastAPI:
     app.state.started = time.time()
     app.add_middleware(BodyLimit)
     add_error_handlers(app)
-    app.include_router(native.router)
-    app.include_router(openai_api.router)
+    app.include_router(generate.router)
+    app.include_router(routes.router)
     _add_health_routes(app, engine)
     _add_expert_routes(app, engine)
     return app
