@@ -26,6 +26,7 @@ from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import GateCall, SparseCall
+from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 1024, 16, 4, 64
@@ -136,7 +137,7 @@ def attention_case(kernels: native.Kernels, rows: int, prefill: bool) -> Case:
     copies = 4 if prefill else 12
     caches = [torch.randn(2, sum(pages), PAGE, KV_HEADS, HEAD_DIM).to(DTYPE) for _ in range(copies)]
     meta = AttentionMetadata.build(num_query, contexts, blocks, torch.device("cpu"))
-    step, q = native.Step(meta), torch.randn(rows, HEADS, HEAD_DIM).to(DTYPE)
+    step, q = NativeStep(meta), torch.randn(rows, HEADS, HEAD_DIM).to(DTYPE)
     scale = HEAD_DIM**-0.5
     seen = rows * (rows + 1) // 2 if prefill else rows * DECODE_CONTEXT
     return Case(

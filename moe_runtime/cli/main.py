@@ -8,14 +8,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from moe_runtime.bench.options import BenchOptions
 from moe_runtime.cli.bench import bench
 from moe_runtime.cli.calibrate import CalibrateOptions, calibrate
 from moe_runtime.cli.generate import engine_options, generate, sampling_options
+from moe_runtime.cli.heatmap import heatmap
 from moe_runtime.cli.inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.cli.plan import PlanOptions, ProfileOptions, plan, profile
 from moe_runtime.cli.tune import tune, tune_options
@@ -34,11 +35,7 @@ from moe_runtime.config.options import (
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError
 
-if TYPE_CHECKING:
-    from moe_runtime.balancer.load import ExpertLoad
-
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-URL_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", _heatmap)
+    parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", heatmap)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--url", metavar="URL", help="of a running server, such as http://127.0.0.1:8000")
     source.add_argument("--load", "--trace", type=Path, metavar="FILE", help="a saved load: .json, .npz or .csv")
@@ -287,48 +284,3 @@ def _tune(namespace: argparse.Namespace) -> int:
 
 def _inspect(namespace: argparse.Namespace) -> int:
     return inspect(namespace)
-
-
-def _heatmap(namespace: argparse.Namespace) -> int:
-    from moe_runtime.balancer.load import ExpertLoad
-
-    with user_mistakes():
-        load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
-        before = None if namespace.before is None else ExpertLoad.load(namespace.before)
-        if namespace.phase:
-            load = _only_phase(load, namespace.phase)
-            before = before and _only_phase(before, namespace.phase)
-        if before is not None:
-            from moe_runtime.balancer.heatmap import draw_pair
-
-            if any(path.suffix != ".png" for path in namespace.output):
-                raise ValueError("output: a picture of before and after can only be a .png")
-            picture = draw_pair(before, load)
-            for path in namespace.output:
-                path.write_bytes(picture)
-            return 0
-        for path in namespace.output:
-            load.save(path)
-    return 0
-
-
-def fetch_load(url: str) -> ExpertLoad:
-    """The load of a running server. Raises ValueError if there is none at `url`."""
-    import json
-    import urllib.request
-
-    from moe_runtime.balancer.load import ExpertLoad
-
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"url: {url!r} is not allowed; it must start with http:// or https://")
-    try:
-        with urllib.request.urlopen(url.rstrip("/") + "/experts/load", timeout=URL_TIMEOUT) as answer:
-            content = json.load(answer)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"url: {url!r} gives no load ({error})") from error
-    return ExpertLoad.from_dict(content)
-
-
-def _only_phase(load: ExpertLoad, phase: str) -> ExpertLoad:
-    """The load with the other phase's counts left out."""
-    return replace(load, tokens={name: counts if name == phase else counts * 0 for name, counts in load.tokens.items()})

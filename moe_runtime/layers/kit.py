@@ -180,6 +180,14 @@ class Kit(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def num_threads(self) -> int:
+        """Threads that compute on the CPU."""
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a row has the same bits in any batch, chunk and rank."""
+
+    @property
     def row_ops(self) -> RowOps:
         """The local work of dispatchers."""
 

@@ -17,7 +17,8 @@ from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
 from moe_runtime.kernels.cpu.layers import Layers
-from moe_runtime.kernels.cpu.native import Kernels, Step, gate_config
+from moe_runtime.kernels.cpu.native import Kernels, gate_config
+from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
@@ -49,6 +50,11 @@ class NativeKit:
     dtype: torch.dtype
 
     device = torch.device("cpu")
+    batch_invariant = True
+
+    @property
+    def num_threads(self) -> int:
+        return self.kernels.num_threads
 
     @property
     def row_ops(self) -> RowOps:
@@ -99,11 +105,11 @@ class NativeKit:
         )
         return NativeAttention(call)
 
-    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> Step:
+    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> NativeStep:
         """What all layers of a step share."""
         assert isinstance(batch.attention, AttentionMetadata)
         angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
-        return Step(batch.attention, batch.cache_position_T, *angles)
+        return NativeStep(batch.attention, batch.cache_position_T, *angles)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row."""

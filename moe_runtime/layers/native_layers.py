@@ -24,7 +24,8 @@ from moe_runtime.kernels.cpu.blocks import (
     SparseCall,
 )
 from moe_runtime.kernels.cpu.layers import Layers
-from moe_runtime.kernels.cpu.native import Kernels, Step
+from moe_runtime.kernels.cpu.native import Kernels
+from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.decoder import LayerLoop
@@ -66,7 +67,7 @@ class NativeAttention:
         return self.call.nbytes
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        assert isinstance(step, Step)
+        assert isinstance(step, NativeStep)
         return self.call(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD, in_place=True), residual_TD
 
 
@@ -194,7 +195,7 @@ class FusedLayers:
         self._loop = loop
 
     def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
-        assert isinstance(step, Step)
+        assert isinstance(step, NativeStep)
         if self._form.in_step(batch) is SparseForm.PARTS:
             return self._loop.begin(x_TD, residual_TD, step, batch)
         spread = None

@@ -49,6 +49,10 @@ class TorchKit:
         return INVARIANT if self.batch_invariant else USUAL
 
     @property
+    def num_threads(self) -> int:
+        return torch.get_num_threads()
+
+    @property
     def row_ops(self) -> RowOps:
         return TORCH_ROWS
 

@@ -47,8 +47,8 @@ class KernelBench:
         self._small = [make_experts(kernels, SLOTS, SLOT_HIDDEN, SLOT_INNER) for _ in range(SLOTS)]
         self._calls = Calls(kernels)
         self._passes = Passes(kernels)
-        self._decode = Attention(kernels, [1] * DECODE_SEQUENCES, [DECODE_KEYS] * DECODE_SEQUENCES)
-        self._prompt = Attention(kernels, [PROMPT], [PROMPT])
+        self._decode = AttentionProbe(kernels, [1] * DECODE_SEQUENCES, [DECODE_KEYS] * DECODE_SEQUENCES)
+        self._prompt = AttentionProbe(kernels, [PROMPT], [PROMPT])
 
     def figures(self) -> dict[tuple[str, int], float]:
         """One round of all figures, by name and number.
@@ -177,7 +177,7 @@ class Passes:
             self._kernels.add_rms_norm(self._x, self._residual, self._norm, 1e-6)
 
 
-class Attention:
+class AttentionProbe:
     """A call of paged attention over several caches in turn, in bfloat16.
 
     Attributes:

@@ -23,7 +23,7 @@ from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import step_limits, with_limits
 from moe_runtime.layers.decoder import Decoder
-from moe_runtime.layers.kit import HiddenRows
+from moe_runtime.layers.kit import HiddenRows, Kit
 from moe_runtime.layers.kv_cache import KVCache, choose_num_pages
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.memory.graph_buckets import buckets_of
@@ -125,19 +125,24 @@ class Worker:
         self._running: RunningStep | None = None
         self._keeps_experts = config.record_trace is not None
         self._graphs = None if capture is None else self._capture(capture, buckets, num_ranks, num_pages)
-        self.info = RankInfo(
-            rank=rank,
+        self.info = self._describe(kit, tuple(dispatchers), num_pages, buckets, time.perf_counter() - start)
+
+    def _describe(
+        self, kit: Kit, dispatchers: tuple[str, ...], num_pages: int, buckets: tuple[int, ...], seconds: float
+    ) -> RankInfo:
+        return RankInfo(
+            rank=self.rank,
             pid=os.getpid(),
             device=str(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
-            num_threads=torch.get_num_threads() if kernels is None else kernels.num_threads,
+            num_threads=kit.num_threads,
             num_pages=num_pages,
             kv_cache_bytes=self.cache.nbytes,
             weight_bytes=self.model.nbytes,
-            load_seconds=time.perf_counter() - start,
+            load_seconds=seconds,
             kernels=kit.describe(),
-            batch_invariant=kernels is not None or config.batch_invariant,
-            dispatchers=tuple(dispatchers),
+            batch_invariant=kit.batch_invariant,
+            dispatchers=dispatchers,
             buckets=() if self._graphs is None else buckets,
             graph_bytes=0 if self._graphs is None else self._graphs.nbytes,
         )

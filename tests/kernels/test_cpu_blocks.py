@@ -9,6 +9,7 @@ from cpu_cases import DTYPES, assert_close, cache_and_meta, experts_of, normal
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, GateCall, NextNorm, SparseCall
+from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedLinear
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -45,7 +46,7 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     weights = PackedLinear.pack(kernels, qkv, bias), PackedLinear.pack(kernels, out_weight)
     block = AttentionCall(kernels, *weights, **options)
     rows = torch.tensor(positions)
-    step = native.Step(meta, slots, cos, sin, rows) if table else native.Step(meta, slots, cos[rows], sin[rows])
+    step = NativeStep(meta, slots, cos, sin, rows) if table else NativeStep(meta, slots, cos[rows], sin[rows])
     own_k, own_v = k_cache.clone(), v_cache.clone()
     actual = block(x, step, own_k, own_v)
 
@@ -96,7 +97,7 @@ def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype,
     slots = torch.tensor([blocks[0][position // 16] * 16 + position % 16 for position in range(tokens)])
     x, cos, sin = normal(tokens, size, dtype=dtype), torch.randn(tokens, rotated), torch.randn(tokens, rotated)
     own_k, own_v = k_cache.clone(), v_cache.clone()
-    block(x, native.Step(meta, slots, cos, sin), own_k, own_v)
+    block(x, NativeStep(meta, slots, cos, sin), own_k, own_v)
 
     q, k, v = x.view(tokens, 4, head_dim).split((2, 1, 1), dim=1)
     torch_attention.store_kv(torch_ops.apply_rotary(q, k, cos, sin)[1], v, k_cache, v_cache, slots)

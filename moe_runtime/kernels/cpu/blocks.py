@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, Step, check_arrived, element, pointer
+from moe_runtime.kernels.cpu.native import Kernels, check_arrived, element
+from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
 
@@ -79,7 +80,7 @@ class AttentionCall:
     def __call__(
         self,
         x_TD: Tensor,
-        step: Step,
+        step: NativeStep,
         k_cache_NBGd: Tensor,
         v_cache_NBGd: Tensor,
         residual_TD: Tensor | None = None,

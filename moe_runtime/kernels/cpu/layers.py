@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
 from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, LayerPolicies, SparseCall
-from moe_runtime.kernels.cpu.native import Step, check_arrived, pointer
+from moe_runtime.kernels.cpu.native import check_arrived
+from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 
 
 class Layers:
@@ -56,7 +57,7 @@ class Layers:
         self,
         x_TD: Tensor,
         residual_TD: Tensor,
-        step: Step,
+        step: NativeStep,
         num_decode: int,
         policies: Sequence[LayerPolicies] = (),
         spread: structs.SpreadStep | None = None,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from array import array
 from functools import cache
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.library import NativeUnavailableError, ensure_library
-from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig, StepHeads, StepLayout
-from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
+from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
+from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig
+from moe_runtime.kernels.torch_ops import Scoring, check_gate
 from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.system.pages import HUGE_PAGE, ask_for_huge_pages
 
@@ -87,19 +87,6 @@ def check_arrived(late: int, timeout_ns: int) -> None:
         raise TimeoutError(f"symmetric: no rows from rank {late} within {timeout_ns / 1e9:g} s")
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    """Where the data of a contiguous CPU tensor begin.
-
-    Raises:
-        ValueError: it is not contiguous.
-    """
-    if tensor is None:
-        return None
-    if not tensor.is_contiguous():
-        check_contiguous(operand=tensor)
-    return tensor.data_ptr()
-
-
 def gate_config(
     num_experts: int,
     *,
@@ -118,44 +105,6 @@ def gate_config(
     config = GateConfig(num_experts, top_k, num_groups, topk_groups, scoring == "sigmoid", normalize, scale, bias)
     config.keep = correction_bias_E
     return config
-
-
-class Step:
-    """What one step's attention needs beside the model, held as the library takes it; built once per step.
-
-    Args:
-        meta: the step's sequences.
-        cache_position_T: int64, where each token's key and value go; None where nothing is written.
-        cos_Nr, sin_Nr: float32 angles; a row per token, or a table.
-        rope_row_T: int64, the row of the table for each token; None if they have a row each.
-    """
-
-    def __init__(
-        self,
-        meta: AttentionMetadata,
-        cache_position_T: Tensor | None = None,
-        cos_Nr: Tensor | None = None,
-        sin_Nr: Tensor | None = None,
-        rope_row_T: Tensor | None = None,
-    ) -> None:
-        for index in (cache_position_T, rope_row_T):
-            assert index is None or (index.dtype == torch.int64 and len(index) == meta.num_tokens)
-        for angle in (cos_Nr, sin_Nr):
-            assert angle is None or angle.dtype == torch.float32
-        num_seqs = len(meta.context_len)
-        ints = array("q", meta.query_start + meta.context_len)  # a tensor takes longer than all the rest of this
-        table = meta.page_table.contiguous()
-        start, _ = ints.buffer_info()
-        self.layout = StepLayout(
-            num_seqs, meta.num_tokens, table.shape[1], start, start + 8 * (num_seqs + 1), table.data_ptr()
-        )
-        self.address = ctypes.addressof(self.layout)
-        rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
-        self.heads = StepHeads(
-            rotated, pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(cache_position_T)
-        )
-        self.heads_address = ctypes.addressof(self.heads)
-        self._keep = (ints, table, cache_position_T, cos_Nr, sin_Nr, rope_row_T)
 
 
 class Kernels:
@@ -230,13 +179,13 @@ class Kernels:
         q_THd: Tensor,
         k_cache_NBGd: Tensor,
         v_cache_NBGd: Tensor,
-        meta: AttentionMetadata | Step,
+        meta: AttentionMetadata | NativeStep,
         *,
         scale: float,
         sliding_window: int | None,
     ) -> Tensor:
         """See `torch_attention.paged_attention`; bitwise independent of chunking and batching."""
-        step = meta if isinstance(meta, Step) else Step(meta)
+        step = meta if isinstance(meta, NativeStep) else NativeStep(meta)
         num_tokens, heads, head_size = q_THd.shape
         assert num_tokens == step.layout.tokens and q_THd.dtype == k_cache_NBGd.dtype == v_cache_NBGd.dtype
         assert k_cache_NBGd.shape == v_cache_NBGd.shape and heads % k_cache_NBGd.shape[2] == 0

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, native_format, pointer
+from moe_runtime.kernels.cpu.native import Kernels, native_format
+from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import Weight
 
 PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one

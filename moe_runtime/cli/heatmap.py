@@ -1,0 +1,60 @@
+"""`moe-runtime heatmap`: draw the experts' load of a running server or of a saved file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from moe_runtime.config.options import user_mistakes
+
+if TYPE_CHECKING:
+    from moe_runtime.balancer.load import ExpertLoad
+
+URL_TIMEOUT = 30.0
+
+
+def heatmap(namespace: argparse.Namespace) -> int:
+    """Run the command; returns the exit code. Raises UserMistake where the load cannot be had."""
+    from moe_runtime.balancer.load import ExpertLoad
+
+    with user_mistakes():
+        load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
+        before = None if namespace.before is None else ExpertLoad.load(namespace.before)
+        if namespace.phase:
+            load = _only_phase(load, namespace.phase)
+            before = before and _only_phase(before, namespace.phase)
+        if before is not None:
+            from moe_runtime.balancer.heatmap import draw_pair
+
+            if any(path.suffix != ".png" for path in namespace.output):
+                raise ValueError("output: a picture of before and after can only be a .png")
+            picture = draw_pair(before, load)
+            for path in namespace.output:
+                path.write_bytes(picture)
+            return 0
+        for path in namespace.output:
+            load.save(path)
+    return 0
+
+
+def fetch_load(url: str) -> ExpertLoad:
+    """The load of a running server. Raises ValueError if there is none at `url`."""
+    import urllib.request
+
+    from moe_runtime.balancer.load import ExpertLoad
+
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url: {url!r} is not allowed; it must start with http:// or https://")
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/experts/load", timeout=URL_TIMEOUT) as answer:
+            content = json.load(answer)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"url: {url!r} gives no load ({error})") from error
+    return ExpertLoad.from_dict(content)
+
+
+def _only_phase(load: ExpertLoad, phase: str) -> ExpertLoad:
+    """The load with the other phase's counts left out."""
+    return replace(load, tokens={name: counts if name == phase else counts * 0 for name, counts in load.tokens.items()})
