@@ -1,12 +1,12 @@
 // The C interface. Python holds the structs; pointers in them must outlive the calls. All sizes are in elements.
-// `element` names the type of activations, and so how weights are held: see Element.
+// `element` is the type of activations, which decides how weights are stored: see Element.
 #include "layers.h"
 #include "packing.h"
 
 namespace moe {
 namespace {
 
-// One call at a time; never destroyed, so that no thread is joined when the process ends.
+// Serves one call at a time. Never destroyed, so that no thread is joined when the process ends.
 Engine& engine = *new Engine;
 template <class Body>
 auto dispatch(Element element, const Body& body) {
@@ -35,8 +35,8 @@ int64_t moe_packed_bytes(Element element, int64_t outputs, int64_t inputs) {
   return ceil_div(outputs, kPanel) * (element == kBf16 ? panel_bytes(bf16{}, inputs) : panel_bytes(0.0f, inputs));
 }
 
-// Packs `rows` rows into the panels from `first_panel` on; the last of them may lack rows. `escapes` has a list for
-// each panel of bf16, or null, and owns it.
+// Packs `rows` rows into the panels from `first_panel` on; the last of them may be partly filled. `escapes` has, and
+// owns, a list for each bf16 panel, or null.
 void moe_pack(Element element, const void* source, int64_t stride, int64_t first_panel, int64_t rows, int64_t inputs,
               void* packed, Escape** escapes) {
   dispatch(element, [&](auto type) {
@@ -57,7 +57,7 @@ void moe_unpack(Element element, const void* packed, const Escape* const* escape
   });
 }
 
-// Copies the escapes of some panels, with the end of each list, to `out`, unless it is null; returns how many.
+// Copies the escapes of `panels` panels, with each list's end mark, to `out` unless null; returns their number.
 int64_t moe_list_escapes(const Escape* const* escapes, int64_t panels, Escape* out) {
   int64_t count = 0;
   for (int64_t panel = 0; panel < panels; panel++) {
@@ -73,8 +73,8 @@ int64_t moe_list_escapes(const Escape* const* escapes, int64_t panels, Escape* o
 
 void moe_free_escapes(Escape** escapes, int64_t panels) { std::for_each_n(escapes, panels, std::free); }
 
-// out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head. Returns `count`, or the
-// place of the first index that is no row; nothing is taken then.
+// out[i] = row rows[i] of a packed weight: an embedding that shares its weight with the head. Returns `count`. If an
+// index is out of range, returns the position of the first such index and writes nothing.
 int64_t moe_take_rows(Element element, const Weight* weight, const int64_t* rows, int64_t count, void* out) {
   const auto is_row = [&](int64_t row) { return row >= 0 && row < weight->outputs; };
   const int64_t valid = std::find_if_not(rows, rows + count, is_row) - rows;
@@ -88,7 +88,7 @@ int64_t moe_take_rows(Element element, const Weight* weight, const int64_t* rows
   return count;
 }
 
-// `out` is float32 where `out_float32`, else of the element type.
+// `out` is float32 if `out_float32`, else of the element type.
 void moe_linear(Element element, int out_float32, const Weight* weight, const void* bias, const void* x, int64_t rows,
                 void* out) {
   dispatch(element, [&](auto type) {
@@ -157,7 +157,7 @@ void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, 
   gate_rows(engine, *config, Policies{}, logits, rows, weights, experts);
 }
 
-// best[i] = place of the first largest of row i, or 0 where all are NaN. A row is cut into blocks, which tasks share.
+// best[i] = position of the first largest value of row i, or 0 if all are NaN. Tasks share the blocks of a row.
 void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   constexpr int64_t kBlock = 8192;
   const std::lock_guard<std::mutex> lock(engine.pool.busy);
@@ -193,7 +193,7 @@ void moe_grouped_mlp(Element element, const Experts* experts, const void* x, int
   });
 }
 
-// `order` as group_by_slot gives it: row i of `y` is that of (token, k) number order[i]; null: in order already.
+// `order` is as group_by_slot returns it: row i of `y` is that of (token, k) number order[i]. Null: already in order.
 void moe_combine(Element element, const void* y, int64_t num_rows, const int64_t* order, const float* weights,
                  int64_t tokens, int64_t top_k, int64_t hidden, void* out) {
   dispatch(element, [&](auto type) {
@@ -231,7 +231,7 @@ void moe_dense_block(Element element, const DenseBlock* block, const void* x, in
   });
 }
 
-// Starts all layers, which a worker may run while the caller gets on; `moe_layers_end` must follow.
+// Starts all layers. A pool worker may run them while the caller continues; `moe_layers_end` must follow.
 void moe_layers_begin(LayersCall* call) {
   call->errand.run = [](Errand* errand) {
     LayersCall& call = *reinterpret_cast<LayersCall*>(errand);
@@ -240,7 +240,7 @@ void moe_layers_begin(LayersCall* call) {
   engine.pool.post(call->errand);
 }
 
-// Takes part until all layers have run. Returns -1, or the rank that did not arrive in time.
+// Helps until all layers have run. Returns -1, or the rank that did not arrive in time.
 int64_t moe_layers_end(LayersCall* call) {
   engine.pool.finish(call->errand);
   return call->late;
@@ -248,7 +248,7 @@ int64_t moe_layers_end(LayersCall* call) {
 
 int64_t moe_exchange_segment_bytes(const ExchangeShape* shape) { return Exchange::segment_bytes(*shape); }
 
-// The segments, one of each rank, begin as zeros and must outlive the exchange.
+// The segments, one per rank, must start as zeros and outlive the exchange.
 Exchange* moe_exchange_open(const ExchangeShape* shape, char* const* segments) {
   return new Exchange(*shape, segments);
 }
@@ -276,7 +276,7 @@ int64_t moe_exchange_combine(Element element, Exchange* exchange, const void* y,
   });
 }
 
-// Reads `bytes` (whole MiB) once with all threads: the floor of everything that streams weights.
+// Reads `bytes` (whole MiB) once with all threads: the lower bound on the time of streaming weights.
 uint64_t moe_read(const void* data, int64_t bytes) {
   const std::lock_guard<std::mutex> lock(engine.pool.busy);
   constexpr int64_t kBlock = 1 << 20;

@@ -1,14 +1,14 @@
-// Attention as tasks for the pool; what one task does is in attention_tile.h.
+// Attention as tasks for the pool; attention_tile.h has the work of one task.
 #pragma once
 
 #include "attention_tile.h"
 
 namespace moe {
 
-constexpr int64_t kAttentionRows = 128;  // of a task, unless one query has more heads in a group
+constexpr int64_t kAttentionRows = 128;  // most rows of a task, unless one query has more heads in a group
 
-// The tasks of a step; returns the number of parts. A decoding sequence's spans are tasks of their own; where there are
-// enough of them, a task reads all heads, which lie side by side.
+// Lists the tasks of a step; returns the number of parts. Each span of a decoding sequence is its own task. If there
+// are enough spans, one task reads all heads, which are side by side in memory.
 inline int64_t list_tasks(std::vector<AttentionTask>& tasks, const AttentionShape& shape, const StepLayout& step,
                           int threads) {
   const int64_t tile_queries = std::max<int64_t>(1, kAttentionRows / (shape.heads / shape.kv_heads));
@@ -60,7 +60,7 @@ void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayo
     tile.run(queries, stride, key_cache, value_cache, then, part, out);
   });
   if (parts == 0) return;
-  // Whether two tasks have parts of the same rows' keys.
+  // Whether two tasks are parts of the same rows.
   const auto same_rows = [&](const AttentionTask& a, const AttentionTask& b) {
     return a.sequence == b.sequence && a.first_group == b.first_group && a.part >= 0;
   };

@@ -1,24 +1,25 @@
 // Causal attention over the paged cache.
 //
-// Keys are taken in blocks of 64 at absolute positions (0-63, 64-127, ...), in order, with an online softmax
-// (arXiv:1805.02867) per query row; blocks in spans of 512, each summed from nothing and put behind the spans before it
-// (arXiv:2402.14083 sums parts of the keys like that). A row takes exactly the blocks in which it sees a key, and each
-// block whole, with weight 0 for the keys that it does not see. So its sums do not depend on the rows beside it, on how
-// its prompt was cut into chunks, on which threads took its spans, or on what lies behind it in the cache (which must
-// be finite).
+// Each query row reads keys in blocks of 64 at absolute positions (0-63, 64-127, ...), in order, with an online softmax
+// (arXiv:1805.02867). Blocks form spans of 512 keys. Each span is summed from zero, then appended to the sums of the
+// spans before it (arXiv:2402.14083 sums parts of the keys like that). A row reads exactly the blocks in which it sees
+// a key. It reads each block whole, with weight 0 for the keys that it does not see. So its sums do not depend on the
+// other rows, on how its prompt was cut into chunks, on which threads ran its spans, or on what comes after it in the
+// cache (which must be finite).
 //
-// The rows of a tile are (key/value head, query, head of the group) of one sequence. Many rows multiply with a block's
-// keys packed as a panel, and their softmax weights (rounded to T) with its values packed. Few rows do the same while
-// keys and values are in registers, and leave out the keys behind the last that they see: those add zeros.
+// The rows of a tile are (key/value head, query, head of the group) of one sequence. With many rows, a block's keys are
+// packed as a panel and multiplied with the queries; its values are packed and multiplied with the softmax weights
+// (rounded to T). With few rows, keys and values stay in registers instead. Keys after the last visible one are then
+// skipped: they would add zeros.
 #pragma once
 
 #include "key_block.h"
 
 namespace moe {
 
-constexpr int64_t kSpan = 8 * kKeys;  // keys that are summed from nothing
+constexpr int64_t kSpan = 8 * kKeys;  // keys that are summed from zero
 
-// Softmax sums of rows over some keys: the maximum score, the sum of powers, and the values weighed by these, in
+// Softmax sums of rows over some keys: the maximum score, the sum of powers, and the values weighted by the powers, in
 // panels.
 struct RowSums {
   int64_t rows, panels;
@@ -38,7 +39,7 @@ struct RowSums {
     std::fill_n(total, rows, 0.0f);
   }
 
-  // Adds what `next`, the span behind, has. Powers are of 2.
+  // Adds the sums of `next`, the following span. Powers are of 2.
   void append(const RowSums& next) const {
     for (int64_t row = 0; row < rows; row++) {
       if (next.total[row] == 0.0f) continue;  // the row sees no key there
@@ -62,7 +63,7 @@ struct RowSums {
   }
 };
 
-// Scores of kRows queries with kLanes keys, `words` words of each. A query's scores lie kPanel floats behind the
+// Scores of kRows queries with kLanes keys, `words` words of each. A query's scores start kPanel floats after the
 // previous query's.
 template <int kRows, class T>
 void score_keys(const T* const* queries, const T* const* keys, int64_t offset, int64_t words, Ahead<T>& ahead,
@@ -95,7 +96,7 @@ inline void load_step(const bf16* const* values, int64_t offset, IntVec (&column
   }
 }
 
-// Adds kTileOutputs dimensions of the values of `steps` keys or pairs of keys, weighed for kRows rows.
+// Adds kTileOutputs dimensions of the values of `steps` keys or pairs of keys, weighted for kRows rows.
 template <int kRows, class T>
 void weigh_values(const T* const* weights, const T* const* values, int64_t offset, int64_t steps, Ahead<T>& ahead,
                   float* out) {
@@ -142,7 +143,7 @@ class AttentionTile {
     return std::max(task.first_key, seen / kKeys * kKeys);
   }
 
-  // `then` is the task that this thread will probably take next, or null. Where the task has a part of its rows' keys,
+  // `then` is the task that this thread will probably run next, or null. If the task has only a part of its rows' keys,
   // their sums go to `part`, else the result goes to `out`.
   void run(const T* queries, int64_t stride, const T* key_cache, const T* value_cache, const AttentionTask* then,
            float* part, T* out) {
@@ -198,7 +199,8 @@ class AttentionTile {
   }
 
   void take_block(const KeyBlock<T>& block, int64_t first_key, const KeyBlock<T>* next, int64_t next_groups) {
-    // The queries that see a key of this block: from its first key on, and with a window up to where that has passed.
+    // The queries that see a key of this block: from its first key on. With a window, up to the last whose window
+    // reaches the block.
     const int64_t first_query = std::max<int64_t>(0, first_key - first_position_);
     int64_t end_query = task_.num_queries;
     if (shape_.window) end_query = std::min(end_query, first_key + kKeys - 1 + shape_.window - first_position_);
@@ -246,7 +248,7 @@ class AttentionTile {
     }
   }
 
-  // Turns a row of scores into softmax weights and moves what is summed so far to the new maximum. Powers are of 2.
+  // Turns a row of scores into softmax weights and rescales the sums so far to the new maximum. Powers are of 2.
   void soften(int64_t row, int64_t first_key) {
     constexpr int kVecs = kKeys / kLanes;
     const int64_t position = first_position_ + query(row);
@@ -285,7 +287,7 @@ class AttentionTile {
   const int64_t group_heads_, group_rows_, rows_, panels_, query_stride_, first_row_, first_position_;
   float* scores_;
   RowSums span_, all_;
-  RowSums sums_ = all_;  // of the span at hand
+  RowSums sums_ = all_;  // of the current span
   T *queries_, *weights_, *packed_keys_, *packed_values_;
   const T** pointers_;
 };

@@ -1,18 +1,19 @@
-// Packed bf16 weights in 12 bits each, without loss: what memory has to deliver is a quarter less.
+// Packed bf16 weights in 12 bits each, without loss: a quarter less memory traffic.
 //
-// The high byte of a weight, its sign and the upper bits of its exponent, takes few values: 16 of them are nearly all
-// of a panel's. A panel [gemm.h] is held as a table of those, four times over, and then its steps, 192 bytes each for
-// the 256 of their 128 weights:
+// A weight's high byte (its sign and the upper bits of its exponent) takes few values: 16 values cover nearly all
+// weights of a panel. A panel [gemm.h] is stored as a table of these values, repeated four times, then its steps. A
+// step takes 192 bytes for 128 weights (256 bytes):
 //
 //     table[4][16]
-//     per step: indices[64], two 4-bit places in the table each; low[128], the weights' low bytes
+//     per step: indices[64], each two 4-bit indices into the table; low[128], the weights' low bytes
 //
-// A weight whose high byte the table lacks is an escape: a list beside the panel names it, and decoding puts it in.
-// Of trained weights about one in ten thousand is one; any others are held as well, and read more slowly.
+// A weight whose high byte is not in the table is an escape: it is in a separate list of the panel, and decoding
+// inserts it. About one in ten thousand trained weights is an escape. Weights with more escapes are stored without loss
+// too, but decode more slowly.
 //
-// Bytes lie as the interleaving of bytes within 128-bit lanes takes them: with b = 64 h + 16 lane + i, low[b] belongs
-// to the word 64 h + 32 (i / 8) + 8 lane + i % 8 of the step, and its index is the low (h = 0) or high (h = 1) half of
-// indices[b % 64].
+// The byte order suits the byte-interleaving instructions, which work within 128-bit lanes. With
+// b = 64 h + 16 lane + i, low[b] belongs to the word 64 h + 32 (i / 8) + 8 lane + i % 8 of the step. Its index is the
+// low (h = 0) or high (h = 1) half of indices[b % 64].
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,7 @@ constexpr int kCodedStepBytes = kIndexBytes + kStepWords;
 constexpr int kTableSize = 16;
 constexpr uint32_t kNoStep = ~0u;
 
-// Word `word` of step `step` has the high byte `high`. A list ends with kNoStep; null is a list of none.
+// Word `word` of step `step` has the high byte `high`. A list ends with kNoStep; null is an empty list.
 struct Escape {
   uint32_t step;
   uint16_t word;
@@ -50,7 +51,7 @@ inline const Escape* first_escape(const CodedPanel& panel) {
   return panel.escapes ? panel.escapes : &kNone;
 }
 
-// Puts the escapes of `step` into its words; returns the first of a later step.
+// Inserts the escapes of `step` into its words; returns the first escape of a later step.
 inline const Escape* put_escapes(const Escape* escape, uint32_t step, uint16_t* words) {
   for (; escape->step == step; escape++) {
     words[escape->word] = static_cast<uint16_t>(escape->high << 8 | (words[escape->word] & 0xff));
@@ -60,7 +61,7 @@ inline const Escape* put_escapes(const Escape* escape, uint32_t step, uint16_t* 
 
 #if defined(__AVX512F__)
 
-// The words of a step, its escapes apart.
+// The words of a step, without its escapes.
 inline void decode_step(const uint8_t* codes, IntVec table, IntVec (&words)[4]) {
   const IntVec half = _mm512_set1_epi8(15), indices = load_bits(codes);
   const IntVec high0 = _mm512_shuffle_epi8(table, _mm512_and_si512(indices, half));
@@ -88,17 +89,17 @@ struct CodedStep {
   IntVec operator[](int j) const { return words[j]; }
 };
 
-// Reads a panel from its first step on, step by step, into registers; with `kKeep` into memory as well.
+// Decodes a panel from its first step on, step by step, into registers; with `kKeep`, also into memory.
 template <bool kKeep>
 class CodedSteps {
  public:
   explicit CodedSteps(const CodedPanel& panel)
       : codes_(panel.data + kTableBytes), table_(load_bits(panel.data)), escape_(first_escape(panel)) {}
 
-  // Where the words of the next steps are kept.
+  // Stores the words of the next steps at `kept`.
   void keep_at(bf16* kept) { kept_ = kept; }
 
-  // How many of the next `count` steps come before the first with an escape.
+  // How many of the next `count` steps come before the first step with an escape.
   int64_t plain_steps(int64_t count) const { return std::min<int64_t>(count, escape_->step - step_); }
 
   CodedStep next() {
@@ -153,7 +154,7 @@ inline void decode_step(const uint8_t* codes, const uint8_t* table, bf16* out) {
 
 #endif
 
-// The words of `count` steps from `first` on; `escape` is at the first of these steps or later, and moves on.
+// The words of `count` steps from `first` on. `escape` is the first escape at or after step `first`; it is advanced.
 inline void decode_steps(const CodedPanel& panel, int64_t first, int64_t count, const Escape*& escape, bf16* out) {
   for (int64_t step = first; step < first + count; step++, out += kStepWords) {
     decode_step(panel.data + coded_panel_bytes(step), panel.data, out);
@@ -195,7 +196,7 @@ class PanelCoder {
     std::memcpy(codes + kIndexBytes, low, kStepWords);
   }
 
-  // The list of escapes, to be given back with free(); null if there are none.
+  // The list of escapes, which the caller must free(); null if there are none.
   Escape* escapes() {
     if (escapes_.empty()) return nullptr;
     escapes_.push_back({kNoStep, 0, 0});

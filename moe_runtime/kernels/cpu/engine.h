@@ -1,4 +1,4 @@
-// What the operations share: the pool, memory that is kept from call to call, and the linear map.
+// Shared by the operations: the thread pool, memory that is kept between calls, and the linear map.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,8 +10,8 @@
 
 namespace moe {
 
-// Asks for huge pages within [data, data + bytes), which must not have been written yet: what streams through memory
-// then misses the TLB less, and reads up to twice as fast.
+// Requests huge pages within [data, data + bytes), which must not have been written yet. Streaming reads then miss the
+// TLB less, and are up to twice as fast.
 inline void use_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kHuge = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
@@ -49,15 +49,15 @@ struct Scratch {
   Buffer sums, rows, keys, values, weights;
 };
 
-// Rows of one slot that one task carries past a panel.
+// Rows of one slot that one task multiplies with a panel.
 struct PanelTask {
   int64_t slot, panel, first_row, rows;
 };
 
-// Queries of one sequence, some of its key/value heads, and some of its keys, from a whole span on.
+// Queries of one sequence, some of its key/value heads, and some of its keys, starting at a span.
 struct AttentionTask {
   int64_t sequence, first_group, num_groups, first_query, num_queries, first_key, end_key;
-  int64_t part;  // of those that are put together afterwards; -1: all keys are here
+  int64_t part;  // index among the parts to merge afterwards; -1: the task has all keys
 };
 
 struct Engine {
@@ -69,7 +69,7 @@ struct Engine {
       parts;
 };
 
-// Rows that one task takes where a row is little work.
+// Splits rows into tasks of several rows, for operations with little work per row.
 template <class Body>
 void for_rows(Pool& pool, int64_t rows, const Body& body) {
   constexpr int64_t kRows = 16;
@@ -78,10 +78,10 @@ void for_rows(Pool& pool, int64_t rows, const Body& body) {
   });
 }
 
-// What activations are made of. Weights are float32 too, or bf16 in codes; kernels/weight_format.py has the numbers.
+// The type of activations. Weights are float32 too, or coded bf16; kernels/weight_format.py has the same numbers.
 enum Element : int { kFloat32 = 0, kBf16 = 1 };
 
-// A packed weight; plain data, filled by the caller. `escapes` has a list for each panel of bf16.
+// A packed weight; plain data, filled by the caller. `escapes` has a list for each bf16 panel.
 struct Weight {
   const void* data;
   const Escape* const* escapes;
@@ -89,7 +89,7 @@ struct Weight {
   int64_t inputs;
 };
 
-// Rows whose length is a whole number of steps: `x` itself, or a copy with zeros behind.
+// Rows whose length is a whole number of steps: `x` itself, or a copy padded with zeros.
 template <class T>
 const T* whole_steps(Buffer& buffer, const T* x, int64_t rows, int64_t inputs, int64_t* stride) {
   const int64_t padded = num_steps<T>(inputs) * kStepInputs<T>;

@@ -1,12 +1,12 @@
-// Token rows to the experts of the other ranks of this host and back, through shared memory.
+// Sends token rows to the experts of this host's other ranks, and returns the results, through shared memory.
 //
 // Every rank has a segment, which all ranks map. Exchanges are numbered, and all ranks make the same ones in the same
-// order. In exchange n a rank puts what it has for its peers into their segments, then its flag "n" into each of them,
-// and waits for the flags of all peers. Nobody acknowledges: what exchange n put may be overwritten in exchange n + 2.
-// For a rank gets there after it has seen the flag n + 1 of every peer, which a peer sets after it has consumed n.
+// order. In exchange n, a rank writes its data into its peers' segments, then sets its flag there to n, and waits for
+// the flags of all peers. There are no acknowledgements: exchange n + 2 may overwrite the data of exchange n. A rank
+// starts n + 2 only after it has seen flag n + 1 of every peer, which a peer sets after it has consumed n.
 //
-// A dispatch and its combine are one exchange each, with an area of its own for each direction. With more tokens than
-// an area takes they are several, called rounds, which use the two halves of an area in turn.
+// A dispatch is one exchange, and so is its combine. Each direction has its own area in the segment. If an area can't
+// hold all tokens, each takes several exchanges, called dispatch rounds, which alternate between the area's two halves.
 #pragma once
 
 #include <sched.h>
@@ -17,11 +17,11 @@
 
 namespace moe {
 
-// A rank that has spun in vain looks out for its peers so much longer, and lets others have its core between two looks:
-// to be woken takes as long as many a wait. Then it sleeps.
+// After spinning, a rank polls for another `kYield`, yielding its core between polls, because waking from sleep can
+// cost as much as the wait. Then it sleeps.
 constexpr auto kYield = std::chrono::microseconds(300);
 
-// The same on all ranks but for `rank`; filled by the caller. `capacity` is even: the tokens of a rank in one exchange.
+// Filled by the caller; only `rank` differs between ranks. `capacity` is the tokens of a rank in one exchange; even.
 struct ExchangeShape {
   int64_t ranks;
   int64_t rank;
@@ -44,10 +44,10 @@ class Exchange {
 
   int64_t slots() const { return shape_.slots; }
 
-  // Puts each token, once, into the segments of the ranks that have its slots (`slot[tokens, top_k]`, global, -1 for
-  // none), and takes what the peers put here: rows into `received`; into `row` and `counts` the row of each
-  // computation, grouped by slot. `most_tokens` is the largest number of tokens of any rank. Each rank brings a number,
-  // `own`, and gets the largest of all in `largest`.
+  // Writes each token once into the segment of every rank that has one of its slots (`slot[tokens, top_k]`, global, -1
+  // for none). Then reads what the peers wrote here. `received` gets the rows. `row` gets the received row of each
+  // computation, grouped by slot; `counts` gets the computations of each slot. `most_tokens` is the largest number of
+  // tokens of any rank. Each rank passes a number, `own`, and gets the largest of all ranks in `largest`.
   // Returns the number of computations, or -1 - r if rank r did not arrive in time.
   int64_t dispatch(Engine& engine, const char* x, const int64_t* slot, int64_t tokens, int64_t most_tokens, int64_t own,
                    int64_t timeout_ns, char* received, int64_t* row, int64_t* counts, int64_t* largest) {
@@ -82,8 +82,8 @@ class Exchange {
     return total;
   }
 
-  // The way back of the last dispatch: `y` has its computations in order. `out[tokens, hidden]` is each token's sum
-  // over k, in order, and its row of `extra`, unless that is null. Returns -1, or the rank that did not arrive in time.
+  // The return path of the last dispatch: `y` has its computations in order. `out[tokens, hidden]` is each token's sum
+  // over k, in order, plus its row of `extra` unless null. Returns -1, or the rank that did not arrive in time.
   template <class T>
   int64_t combine(Engine& engine, const T* y, const float* weights, const T* extra, int64_t timeout_ns, T* out) {
     const int64_t top_k = shape_.top_k;
@@ -95,8 +95,8 @@ class Exchange {
                     });
   }
 
-  // The same way back without the sum: the row of each (token, k) goes to its place in `out[tokens, top_k, hidden]`;
-  // where there is none, nothing is written.
+  // The same return path without the sum: the row of each (token, k) goes to its place in `out[tokens, top_k, hidden]`.
+  // A (token, k) without a slot is not written.
   int64_t bring_back(Engine& engine, const char* y, int64_t timeout_ns, char* out) {
     const int64_t top_k = shape_.top_k;
     return way_back(engine.pool, y, timeout_ns, [&](int64_t first, int64_t count, const char* rows) {
@@ -116,15 +116,14 @@ class Exchange {
     std::atomic<uint32_t> sleeping;
   };
 
-  // From one peer. The number of rows, and the number it brought, are those of an exchange with an even and of one with
-  // an odd number.
+  // From one peer. Its row count and its `own` number are stored twice: for even and for odd exchanges.
   struct alignas(64) Flag {
     std::atomic<uint64_t> number;
     int64_t rows[2];
     int64_t brought[2];
   };
 
-  // A (token, k) that is computed here: whose, where its row goes back to, which received row, which computation.
+  // A (token, k) computed here: its source rank, where its result goes, its received row, and its computation.
   struct Pair {
     int64_t source, position, row, computation;
   };
@@ -134,7 +133,7 @@ class Exchange {
     char* to;
   };
 
-  // A segment: bell; flag of each rank; rows [ranks, capacity]; of each row its token and local slots, int32
+  // A segment: bell; flag of each rank; rows [ranks, capacity]; token and local slots of each row, int32
   // [ranks, capacity, 1 + top_k]; returned rows [capacity, top_k].
   static int64_t aligned(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
   static int64_t rows_offset(const ExchangeShape& shape) { return sizeof(Bell) + shape.ranks * sizeof(Flag); }
@@ -164,7 +163,7 @@ class Exchange {
     return std::clamp<int64_t>(tokens_ - round * round_tokens_, 0, round_tokens_);
   }
 
-  // Sends the rows of `y` back; calls `take` with the first token, the tokens and the rows of each round.
+  // Returns the rows of `y`; calls `take` with the first token, the tokens and the rows of each dispatch round.
   template <class Take>
   int64_t way_back(Pool& pool, const char* y, int64_t timeout_ns, const Take& take) {
     for (int64_t round = 0; round < rounds_; round++) {
@@ -184,7 +183,7 @@ class Exchange {
     return -1;
   }
 
-  // A rank's own rows stay where they are.
+  // A rank's own rows are not copied.
   void put_tokens(Pool& pool, const char* x, const int64_t* slot, int64_t round) {
     const int64_t first = round * round_tokens_, half = round % 2 * round_tokens_, top_k = shape_.top_k;
     copies_.clear();
@@ -251,7 +250,7 @@ class Exchange {
     for (int64_t owner = 0; owner < shape_.ranks; owner++) {
       flag(owner, shape_.rank).number.store(number_, std::memory_order_release);
     }
-    // Either this rank sees that a peer sleeps, or that peer sees the flag before it sleeps.
+    // With this fence, either this rank sees that a peer sleeps, or that peer sees the flag before it sleeps.
     std::atomic_thread_fence(std::memory_order_seq_cst);
     for (int64_t owner = 0; owner < shape_.ranks; owner++) {
       if (owner == shape_.rank || !bell(owner).sleeping.load(std::memory_order_relaxed)) continue;
@@ -271,7 +270,7 @@ class Exchange {
   // Waits for all flags; returns -1, or a rank that did not arrive in time.
   int64_t wait(int64_t timeout_ns) {
     const auto arrived = [this] { return missing() < 0; };
-    const auto arrived_meanwhile = [this] {  // the core is for whoever wants it: a rank that is waited for, or the front
+    const auto arrived_meanwhile = [this] {  // yields the core: a peer or the front may need it
       if (missing() < 0) return true;
       sched_yield();
       return false;
@@ -300,7 +299,7 @@ class Exchange {
   const std::vector<char*> segments_;
   uint64_t number_ = 0;
   std::vector<Copy> copies_;
-  std::vector<int64_t> rows_, newest_;  // of each rank: rows put there, and the last token that has one
+  std::vector<int64_t> rows_, newest_;  // of each rank: rows written there, and the last token that has one
 
   // Of the last dispatch; pairs in the order of arrival.
   int64_t tokens_ = 0, round_tokens_ = 1, rounds_ = 0;

@@ -1,4 +1,4 @@
-// The gate of one token: scores, choice of experts, weights. Equal choices go to the lower expert.
+// The gate of one token: scores, choice of experts, weights. Ties go to the lower expert.
 #pragma once
 
 #include "engine.h"
@@ -14,22 +14,22 @@ struct GateConfig {
   int32_t sigmoid;  // else softmax
   int32_t normalize;
   float scale;
-  const float* correction_bias;  // takes part in choosing only; may be null
+  const float* correction_bias;  // affects the choice, not the weights; may be null
 };
 
-// How many of its chosen experts a token uses.
+// An expert policy: how many of its chosen experts a token uses.
 struct Policy {
-  float top_k;      // at most so many
-  float top_p;      // the fewest, in order of choice, whose probabilities sum to this
-  float threshold;  // of these, none whose probability is below this share of the largest
+  float top_k;      // at most this number
+  float top_p;      // the fewest, in order of choice, whose probabilities reach this sum
+  float threshold;  // drops experts whose probability is below this fraction of the largest
   float sharpness;  // a sigmoid gate's probabilities are the softmax of its logits times this
 };
 
-// What a step asks of a layer's gate beside what the model's own does.
+// The expert policies that a step applies to a layer's gate.
 struct Policies {
-  const int64_t* policy;   // of each token, which of `policies`, 0 for none; null: none for all
+  const int64_t* policy;   // each token's index into `policies`, 0 for none; null: no token has one
   const Policy* policies;  // of this layer; the first is not read
-  int16_t* chosen;         // [tokens, top_k], takes the experts that each token uses, -1 for none; or null
+  int16_t* chosen;         // output [tokens, top_k]: the experts that each token uses, -1 for none; or null
 
   const Policy* of(int64_t token) const { return policy && policy[token] ? policies + policy[token] : nullptr; }
 };
@@ -38,7 +38,7 @@ constexpr float kTaken = -std::numeric_limits<float>::infinity();
 
 inline int64_t whole_lanes(int64_t size) { return ceil_div(size, kLanes) * kLanes; }
 
-// Position of the first largest of `size` values, which is a whole number of lanes; there must be one.
+// Position of the first largest of `size` values (a whole number of lanes). At least one must not be NaN.
 inline int64_t first_largest(const float* values, int64_t size) {
   Vec best = load(values);
   for (int64_t i = kLanes; i < size; i += kLanes) best = max(best, load(values + i));
@@ -66,7 +66,7 @@ inline void softmax_row(const float* logits, int64_t size, float* scores) {
   for_lanes(size, [&](int64_t i, int n) { store_first(scores + i, load_first(scores + i, n) / sum_of_all, n); });
 }
 
-// Leaves -inf in `choice` for the experts of all groups but the best, by the sum of a group's two best choices.
+// Sets `choice` to -inf for experts outside the best groups. A group's rank is the sum of its two best choices.
 inline void keep_best_groups(const GateConfig& config, float* choice, float* group_scores) {
   const int64_t size = config.experts / config.groups;
   std::fill_n(group_scores, whole_lanes(config.groups), kTaken);
@@ -87,7 +87,7 @@ inline void keep_best_groups(const GateConfig& config, float* choice, float* gro
   }
 }
 
-// Leaves -1 and no weight where the policy drops a chosen expert; at least one is kept. `scratch` holds a row of
+// Replaces each chosen expert that the policy drops by -1, with weight 0; keeps at least one. `scratch` holds a row of
 // floats.
 inline void drop_experts(const GateConfig& config, const Policy& policy, const float* logits, const float* scores,
                          float* scratch, float* weights, int64_t* experts) {
@@ -131,7 +131,7 @@ inline void gate_row(const GateConfig& config, const Policy* policy, const float
   std::fill(choice + config.experts, choice + padded, kTaken);
   for (int64_t i = 0; i < config.experts; i++) {
     choice[i] = config.correction_bias ? scores[i] + config.correction_bias[i] : scores[i];
-    // NaN would equal nothing: any finite value keeps the chosen experts valid and different.
+    // NaN equals nothing. Any finite value keeps the chosen experts valid and distinct.
     if (choice[i] != choice[i]) choice[i] = std::numeric_limits<float>::lowest();
   }
   if (config.groups > 1) keep_best_groups(config, choice, group_scores);

@@ -1,14 +1,14 @@
 // Matrix products with packed weights.
 //
-// Packed form of a weight [N, K]: panels of 64 outputs; within a panel one step after the other, a step being the 64
-// outputs' values of one input (float32) or of two neighbouring inputs (bf16), 256 bytes either way:
+// Packed form of a weight [N, K]: panels of 64 outputs. A panel is a sequence of steps. A step has the 64 outputs'
+// values of one input (float32) or of two neighbouring inputs (bf16): 256 bytes either way:
 //
 //     packed[panel][step][output][input within the step]
 //
-// What lies beyond N or K is zero. bf16 panels lie in memory in codes [coded.h]; those that attention packs on the way
-// do not. A step multiplies 64 weights (or pairs) with one input (or pair) that is broadcast,
-// so an output's sum runs over the inputs in one order, in one float32 lane, whatever the number of rows: a row's
-// result does not depend on the rows around it.
+// Values beyond N or K are zero. bf16 panels are stored as codes [coded.h], except those that attention packs as it
+// runs. A step multiplies 64 weights (or pairs) with one input (or pair) that is broadcast. So an output's sum always
+// runs over the inputs in the same order, in one float32 lane, for any number of rows: a row's result does not depend
+// on the rows around it.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ constexpr int kStepInputs = sizeof(float) / sizeof(T);
 template <class T>
 constexpr int kStepElements = kPanel * kStepInputs<T>;
 
-// Rows and vectors of outputs in registers at once: accumulators, weights and one broadcast input must fit.
+// A tile's rows, and its vectors of outputs. Accumulators, weights and one broadcast input must fit the registers.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = 4;
@@ -36,10 +36,10 @@ constexpr int kTileVecs = 2;
 #endif
 constexpr int kTileOutputs = kTileVecs * kLanes;
 
-// Rows that pass over a panel in one task.
+// Rows that one task multiplies with a panel.
 constexpr int kChunkRows = 96;
-// Where rows need several tiles, they pass over so many steps of a panel at a time: two passes wait for memory, and do
-// better with what the first level of the caches holds; more wait for their products.
+// If rows need several tiles, the tiles process a panel in blocks of at most this many steps. Two passes wait for
+// memory, and are faster with a block that fits the L1 cache; more passes are bound by computation.
 constexpr int64_t kMaxBlockSteps = 256;
 constexpr int64_t block_steps_of(int64_t passes) { return passes == 2 ? 64 : kMaxBlockSteps; }
 
@@ -62,13 +62,13 @@ inline IntVec broadcast_word(const void* x) {
   return set1_bits(word);
 }
 
-// The steps of a panel as they lie in memory, for the outputs of one tile.
+// The uncoded steps of a panel, for the outputs of one tile.
 template <class T>
 class PlainSteps {
  public:
   explicit PlainSteps(const T* w) : next_(w) {}
 
-  // A step's weights, loaded where they are used: registers are few.
+  // A step's weights, read from memory at each use, because registers are few.
   struct Step {
     const T* w;
     IntVec operator[](int j) const { return load_bits(w + j * kLanes * kStepInputs<T>); }
@@ -122,7 +122,7 @@ inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows
 #endif
 }
 
-// One lane of each output: the products of a word of weights with a word of inputs, in the order of `add_step`.
+// For each output's lane: adds the products of a weight word and an input word, in the order of `add_step`.
 inline Vec add_word(float, Vec sum, IntVec weights, IntVec input) { return fma(vec_of(input), vec_of(weights), sum); }
 
 inline Vec add_word(bf16, Vec sum, IntVec weights, IntVec input) {
@@ -133,7 +133,7 @@ inline Vec add_word(bf16, Vec sum, IntVec weights, IntVec input) {
 #endif
 }
 
-// What to ask for while a tile is computed: `step_bytes`, at most 128, from `next` on with every step.
+// Memory to prefetch while a tile is computed: `step_bytes`, at most 128, per step, starting at `next`.
 struct Prefetch {
   const char* next;
   int64_t step_bytes;
@@ -143,7 +143,7 @@ struct Prefetch {
 template <int kRows, bool kAhead, class T, class Steps>
 void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int64_t steps, Prefetch ahead, float* out,
                    bool resume) {
-  Steps weights = panel;  // in registers while it moves on
+  Steps weights = panel;  // a copy, so that it stays in registers
   const T* x[kRows];
   for (int r = 0; r < kRows; r++) x[r] = rows[r] + first_input;
   Vec sums[kRows][kTileVecs];
@@ -158,7 +158,7 @@ void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int6
     }
     add_step<kRows>(sums, x, words, step);
   };
-  // The loop within has no branch to a rare case, or the sums would wait in memory for it.
+  // The inner loop has no branch for rare cases, which would force the sums into memory.
   for (int64_t step = 0; step < steps; step++) {
     for (const int64_t end = step + weights.plain_steps(steps - step); step < end; step++) add(weights.next(), step);
     if (step < steps) add(weights.next_escaped(), step);
@@ -192,7 +192,7 @@ void multiply_tile(int rows, const T* const* x, int64_t first_input, Steps& pane
   });
 }
 
-// How often rows pass over a panel.
+// How many tiles pass over a panel.
 inline int64_t passes_of(int64_t rows) { return ceil_div(rows, kTileRows) * (kPanel / kTileOutputs); }
 
 // Calls `body` with the first row and the number of rows of each tile.
@@ -221,9 +221,9 @@ void multiply_block(const T* const* x, int64_t rows, int64_t first_input, const 
 
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with `steps` steps of a panel.
 //
-// A single tile reads the panel as a stream, which the processor foresees. Several pass over it block by block, and
-// together ask for the block behind it (or the next panel's first), so that memory is read while they compute. A panel
-// that was just packed is in the caches: `kStreamed` false.
+// A single tile reads the panel as a stream, which the hardware prefetcher follows. Several tiles take it block by
+// block, and prefetch the next block (or the next panel's first), so that memory is read while they compute. A panel
+// that was just packed is in the caches: `kStreamed` is false.
 template <bool kStreamed = true, class T>
 void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t steps, float* out, bool resume = false) {
   constexpr int64_t kStepBytes = kPanel * 4;
@@ -238,7 +238,7 @@ void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t ste
 }
 
 #if defined(__AVX512BF16__)
-// The same of a panel in codes: each tile decodes the words that it multiplies, in registers.
+// The same for a coded panel: each tile decodes the words that it multiplies, in registers.
 inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
   using Steps = CodedSteps<false>;
   const int64_t passes = passes_of(rows), block_size = passes == 1 ? steps : kMaxBlockSteps;
@@ -258,8 +258,9 @@ inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel&
 }
 #endif
 
-// The same of a panel in codes. With products of bf16 one or two tiles decode for themselves; of more, the first keeps the
-// words of a block for the others. Without, blocks are decoded beforehand: widened weights need the registers.
+// The same for a coded panel. With bf16 product instructions, one or two tiles each decode the weights; with more
+// tiles, the first stores a block's decoded words for the others. Without them, blocks are decoded before the product,
+// because widened weights need the registers.
 inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
   const int64_t passes = passes_of(rows), block_size = block_steps_of(passes);
 #if defined(__AVX512BF16__)
@@ -287,7 +288,7 @@ inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel&
   }
 }
 
-// A panel of a packed weight: float32 as it is, bf16 in codes.
+// A panel of a packed weight: float32 as it is, bf16 as codes.
 inline const float* panel_of(float, const void* packed, const Escape* const*, int64_t panel, int64_t inputs) {
   return static_cast<const float*>(packed) + panel * panel_elements<float>(inputs);
 }

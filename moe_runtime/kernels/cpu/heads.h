@@ -1,5 +1,5 @@
-// Between the projection to queries, keys and values and the attention: norms per head, rotary embedding, and keys and
-// values into the cache.
+// Operations between the QKV projection and attention: norms per head, rotary embedding, and writing keys and values
+// into the cache.
 #pragma once
 
 #include "engine.h"
@@ -14,12 +14,12 @@ struct HeadOps {
   float eps;
 };
 
-// The same of all layers in a step.
+// The inputs that are the same for all layers of a step.
 struct StepHeads {
   int64_t rotated;      // rotary dimensions, even
   const float* cos;     // [rows, rotated]
   const float* sin;
-  const int64_t* rope_row;    // row of cos and sin of each token; null: its own
+  const int64_t* rope_row;    // row of cos and sin for each token; null: token i uses row i
   const int64_t* cache_position;  // page * page_size + offset of each token
   int64_t page_size;
 };
@@ -29,7 +29,7 @@ template <class T>
 void finish_heads(Engine& engine, const AttentionShape& shape, const HeadOps& ops, const StepHeads& step,
                   int64_t tokens, T* qkv, T* key_cache, T* value_cache) {
   const int64_t d = shape.head_size, row_size = (shape.heads + 2 * shape.kv_heads) * d;
-  constexpr int64_t kTokens = 16;  // of a task: few tokens are not worth waking another thread
+  constexpr int64_t kTokens = 16;  // per task: fewer tokens are not worth waking another thread
   engine.pool.run(ceil_div(tokens, kTokens), [&](int64_t task, int) {
     for (int64_t token = task * kTokens; token < std::min(tokens, (task + 1) * kTokens); token++) {
       const int64_t angle = (step.rope_row ? step.rope_row[token] : token) * step.rotated;

@@ -1,4 +1,4 @@
-// What attention reads: the shapes of a step, and the keys and values of 64 positions of a sequence.
+// Inputs of attention: the shapes of a step, and the keys and values of 64 positions of a sequence.
 #pragma once
 
 #include "engine.h"
@@ -27,8 +27,8 @@ struct StepLayout {
   const int64_t* page_table;   // [sequences, max_pages]
 };
 
-// 64 keys of a sequence, at the task's first key/value head, from their pages. Places behind the context repeat its
-// last key: they get weight 0.
+// 64 keys of a sequence, at the task's first key/value head, from their pages. Positions after the end of the context
+// repeat its last key, with weight 0.
 template <class T>
 struct KeyBlock {
   const T* keys[kKeys];
@@ -54,7 +54,7 @@ struct KeyBlock {
     std::fill(values + count, values + kKeys, values[count - 1]);
   }
 
-  // One head's keys as the outputs of a panel, head dimensions as its inputs: a step is a word of each key.
+  // Packs one head's keys as a panel: keys are its outputs, head dimensions its inputs. A step is a word of each key.
   void pack_keys(int64_t group, int64_t head_size, T* packed) const {
     uint32_t* out = reinterpret_cast<uint32_t*>(packed);
     const int64_t words = head_size / kStepInputs<T>;
@@ -77,12 +77,12 @@ struct KeyBlock {
     }
   }
 
-  // The same of values, with head dimensions as outputs, in panels of 64, and keys as inputs.
+  // Packs one head's values in panels of 64 outputs: head dimensions are outputs, keys are inputs.
   void pack_values(int64_t group, int64_t head_size, T* packed) const {
     for (int64_t first = 0; first < head_size; first += kPanel) {
       const int64_t width = std::min<int64_t>(kPanel, head_size - first), offset = group * head_size + first;
       for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
-        // A step of float32 is one key, and has no odd one.
+        // A float32 step has one key, so it has no odd key.
         const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;
         if (width == kPanel) {
           pack_step(even, odd, packed);
@@ -109,12 +109,12 @@ struct KeyBlock {
   }
 };
 
-// Asks for the rows of a block a few cache lines at a time: they are too far apart for the processor to guess, and too
-// many to ask for at once.
+// Prefetches the rows of a key block a few cache lines at a time. They are too far apart for the hardware prefetcher,
+// and too many for one call.
 template <class T>
 class Ahead {
  public:
-  // Nothing where `block` is null. All lines have been asked for after `calls` calls.
+  // Prefetches nothing if `block` is null. After `calls` calls all lines have been requested.
   Ahead(const KeyBlock<T>* block, int64_t row_elements, int64_t calls)
       : block_(block), lines_(ceil_div(row_elements * sizeof(T), kLine)), count_(ceil_div(2 * kKeys * lines_, calls)) {}
 

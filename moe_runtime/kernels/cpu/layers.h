@@ -1,4 +1,4 @@
-// The blocks of a decoder's layers, each with the norm behind it, and all layers one after the other.
+// The blocks of a decoder's layers, each with the norm that follows it, and all layers one after another.
 #pragma once
 
 #include "attention.h"
@@ -8,7 +8,7 @@
 
 namespace moe {
 
-// The norm between a block and the next: residual += out, out = norm of that. None where `weight` is null.
+// The norm between a block and the next: residual += out, out = norm(residual). No norm if `weight` is null.
 struct NextNorm {
   const void* weight;
   float eps;
@@ -33,7 +33,7 @@ struct AttentionBlock {
   const void* output_bias;
 };
 
-// Projection, head ops, attention, projection back. `x` and `out` may be the same, as in the blocks below.
+// QKV projection, head ops, attention, output projection. `x` and `out` may be the same, as in the blocks below.
 template <class T>
 void attention_block(Engine& engine, const AttentionBlock& block, const StepLayout& step, const StepHeads& heads,
                      const T* x, T* key_cache, T* value_cache, T* residual, T* out) {
@@ -66,21 +66,21 @@ struct SparseBlock {
   const Gate* gate;
   const Experts* experts;
   const Experts* shared;  // or null
-  Exchange* exchange;     // with the other ranks that have experts; null: all are here
+  Exchange* exchange;     // with the other ranks that have experts; null: this rank has all experts
   Replicas replicas;
 };
 
-// What a step of several ranks tells all its sparse blocks.
+// A step's parameters for all sparse blocks, if experts are on several ranks.
 struct SpreadStep {
   int64_t most_tokens;  // of any rank
-  int64_t part_tokens;  // of each rank, that pass a block at a time
-  int64_t part_rows;    // of all ranks together, that do so at most
+  int64_t part_tokens;  // of each rank, in one pass through a block
+  int64_t part_rows;    // most tokens of all ranks together in one pass
   int64_t timeout_ns;   // of a wait for the peers
-  void* arrived;        // room for so many rows,
-  void* computed;       // and for top_k times as many
+  void* arrived;        // room for part_rows rows
+  void* computed;       // room for part_rows * top_k rows
 };
 
-// Out to the experts' ranks and back. Returns -1, or the rank that did not arrive in time.
+// Sends rows to the experts' ranks and combines the results. Returns -1, or the rank that did not arrive in time.
 template <class T>
 int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadStep& step, const int64_t* slot,
                        const float* weights, const T* x, int64_t tokens, T* out) {
@@ -105,8 +105,8 @@ int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadSte
   return -1;
 }
 
-// Gate, experts, weighted sum, shared experts. `spread` where there is an exchange. Returns -1, or the rank that
-// did not arrive in time.
+// Gate, experts, weighted sum, shared experts. An exchange needs `spread`. Returns -1, or the rank that did not arrive
+// in time.
 template <class T>
 int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& policies, const SpreadStep* spread,
                      const T* x, int64_t tokens, int64_t num_decode, T* residual, T* out) {
@@ -126,7 +126,7 @@ int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& p
   return -1;
 }
 
-// One of `sparse` and `dense` is null. The blocks have norms behind them.
+// One of `sparse` and `dense` is null. A norm follows each block.
 struct Layer {
   const AttentionBlock* attention;
   const SparseBlock* sparse;
@@ -142,13 +142,13 @@ struct LayersCall {
   const Layer* layers;
   int64_t count;
   const Policies* policies;    // one for each sparse layer, in order, or null
-  const SpreadStep* spread;  // where there is an exchange
+  const SpreadStep* spread;  // needed if there is an exchange
   const StepLayout* step;
   const StepHeads* heads;
   int64_t num_decode;
   void* residual;
   void* x;
-  int64_t late;  // the result
+  int64_t late;  // result: -1, or the rank that did not arrive in time
 };
 
 // Returns -1, or the rank that did not arrive in time.

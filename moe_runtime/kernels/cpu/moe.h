@@ -6,9 +6,9 @@
 
 namespace moe {
 
-// Packed SwiGLU experts, one after the other. Of each, w13 holds the panels of the gate projection, then those of the
-// up projection, each [intermediate, hidden]; w2 those of the down projection [hidden, intermediate]. The escapes have a
-// list for each panel of bf16.
+// Packed SwiGLU experts, one after another. For each expert, w13 holds the panels of the gate projection, then those of
+// the up projection, each [intermediate, hidden]. w2 holds the panels of the down projection [hidden, intermediate].
+// The escapes have a list for each bf16 panel.
 struct Experts {
   const void* w13;
   const void* w2;
@@ -64,7 +64,7 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     const int64_t first = task.slot * 2 * up_panels + task.panel;
     multiply_panel(pointers, task.rows, panel(first), up_steps, gate);
     multiply_panel(pointers, task.rows, panel(first + up_panels), up_steps, up);
-    // What lies behind the intermediate size is zero, and so fills the last step.
+    // Values past the intermediate size are zero, so they can fill the last step.
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, hidden_stride - column);
     for (int64_t i = 0; i < task.rows; i++) {
       silu_mul_row(gate + i * kPanel, up + i * kPanel, width, hidden + (task.first_row + i) * hidden_stride + column);
@@ -115,7 +115,7 @@ inline int64_t group_by_slot(const int64_t* slot, int64_t size, int64_t slots, i
     if (slot[i] >= 0) counts[slot[i]]++;
   }
   int64_t total = 0;
-  for (int64_t s = 0; s < slots; s++) {  // counts become starts while they are handed out
+  for (int64_t s = 0; s < slots; s++) {  // turn counts into start positions
     const int64_t count = counts[s];
     counts[s] = total;
     total += count;
@@ -131,12 +131,12 @@ struct Gate {
   GateConfig config;
   Weight weight;  // [experts, hidden]
   int32_t weight_is_float32;
-  int64_t* counts;      // [2, experts] of this layer, prefill then decode; grows
+  int64_t* counts;      // [2, experts] of this layer, prefill then decode; calls add to it
   int64_t phase_stride;  // elements between the phases
 };
 
-// The product with the gate's weight, `logits[tokens, experts]`, then the gate. Logits of a bf16 gate are rounded to bf16,
-// as its product in torch is.
+// Multiplies with the gate's weight (`logits[tokens, experts]`), then applies the gate. Logits of a bf16 gate are
+// rounded to bf16, as torch rounds that product.
 template <class T>
 void choose_experts(Engine& engine, const Gate& gate, const Policies& policies, const T* x, int64_t tokens,
            int64_t num_decode, float* logits, float* weights, int64_t* experts) {
@@ -164,14 +164,14 @@ void choose_experts(Engine& engine, const Gate& gate, const Policies& policies, 
   }
 }
 
-// Where experts are: the i-th row of an expert goes to entry i % length of its list, `slot[experts, length]`. The length
-// is a power of two.
+// The slots of each expert, `slot[experts, length]`: the i-th row of an expert goes to entry i % length of its list.
+// The length is a power of two.
 struct Replicas {
   const int64_t* slot;
   int64_t length;
 };
 
-// Replaces each of `size` experts by a slot, -1 by -1.
+// Replaces each of `size` experts by a slot; -1 stays -1.
 inline void take_slots(Engine& engine, const Replicas& replicas, int64_t experts, int64_t size, int64_t* chosen) {
   int64_t* turns = engine.turns.get<int64_t>(experts);
   std::fill_n(turns, experts, 0);
@@ -181,7 +181,7 @@ inline void take_slots(Engine& engine, const Replicas& replicas, int64_t experts
   }
 }
 
-// The rows of the experts that every token uses; null where there are none.
+// The output rows of the shared experts; null if there are none.
 template <class T>
 const T* shared_rows(Engine& engine, const Experts* shared, const T* x, int64_t tokens) {
   if (shared == nullptr) return nullptr;
@@ -190,11 +190,11 @@ const T* shared_rows(Engine& engine, const Experts* shared, const T* x, int64_t 
   return rows;
 }
 
-// Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
+// Average rows of an expert per pass. More rows would not use its weights better, and would take more memory.
 constexpr int64_t kExpertRows = MOE_EXPERT_ROWS;
 
-// The weighted sum of each token's experts `slot[tokens, top_k]`, all of which are here, and the shared ones, unless
-// that is null.
+// The weighted sum of each token's experts `slot[tokens, top_k]`, all on this rank, plus the shared experts unless
+// `shared` is null.
 template <class T>
 void local_experts(Engine& engine, const Experts& experts, const Experts* shared, const int64_t* slot,
                    const float* weights, const T* x, int64_t tokens, int64_t top_k, T* out) {

@@ -19,7 +19,7 @@ void rms_norm_row(const T* x, const T* weight, int64_t size, float eps, T* out) 
   });
 }
 
-// total = residual + x, then its norm.
+// total = residual + x, then the norm of total.
 template <class T>
 void add_rms_norm_row(const T* x, const T* residual, const T* weight, int64_t size, float eps, T* total, T* out) {
   for_lanes(size, [&](int64_t i, int n) {
@@ -28,7 +28,7 @@ void add_rms_norm_row(const T* x, const T* residual, const T* weight, int64_t si
   rms_norm_row(total, weight, size, eps, out);
 }
 
-// Turns the first `turned` dimensions of one head in place; dimension i goes with i + turned / 2.
+// Rotates the first `turned` dimensions of one head in place; dimension i pairs with i + turned / 2.
 template <class T>
 void rotate_head(T* head, const float* cos, const float* sin, int64_t turned) {
   const int64_t half = turned / 2;
@@ -43,7 +43,7 @@ void rotate_head(T* head, const float* cos, const float* sin, int64_t turned) {
 
 inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
-// out = round(silu(gate) * up), in float32 until then.
+// out = round(silu(gate) * up), computed in float32.
 template <class T, class Input>
 void silu_mul_row(const Input* gate, const Input* up, int64_t size, T* out) {
   for_lanes(size, [&](int64_t i, int n) {

@@ -5,9 +5,9 @@
 
 namespace moe {
 
-constexpr int64_t kPackedSteps = 64;  // at a time: a few cache lines of each row
+constexpr int64_t kPackedSteps = 64;  // packed at a time: a few cache lines of each row
 
-// Calls `body(first, count)` for all steps of a panel, some at a time.
+// Calls `body(first, count)` for all steps of a panel, at most `kPackedSteps` at a time.
 template <class Body>
 void for_steps(int64_t steps, const Body& body) {
   for (int64_t first = 0; first < steps; first += kPackedSteps) body(first, std::min(kPackedSteps, steps - first));
@@ -46,10 +46,10 @@ inline void pack_panel(const float* source, int64_t stride, int64_t rows, int64_
   });
 }
 
-// `*escapes` is the list of the weight that was here before, or null; it is given back.
+// `*escapes` is the list of the weight that was here before, or null; the old list is freed.
 inline void pack_panel(const bf16* source, int64_t stride, int64_t rows, int64_t inputs, void* packed,
                        Escape** escapes) {
-  int64_t uses[2][256] = {};  // neighbours count apart: increments of one place would wait for each other
+  int64_t uses[2][256] = {};  // neighbours use separate counters: increments of one counter would wait for each other
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t k = 0; k < inputs; k++) uses[k & 1][source[row * stride + k].bits >> 8]++;
   }

@@ -1,11 +1,11 @@
-// A persistent pool of threads. The caller takes part; a worker that has not woken is never waited for.
+// A persistent pool of threads. The caller runs tasks too; it never waits for a worker that has not woken.
 //
-// One job runs at a time. A job is `count` independent tasks. Each thread owns a contiguous range of them, so that it
-// reads memory in one direction, and takes from the others' ranges when its own is empty. Which thread runs a task
-// never changes its result.
+// One job runs at a time. A job is `count` independent tasks. Each thread owns a contiguous range of tasks, so that it
+// reads memory in one direction. When its range is empty, it takes tasks from other ranges. Which thread runs a task
+// never changes the result.
 //
-// Who runs jobs holds `busy`. An errand is a call that runs jobs one after the other and that a worker takes off its
-// owner's hands, if one is awake: the owner does other things, then takes part like a worker until the end.
+// A thread that runs jobs holds `busy`. An errand is a call that runs several jobs in sequence. A worker runs it for
+// its owner, if one is awake. Meanwhile the owner does other things, then helps like a worker until the end.
 //
 // Workers spin for a short while after a job, then sleep on a futex. A child of fork() has no workers: it runs every
 // job alone, and must not resize the pool.
@@ -36,7 +36,7 @@ inline void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Spins until `ready()` or until so much time has passed; says which.
+// Spins until `ready()` or the time limit; returns whether `ready()` was true.
 template <class Ready>
 bool spin_until(const Ready& ready, std::chrono::microseconds most = kSpin) {
   for (int i = 0; i < 64; i++) {
@@ -64,7 +64,7 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Number of threads from now on, the caller's included. Holding `busy`.
+  // Sets the number of threads, the caller included. The caller must hold `busy`.
   void resize(int threads) {
     stop_.store(true);
     epoch_.fetch_add(1);
@@ -84,15 +84,15 @@ class Pool {
     call_workers();
   }
 
-  // Runs what `post` was given, or, where a worker has begun, helps it. Not holding `busy`.
+  // Runs the posted errand, or helps the worker that has begun it. The caller must not hold `busy`.
   void finish(Errand& errand) {
     Errand* mine = &errand;
     if (posted_.compare_exchange_strong(mine, nullptr)) return perform(errand);
     while (!errand.done.load(std::memory_order_acquire)) {
       const uint32_t seen = epoch_.load();
       if (join_job()) {
-        // The job may be another call's, whose tasks this thread has no number for. If it is this errand's, it stays
-        // so while this thread is inside.
+        // The job may belong to another call, in which this thread has no thread number. If it belongs to this errand,
+        // it stays so while this thread is inside.
         if (led_ == &errand) take_tasks(leader_);
         leave_job();
       }
@@ -100,7 +100,7 @@ class Pool {
     }
   }
 
-  // Runs `task(index, thread)` for every index below `count`. Returns when all have ended. Holding `busy`.
+  // Runs `task(index, thread)` for every index below `count`; returns when all have ended. The caller must hold `busy`.
   template <class Task>
   void run(int64_t count, const Task& task) {
     if (count <= 1 || workers_.empty()) {
@@ -127,7 +127,7 @@ class Pool {
     int64_t end = 0;
   };
 
-  // The door is `kOpen` while workers may join, plus the number of those inside.
+  // The number of workers inside, plus `kOpen` while workers may join.
   static constexpr uint32_t kOpen = 1u << 31;
 
   void open() {
@@ -135,7 +135,7 @@ class Pool {
     call_workers();
   }
 
-  // Returns the epoch that this begins.
+  // Starts a new epoch and returns it.
   uint32_t call_workers() {
     const uint32_t epoch = epoch_.fetch_add(1) + 1;
     if (sleepers_.load() > 0) futex_wake_all(epoch_);
@@ -155,14 +155,15 @@ class Pool {
     complete(errand);
   }
 
-  // Holding `busy`. The owner may end the errand's life as soon as it is done.
+  // The caller must hold `busy`. The owner may destroy the errand as soon as `done` is set.
   uint32_t complete(Errand& errand) {
     errand.run(&errand);
     errand.done.store(1);
     return call_workers();
   }
 
-  // Runs the posted errand, if there is one and nobody runs jobs; says whether it did. `seen` becomes its last epoch.
+  // Runs the posted errand, if there is one and no other thread runs jobs; returns whether it did. `seen` becomes the
+  // errand's last epoch.
   bool lead_errand(int thread, uint32_t& seen) {
     if (posted_.load() == nullptr) return false;
     const std::unique_lock<std::mutex> lock(busy, std::try_to_lock);
@@ -171,7 +172,7 @@ class Pool {
     leader_ = thread;
     led_ = errand;
     seen = complete(*errand);
-    led_ = nullptr;  // another errand may get its address
+    led_ = nullptr;  // another errand may reuse the address
     return true;
   }
 
@@ -203,7 +204,7 @@ class Pool {
   }
 
   void leave_job() {
-    const bool last = door_.fetch_sub(1) == 1;  // The door is closed and nobody else is inside.
+    const bool last = door_.fetch_sub(1) == 1;  // The door is closed and no other worker is inside.
     if (last && waiting_.load()) futex_wake_all(door_);
   }
 
@@ -225,7 +226,8 @@ class Pool {
   const void* context_ = nullptr;
   void (*call_)(const void*, int64_t, int) = nullptr;
   std::atomic<Errand*> posted_{nullptr};
-  // The errand that a worker runs, or null. Its owner helps under the worker's number, for jobs call the worker's 0.
+  // The errand that a worker runs, or null. Its owner helps with the worker's thread number: in the errand's jobs the
+  // worker itself is thread 0.
   const Errand* led_ = nullptr;
   int leader_ = 0;
   std::atomic<bool> stop_{false};

@@ -1,4 +1,4 @@
-// What attention moves: square blocks of 32-bit words transposed, and rows of bf16 interleaved.
+// Data movement for attention: transposing square blocks of 32-bit words, and interleaving rows of bf16.
 #pragma once
 
 #include "vec.h"

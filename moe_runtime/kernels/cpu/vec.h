@@ -1,7 +1,7 @@
 // Vectors of float32 on the instruction set that this file is compiled for, and the two element types.
 #pragma once
 
-// gcc's headers leave operands undefined on purpose, and gcc warns of it.
+// gcc's headers leave operands undefined on purpose, and gcc warns about it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -36,7 +36,7 @@ inline float from_float<float>(float x) {
   return x;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even; NaN stays NaN.
 template <>
 inline bf16 from_float<bf16>(float x) {
   uint32_t bits;
@@ -232,7 +232,7 @@ inline float sum(Vec v) { return sum8(v); }
 inline float max(Vec v) { return max8(v); }
 #endif
 
-// e^x within 2 units in the last place; 0 below -110 at the latest, no larger than e^88.37; NaN stays.
+// e^x within 2 units in the last place; 0 for every x < -110; at most e^88.37; NaN stays NaN.
 // x = n ln 2 + f with |f| <= ln 2 / 2, and a polynomial for e^f (fitted to a relative error of 3e-9).
 inline Vec exp(Vec x) {
   x = min(set1(88.37f), max(set1(-110.0f), x));
@@ -249,7 +249,7 @@ inline Vec exp(Vec x) {
   return times_power_of_two(p, n);
 }
 
-// 2^x for x <= 0 within 3 units in the last place; exactly 0 below -160 at the latest; NaN stays.
+// 2^x for x <= 0 within 3 units in the last place; exactly 0 for every x < -160; NaN stays NaN.
 // The polynomial for 2^f, |f| <= 1/2, is fitted to a relative error of 1e-7.
 inline Vec exp2(Vec x) {
   x = max(set1(-160.0f), x);
