@@ -1,1 +1,1 @@
-"""Torch twins and native kernels; `moe_runtime.kernels.ops` is the face."""
+"""Torch twins and native kernels; use them through `moe_runtime.kernels.ops`."""

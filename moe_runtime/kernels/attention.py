@@ -1,4 +1,4 @@
-"""What one step's attention needs to know beside the tensors, and the key reads that follow from it.
+"""Metadata of one step's attention, and the key reads that follow from it.
 
 Shape suffixes: S sequences that are read together, Q their query rows, M pages, C gathered keys.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KeyRead:
-    """Query rows that attend together, the pages they gather and what they may see of them.
+    """Query rows that attend together, the pages they gather and the keys that they may see.
 
     Attributes:
         rows: their rows in `q_THd`, `S * Q` of them, sequence after sequence.
@@ -47,7 +47,7 @@ class DeviceLengths:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Rows that attend one by one, of which the host knows only their number and the longest context there may be.
+    """Rows that attend one by one. The host knows only their number and an upper limit of their contexts.
 
     Attributes:
         page_table: int64 `[S, max_pages]`, pages of each sequence.
@@ -66,7 +66,7 @@ class AttentionMetadata:
     """A step's sequences on one rank, decodes first; rows of `q_THd` are in the same order.
 
     Attributes:
-        num_decode: so many sequences at the front have exactly one query row and are attended as one batch.
+        num_decode: this many sequences at the front have exactly one query row and are attended as one batch.
         query_start: row where each sequence begins, and at the end the number of rows; `num_seqs + 1` ints.
         context_len: keys of each sequence, this step's own included; its last query is at position `context_len - 1`.
         page_table: int64 `[num_seqs, max_pages]` on the device: the pages of each sequence, padded with 0.
@@ -76,7 +76,7 @@ class AttentionMetadata:
     query_start: list[int]
     context_len: list[int]
     page_table: Tensor
-    # What a step reads is the same in every layer of one window, so it is worked out once.
+    # A step's key reads are the same in every layer with the same window, so they are computed once.
     _reads: dict[tuple[int, int | None], list[KeyRead]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class AttentionMetadata:
         context_S1 = torch.tensor(contexts, device=device)[:, None]
         first_S1 = torch.tensor(first, device=device)[:, None]
         page_SM = first_S1 + torch.arange(num_pages, device=device)
-        # Rows shorter than the longest run past their pages; what they read there is masked.
+        # Sequences shorter than the longest read past their pages; those keys are masked.
         block_SM = self.page_table[: self.num_decode].gather(1, page_SM.clamp(max=self.page_table.shape[1] - 1))
         position_SC = first_S1 * block_size + torch.arange(num_pages * block_size, device=device)
         visible_SC = position_SC < context_S1

@@ -30,7 +30,7 @@ class PagedAttention(Protocol):
 
 @dataclass(frozen=True)
 class Forms:
-    """One form of each: `linear` as `torch.nn.functional.linear` of rows, the others as in `ops`."""
+    """One form of each op: `linear` is `torch.nn.functional.linear` of rows, the others are as in `ops`."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     grouped_mlp: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]

@@ -1,9 +1,9 @@
-"""The batch-invariant forms of the ops whose usual forms are not: a row's result is the same, bit for bit, alone or in
-any batch, and however a prompt is cut into chunks.
+"""The batch-invariant forms of the ops whose usual forms are not batch-invariant. A row's result is the same, bit for
+bit, alone or in any batch, and for any cut of a prompt into chunks.
 
 Signatures and meanings are those of `moe_runtime.kernels.ops` and `torch.nn.functional.linear`. On CUDA a product has
-one tile per dtype, whatever the number of rows, and every row is attended as decode attends it. Elsewhere these are the
-slow twins: they compute each row by itself. Every other op of `ops` is invariant as it is.
+one tile per dtype, for any number of rows, and every row uses decode attention. Elsewhere these are the slow twins,
+which compute each row by itself. All other ops of `ops` are already batch-invariant.
 
 Shape suffixes: as in `torch_ops`; I and O input and output features.
 """

@@ -1,4 +1,4 @@
-"""The face of the kernels: every op the model uses, on whichever implementation its device has.
+"""The interface of the kernels: every op that the model uses, in the implementation that its device has.
 
 Meanings, shapes and errors are those of the torch twins (`torch_ops`, `torch_attention`).
 """
@@ -110,7 +110,7 @@ def rotary_store_kv(
     v_cache_NBGd: Tensor,
     cache_position_T: Tensor,
 ) -> Tensor:
-    """`apply_rotary` and `store_kv` in one; returns the turned queries; see `torch_attention.rotary_store_kv`."""
+    """`apply_rotary` and `store_kv` in one; returns the rotated queries; see `torch_attention.rotary_store_kv`."""
     operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import rotary
@@ -150,7 +150,7 @@ def decode_attention(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """Attention of single rows; waits for nothing; see `torch_attention.decode_attention`."""
+    """Attention of single rows, without a device sync; see `torch_attention.decode_attention`."""
     operands = (q_THd, k_cache_NBGd, v_cache_NBGd, page_table, sequence_T, position_T)
     options: dict[str, Any] = {"max_context": max_context, "scale": scale, "sliding_window": sliding_window}
     if uses_triton(q_THd.device):
@@ -200,7 +200,7 @@ def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
 
 
 def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(order_R, place_R, counts_S)`; waits for nothing; see `torch_ops.group_by_slot_padded`."""
+    """`(order_R, place_R, counts_S)`, without a device sync; see `torch_ops.group_by_slot_padded`."""
     if uses_triton(slot_R.device):
         from moe_runtime.kernels.triton import group
 

@@ -1,4 +1,4 @@
-"""Slow references: one row at a time, written to be read. Tests hold the fast forms against them.
+"""Slow references: one row at a time, written to be read. Tests compare the fast forms with them.
 
 Each has the signature of its fast form in `moe_runtime.kernels.ops`. Sums are in float64, results in the dtype of the
 fast form. Shape suffixes are those of `torch_ops` and `torch_attention`.
@@ -55,7 +55,7 @@ def topk_gate(
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The gate one token at a time. Scores and choices are those of the fast form in every bit: rounding makes ties."""
+    """The gate one token at a time. Scores and choices equal the fast form's bit for bit, since rounding makes ties."""
     num_tokens, num_experts = logits_TE.shape
     group_size = num_experts // num_groups
     weights_TK = torch.empty(num_tokens, top_k)

@@ -20,7 +20,7 @@ def store_kv(
     """Write each token's key and value to its position in the cache, in place.
 
     Args:
-        cache_position_T: int64, `block * block_size + offset`, all different.
+        cache_position_T: int64, `page * block_size + offset`, all different.
     """
     k_cache_NBGd.flatten(0, 1).index_copy_(0, cache_position_T, k_TGd)
     v_cache_NBGd.flatten(0, 1).index_copy_(0, cache_position_T, v_TGd)
@@ -36,7 +36,7 @@ def rotary_store_kv(
     v_cache_NBGd: Tensor,
     cache_position_T: Tensor,
 ) -> Tensor:
-    """`apply_rotary`, then `store_kv` of the turned keys; returns the turned queries."""
+    """`apply_rotary`, then `store_kv` of the rotated keys; returns the rotated queries."""
     q_THd, k_TGd = apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
     store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     return q_THd
@@ -53,8 +53,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a step's queries over the cached keys of their own sequence.
 
-    Softmax is in float32. The step's own keys must be in the cache already. All of the cache must be finite (allocate
-    it with zeros): keys that a query may not see get the weight 0, and 0 times NaN is NaN.
+    Softmax is in float32. The step's own keys must already be in the cache. The whole cache must be finite (allocate it
+    with zeros), because keys that a query may not see get weight 0, and 0 times NaN is NaN.
 
     Returns:
         `[T, H, d]` in the dtype of `q_THd`.
@@ -82,13 +82,13 @@ def decode_attention(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """Attention of rows that may be of any sequence and position; all that depends on the step is on the device.
+    """Attention of rows of any sequence and position; all values that depend on the step are on the device.
 
     Args:
         page_table: int64 `[S, max_pages]`, pages of each sequence.
-        sequence_T: int32 or int64, which row of the block table each token uses.
+        sequence_T: int32 or int64, which row of the page table each token uses.
         position_T: int32 or int64; a row sees the keys up to its own position.
-        max_context: at least the largest position plus one; so many keys are gathered for each row.
+        max_context: at least the largest position plus one; this many keys are gathered for each row.
 
     Returns:
         `[T, H, d]` in the dtype of `q_THd`.

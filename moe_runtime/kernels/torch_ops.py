@@ -35,9 +35,9 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 
 
 def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding (arXiv:2104.09864) of the first `r` dimensions of each head; the rest passes.
+    """Rotary position embedding (arXiv:2104.09864) of the first `r` dimensions of each head; the rest is unchanged.
 
-    Dimension `i` turns with `i + r/2` (the NeoX pairing).
+    Dimension `i` rotates with `i + r/2` (the NeoX pairing).
 
     Args:
         cos_Tr, sin_Tr: float32, both halves of `r` filled; rounded to the dtype of `q_THd` before use.
@@ -147,7 +147,7 @@ def gate_scores(
     The choice is `-inf` for experts of groups that are not kept.
     """
     logits_TE = logits_TE.float()
-    # In float64: in float32, torch's loops on CPUs give other last bits at their ends than before.
+    # In float64: in float32, the ends of torch's CPU loops differ in the last bits from the rest.
     scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.double().sigmoid().float()
     choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
     if num_groups > 1:
@@ -156,7 +156,7 @@ def gate_scores(
 
 
 def _stable_topk(scores: Tensor, k: int) -> Tensor:
-    """Positions of the `k` largest along the last dimension; `torch.topk` does not promise an order of equals."""
+    """Positions of the `k` largest along the last dimension; `torch.topk` does not define the order of equal values."""
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
@@ -192,8 +192,8 @@ def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor
         slot_R: int64, from -1 to `num_slots - 1`.
 
     Returns:
-        `(order_R, place_R, counts_S)`, int64: the row at each place of the grouped order, the place of each row (-1
-        where it has no slot), and how many rows each slot has.
+        `(order_R, place_R, counts_S)`, int64: the row at each place of the grouped order, the place of each row (-1 if
+        it has no slot), and how many rows each slot has.
     """
     counts = torch.zeros(num_slots + 1, dtype=torch.int64, device=slot_R.device)
     bucket_R = torch.where(slot_R < 0, num_slots, slot_R)
@@ -233,9 +233,9 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
 
     Args:
         x_ND: input rows.
-        row_R: int64, which input row stands at each place of the grouped order; `None` if they are in it already.
-        counts_S: int64, rows of each slot; the first `counts_S[0]` places belong to slot 0. Where they sum to less
-            than R, the places behind are not computed: what stands there is undefined.
+        row_R: int64, the input row at each place of the grouped order; `None` if the rows are already in that order.
+        counts_S: int64, rows of each slot; the first `counts_S[0]` places belong to slot 0. If they sum to less than R,
+            the remaining places are not computed: their values are undefined.
         w13_SGD: `[S, 2 * F, D]`, the rows of `w_gate`, then those of `w_up`.
         w2_SDF: `[S, D, F]`.
 
@@ -270,10 +270,10 @@ def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def combine_grouped(y_RD: Tensor, place_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """`combine_topk` of rows that stand in the grouped order; a (token, k) without a place counts as zero.
+    """`combine_topk` of rows in the grouped order; a (token, k) without a place counts as zero.
 
     Args:
-        place_TK: int64, the row of `y_RD` of each (token, k), or -1; as `group_by_slot_padded` gives them.
+        place_TK: int64, the row of `y_RD` for each (token, k), or -1; as `group_by_slot_padded` returns it.
     """
     if not len(y_RD):
         return y_RD.new_zeros(len(place_TK), y_RD.shape[1])

@@ -1,4 +1,4 @@
-"""How a weight matrix is stored: what slots, native packing, Triton, migrations and budgets mean by it. No torch."""
+"""How a weight matrix is stored. Slots, native packing, Triton, migrations and budgets share this type. No torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ class WeightFormat(Enum):
     Attributes:
         dtype: of the values.
         bits: of one weight.
-        native: the number by which the native kernels know it; None where they do not.
+        native: its number in the native kernels; None if they do not support it.
     """
 
     FLOAT32 = ("float32", 32, 0)
     BFLOAT16 = ("bfloat16", 16, None)
-    CODED_BFLOAT16 = ("bfloat16", 12, 1)  # exponents in a code, without loss; see kernels/cpu/coded.h
+    CODED_BFLOAT16 = ("bfloat16", 12, 1)  # high bytes coded, without loss; see kernels/cpu/coded.h
 
     def __init__(self, dtype: str, bits: int, native: int | None) -> None:
         self.dtype, self.bits, self.native = dtype, bits, native
 
     @classmethod
     def of(cls, dtype: str, coded: bool = False) -> WeightFormat:
-        """The format of matrices of a dtype; `coded` where native kernels hold them.
+        """The format of matrices of a dtype; `coded` if native kernels store them.
 
         Raises:
-            ValueError: matrices of this dtype are not held.
+            ValueError: matrices of this dtype are not supported.
         """
         match dtype, coded:
             case "float32", _:
@@ -38,5 +38,5 @@ class WeightFormat(Enum):
         raise ValueError(f"dtype: {dtype} is not allowed; it must be float32 or bfloat16")
 
     def nbytes(self, num_weights: int) -> float:
-        """Bytes of so many weights, without what rounds a matrix up to whole panels."""
+        """Bytes of `num_weights` weights, without the padding of a matrix to whole panels."""
         return num_weights * self.bits / 8

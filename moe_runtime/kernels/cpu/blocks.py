@@ -1,6 +1,6 @@
 """The parts of a decoder layer that are one native call each.
 
-Their C structs hold what does not change, so that a call passes a few pointers. A block may take the norm behind it:
+Their C structs hold what does not change, so that a call passes a few pointers. A block may include the norm after it:
 called with the residual rows, it adds its output to them in place and returns the norm of the sum. Shape suffixes are
 those of `native`.
 """
@@ -22,21 +22,21 @@ from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
 
 @dataclass(frozen=True)
 class NextNorm:
-    """The norm behind a block: `residual += output`, then the norm of that, as `torch_ops.add_rms_norm`."""
+    """The norm after a block: `residual += output`, then the norm of the residual, as `torch_ops.add_rms_norm`."""
 
     weight_D: Tensor
     eps: float
 
 
 class AttentionCall:
-    """From normed hidden states to the attention's output: projection, head norms, rotary embedding, cache, attention,
-    projection back.
+    """From normed hidden states to the attention's output: QKV projection, head norms, rotary embedding, cache write,
+    attention, output projection.
 
     Args:
-        qkv: to `(H + 2 G) * d`; query rows, key rows, value rows.
-        output: back from `H * d`.
-        q_norm_d, k_norm_d: weights of the head norms, or None for none.
-        next_norm: the norm behind, or None.
+        qkv: projection to `(H + 2 G) * d`; query rows, key rows, value rows.
+        output: projection from `H * d`.
+        q_norm_d, k_norm_d: weights of the head norms, or None.
+        next_norm: the norm after the block, or None.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class AttentionCall:
         *,
         in_place: bool = False,
     ) -> Tensor:
-        """`[T, D]`, with `in_place` in the place of `x_TD`; writes the tokens' keys and values into the cache."""
+        """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' keys and values into the cache."""
         assert x_TD.dtype == k_cache_NBGd.dtype == self._dtype and len(x_TD) == step.layout.tokens
         step.heads.page_size = k_cache_NBGd.shape[1]
         out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
@@ -108,10 +108,10 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class LayerPolicies:
-    """What a step asks of a layer's gate beside what the model's own does.
+    """The expert policies that a step applies to a layer's gate.
 
     Attributes:
-        policy_T: int64, which of `policies_P4` each token has, 0 for none; None: none for all.
+        policy_T: int64, each token's index into `policies_P4`, 0 for none; None: no token has one.
         policies_P4: float32 `[P, 4]`, a `Policy` of `gate.h` each; the first is not read.
         chosen_TK: int16, filled with the experts that each token uses, -1 for none; None: not kept.
     """
@@ -121,7 +121,7 @@ class LayerPolicies:
     chosen_TK: Tensor | None = None
 
     def struct(self, num_tokens: int, top_k: int) -> structs.PoliciesStruct:
-        """As the library takes it; the tensors must outlive the call."""
+        """The C struct; the tensors must outlive the call."""
         policy, policies, chosen = self.policy_T, self.policies_P4, self.chosen_TK
         assert policy is None or (policy.dtype == torch.int64 and policy.shape == (num_tokens,))
         assert (policy is None) == (policies is None)
@@ -139,8 +139,8 @@ class GateCall:
     Args:
         config: from `native.gate_config`.
         weight_ED: in the model's dtype or in float32.
-        counts_2E: int64, tokens of each expert in prefill and decode, which grow with every call; None counts nothing.
-            Rows may be apart, so a layer of a larger tensor fits.
+        counts_2E: int64, tokens of each expert in prefill and decode; every call adds to them. None counts nothing.
+            The rows need not be adjacent, so it may be a layer of a larger tensor.
     """
 
     def __init__(
@@ -196,10 +196,11 @@ class SparseCall:
     """The whole sparse block: gate, experts, weighted sum, shared experts.
 
     Args:
-        slot_EP: int64, the slots that each expert's rows go to in turn; P is a power of two. It may change.
+        slot_EP: int64, the slots that each expert's rows go to in turn; P is a power of two. Its values may change.
         shared: the experts that every token uses, as one slot; or None.
-        next_norm: the norm behind, or None.
-        exchange: address of the exchange with all ranks, whose slots `slot_EP` has; None: all experts are here.
+        next_norm: the norm after the block, or None.
+        exchange: address of the exchange with all ranks; `slot_EP` then has global slots. None: this rank has all
+            experts.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class SparseCall:
         policies: LayerPolicies = NO_POLICIES,
         spread: structs.SpreadStep | None = None,
     ) -> Tensor:
-        """`[T, D]`; the first `num_decode` rows are counted as decode. `spread` where there is an exchange.
+        """`[T, D]`; the first `num_decode` rows are counted as decode. An exchange needs `spread`.
 
         Raises:
             TimeoutError: a rank did not come to the exchange in time.
@@ -264,10 +265,10 @@ class SparseCall:
 
 
 class DenseCall:
-    """A SwiGLU that all rows pass: an expert's weights in one slot.
+    """A SwiGLU for all rows: an expert's weights in one slot.
 
     Args:
-        next_norm: the norm behind, or None.
+        next_norm: the norm after the block, or None.
     """
 
     def __init__(self, mlp: PackedExperts, next_norm: NextNorm | None = None) -> None:

@@ -20,7 +20,8 @@ class Layers:
     """All layers of a decoder in one call.
 
     Args:
-        blocks: attention and MLP of each layer, with norms behind them; all sparse ones have an exchange, or none.
+        blocks: attention and MLP of each layer, each with the norm after it. Either all sparse blocks have an
+            exchange, or none has.
         caches: keys and values `[N, B, G, d]` of each layer.
     """
 
@@ -64,7 +65,7 @@ class Layers:
     ) -> RunningLayers:
         """Start on `x_TD`, the normed rows before and after, and `residual_TD`, the residual rows, both in place.
 
-        `policies` has one for each sparse layer, or none at all; `spread` is there where there is an exchange.
+        `policies` has one entry for each sparse layer, or is empty. An exchange needs `spread`.
         """
         assert not policies or len(policies) == self.num_sparse
         asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(policies, self._top_k, strict=False)]
@@ -88,11 +89,11 @@ class Layers:
 
 
 class RunningLayers:
-    """A call that a worker runs, if one is awake, until `wait`, which takes part.
+    """A call that a pool worker runs, if one is awake. `wait` helps to finish it.
 
     Args:
-        spread: as `call` has it.
-        keep: what else `call` points to.
+        spread: the `SpreadStep` in `call`.
+        keep: other objects that `call` points to.
     """
 
     def __init__(
@@ -118,6 +119,6 @@ class RunningLayers:
             check_arrived(late, self._spread.timeout_ns)
 
     def __del__(self) -> None:
-        # Whoever gave up the step must not take the memory away in which it runs.
+        # A caller that gives up the step must not free the memory in which it runs.
         if self._keep is not None:
             self._library.moe_layers_end(self._address)

@@ -23,17 +23,17 @@ SOURCES = Path(__file__).parent
 LOCK_DEADLINE_S = 300.0
 COMPILE_DEADLINE_S = 240.0
 
-# Rows of an expert at a time, on average: they use its weights as well as more would, and take less memory.
+# Average rows of an expert per pass. More rows would not use its weights better, and would take more memory.
 EXPERT_ROWS = 128
 
 _COMMON = (
     f"-DMOE_EXPERT_ROWS={EXPERT_ROWS} "
     "-std=c++17 -O3 -Wall -Wextra -fPIC -shared -pthread -fvisibility=hidden -fno-strict-aliasing "
-    # A product and a sum are fused only where the source says so: else results would depend on the compiler.
+    # Fuse a product and a sum only where the source says so, otherwise results would depend on the compiler.
     "-ffp-contract=off -mavx2 -mfma -mbmi -mbmi2"
 )
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
-# Best first: what the processor must report, and what the compiler is told.
+# Best first: the flags that the processor must report, and the compiler's options.
 INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
     "avx512_bf16": (
         frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
@@ -45,7 +45,7 @@ INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
 
 
 class NativeUnavailableError(RuntimeError):
-    """The native kernels can't be had here; one line says why."""
+    """The native kernels are not available here; one line says why."""
 
 
 def supported_instruction_sets() -> list[str]:
@@ -58,7 +58,7 @@ def supported_instruction_sets() -> list[str]:
 
 
 def can_have_kernels() -> bool:
-    """Whether this machine has what the kernels need, a processor and a compiler; compiles nothing."""
+    """Whether this machine has a processor and a compiler that the kernels can use; compiles nothing."""
     try:
         return bool(supported_instruction_sets() and find_compiler())
     except NativeUnavailableError:
@@ -68,14 +68,14 @@ def can_have_kernels() -> bool:
 def ensure_library(instruction_set: str | None = None, cache_dir: Path | None = None) -> tuple[Path, str]:
     """Path of the compiled library, and the instruction set it is for; compiles it on first use.
 
-    Several processes may call it at once: one compiles, the others wait. A file that carries the final name is whole.
+    Several processes may call it at once: one compiles, the others wait. A file with the final name is complete.
 
     Args:
-        instruction_set: a name in `INSTRUCTION_SETS`; default the best that the processor has.
+        instruction_set: a name in `INSTRUCTION_SETS`; default the best one that the processor supports.
         cache_dir: default `$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`.
 
     Raises:
-        NativeUnavailableError: no such processor, no compiler, or it failed.
+        NativeUnavailableError: the processor has no supported instruction set, or the compiler is missing or failed.
         ValueError: the processor lacks `instruction_set`.
     """
     supported = supported_instruction_sets()

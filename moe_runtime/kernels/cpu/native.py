@@ -1,7 +1,7 @@
-"""The native CPU kernels as calls that take torch tensors; their meanings are those of the torch twins.
+"""The native CPU kernels as calls that take torch tensors; they compute what the torch twins compute.
 
-A call checks what costs nothing to check; pointers and sizes that do not change are kept in C structs by the classes of
-`packed` and `blocks`. Sums are in float32 and in one order per output: a row's result has the same bits alone, in a
+A call checks only what is cheap to check. The classes of `packed` and `blocks` keep pointers and sizes that do not
+change in C structs. Sums are in float32 and in one order per output: a row's result has the same bits alone, in a
 batch, and for any number of threads.
 
 Shape suffixes: T tokens, D hidden, F expert intermediate, E logical experts, S local slots, K experts per token,
@@ -37,7 +37,7 @@ def load(instruction_set: str | None = None) -> Kernels:
     """The kernels for this machine, compiled if they are not in the cache yet; see `library.ensure_library`.
 
     Raises:
-        NativeUnavailableError: they can't be had; one line says why.
+        NativeUnavailableError: they are not available; one line says why.
         ValueError: the processor lacks `instruction_set`.
     """
     path, instruction_set = ensure_library(instruction_set)
@@ -53,7 +53,7 @@ def load(instruction_set: str | None = None) -> Kernels:
 
 @cache
 def load_or_none() -> Kernels | None:
-    """The kernels, or None where they can't be had; the reason is logged, once."""
+    """The kernels, or None if they are not available; the reason is logged once."""
     try:
         kernels = load()
     except NativeUnavailableError as error:
@@ -64,10 +64,10 @@ def load_or_none() -> Kernels | None:
 
 
 def native_format(dtype: torch.dtype) -> WeightFormat:
-    """How the kernels hold matrices of a dtype.
+    """The format in which the kernels store matrices of a dtype.
 
     Raises:
-        ValueError: it is neither float32 nor bfloat16.
+        ValueError: the dtype is neither float32 nor bfloat16.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
@@ -75,14 +75,14 @@ def native_format(dtype: torch.dtype) -> WeightFormat:
 
 
 def element(tensor: Tensor) -> int:
-    """The number of a tensor's dtype in the library. Raises ValueError as `native_format`."""
+    """The library's number for a tensor's dtype. Raises ValueError as `native_format` does."""
     found = native_format(tensor.dtype).native
     assert found is not None
     return found
 
 
 def check_arrived(late: int, timeout_ns: int) -> None:
-    """Raise TimeoutError if a call says that a rank did not come to an exchange in time; below 0 all came."""
+    """Raise TimeoutError if a rank came too late to an exchange: `late` is its number, negative if all came in time."""
     if late >= 0:
         raise TimeoutError(f"symmetric: no rows from rank {late} within {timeout_ns / 1e9:g} s")
 
@@ -98,7 +98,7 @@ def gate_config(
     normalize: bool,
     scale: float = 1.0,
 ) -> GateConfig:
-    """The gate as the library takes it."""
+    """The C struct of a gate."""
     check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
     assert correction_bias_E is None or correction_bias_E.dtype == torch.float32
     bias = pointer(correction_bias_E)
@@ -123,12 +123,12 @@ class Kernels:
 
     @property
     def num_threads(self) -> int:
-        """Threads that take part in a call, the caller's included."""
+        """Threads that take part in a call, the caller included."""
         count: int = self.library.moe_num_threads()
         return count
 
     def set_threads(self, count: int) -> None:
-        """Threads from now on. They inherit the caller's CPU affinity at this moment.
+        """Set the number of threads. They inherit the caller's CPU affinity at the time of this call.
 
         Raises:
             ValueError: less than one.
@@ -149,7 +149,7 @@ class Kernels:
     def add_rms_norm(
         self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, in_place: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """See `torch_ops.add_rms_norm`; the results take the places of `x_TD` and `residual_TD` if `in_place`."""
+        """See `torch_ops.add_rms_norm`; with `in_place` the results overwrite `x_TD` and `residual_TD`."""
         out, total = (x_TD, residual_TD) if in_place else (torch.empty_like(x_TD), torch.empty_like(x_TD))
         rows, size = x_TD.shape
         assert residual_TD.shape == x_TD.shape and len(weight_D) == size
@@ -238,7 +238,7 @@ class Kernels:
         return weights_TK, experts_TK
 
     def argmax(self, x_TV: Tensor) -> list[int]:
-        """Place of the largest float32 value of each row; of equal ones the first."""
+        """Position of the largest float32 value of each row; of equal values the first."""
         assert x_TV.dtype == torch.float32 and x_TV.ndim == 2 and x_TV.shape[1] > 0
         rows, size = x_TV.shape
         best = (ctypes.c_int64 * rows)()
@@ -263,7 +263,8 @@ class Kernels:
         """Weighted sum of each token's expert rows, `[T, D]`; row `i` of `y_RD` is that of (token, k) `order_R[i]`.
 
         Args:
-            order_R: int64, as `group_by_slot` gives it; None if the rows are in order. What it leaves out adds nothing.
+            order_R: int64, as `group_by_slot` returns it; None if the rows are in order. A (token, k) that is not in it
+                adds nothing.
             weights_TK: float32.
         """
         num_tokens, top_k = weights_TK.shape
@@ -290,7 +291,7 @@ class Kernels:
         return self._room(copies * nbytes).view(copies, nbytes)
 
     def _room(self, nbytes: int) -> Tensor:
-        """Bytes that begin at a cache line. Small weights share slabs, so that they get huge pages as well."""
+        """Bytes that begin at a cache line. Small weights share slabs, so that they also get huge pages."""
         if nbytes >= SLAB_BYTES // 4:
             return self._huge_pages(nbytes)
         if self._slab is None or self._slab_used + nbytes > SLAB_BYTES:
@@ -307,5 +308,5 @@ class Kernels:
         return room
 
     def read(self, tensor: Tensor) -> None:
-        """Read a tensor's whole mebibytes once with all threads: the floor of what streams weights."""
+        """Read a tensor's whole MiB once with all threads: the lower bound on the time of streaming weights."""
         self.library.moe_read(pointer(tensor), tensor.nbytes)

@@ -1,6 +1,6 @@
 """Packed weights: a linear map, and the experts of a layer.
 
-bfloat16 weights are held in 12 bits each, without loss; see `coded.h`. C structs hold what does not change, so that a
+bfloat16 weights are stored in 12 bits each, without loss; see `coded.h`. C structs hold what does not change, so that a
 call passes a few pointers. Shape suffixes are those of `native`.
 """
 
@@ -18,17 +18,17 @@ from moe_runtime.kernels.cpu.native import Kernels, native_format
 from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import Weight
 
-PANEL = 64  # outputs of a panel; gate and up projections of experts begin at one
+PANEL = 64  # outputs of a panel; gate and up projections of experts each begin at a panel boundary
 
 
 class PackedMatrices:
-    """Room for weights `[outputs, inputs]`, packed one after the other. Put in all rows of one before its use.
+    """Room for weights `[outputs, inputs]`, packed one after another. Put in all rows of a weight before using it.
 
     Attributes:
-        format: how they are held.
+        format: how they are stored.
         data: uint8 `[copies, bytes]`.
-        escapes: int64 `[copies, panels]`, addresses of the lists of what the codes of bfloat16 panels leave out; 0 for
-            none. They belong to this object.
+        escapes: int64 `[copies, panels]`, addresses of the escape lists of bfloat16 panels; 0 for none. This object
+            owns the lists.
 
     Raises:
         ValueError: a dtype that is neither float32 nor bfloat16.
@@ -47,7 +47,7 @@ class PackedMatrices:
         return self.data.nbytes
 
     def put(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
-        """Fill the outputs from `first_row` on, in whole panels; only the last of all may lack rows."""
+        """Fill the outputs from `first_row` on, in whole panels; only the weight's last panel may lack rows."""
         rows, inputs = weight_MD.shape
         assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
         assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
@@ -77,7 +77,7 @@ class PackedMatrices:
         return out
 
     def stored(self, copy: int) -> tuple[Tensor, Tensor]:
-        """What a weight is held as: its bytes as they lie in memory, and int64 `[N]` a copy of its escapes."""
+        """The stored form of a weight: its bytes in memory, and a copy of its escapes, int64 `[N]`."""
         panels = self.escapes[copy]
         listed = self.kernels.library.moe_list_escapes
         escapes = torch.empty(listed(panels.data_ptr(), len(panels), None), dtype=torch.int64)
@@ -131,7 +131,7 @@ class PackedLinear:
         """`weight[index]`, `[T, inputs]`: the embedding of a model whose head is tied to it.
 
         Raises:
-            ValueError: an index is not a row.
+            ValueError: an index is out of range.
         """
         assert index_T.dtype == torch.int64 and index_T.ndim == 1
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
@@ -182,7 +182,7 @@ class PackedExperts:
     def put(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
         """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot.
 
-        Pieces of a matrix are of whole panels, so that only the last has a number of rows that `PANEL` does not divide.
+        Pieces of a matrix are whole panels: only the last piece may have a number of rows that `PANEL` does not divide.
         """
         outputs = self.hidden_size if part == "down" else self.intermediate_size
         assert first_row + len(rows) <= outputs and (first_row + len(rows) == outputs or len(rows) % PANEL == 0)
@@ -192,7 +192,7 @@ class PackedExperts:
             self.w13.put(slot, first_row + (self._up_row if part == "up" else 0), rows)
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
-        """What a slot holds; the same on every rank for the same expert."""
+        """The stored content of a slot; the same on every rank for the same expert."""
         return *self.w13.stored(slot), *self.w2.stored(slot)
 
     def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +203,7 @@ class PackedExperts:
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
         """See `torch_ops.grouped_mlp`; the product between the projections is rounded once.
 
-        The rows are in `room_RD` where it is given.
+        If `room_RD` is given, the result is in it.
         """
         assert x_ND.dtype == self.dtype and x_ND.ndim == 2 and x_ND.shape[1] == self.hidden_size
         assert counts_S.dtype == torch.int64 and len(counts_S) == self.num_slots

@@ -180,7 +180,7 @@ class ExchangeShape(ctypes.Structure):
 
 
 def address(structure: ctypes.Structure | None) -> int | None:
-    """Where a struct is; null for none."""
+    """The address of a struct; None for None."""
     return None if structure is None else ctypes.addressof(structure)
 
 

@@ -1,6 +1,6 @@
-"""What both attention kernels share: the loop over a sequence's keys, its constants, and the checks of operands.
+"""Shared by both attention kernels: the loop over a sequence's keys, its constants, and the checks of operands.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N cache blocks, B block size, S sequences,
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
 X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
 """
 
@@ -42,7 +42,7 @@ def attend(
         is_key_C = key_C < end_key
         page_C = tl.load(table_ptr + key_C // PAGE, mask=is_key_C, other=0)
         place_C = (page_C * PAGE + key_C % PAGE) * key_stride
-        # Keys behind the last are values of nobody: they are read as zeros, for 0 times NaN is NaN.
+        # After the last key, values belong to no sequence. They are read as zeros, because 0 times NaN is NaN.
         is_k_CD = is_key_C[:, None] if EVEN_D else is_key_C[:, None] & (d_D < head_size)[None, :]
         k_CD = tl.load(k_ptr + place_C[:, None] + d_D[None, :], mask=is_k_CD, other=0.0)
         score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee") * scale

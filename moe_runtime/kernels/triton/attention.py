@@ -1,7 +1,7 @@
 """Causal attention over the paged cache: prefill chunks here, decode rows in `decode_attention`.
 
-A program has a block of (token, head) pairs of one sequence and one group, so that a key serves all heads that share
-it, and goes through the keys once. Softmax is in float32.
+A program has a block of (token, head) pairs of one sequence and one group, and reads the keys once. So each key read
+serves all heads that share it. Softmax is in float32.
 
 Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
 X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
@@ -47,7 +47,7 @@ def prefill_attention_kernel(
     BLOCK_D: tl.constexpr,
 ) -> None:
     """A block of (token, head) pairs of one sequence and one group, over all keys that any of them sees."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin first
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # blocks with the most keys begin first
     group = tl.program_id(1)
     sequence = first_sequence + tl.program_id(2)
     start = tl.load(query_start_ptr + sequence)
@@ -158,7 +158,7 @@ def invariant_paged_attention(
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
-    """`paged_attention` with every row attended as decode attends it: the same bits however a prompt is cut.
+    """`paged_attention` with decode attention for every row: the same bits for any cut of a prompt into chunks.
 
     Raises:
         ValueError: operands do not fit together.

@@ -1,7 +1,7 @@
-"""Attention of single rows, split over their keys: decode, and all rows where results must not depend on the batch.
+"""Attention of single rows, split over their keys: for decode, and for all rows if results must be batch-invariant.
 
-The keys of a sequence are cut at fixed positions, every `CHUNK` keys from its beginning; each program attends from all
-heads of a group to one chunk, and a second kernel merges the chunks in order. What a row gets depends on its own keys
+The keys of a sequence are cut at fixed positions, every `CHUNK` keys from its beginning. Each program attends from all
+heads of a group to one chunk, and a second kernel merges the chunks in order. A row's result depends on its own keys
 alone, bit for bit, whatever else is in the batch. Softmax is in float32.
 
 Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
@@ -59,8 +59,8 @@ def decode_attention_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One row, the heads of one group, one chunk of keys. With one chunk the result is final and `part_ptr` is `None`;
-    else `out_ptr` takes sums that are not divided yet, and `part_ptr` each chunk's sum of weights and largest score."""
+    """One row, the heads of one group, one chunk of keys. With one chunk the result is final and `part_ptr` is `None`.
+    Else `out_ptr` gets sums not yet divided, and `part_ptr` gets each chunk's sum of weights and largest score."""
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     position = tl.load(position_ptr + token).to(tl.int32)
@@ -136,7 +136,7 @@ def decode_attention_meta(
     head_size: int, page_size: int, sliding_window: int | None, itemsize: int, heads_per_group: int
 ) -> dict[str, int]:
     """Constants and launch options of `decode_attention_kernel`."""
-    rows = max(16, triton.next_power_of_2(heads_per_group))  # a tensor core takes 16 rows at least
+    rows = max(16, triton.next_power_of_2(heads_per_group))  # a tensor core takes at least 16 rows
     return attention_meta(head_size, page_size, sliding_window, itemsize, rows=rows, keys=64) | {"CHUNK_SIZE": CHUNK}
 
 
@@ -164,7 +164,7 @@ def decode_attention(
     sliding_window: int | None,
     out_THd: Tensor | None = None,
 ) -> Tensor:
-    """Attention of rows that may be of any sequence and position; all that depends on the step is on the device.
+    """Attention of rows of any sequence and position; all values that depend on the step are on the device.
 
     A row's result depends on its own keys alone, bit for bit. The launches depend on `max_context` alone, so they can
     be captured once for the longest context.
@@ -172,7 +172,7 @@ def decode_attention(
     Args:
         q_THd: `[T, H, d]`.
         page_table: int64 `[S, max_pages]`, pages of each sequence.
-        sequence_T: int32 or int64, which row of the block table each token uses.
+        sequence_T: int32 or int64, which row of the page table each token uses.
         position_T: int32 or int64; a row sees the keys up to its own position.
         max_context: at least the largest position plus one.
         out_THd: contiguous; default a new one.
@@ -191,7 +191,7 @@ def decode_attention(
         return out_THd
     num_chunks = triton.cdiv(max_context, CHUNK)
     if sliding_window is not None:
-        num_chunks = min(num_chunks, (sliding_window - 2) // CHUNK + 2)  # a window that begins in the middle of one
+        num_chunks = min(num_chunks, (sliding_window - 2) // CHUNK + 2)  # the window may begin in the middle of a chunk
     sums, part = out_THd, None
     if num_chunks > 1:
         sums = torch.empty(num_tokens, num_heads, num_chunks, head_size, device=q_THd.device)

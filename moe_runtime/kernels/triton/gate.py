@@ -13,8 +13,8 @@ from torch import Tensor
 
 from moe_runtime.kernels.torch_ops import Scoring, check_contiguous, check_gate
 
-# Below every choice, but above minus infinity even when two are summed: experts whose choice is NaN stay selectable
-# before experts already taken, so that the numbers of the chosen experts are valid whatever the logits are.
+# Below every choice, but above minus infinity even if two are summed. Experts whose choice is NaN are then selected
+# before experts already taken, so that the chosen expert numbers are valid for any logits.
 LOWEST = tl.constexpr(-1e38)
 
 
@@ -74,7 +74,7 @@ def topk_gate_kernel(
     for k in range(TOP_K):
         is_best_JM = choice_JM == tl.max(choice_JM)
         expert = tl.min(tl.where(is_best_JM, expert_JM, BLOCK_J * BLOCK_M))
-        is_taken_JM = expert_JM == expert  # padding that shares the number has the score 0
+        is_taken_JM = expert_JM == expert  # padding with the same number has score 0
         weight = tl.sum(tl.where(is_taken_JM, scores_JM, 0.0))
         choice_JM = tl.where(is_taken_JM, float("-inf"), choice_JM)
         weights_K = tl.where(k_K == k, weight, weights_K)
@@ -99,7 +99,7 @@ def topk_gate_meta(
         "BLOCK_J": triton.next_power_of_2(num_groups),
         "BLOCK_M": triton.next_power_of_2(num_experts // num_groups),
         "BLOCK_K": triton.next_power_of_2(top_k),
-        "num_warps": 1,  # a warp holds 512 experts in registers, and needs no barrier to find the best of them
+        "num_warps": 1,  # a warp holds 512 experts in registers, and finds the best without a barrier
         "enable_fp_fusion": False,  # the weights are rounded as torch rounds them
     }
 

@@ -1,8 +1,8 @@
 """The permutation between tokens and experts: rows grouped by slot, and the weighted sum that undoes it.
 
-Grouping is a counting sort in two launches. Rows are cut into blocks; the first kernel counts each block's rows per
-slot, the second adds up what stands before its block and gives every row its place. It uses no atomics, so the order
-within a slot is that of the rows, and no size depends on the data, so the host never waits.
+Grouping is a counting sort in two launches. Rows are cut into blocks. The first kernel counts each block's rows per
+slot. The second sums the counts before its block and gives every row its place. It uses no atomics, so rows keep their
+order within a slot. No size depends on the data, so the host never waits.
 
 Shape suffixes: T tokens, K experts per token, D hidden, S slots, R rows; in the kernels B is a batch of blocks and C a
 chunk of a block's rows.
@@ -20,7 +20,7 @@ from moe_runtime.kernels.torch_ops import check_contiguous
 MAX_BLOCKS = 128
 MIN_BLOCK_ROWS = 64
 BLOCKS_TOGETHER = 16
-ELEMENTS = 8192  # of a chunk of rows by slots, which lies in registers
+ELEMENTS = 8192  # rows times slots of a chunk, which is in registers
 BLOCK_D = 1024
 
 
@@ -100,7 +100,7 @@ def combine_kernel(
     TOP_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """The weighted sum of a token's rows, in order of k; `place_ptr` is `None` where they stand one after another."""
+    """The weighted sum of a token's rows, in order of k; `place_ptr` is `None` if the rows are adjacent."""
     token = tl.program_id(0).to(tl.int64)
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     is_d_D = d_D < hidden
@@ -108,7 +108,7 @@ def combine_kernel(
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         place = pair if place_ptr is None else tl.load(place_ptr + pair)
-        offset_D = place * hidden + d_D  # negative where the pair has no place
+        offset_D = place * hidden + d_D  # negative if the pair has no place
         y_D = tl.load(y_ptr + offset_D, mask=is_d_D & (offset_D >= 0), other=0.0).to(tl.float32)
         weight = tl.load(weights_ptr + pair).to(tl.float32)
         total_D += y_D * weight

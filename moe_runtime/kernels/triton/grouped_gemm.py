@@ -24,15 +24,15 @@ from moe_runtime.kernels.triton.tiles import Tile, invariant_tile
 from moe_runtime.kernels.triton.tuned import choose_tile
 
 BLOCK_TILES = 16
-DECODE_ROWS = 16  # tiles of so many rows stream weights
-TILES_TOGETHER = 8  # tiles that run through the weights side by side, so that they share what L2 holds of them
+DECODE_ROWS = 16  # tiles with this number of rows stream weights
+TILES_TOGETHER = 8  # tiles that read the weights side by side, so that they share them in L2
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def locate_tiles(
     tile_Q: tl.tensor, counts_ptr: tl.tensor, num_slots: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """`(slot, first row, end of the slot's rows)` of each tile; tiles to spare begin at the end or behind it."""
+    """`(slot, first row, end of the slot's rows)` of each tile; unused tiles begin at or after the end."""
     slot_S = tl.arange(0, BLOCK_S)
     counts_S = tl.load(counts_ptr + slot_S, mask=slot_S < num_slots, other=0).to(tl.int32)
     tiles_S = tl.cdiv(counts_S, BLOCK_M)
@@ -56,7 +56,7 @@ def tile_map_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ) -> None:
-    """Write what `locate_tiles` finds, three numbers per tile."""
+    """Write the results of `locate_tiles`, three numbers per tile."""
     tile_Q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     slot_Q, row_Q, end_Q = locate_tiles(tile_Q, counts_ptr, num_slots, BLOCK_M, BLOCK_S)
     is_tile_Q = tile_Q < num_tiles
@@ -129,8 +129,8 @@ def grouped_gemm_kernel(
 ) -> None:
     """`out[r] = w[slot of r] @ x[row[r]]`; with `SWIGLU` the slot's weight is a gate and an up projection, fused.
 
-    `row_ptr` is `None` where the rows of `x` are in grouped order, and `tile_ptr` where no map was made. With `SWIGLU`
-    rows of gate and up alternate in the tile: one product of full width, and both halves of a pair in one thread.
+    `row_ptr` is `None` if the rows of `x` are in grouped order, and `tile_ptr` if no map was made. With `SWIGLU`
+    gate and up rows alternate in the tile: one product of full width, and both halves of a pair in one thread.
     """
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile, n_block = place_program(num_tiles, tl.cdiv(out_features, BLOCK_OUT), GROUP_M)
@@ -144,7 +144,7 @@ def grouped_gemm_kernel(
     if first_row >= end_row:
         return
 
-    # Rows and features to spare read a valid place and are not stored: loads without masks.
+    # Unused rows and features read a valid address and are not stored, so that loads need no masks.
     place_M = first_row + tl.arange(0, BLOCK_M)
     is_row_M = place_M < end_row
     valid_M = tl.where(is_row_M, place_M, first_row)
@@ -202,7 +202,7 @@ def tile_map_meta(tile: Tile, num_slots: int) -> dict[str, int]:
         "BLOCK_M": tile.block_m,
         "BLOCK_S": triton.next_power_of_2(num_slots),
         "BLOCK_Q": BLOCK_TILES,
-        "enable_fp_fusion": False,  # left out, Triton 3.9 warns
+        "enable_fp_fusion": False,  # without it Triton 3.9 warns
     }
 
 
@@ -236,7 +236,7 @@ def grouped_mlp(
     """The Triton form of `torch_ops.grouped_mlp`, same arguments and result; it never waits for the device.
 
     Args:
-        tile: default the tuned one of this GPU, else the model's.
+        tile: default the tuned one for this GPU, else the one of the performance model.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.

@@ -1,7 +1,7 @@
-"""Root mean square norm with the residual sum in front, and the SwiGLU activation.
+"""Root mean square norm after the residual sum, and the SwiGLU activation.
 
-A program holds some rows whole. Rows may lie apart, as heads inside a projection's output do. Everything is rounded
-where the torch twins round it.
+A program holds whole rows. Rows need not be adjacent, for example heads inside a projection's output. Everything is
+rounded where the torch twins round it.
 
 Shape suffixes: T tokens, D row, F activation, H heads of a token, R rows of a program.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_runtime.kernels.torch_ops import check_contiguous
 
-ELEMENTS = 1024  # of a program, where rows are shorter
+ELEMENTS = 1024  # of a program, if rows are shorter
 BLOCK_F = 1024
 
 
@@ -87,7 +87,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The Triton form of `torch_ops.rms_norm`, same arguments and result; the last dimension must be contiguous.
 
     Raises:
-        ValueError: operands do not fit together, or the rows lie in more than two strides.
+        ValueError: operands do not fit together, or the rows need more than two strides.
     """
     return _norm(x_TD, None, weight_D, eps)[0]
 

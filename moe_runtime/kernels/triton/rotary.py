@@ -1,10 +1,10 @@
 """Rotary position embedding, the write into the paged cache, and both in one launch.
 
-A program has one token, all its heads. Heads may lie inside a projection's output; only the head's own numbers must be
+A program has one token with all its heads. Heads may be inside a projection's output; only a head's own values must be
 contiguous. Everything is rounded where the torch twins round it.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, r rotated dimensions, N cache blocks,
-B block size; in the kernels H is a block of heads of one kind, P half of the rotated dimensions.
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size, r rotated dimensions, N pages,
+B tokens per page; in the kernels H is a block of heads of one kind, P half of the rotated dimensions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rotate_heads(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Turn each head of one token; the dimensions that do not turn are copied."""
+    """Rotate each head of one token; the other dimensions are copied."""
     dtype = to_ptr.dtype.element_ty
     head_H = tl.arange(0, BLOCK_H)
     p_P = tl.arange(0, BLOCK_P)
@@ -57,7 +57,7 @@ def rotate_heads(
     from_HP = from_ptr + head_H[:, None] * head_stride + p_P[None, :]
     first_HP = tl.load(from_HP, mask=is_pair_HP, other=0.0).to(tl.float32)
     second_HP = tl.load(from_HP + half, mask=is_pair_HP, other=0.0).to(tl.float32)
-    # Both halves of cos and sin are read: they are what the twin multiplies with.
+    # Both halves of cos and sin are read, because the twin multiplies with both.
     cos1_P = tl.load(cos_ptr + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
     cos2_P = tl.load(cos_ptr + half + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
     sin1_P = tl.load(sin_ptr + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
@@ -100,8 +100,8 @@ def rotary_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Turn a token's queries and keys. With `slot_ptr`, keys and values go into the cache; else it and `v_ptr` are
-    `None` and keys go where the token stands."""
+    """Rotate a token's queries and keys. With `slot_ptr`, keys and values go into the cache. Else it and `v_ptr` are
+    `None`, and keys go to the token's own row."""
     token = tl.program_id(0).to(tl.int64)
     place = token if slot_ptr is None else tl.load(slot_ptr + token)
     q_ptr += token * q_token_stride
@@ -165,7 +165,7 @@ def rotary_meta(num_q_heads: int, num_kv_heads: int, head_size: int, rotary_dim:
         "HAS_PASSED": rotary_dim < head_size,
         "BLOCK_H": block_h,
         "BLOCK_P": block_p,
-        "num_warps": 4 if block_h * block_p <= 1024 else 8,  # several numbers of a pair lie in a thread's registers
+        "num_warps": 4 if block_h * block_p <= 1024 else 8,  # a thread holds several values of a pair in registers
     }
 
 
@@ -246,7 +246,7 @@ def check_cache(
 
 
 def check_heads(**operands: Tensor) -> None:
-    """Refuse heads whose numbers are not contiguous.
+    """Refuse heads whose values are not contiguous.
 
     Raises:
         ValueError: the operand and its strides.

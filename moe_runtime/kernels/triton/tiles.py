@@ -1,10 +1,10 @@
-"""Which tile a grouped product is cut into: what the tuner measured on this GPU, else what a small model expects.
+"""The tiles of a grouped product, and a small performance model that chooses one if none was tuned for this GPU.
 
 The model is a roofline per program. A program multiplies `block_m x block_n x K` at the share of the chip's rate that
-its instruction reaches, reads its operands through L2, and pays a start; programs that fit an SM together overlap. No
-product is faster than the weights of the slots in use come from memory. The least time wins. It follows that few rows
-per slot take few rows per tile (weights are all the time there is, and padding costs nothing only while it is little),
-and many rows take the largest tile (each weight that is read serves more rows).
+its instruction reaches, reads its operands through L2, and has a start-up cost. Programs that fit an SM together
+overlap. No product is faster than reading the weights of the used slots from memory. The tile with the least time wins.
+So few rows per slot get few rows per tile: reading weights takes all the time, and padding is free only if it is small.
+Many rows get the largest tile, because each weight read serves more rows.
 
 Shape suffixes: R grouped rows, S slots, D hidden, F expert intermediate.
 """
@@ -40,21 +40,21 @@ class Tile:
         return f"{self.block_m}x{self.block_n}x{self.block_k} {self.num_warps} warps {self.num_stages} stages"
 
     def shared_bytes(self, itemsize: int) -> int:
-        """Shared memory of a program, at most: every stage of the pipeline holds a piece of both operands."""
+        """Upper limit of a program's shared memory: every stage of the pipeline holds a piece of both operands."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
 
 
 @dataclass(frozen=True)
 class Chip:
-    """What the model knows of a generation, from its makers' data sheets.
+    """The model's figures for a GPU generation, from the vendor's data sheets.
 
     Attributes:
-        name: the card whose numbers these are.
+        name: the card with these figures.
         num_sms: multiprocessors.
         flops: dense products of 16-bit numbers per second, in FLOP/s.
         bytes_per_s: of device memory.
         shared_bytes: shared memory that one program may take.
-        old_mma: share of `flops` that `mma.sync` reaches; tiles of fewer than 64 rows use it everywhere.
+        old_mma: share of `flops` that `mma.sync` reaches; tiles of fewer than 64 rows use it on every chip.
     """
 
     name: str
@@ -78,8 +78,8 @@ CHIPS: dict[tuple[int, int], Chip] = {
     (10, 0): Chip("B200", 148, 2250e12, 8.0e12, 227 * 1024, old_mma=0.4),
     (12, 0): Chip("RTX PRO 6000", 188, 500e12, 1.8e12, 99 * 1024),
 }
-L2_SPEEDUP = 3.0  # reads that L2 answers, over those from memory
-START_S = 2e-6  # filling the pipeline, and the epilogue
+L2_SPEEDUP = 3.0  # speed of reads from L2, relative to memory
+START_S = 2e-6  # time to fill the pipeline, and of the epilogue
 
 TILES_16_BIT: tuple[Tile, ...] = (
     Tile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
@@ -94,7 +94,7 @@ TILES_32_BIT: tuple[Tile, ...] = (
     Tile(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3),
     Tile(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3),
 )
-FLOAT32_FLOPS = 1 / 15  # float32 products on ordinary cores, over 16-bit ones on tensor cores
+FLOAT32_FLOPS = 1 / 15  # float32 products on ordinary cores, relative to 16-bit products on tensor cores
 
 
 def shipped_tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
@@ -116,10 +116,10 @@ def tiles_that_fit(dtype: torch.dtype, chip: Chip) -> list[Tile]:
 
 
 def invariant_tile(dtype: torch.dtype) -> Tile:
-    """The one tile of batch-invariant products, whatever the rows are.
+    """The one tile of batch-invariant products, for any number of rows.
 
-    64 rows: decode pads them, which costs no bandwidth, and a prefill still reads each weight once per 64 rows, with
-    the tensor-core instruction of the chip's generation.
+    It has 64 rows. Decode pads its rows to 64, which costs no bandwidth. Prefill still reads each weight once per 64
+    rows, with the tensor-core instruction of the chip's generation.
 
     Raises:
         ValueError: the dtype has no kernel.
@@ -128,7 +128,7 @@ def invariant_tile(dtype: torch.dtype) -> Tile:
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The newest known chip that is not newer than the device; the H100 for the interpreter, which has none."""
+    """The newest known chip that is not newer than the device; the H100 for the interpreter, which has no chip."""
     if device.type != "cuda":
         return CHIPS[9, 0]
     capability = torch.cuda.get_device_capability(device)
@@ -136,7 +136,7 @@ def chip_of(device: torch.device) -> Chip:
 
 
 def rows_bucket(num_rows: int) -> int:
-    """The power of two that stands for a number of rows, the next one up."""
+    """The number of rows, rounded up to a power of two."""
     return 1 << max(0, num_rows - 1).bit_length()
 
 
@@ -164,7 +164,7 @@ def expected_seconds(
 
 @cache
 def model_tile(num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype, chip: Chip) -> Tile:
-    """The tile that the model finds fastest; of equals the smallest.
+    """The tile that the model predicts to be fastest; among equals the smallest.
 
     Raises:
         ValueError: the dtype has no kernel.

@@ -1,4 +1,4 @@
-"""Measures tiles on this machine's GPU; `tuned` remembers the fastest, so that serving never has to measure.
+"""Measures tiles on this machine's GPU; `tuned` stores the fastest, so that serving never has to measure.
 
 Shape suffixes: R grouped rows, S slots, D hidden, F expert intermediate.
 """
@@ -35,17 +35,17 @@ def tune(
 ) -> dict[str, Tile]:
     """Time every tile that fits for each number of rows, and add the fastest to the file of this kind of GPU.
 
-    Processes that run already keep the tiles they have read.
+    Running processes keep the tiles that they have read.
 
     Args:
-        num_slots, hidden, intermediate: a layer as one rank holds it (S, D, F).
+        num_slots, hidden, intermediate: the layer's shape on one rank (S, D, F).
         rows: grouped rows, tokens times experts per token; spread at random over the slots.
         device: a CUDA device; default the current one.
         cache_dir: default as `default_cache_dir` says.
         seconds_of: times one tile for a number of rows; default `measure_tile` on `device`.
 
     Returns:
-        What was found, by `tile_key`.
+        The fastest tiles, by `tile_key`.
 
     Raises:
         ValueError: the device is no GPU, the dtype has no kernel, or the file is broken.

@@ -1,6 +1,6 @@
-"""Tiles that were tuned on this kind of GPU, and the choice between them and what a small model expects.
+"""Tiles that were tuned on this kind of GPU, and the choice between them and the performance model's tile.
 
-One JSON file per kind of GPU lies in the cache folder (`system/cache_folder.py` has the rule):
+The cache folder (see `system/cache_folder.py`) has one JSON file per kind of GPU:
 `{"512 slots 4096x1536 bfloat16 rows 64": [16, 64, 128, 4, 4], ...}`. It is read once, at the first product.
 """
 
@@ -20,22 +20,22 @@ from moe_runtime.system.cache_folder import default_cache_dir
 
 
 def tile_key(num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype) -> str:
-    """What a tuned tile is kept under: the layer's shape, and rows up to the next power of two."""
+    """The key of a tuned tile: the layer's shape, and rows rounded up to a power of two."""
     name = str(dtype).removeprefix("torch.")
     return f"{num_slots} slots {hidden}x{intermediate} {name} rows {rows_bucket(num_rows)}"
 
 
 def cache_file(gpu_name: str, cache_dir: Path | None = None) -> Path:
-    """Where the tiles of a kind of GPU are kept; the file need not exist."""
+    """The file of tuned tiles for a kind of GPU; it need not exist."""
     folder = default_cache_dir() if cache_dir is None else cache_dir
     return folder / f"tiles-{re.sub('[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}.json"
 
 
 def load_tiles(file: Path) -> dict[str, Tile]:
-    """Tuned tiles by `tile_key`; none where there is no file.
+    """Tuned tiles by `tile_key`; empty if there is no file.
 
     Raises:
-        ValueError: the file holds something else; it names the file and the entry.
+        ValueError: the file holds something else; the error names the file and the entry.
     """
     if not file.exists():
         return {}
@@ -53,7 +53,7 @@ def _read_tile(key: str, numbers: object) -> Tile:
 
 
 def save_tiles(file: Path, tiles: dict[str, Tile]) -> None:
-    """Write all tiles at once; whoever reads meanwhile sees the old file or the new one."""
+    """Write all tiles atomically: a concurrent reader sees the old file or the new one."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".partial-{os.getpid()}")
     partial.write_text(json.dumps({key: astuple(tiles[key]) for key in sorted(tiles)}, indent=1) + "\n")
@@ -71,7 +71,7 @@ def tuned_tiles(device: torch.device) -> dict[str, Tile]:
 def choose_tile(
     num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device
 ) -> Tile:
-    """The tile of a layer for so many rows: the tuned one, else the model's. Rows count up to a power of two.
+    """The tile of a layer for `num_rows` rows, rounded up to a power of two: the tuned tile, else the model's.
 
     Raises:
         ValueError: the dtype has no kernel, or the file of tuned tiles is broken.
