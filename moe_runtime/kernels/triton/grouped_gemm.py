@@ -1,9 +1,9 @@
 """SwiGLU experts over ragged groups of rows: two grouped products with weights, gather and activation fused in.
 
-Rows are grouped by slot, and each slot's rows are cut into tiles of `BLOCK_M`. How many tiles a slot has is known on
-the device alone, so the grid has room for the most tiles that the rows can make, and tiles without rows return at once.
-The host never waits for the counts. Which slot and rows a tile holds is written by a small kernel before large tiles
-run; with the smallest tiles, which stream weights for a few rows each, every program finds it itself, a launch less.
+Rows are grouped by slot, and each slot's rows are cut into tiles of `BLOCK_M`. Only the device knows how many tiles a
+slot has. So the grid has room for the most tiles that the rows can make, and tiles without rows return at once. The
+host never waits for the counts. For large tiles, a small kernel first writes each tile's slot and rows. With the
+smallest tiles, which stream weights for a few rows each, every program finds them itself, which saves a launch.
 
 Every output is accumulated over the input features in one order, in float32, whatever rows share its tile.
 
