@@ -1,1 +1,1 @@
-"""Dispatchers: token rows to the ranks of their slots and back."""
+"""Dispatchers: send token rows to the ranks of their slots, and return the results."""

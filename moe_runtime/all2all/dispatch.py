@@ -1,15 +1,16 @@
-"""Token rows to the ranks of their slots, and the experts' rows back.
+"""Sends token rows to the ranks of their slots, and returns the experts' rows.
 
 Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S slots per rank, N rows that arrived
 (each token once or more), R rows that experts compute here (one per token and expert), P padded tokens per rank.
 
-A slot's number is global: `rank * S + local slot`; -1 sends nothing. S is the most slots that any rank has. `dispatch`
-gives the rows that this rank's experts must compute, grouped by slot; `combine` takes the experts' rows in that order.
-One row comes back for every (token, k) and the token's own rank sums them in order of k, so the sum does not depend on
-where the experts were.
+Slot numbers are global: `rank * S + local slot`; -1 sends nothing. S is the most slots that any rank has. `dispatch`
+returns the rows that this rank's experts must compute, grouped by slot; `combine` takes the experts' rows in that
+order. One row comes back for every (token, k), and the token's own rank sums them in order of k. So the sum does not
+depend on where the experts were.
 
-`dispatch_rounds` does the same in rounds that bound what a slot gets at a time. The rows of each round are brought back
-before the next; they are summed when all are there, so that the sum does not depend on the rounds either.
+`dispatch_rounds` does the same in dispatch rounds, which limit the rows that a slot gets at a time. The rows of each
+round are returned before the next round. They are summed when all have arrived, so the sum does not depend on the
+rounds either.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 @dataclass(frozen=True)
 class RowOps:
-    """The local work of a dispatcher in one implementation: all ways of an engine take the same, so that all sum alike.
+    """The local work of a dispatcher. All dispatchers of an engine use the same one, so that all sum alike.
 
     Attributes:
         group_by_slot: see `ops.group_by_slot`.
@@ -62,8 +63,8 @@ class Dispatched:
         x_ND: rows that arrived.
         row_R: which row of `x_ND` each computation reads, grouped by local slot.
         counts_S: computations per local slot.
-        handle: what `combine` of the same dispatcher needs.
-        room_RD: where the experts' rows may be put, if there is such a place.
+        handle: input for `combine` of the same dispatcher.
+        room_RD: memory for the experts' rows, if the dispatcher provides it.
     """
 
     x_ND: Tensor
@@ -75,11 +76,11 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class Returned:
-    """Experts' rows that are back at their tokens' rank.
+    """Experts' rows that have returned to their tokens' rank.
 
     Attributes:
         y_RD: the rows.
-        pair_R: which (token, k), `token * K + k`, each is for.
+        pair_R: the (token, k) of each row, `token * K + k`.
     """
 
     y_RD: Tensor
@@ -94,34 +95,35 @@ class Returned:
 
 
 class Dispatcher(Protocol):
-    """One way to bring rows to experts and back. All ranks of the group must call in the same order."""
+    """One way to send rows to experts and return them. All ranks of the group must call in the same order."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
-        """Send each token to its slots. `tokens_per_rank` [W] comes from the step's plan and is the same everywhere."""
+        """Send each token to its slots. `tokens_per_rank` [W] is from the step's plan and the same on all ranks."""
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
-        """Bring the experts' rows back and sum each token's, weighted, in order of k: `[T, D]`."""
+        """Return the experts' rows, and sum each token's rows, weighted, in order of k: `[T, D]`."""
 
 
 @runtime_checkable
 class RoundDispatcher(Dispatcher, Protocol):
-    """One that can also go in rounds."""
+    """A dispatcher that also supports dispatch rounds."""
 
     def dispatch_rounds(
         self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
     ) -> Iterator[Dispatched]:
-        """As `dispatch`, in rounds, the same number on all ranks: in each a slot gets at most `capacity_W[w]` rows of
-        rank `w`, in order of (token, k). `bring_back` must be called for a round before the next is taken."""
+        """As `dispatch`, in dispatch rounds; all ranks have the same number of them. In each round a slot gets at most
+        `capacity_W[w]` rows of rank `w`, in order of (token, k). Call `bring_back` for a round before taking the next.
+        """
 
     def bring_back(self, y_RD: Tensor, sent: Dispatched) -> Returned:
-        """Bring the experts' rows of one round back."""
+        """Return the experts' rows of one round to their tokens' ranks."""
 
     def combine_rounds(self, rounds: list[Returned], weights_TK: Tensor) -> Tensor:
         """Sum the rows of all rounds as `combine` does."""
 
 
 class LocalDispatcher:
-    """All slots are here: nothing is sent."""
+    """All slots are on this rank: nothing is sent."""
 
     def __init__(self, num_slots: int, row_ops: RowOps = TORCH_ROWS) -> None:
         self.num_slots = num_slots
@@ -152,7 +154,7 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class ReturnPath:
-    """How rows went and how they come back: the splits of both directions and where each row belongs."""
+    """The splits of both directions, and the place of each row on its return."""
 
     order_R: Tensor  # grouped row -> row in the order of arrival
     sent_to: Tensor  # row in the order of sending -> its (token, k)
@@ -161,7 +163,7 @@ class ReturnPath:
 
 
 class _GroupDispatcher:
-    """What dispatchers over a process group share: the group, and the return path, an exact all-to-all.
+    """Base of dispatchers over a process group: the group, and the return path, an exact all-to-all.
 
     Args:
         group: the ranks.
@@ -192,7 +194,7 @@ class _GroupDispatcher:
 
 
 class AllToAllDispatcher(_GroupDispatcher):
-    """Counts first, then exactly the rows that are needed; best for large batches, where bytes matter."""
+    """Exchanges counts first, then exactly the needed rows; best for large batches, where bytes matter."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         W, S = self.num_ranks, self.num_slots
@@ -205,7 +207,7 @@ class AllToAllDispatcher(_GroupDispatcher):
     def dispatch_rounds(
         self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
     ) -> Iterator[Dispatched]:
-        """The counts of all ranks are gathered once, where `dispatch` exchanges them; the rest follows from them."""
+        """Gathers the counts of all ranks once, where `dispatch` exchanges them; the rest follows from the counts."""
         W, S, rank = self.num_ranks, self.num_slots, self.group.rank()
         capacity_W1 = torch.tensor(capacity_W, device=slot_TK.device)[:, None]
         round_TK = round_of(slot_TK, W * S, capacity_W[rank])
@@ -233,7 +235,7 @@ def gather_rows(x_TD: Tensor, slot_TK: Tensor, P: int, group: dist.ProcessGroup)
     """All ranks' tokens `[W * P, D]` and their slots `[W * P, K]` in one collective.
 
     Args:
-        P: rows of every rank, at least T; what is more is padding, whose slots are -1.
+        P: rows of every rank, at least T; rows beyond T are padding, with slots -1.
     """
     (T, D), K, W = x_TD.shape, slot_TK.shape[1], group.size()
     x_bytes, slot_bytes = D * x_TD.element_size(), K * 4
@@ -248,8 +250,8 @@ def gather_rows(x_TD: Tensor, slot_TK: Tensor, P: int, group: dist.ProcessGroup)
 
 
 class AllGatherDispatcher(_GroupDispatcher):
-    """Everyone gets every token and its slots in one collective, and can work out all counts; best for small batches,
-    where each collective costs its latency."""
+    """Every rank gets every token and its slots in one collective, and computes all counts itself; best for small
+    batches, where each collective costs its latency."""
 
     def dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int]) -> Dispatched:
         x_ND, slot_NK = gather_rows(x_TD, slot_TK, max(tokens_per_rank), self.group)
@@ -258,13 +260,13 @@ class AllGatherDispatcher(_GroupDispatcher):
     def dispatch_rounds(
         self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
     ) -> Iterator[Dispatched]:
-        """Tokens travel once; rounds bound what is computed and sent back at a time."""
+        """Tokens are sent once; dispatch rounds limit the rows that are computed and returned at a time."""
         W, G, rank = self.num_ranks, self.num_ranks * self.num_slots, self.group.rank()
         x_ND, slot_NK = gather_rows(x_TD, slot_TK, max(tokens_per_rank), self.group)
         capacity_W1 = torch.tensor(capacity_W, device=slot_TK.device)[:, None]
         slot_WP = slot_NK.view(W, -1)
         source_W1 = torch.arange(W, device=slot_TK.device)[:, None]
-        own_slot_WP = torch.where(slot_WP < 0, -1, slot_WP + source_W1 * G)  # a slot, told apart by who sends to it
+        own_slot_WP = torch.where(slot_WP < 0, -1, slot_WP + source_W1 * G)  # a slot, separate for each source rank
         place_WP = place_among_equals(own_slot_WP.flatten(), W * G).view_as(slot_WP)
         round_NK = (place_WP // capacity_W1).view_as(slot_NK)
         round_TK = round_of(slot_TK, G, capacity_W[rank])
@@ -273,11 +275,11 @@ class AllGatherDispatcher(_GroupDispatcher):
             yield self._arrange(x_ND, in_round(slot_NK, round_NK, number), in_round(slot_TK, round_TK, number))
 
     def _arrange(self, x_ND: Tensor, slot_NK: Tensor, slot_TK: Tensor) -> Dispatched:
-        """What is computed here, and how rows come back: by what slots all tokens, and this rank's, go to."""
+        """The rows to compute here and their return path, from the slots of all tokens and of this rank's tokens."""
         K, W, S, rank = slot_TK.shape[1], self.num_ranks, self.num_slots, self.group.rank()
         local = torch.where(slot_NK // S == rank, slot_NK - rank * S, -1)
         order, counts_S = self.row_ops.group_by_slot(local.flatten(), S)
-        # Rows go back in the order of (token, k), which both sides know.
+        # Rows return in the order of (token, k), which both ranks know.
         arrival = order.argsort()
         order_R = torch.empty_like(order)
         order_R[arrival] = torch.arange(order.numel(), device=order.device)
@@ -290,7 +292,7 @@ class AllGatherDispatcher(_GroupDispatcher):
 def make_dispatchers(
     group: dist.ProcessGroup | None, num_slots: int, row_ops: RowOps = TORCH_ROWS
 ) -> dict[str, Dispatcher]:
-    """The dispatchers that a plan may name: "local" alone without a group, else "all_to_all" and "all_gather"."""
+    """The dispatchers that a plan may name: without a group only "local", else "all_to_all" and "all_gather"."""
     if group is None:
         return {"local": LocalDispatcher(num_slots, row_ops)}
     return {

@@ -1,8 +1,8 @@
 """Dispatchers whose sizes follow from the number of tokens alone, so that the host never waits for the device.
 
-All ranks have the same number of token rows, padding included; rows of padding have slot -1 everywhere. With these a
-decode step can be captured in a CUDA graph. More is sent than is needed: every rank gets all tokens, and the way back
-has room for every (token, k) from every rank. Nothing is summed before it is back, as in `dispatch`.
+All ranks have the same number of token rows, padding included; padding rows have only slots -1. With these dispatchers
+a decode step can be captured in a CUDA graph. More is sent than is needed: every rank gets all tokens, and the return
+path has room for every (token, k) from every rank. As in `dispatch`, rows are summed only after they have returned.
 
 Shape suffixes: T tokens of each rank (padding included), K experts per token, D hidden, W ranks, S slots per rank,
 N = W * T rows that arrive, R = N * K rows that experts may compute here.
@@ -19,7 +19,7 @@ from moe_runtime.kernels import ops
 
 
 class PaddedLocalDispatcher:
-    """All slots are here: nothing is sent."""
+    """All slots are on this rank: nothing is sent."""
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
@@ -33,7 +33,7 @@ class PaddedLocalDispatcher:
 
 
 class PaddedDispatcher:
-    """An all-gather there, an all-to-all of equal parts back.
+    """Sends by all-gather; returns by an all-to-all of equal parts.
 
     Args:
         group: the ranks.
@@ -53,14 +53,14 @@ class PaddedDispatcher:
         x_ND, slot_NK = gather_rows(x_TD, slot_TK, T, self.group)
         local_NK = torch.where(slot_NK // S == self.rank, slot_NK - self.rank * S, -1)
         order_R, place_R, counts_S = ops.group_by_slot_padded(local_NK.flatten(), S)
-        # On the way back the row of (token, k) number i comes from its slot's rank, as that rank's i-th of ours.
+        # On the return path, row i, of (token, k) number i, comes from its slot's rank, at place i of the rows for us.
         pair_TK = torch.arange(T * K, device=slot_TK.device).view(T, K)
         back_TK = torch.where(slot_TK < 0, -1, slot_TK // S * (T * K) + pair_TK)
         return Dispatched(x_ND, order_R // K, counts_S, (place_R, back_TK))
 
     def combine(self, y_RD: Tensor, sent: Dispatched, weights_TK: Tensor) -> Tensor:
         place_R, back_TK = sent.handle
-        y_send = y_RD[place_R.clamp(min=0)]  # what has no place here is not read there
+        y_send = y_RD[place_R.clamp(min=0)]  # the receiver does not read rows without a place here
         y_back = torch.empty_like(y_send)
         dist.all_to_all_single(y_back, y_send, group=self.group)
         return ops.combine_grouped(y_back, back_TK, weights_TK)

@@ -1,7 +1,7 @@
 """Dispatch and combine between CPU ranks of one host: one-sided puts into shared memory, no sockets.
 
-The data path is `kernels/cpu/exchange.h`; here are the memory and the start. Native layers exchange rows themselves, by
-`exchange` and `step`; whoever else does has two native calls per layer, `dispatch` and `combine`.
+The data path is `kernels/cpu/exchange.h`; this file has the memory and the start. Native layers exchange rows
+themselves, with `exchange` and `step`. Other layers make two native calls each, `dispatch` and `combine`.
 
 Shape suffixes: T this rank's tokens, K experts per token, D hidden, W ranks, S slots per rank, N rows that arrived
 (each token once), R rows that experts compute here.
@@ -33,11 +33,11 @@ from moe_runtime.kernels.cpu.structs import ExchangeShape, SpreadStep
 Value = TypeVar("Value")
 
 SHARED_MEMORY = Path("/dev/shm")
-MAX_BYTES = 48 << 20  # of all ranks: fits the 64 MB that containers have by default, and mostly the last-level cache
+MAX_BYTES = 48 << 20  # of all ranks: fits the containers' default of 64 MB, and in most cases the last-level cache
 
 
 class Room:
-    """Memory for rows that are needed a short time each. It is kept: the system gives new memory page by page."""
+    """Memory for short-lived rows. It is kept, because the system provides new memory page by page."""
 
     def __init__(self, row_size: int, dtype: torch.dtype) -> None:
         self._rows = torch.empty(0, row_size, dtype=dtype)
@@ -45,29 +45,29 @@ class Room:
     def rows(self, count: int) -> Tensor:
         """`[count, row_size]`, the same memory every time."""
         if count > len(self._rows):
-            self._rows = self._rows.new_empty(0, self._rows.shape[1])  # given back before more is taken
+            self._rows = self._rows.new_empty(0, self._rows.shape[1])  # freed before more is allocated
             self._rows = self._rows.new_empty(count, self._rows.shape[1])
         return self._rows[:count]
 
 
 class SymmetricDispatcher:
-    """Puts rows into the peers' shared memory and waits on flags in its own; see `dispatch.Dispatcher`.
+    """Writes rows into the peers' shared memory and waits on flags in its own; see `dispatch.Dispatcher`.
 
-    A token's row travels once to each rank that has slots of it; the way back is one row per (token, k). A step in
-    which a rank has more tokens than the buffers take goes in several rounds, with the same result. A dispatch must be
-    combined, or brought back, before the next one. After a TimeoutError the dispatcher can't be used any more.
+    A token's row is sent once to each rank that has a slot for it; the return path has one row per (token, k). If a
+    rank has more tokens than the buffers hold, the step takes several rounds, with the same result. Call `combine` or
+    `bring_back` for a dispatch before the next one. After a TimeoutError the dispatcher can't be used any more.
 
     Args:
         group: the ranks, all on this host; used at the start only.
         num_slots: the most slots that any rank has, S.
-        max_tokens: what a rank usually has at most in a step; more go in more rounds.
+        max_tokens: the usual maximum of a rank's tokens in a step; more tokens take more rounds.
         hidden_size, top_k: D, K.
         dtype: float32 or bfloat16.
         timeout: seconds to wait for the peers in `dispatch` or `combine` before they raise TimeoutError.
-        max_bytes: shared memory of all ranks together; less than `max_tokens` needs means rounds.
+        max_bytes: shared memory of all ranks together; if `max_tokens` needs more, steps take several rounds.
 
     Raises:
-        ValueError: the shared memory is too small, or not the same for all ranks; on all ranks.
+        ValueError: the shared memory is too small, or not the same for all ranks; all ranks raise it.
         NativeUnavailableError: no native kernels.
     """
 
@@ -105,7 +105,7 @@ class SymmetricDispatcher:
         )
         self.nbytes = self._choose_capacity(shape, max_tokens, max_bytes // group.size())
         self.capacity: int = shape.capacity
-        # The maps live as long as the exchange, whose finalizer holds them.
+        # The exchange's finalizer holds the maps, so they live as long as the exchange.
         maps = _share(group, self.nbytes)
         views = [ctypes.c_char.from_buffer(segment) for segment in maps]
         addresses = (c_void_p * len(views))(*map(ctypes.addressof, views))
@@ -126,7 +126,7 @@ class SymmetricDispatcher:
         return size(2 * max(1, min(-(-max_tokens // 2), fitting)))
 
     def step(self, tokens_per_rank: list[int], part_tokens: int) -> SpreadStep:
-        """What native layers need to exchange rows themselves, `part_tokens` of each rank at a time."""
+        """Parameters for native layers that exchange rows themselves, `part_tokens` of each rank at a time."""
         rows = sum(min(tokens, part_tokens) for tokens in tokens_per_rank)
         arrived, computed = self._arrived.rows(rows), self._computed.rows(rows * self.top_k)
         pointers = arrived.data_ptr(), computed.data_ptr()
@@ -141,7 +141,7 @@ class SymmetricDispatcher:
     def dispatch_rounds(
         self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], capacity_W: list[int]
     ) -> Iterator[Dispatched]:
-        """Beside its first flag a rank says how many rounds its own rows need; all make the most that any needs."""
+        """With its first flag each rank sends the number of rounds that its rows need; all ranks use the largest."""
         num_slots, capacity = len(tokens_per_rank) * self.num_slots, capacity_W[self.rank]
         round_TK = round_of(slot_TK, num_slots, capacity)
         own = -(-int(counts_of(slot_TK.flatten(), num_slots).max()) // capacity)
@@ -151,7 +151,7 @@ class SymmetricDispatcher:
             yield self._dispatch(x_TD, in_round(slot_TK, round_TK, number), tokens_per_rank, own)[0]
 
     def _dispatch(self, x_TD: Tensor, slot_TK: Tensor, tokens_per_rank: list[int], own: int) -> tuple[Dispatched, int]:
-        """Dispatch, and the largest of the numbers `own` of all ranks."""
+        """Dispatch; also returns the largest `own` of all ranks."""
         num_tokens, all_tokens = tokens_per_rank[self.rank], sum(tokens_per_rank)
         assert x_TD.dtype == self.dtype and x_TD.shape == (num_tokens, self.hidden_size)
         assert slot_TK.dtype == torch.int64 and slot_TK.shape == (num_tokens, self.top_k)
@@ -220,7 +220,7 @@ class SymmetricDispatcher:
 
 
 def free_bytes() -> int:
-    """What /dev/shm has left for this user; 0 if there is none."""
+    """Bytes left in /dev/shm for this user; 0 if there is no /dev/shm."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except FileNotFoundError:
@@ -234,9 +234,9 @@ def _close(library: ctypes.CDLL, exchange: int, views: list[ctypes.c_char]) -> N
 
 
 def _share(group: dist.ProcessGroup, nbytes: int) -> list[mmap.mmap]:
-    """A segment of zeros from each rank, mapped here in order of rank. This rank's has no name any more afterwards.
+    """A segment of zeros from each rank, mapped here in order of rank. This rank's file name is removed afterwards.
 
-    Every rank learns what went wrong on any, so that all raise the same error and none waits for another.
+    Every rank learns of an error on any rank, so that all raise the same error and none waits for another.
     """
     free = min(_gather(group, free_bytes()))
     needed = nbytes * group.size()
@@ -256,7 +256,7 @@ def _share(group: dist.ProcessGroup, nbytes: int) -> list[mmap.mmap]:
             if code:
                 raise ValueError(f"symmetric: rank {rank} cannot reserve shared memory: {os.strerror(code)}")
         maps = [_map(other, nbytes) for other, _ in reserved]
-        # No rank passes before all have opened all.
+        # No rank continues before all ranks have opened all segments.
         for rank, opened in enumerate(_gather(group, [segment is not None for segment in maps])):
             if not all(opened):
                 owner = opened.index(False)
@@ -270,7 +270,7 @@ def _share(group: dist.ProcessGroup, nbytes: int) -> list[mmap.mmap]:
 
 
 def _reserve(path: Path, nbytes: int) -> int:
-    """Create a file with all its pages; returns 0 or what the system says."""
+    """Create a file with all its pages; returns 0 or the system's error number."""
     try:
         file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:

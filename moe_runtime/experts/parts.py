@@ -1,4 +1,4 @@
-"""An expert's matrices, and a checksum over what a slot holds."""
+"""An expert's matrices, and a checksum over a slot's content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHUNK_WORDS = 1 << 20
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A 64-bit sum over the bytes of contiguous tensors, each word weighted by its place, modulo 2**64.
+    """A 64-bit sum over the bytes of contiguous tensors, each word weighted by its position, modulo 2**64.
 
     The weights are odd, so a change of any one word changes the sum. Works on any device, without copying to the host.
     """

@@ -14,7 +14,7 @@ from moe_runtime.kernels.weight_format import WeightFormat
 
 
 class ExpertSlots:
-    """Room for S experts; a slot that was never loaded must not be computed.
+    """Room for S experts; a slot without weights must not be computed.
 
     Args:
         num_slots, hidden_size, intermediate_size: S, D, F.
@@ -51,7 +51,7 @@ class ExpertSlots:
         whole[first_row : first_row + len(rows)] = rows
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
-        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
+        """A slot's content as stored in memory; the same on every rank for the same expert."""
         return self.w13_SGD[slot], self.w2_SDF[slot]
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
