@@ -15,13 +15,13 @@ from moe_runtime.wire.messages import ExpertWork
 
 @dataclass(frozen=True)
 class StepPolicies:
-    """What a step asks of all gates beside what the model's own gate does.
+    """The expert policies that a step applies to all gates.
 
     Attributes:
-        policy_T: int64, which of the policies each token has, 0 for none; None: none for all.
+        policy_T: int64, the policy number of each token, 0 for none; None: no token has one.
         policies_LP4: float32, the rows of `ExpertPolicy` for each layer and policy; the first is not read.
-        live_T: bool, False for rows of padding, which use no expert and are not counted; None: there are none.
-        chosen_LTK: int16, which gates fill with the experts that each token uses, -1 for none; None: not kept.
+        live_T: bool, False for padding rows, which use no expert and are not counted; None: no padding.
+        chosen_LTK: int16, filled by the gates with the experts that each token uses, -1 for none; None: not kept.
     """
 
     policy_T: Tensor | None = None
@@ -32,13 +32,13 @@ class StepPolicies:
 
 @dataclass
 class StepLimits:
-    """What capacity and load-aware routing know of a step, and what they did in it; see `capacity`.
+    """Inputs of capacity and load-aware routing in a step, and their effects; see `capacity`.
 
     Attributes:
         rank_rows_LW: float64, rows that each rank's experts computed in an earlier step; None: unknown.
-        changes_T3: int64, assignments of each token that were moved, rerouted and dropped, which layers add to.
-        rows_L: int64, rows that experts compute here, which layers add to.
-        extra_rounds: rounds of dispatch beyond one in each layer.
+        changes_T3: int64, assignments of each token that were moved, rerouted and dropped; layers add to it.
+        rows_L: int64, rows that experts compute here; layers add to it.
+        extra_rounds: dispatch rounds beyond one in each layer.
     """
 
     rank_rows_LW: Tensor | None
@@ -49,18 +49,18 @@ class StepLimits:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model's layers need to know of a step beside its tokens; decode rows come first.
+    """A step's inputs to the layers, apart from its tokens; decode rows come first.
 
     Attributes:
         position_T: of each token, int64.
         num_prompt_T: length of the prompt of each token's sequence.
         cache_position_T: where each token's key and value go: page * block size + offset.
         attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
-        num_decode: so many leading tokens are decode rows.
-        dispatcher, tokens_per_rank: as the plan says.
-        expert_work: where sparse layers note what their experts did; None in steps that are not measured.
-        policies: of the tokens, and where to keep their experts; None where no token asks for either.
-        limits: of experts and ranks; None where there are none.
+        num_decode: this many leading tokens are decode rows.
+        dispatcher, tokens_per_rank: from the plan.
+        expert_work: list to which sparse layers add their experts' work; None in steps that are not measured.
+        policies: expert policies of the tokens, and memory for their experts; None if no token needs either.
+        limits: of experts and ranks, or None.
     """
 
     position_T: Tensor

@@ -1,6 +1,6 @@
-"""Limits on what experts and ranks get in a step: capacity, and a choice between near-equal experts by load.
+"""Limits on the assignments of experts and ranks in a step: capacity, and a choice between near-equal experts by load.
 
-An assignment is one (token, k) of a layer. Everything here is of one source rank and takes no collective.
+An assignment is one (token, k) of a layer. Everything here concerns one source rank and needs no collective.
 
 Shape suffixes: T tokens, K experts per token, E logical experts, W ranks, P entries of a replica list, L sparse layers.
 """
@@ -28,12 +28,12 @@ class LayerLimits:
     """The limits in one sparse layer.
 
     Args:
-        limits: what was asked for.
+        limits: as the user set them.
         config, correction_bias_E: the layer's gate; as for `TorchGate`.
-        counts_2E: takes the tokens of each expert, as for `TorchGate`, where the limits change experts: then the gate
-            must not count.
+        counts_2E: tokens of each expert, as for `TorchGate`. If the limits change experts, they are counted here, and
+            the gate must not count them.
         layer: number of the sparse layer.
-        num_slots: the most slots that any rank has, by which the slots of all are numbered.
+        num_slots: the most slots that any rank has; global slot numbers are based on it.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class LayerLimits:
     def choose(
         self, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, slot_EP: Tensor, batch: Batch
     ) -> tuple[Tensor, Tensor]:
-        """What the gate chose, within the limits: `(weights_TK, experts_TK)`, counted and kept.
+        """The gate's choice within the limits: `(weights_TK, experts_TK)`, counted and kept.
 
-        A token whose experts stay keeps its weights, to the bit.
+        A token whose experts do not change keeps its weights, bit for bit.
 
         Args:
             logits_TE: of the gate.
@@ -106,29 +106,29 @@ class LayerLimits:
 
 
 def over_capacity(experts_TK: Tensor, num_experts: int, room: int) -> Tensor:
-    """Which assignments find their expert full, bool `[T, K]`; -1 never does.
+    """Which assignments exceed their expert's capacity, bool `[T, K]`; False for -1.
 
-    First come all tokens' first choices, in order of the batch, then their second, and so on (GShard's order).
+    The order is all tokens' first choices, in batch order, then their second choices, and so on (GShard's order).
     """
     place_TK = place_among_equals(experts_TK.T.flatten(), num_experts).view(experts_TK.T.shape).T
     return (place_TK >= room) & (experts_TK >= 0)
 
 
 def drop(experts_TK: Tensor, num_experts: int, room: int) -> tuple[Tensor, Tensor]:
-    """`(experts_TK, dropped_T)`: what is over capacity becomes -1, and how many of each token's do."""
+    """`(experts_TK, dropped_T)`: assignments over capacity become -1; also returns their number for each token."""
     over_TK = over_capacity(experts_TK, num_experts, room)
     return experts_TK.masked_fill(over_TK, -1), over_TK.sum(1)
 
 
 def reroute(choice_TE: Tensor, experts_TK: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(experts_TK, rerouted_T, dropped_T)`: what is over capacity goes to its token's next-best expert with room.
+    """`(experts_TK, rerouted_T, dropped_T)`: assignments over capacity go to the token's next-best expert with room.
 
-    In one pass after the other each token that still has such an assignment asks the next of its other experts, best
-    first; an expert takes, in order of the batch, as many as it has room for. What one takes is the token's best
-    assignment that is left. When no token has an expert left to ask, the rest is dropped: -1.
+    This runs in passes. In each pass, every token that still has such an assignment asks its next-best other expert.
+    An expert accepts tokens in batch order while it has room, and takes the token's best remaining assignment. When no
+    token has an expert left to ask, the remaining assignments are dropped: -1.
 
     Args:
-        choice_TE: by what the gate chooses; `-inf` where it cannot.
+        choice_TE: scores by which the gate chooses; `-inf` for experts that it can't choose.
         room: assignments that an expert takes.
     """
     num_experts = choice_TE.shape[1]
@@ -154,17 +154,18 @@ def reroute(choice_TE: Tensor, experts_TK: Tensor, room: int) -> tuple[Tensor, T
 def prefer_light_ranks(
     scores_TE: Tensor, choice_TE: Tensor, experts_TK: Tensor, rank_E: Tensor, rows_W: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """`(experts_TK, moved_T)`: near-equal experts on ranks below the mean load in place of some on ranks above it.
+    """`(experts_TK, moved_T)`: replaces some experts on ranks above the mean load by near-equal ones on ranks below it.
 
-    Of a token, the last chosen expert that lies on a rank above the mean may give way to the best one that the token
-    does not use on a rank below it, if that one's score is at least `1 - epsilon` times the other's. A rank above the
-    mean gives at most the share of these assignments by which it is above; one below takes at most the share by which
-    it lacks; both rounded up, and in order of the batch. Who comes takes the place of who goes.
+    A token may replace its last chosen expert on a rank above the mean. The new expert is the token's best unused one
+    on a rank below the mean. Its score must be at least `1 - epsilon` times the old expert's score. A rank above the
+    mean gives away at most the share `(load - mean) / load` of its assignments. A rank below the mean receives at most
+    the share `(mean - load) / total load` of all assignments. Both limits are rounded up and used in batch order. The
+    new expert takes the old one's place `k`.
 
     Args:
         scores_TE: of the gate; positive.
-        choice_TE: by what the gate chooses; `-inf` where it cannot.
-        rank_E: the rank of each expert, -1 for one that lies on several, which neither gives nor takes.
+        choice_TE: scores by which the gate chooses; `-inf` for experts that it can't choose.
+        rank_E: the rank of each expert; -1 for experts on several ranks, which are neither replaced nor used.
         rows_W: float64, the load of each rank.
     """
     num_ranks = len(rows_W)
@@ -189,13 +190,13 @@ def prefer_light_ranks(
 
 
 def rank_of_experts(slot_EP: Tensor, num_slots: int) -> Tensor:
-    """The rank of each expert; -1 where it has several slots."""
+    """The rank of each expert; -1 if it has several slots."""
     first_E = slot_EP[:, 0]
     return torch.where((slot_EP == slot_EP[:, :1]).all(1), first_E // num_slots, -1)
 
 
 def step_limits(rank_rows: list[list[int]], num_tokens: int, num_layers: int, device: torch.device) -> StepLimits:
-    """What a step begins with. `rank_rows` [W][L] are the rows of each rank in an earlier step; empty: unknown."""
+    """The limits at a step's start. `rank_rows` [W][L] are each rank's rows in an earlier step; empty: unknown."""
     rows_LW = torch.tensor(rank_rows, dtype=torch.float64, device=device).T if rank_rows else None
     zeros_T3, zeros_L = (
         torch.zeros(*size, dtype=torch.int64, device=device) for size in ((num_tokens, 3), (num_layers,))
@@ -204,7 +205,7 @@ def step_limits(rank_rows: list[list[int]], num_tokens: int, num_layers: int, de
 
 
 def with_limits(result: RankResult, work: RankPlan, limits: StepLimits) -> RankResult:
-    """A step's result with what the limits did: changes of each sequence's chunk, where there are any."""
+    """A step's result with the effects of the limits: the changes of each sequence's chunk, if any."""
     parts = limits.changes_T3.cpu().split([chunk.num_tokens for chunk in work.chunks])
     changes = (ExpertChanges(*part.sum(0).tolist()) for part in parts)
     return replace(
@@ -220,14 +221,14 @@ def with_limits(result: RankResult, work: RankPlan, limits: StepLimits) -> RankR
 
 
 def _without(choice_TE: Tensor, experts_TK: Tensor) -> Tensor:
-    """Choices among the experts that a token does not use; what is not a number cannot be chosen."""
+    """Choices among the experts that a token does not use; NaN can't be chosen."""
     used_TE = torch.zeros(choice_TE.shape[0], choice_TE.shape[1] + 1, dtype=torch.bool, device=choice_TE.device)
     used_TE.scatter_(1, experts_TK % used_TE.shape[1], True)
     return choice_TE.masked_fill(used_TE[:, :-1] | choice_TE.isnan(), NONE)
 
 
 def _weights(config: MoEConfig, scores_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor, before_TK: Tensor) -> Tensor:
-    """The weights of tokens whose experts have changed, as the gate makes them of scores; the others' as they are."""
+    """The weights of tokens whose experts have changed, computed as in the gate; other tokens keep theirs."""
     score_TK = scores_TE.gather(1, experts_TK.clamp(min=0)).masked_fill(experts_TK < 0, 0.0)
     if config.normalize_topk:
         score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + 1e-20)

@@ -25,7 +25,7 @@ from moe_runtime.layers.rotary import RotaryEmbedding
 
 
 class LayerLoop:
-    """Runs layers one after the other, at once."""
+    """Runs layers one after another, immediately."""
 
     def __init__(self, layers: list[DecoderLayer], cache: KVCache) -> None:
         self.layers = layers
@@ -43,10 +43,10 @@ class Decoder:
     """A causal language model over the paged cache.
 
     Attributes:
-        first_norm: that of the first layer; every block brings the one after it.
+        first_norm: the norm before the first layer; every block has the norm after it.
         sparse_blocks: the layers' sparse MLPs, in order.
-        attention_step: makes what all layers of a step share.
-        nbytes: of the weights that this rank holds.
+        attention_step: makes the attention input that all layers of a step share.
+        nbytes: bytes of this rank's weights.
     """
 
     embed: Embedding
@@ -61,8 +61,8 @@ class Decoder:
     def begin(self, token_T: Tensor, batch: Batch, step: object, layers: LayerRunner) -> HiddenRows:
         """Start on tokens, int64 ids; the rows are hidden states `[T, D]` after the last norm.
 
-        All ranks call it for the same step, also without tokens. `step` is what `attention_step` gave, `layers` what
-        the kit's `bind` makes of the layers and a cache.
+        All ranks call it for the same step, even without tokens. `step` is the result of `attention_step`; `layers` is
+        what the kit's `bind` made from the layers and a cache.
         """
         residual_TD = self.embed(token_T)
         return layers.begin(self.first_norm(residual_TD), residual_TD, step, batch)

@@ -20,9 +20,9 @@ class TorchGate:
 
     Args:
         config: scoring, groups, normalisation.
-        weight_ED: of the gate; float32 where the family computes it so.
-        correction_bias_E: float32 bias that takes part in choosing only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
-        counts_2E: int64, tokens of each expert in prefill and decode; grows with every call, without a device sync.
+        weight_ED: of the gate; float32 if the family computes the gate in float32.
+        correction_bias_E: float32 bias that affects the choice only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+        counts_2E: int64, tokens of each expert in prefill and decode; every call adds to them, without a device sync.
             None counts nothing.
         layer: number of the sparse layer.
         forms: of the gate's product.
@@ -77,7 +77,7 @@ class TorchGate:
 
 
 def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> None:
-    """Add to the tokens of each expert in prefill and decode. The first `num_decode` rows are decode; -1 is none."""
+    """Count each expert's tokens in prefill and decode. The first `num_decode` rows are decode; -1 is no expert."""
     for phase, chosen in ((1, experts_TK[:num_decode]), (0, experts_TK[num_decode:])):
         if chosen.numel():
             used = (chosen >= 0).long().flatten()
@@ -87,12 +87,12 @@ def count_choices(counts_2E: Tensor, experts_TK: Tensor, num_decode: int) -> Non
 def drop_experts(
     config: MoEConfig, policy_T4: Tensor, logits_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply each token's policy to what its gate chose; see `ExpertPolicy`. What is dropped is -1, weight 0.
+    """Apply each token's policy to its gate's choice; see `ExpertPolicy`. A dropped expert becomes -1 with weight 0.
 
-    A token that keeps all its experts keeps its weights, to the bit.
+    A token that keeps all its experts keeps its weights, bit for bit.
 
     Args:
-        policy_T4: float32; most experts, mass, threshold and 1 / temperature of each token.
+        policy_T4: float32; maximum experts, mass, threshold and 1 / temperature of each token.
     """
     top_k_T1, mass_T1, threshold_T1, sharpness_T1 = policy_T4.split(1, dim=1)
     logits_TE = logits_TE.float()
@@ -100,7 +100,7 @@ def drop_experts(
     probability_TK = scores_TE.gather(1, experts_TK)
     mass_before_TK = F.pad(probability_TK.cumsum(1)[:, :-1], (1, 0))
     place_K = torch.arange(experts_TK.shape[1], device=experts_TK.device)
-    kept_TK = (place_K < top_k_T1) & ~(mass_before_TK >= mass_T1)  # not a number keeps
+    kept_TK = (place_K < top_k_T1) & ~(mass_before_TK >= mass_T1)  # NaN keeps the expert
     best_T1 = probability_TK.masked_fill(~kept_TK, 0.0).amax(1, keepdim=True)
     kept_TK &= ~(probability_TK < threshold_T1 * best_T1)
     left_TK = weights_TK.masked_fill(~kept_TK, 0.0)

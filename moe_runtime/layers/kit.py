@@ -1,7 +1,7 @@
-"""What a decoder is made of: the protocols that the parts of every kit follow, and the kit that makes them.
+"""The parts of a decoder: the protocols that the parts of every kit follow, and the kit that makes them.
 
-Parts of one kit fit together and take no others. A block ends in the norm after it: it takes and gives the residual
-rows. `nbytes` are those of weights.
+Parts work only with parts of the same kit. A block includes the norm after it: it takes and returns the residual rows.
+`nbytes` are bytes of weights.
 
 Shape suffixes: T tokens, D hidden, F intermediate, E logical experts, K experts per token, S slots, V vocabulary,
 N rows, R computations.
@@ -42,7 +42,7 @@ class Norm(Protocol):
     def __call__(self, x_TD: Tensor, /) -> Tensor: ...
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum; they may take the places of `x` and `residual`."""
+        """The norm of `residual + x`, and that sum; they may overwrite `x` and `residual`."""
 
 
 class Embedding(Protocol):
@@ -73,11 +73,11 @@ class AttentionBlock(Protocol):
     def nbytes(self) -> int: ...
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """The normed rows and the residual rows; `step` is what the kit's `attention_step` gave."""
+        """The normed rows and the residual rows; `step` is the result of the kit's `attention_step`."""
 
 
 class MLP(Protocol):
-    """SwiGLU. Its weights are put in as those of an expert in slot 0."""
+    """SwiGLU. Its weights are put in like those of an expert in slot 0."""
 
     @property
     def nbytes(self) -> int: ...
@@ -113,7 +113,7 @@ class Gate(Protocol):
 
 
 class Experts(Protocol):
-    """This rank's slots of a layer; `format` is how their matrices are held."""
+    """This rank's slots of a layer; `format` is the format of their matrices."""
 
     format: WeightFormat
 
@@ -127,10 +127,10 @@ class Experts(Protocol):
         """Copy rows of one of an expert's matrices into a slot, in pieces of whole panels."""
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
-        """What a slot holds, as it lies in memory; the same on every rank for the same expert."""
+        """A slot's content as stored in memory; the same on every rank for the same expert."""
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
-        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot; they may be put into `room_RD`."""
+        """The experts' rows `[R, D]` of `x_ND[row_R]`, which is grouped by slot; they may be written into `room_RD`."""
 
 
 class SparseBlock(MLPBlock, Protocol):
@@ -154,7 +154,7 @@ class DecoderLayer:
     mlp: MLPBlock
 
 
-HiddenRows = Callable[[], Tensor]  # waits until the rows are there
+HiddenRows = Callable[[], Tensor]  # waits until the rows are ready
 
 
 class LayerRunner(Protocol):
@@ -213,7 +213,7 @@ class Kit(Protocol):
         k_norm: Tensor | None,
         next_norm: Norm,
     ) -> AttentionBlock:
-        """Attention from its projections: query, key and value rows one below the other, and back.
+        """Attention from its projections: one to query, key and value rows, in this order, and the output projection.
 
         Args:
             eps: of the norms on queries and keys.
@@ -222,7 +222,7 @@ class Kit(Protocol):
         """
 
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> object:
-        """What the attention of all layers shares in a step."""
+        """The attention input that all layers of a step share."""
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row."""

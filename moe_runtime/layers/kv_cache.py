@@ -52,7 +52,7 @@ class KVCache:
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on CPUs in huge pages, if there are any, that take no memory before they are first used."""
+    """Zeros. On CPUs they are in huge pages, if available, which take no memory before their first use."""
     if device.type != "cpu":
         return torch.zeros(count, dtype=dtype, device=device)
     pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -64,13 +64,13 @@ def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def choose_num_pages(
     engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, local_ranks: int
 ) -> int:
-    """Pages that a rank reserves: what its sequences can use at most, within the memory it may take.
+    """Pages that a rank reserves: the most that its sequences can use, within its memory limit.
 
-    That memory is `kv_cache_memory_bytes` if given, else half of what is free, shared with the other ranks of the
-    device or host, and on CPUs at most 4 GiB.
+    The limit is `kv_cache_memory_bytes` if given. Else it is half of the free memory, shared with the other ranks of
+    the device or host, and on CPUs at most 4 GiB.
 
     Raises:
-        ValueError: it does not hold one sequence of `max_model_len`.
+        ValueError: the memory does not hold one sequence of `max_model_len`.
     """
     if engine.kv_cache_memory_bytes is not None:
         memory = engine.kv_cache_memory_bytes

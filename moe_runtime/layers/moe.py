@@ -1,4 +1,4 @@
-"""The sparse block in parts: gate, dispatch, experts, combine. From logical experts to slots.
+"""The sparse block in parts: gate, dispatch, experts, combine. It maps logical experts to slots.
 
 Shape suffixes: T tokens, D hidden, E logical experts, K experts per token, L sparse layers, W ranks, S slots per rank,
 R computations, N rows.
@@ -23,7 +23,7 @@ from moe_runtime.wire.messages import PADDED, REPLICA_TURNS, ExpertWork
 
 
 def part_size(tokens_per_rank: list[int], num_experts: int, top_k: int) -> int:
-    """Tokens of each rank that pass a sparse layer at a time on CPUs: equal parts of `tokens_at_once` at most."""
+    """Tokens of each rank in one pass of a sparse layer on CPUs: equal parts of at most `tokens_at_once`."""
     most = max(tokens_per_rank)
     num_parts = max(1, -(-most // tokens_at_once(num_experts, top_k, len(tokens_per_rank))))
     return -(-most // num_parts)
@@ -41,9 +41,9 @@ class ExpertCounter:
 
 
 class MoELayer:
-    """A sparse block whose experts lie in slots on all ranks, and the norm after it.
+    """A sparse block whose experts are in slots of all ranks, and the norm after it.
 
-    An expert's tokens go to its replicas in turn: the i-th of this rank's to entry `i % REPLICA_TURNS` of its list.
+    An expert's tokens go to its replicas in turn: this rank's i-th token to entry `i % REPLICA_TURNS` of its list.
 
     Args:
         gate: chooses logical experts.
@@ -66,7 +66,7 @@ class MoELayer:
         limits: LayerLimits | None = None,
     ) -> None:
         self.gate = gate
-        # The last row is that of expert -1: what a policy has dropped goes nowhere.
+        # The last row is for expert -1: assignments that a policy dropped are not sent.
         self.slot_EP = torch.cat((slot_E, slot_E.new_tensor([-1])))[:, None].repeat(1, REPLICA_TURNS)
         self.has_replicas = False
         self.experts = experts
@@ -81,9 +81,9 @@ class MoELayer:
         return self.gate.nbytes + self.experts.nbytes + (self.shared.nbytes if self.shared else 0)
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The normed rows and the residual rows, which may take the places of `x_TD` and `residual_TD`.
+        """The normed rows and the residual rows, which may overwrite `x_TD` and `residual_TD`.
 
-        All ranks call it for the same step, also one that has no token.
+        All ranks call it for the same step, even a rank without tokens.
         """
         way = self.dispatchers[batch.dispatcher]
         weights_TK, experts_TK, logits_TE = self.gate(x_TD, batch.num_decode, batch.policies)
@@ -92,7 +92,7 @@ class MoELayer:
 
         shared_TD = self._beside.start(self.shared, x_TD) if self.shared is not None else None
 
-        # A captured step of several ranks is replayed with replica tables that are not known yet.
+        # A captured step of several ranks is replayed later with other replica tables.
         is_replayed = batch.dispatcher == PADDED and len(batch.tokens_per_rank) > 1
         slot_TK = self._slots(experts_TK, in_turn=self.has_replicas or is_replayed)
         if self.limits is not None and self.limits.limits.queues:
@@ -111,7 +111,7 @@ class MoELayer:
         self.has_replicas = bool((self.slot_EP != self.slot_EP[:, :1]).any())
 
     def _slots(self, experts_TK: Tensor, in_turn: bool) -> Tensor:
-        """The global slot of each (token, k), `[T, K]`; -1 for expert -1. Without `in_turn` no expert has replicas."""
+        """The global slot of each (token, k), `[T, K]`; -1 for expert -1. `in_turn` is False only without replicas."""
         if not in_turn:
             return self.slot_EP[experts_TK, 0]
         chosen = experts_TK.flatten()
@@ -147,7 +147,7 @@ class MoELayer:
     def _in_rounds(
         self, way: Dispatcher, limits: LayerLimits, x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor, batch: Batch
     ) -> Tensor:
-        """Dispatch, experts and way back in as many rounds as the fullest slot of any rank needs, then the sum."""
+        """Dispatch, experts and return path in as many rounds as the fullest slot of any rank needs, then the sum."""
         assert batch.limits is not None and isinstance(way, RoundDispatcher)
         capacities = limits.capacities(batch.tokens_per_rank)
         rounds = [
@@ -158,7 +158,7 @@ class MoELayer:
         return way.combine_rounds(rounds, weights_TK)
 
     def _compute(self, sent: Dispatched, batch: Batch) -> Tensor:
-        counts_S = sent.counts_S[: self.experts.num_slots]  # behind them those that only other ranks have
+        counts_S = sent.counts_S[: self.experts.num_slots]  # the rest are slots that only other ranks have
         work = batch.expert_work
         if self.limits is not None and batch.limits is not None:
             batch.limits.rows_L[self.limits.layer] += sent.counts_S.sum()

@@ -68,7 +68,7 @@ class NativeKit:
         return PackedLinear(self.kernels, outputs, inputs, self.dtype, bias)
 
     def head(self, vocab_size: int, hidden_size: int) -> tuple[NativeHead, PackedLinear]:
-        """The head, and what loads it."""
+        """The head, and the linear map that its weight is put into."""
         linear = self.linear(vocab_size, hidden_size)
         return NativeHead(linear), linear
 
@@ -116,7 +116,7 @@ class NativeKit:
         return self.kernels.argmax(logits_BV)
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop | FusedLayers:
-        """One native call for all layers, unless sparse blocks only run in parts."""
+        """One native call for all layers, unless sparse blocks run only in parts."""
         loop, calls, form, symmetric = LayerLoop(layers, cache), [], SparseForm.WHOLE, None
         for layer in layers:
             attention, mlp = layer.attention, layer.mlp

@@ -45,14 +45,14 @@ class NativeNorm:
 
     @property
     def after(self) -> NextNorm:
-        """As the blocks take it."""
+        """The norm in the form that blocks take."""
         return NextNorm(self.weight_D, self.eps)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.kernels.rms_norm(x_TD, self.weight_D, self.eps)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum, in the places of `x` and `residual`."""
+        """The norm of `residual + x`, and that sum; they overwrite `x` and `residual`."""
         return self.kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps, in_place=True)
 
 
@@ -72,7 +72,7 @@ class NativeAttention:
 
 
 class NativeMLP:
-    """SwiGLU; its weights are put in as those of an expert in slot 0."""
+    """SwiGLU; its weights are put in like those of an expert in slot 0."""
 
     def __init__(self, experts: PackedExperts) -> None:
         self.experts = experts
@@ -177,13 +177,13 @@ class NativeMoELayer(MoELayer):
 
 
 class FusedLayers:
-    """All layers in one call, where the experts are here or rows go through shared memory; see `kit.LayerRunner`.
+    """All layers in one call, if this rank has all experts or rows go through shared memory; see `kit.LayerRunner`.
 
     Args:
         layers: the call.
         form: of its sparse blocks, `WHOLE` or `EXCHANGE`; see `layers.sparse_form`.
         symmetric: the exchange of the layers, or None.
-        loop: runs the layers in the steps in which sparse blocks run in parts.
+        loop: runs the layers in steps whose sparse blocks run in parts.
     """
 
     def __init__(

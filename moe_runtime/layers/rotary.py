@@ -18,8 +18,8 @@ TABLE_STEP = 4096  # positions
 class RotaryEmbedding:
     """Angles of the rotary embedding (Su et al. 2021) with the context extensions of HF's configs.
 
-    With "dynamic" scaling the base follows the length of the sequence: the prompt's for all of the prompt, then one
-    more for each new token, as transformers does while it generates. It is a function of (prompt length, position), so
+    With "dynamic" scaling the base depends on the sequence length: the prompt's length for the whole prompt, then one
+    more for each new token, as transformers does in generation. It is a function of (prompt length, position), so
     chunked prefill, batching and replay do not change it.
     """
 
@@ -32,10 +32,10 @@ class RotaryEmbedding:
     def rows(
         self, position_T: Tensor, num_prompt_T: Tensor, num_positions: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`cos_Nr, sin_Nr, row_T`: float32 angles, and the row of each token; None where they have a row each.
+        """`cos_Nr, sin_Nr, row_T`: float32 angles, and the row of each token; None if each token has its own row.
 
-        `num_positions` is above all positions. Where angles depend on the position alone, they come from a table that
-        grows with it.
+        `num_positions` is above all positions. If angles depend on the position alone, they are from a table that
+        grows as needed.
         """
         if self.rope.kind == "dynamic":
             return *self(position_T, num_prompt_T), None
@@ -50,7 +50,7 @@ class RotaryEmbedding:
         inv_freq = self.inv_freq
         if self.rope.kind == "dynamic":
             inv_freq = self._dynamic(torch.maximum(position_T + 1, num_prompt_T))
-        # Powers and angles in float64: in float32, torch's loops give other last bits at their ends than before.
+        # Powers and angles in float64: in float32, the ends of torch's loops differ in the last bits from the rest.
         angle = (position_T[:, None].float() * inv_freq).double()
         cos, sin = (angle.cos() * self.scale).float(), (angle.sin() * self.scale).float()
         return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
@@ -76,7 +76,7 @@ def _frequencies(rope: RopeConfig, exponent: Tensor) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
-    """Llama 3.1: long waves are stretched, short ones kept, those between interpolated."""
+    """Llama 3.1: long wavelengths are scaled, short ones kept, those between interpolated."""
     turns = rope.original_max_position * inv_freq / (2 * math.pi)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = smooth.clamp(0.0, 1.0)
@@ -84,7 +84,7 @@ def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
 
 
 def _yarn(rope: RopeConfig, inv_freq: Tensor) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023): dimensions are interpolated by how often they turn within the trained context."""
+    """YaRN (Peng et al. 2023): dimensions are interpolated by their number of turns within the trained context."""
     dim = rope.rotary_dim
 
     def dim_of(turns: float) -> float:

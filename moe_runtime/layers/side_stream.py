@@ -16,10 +16,10 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 class SideStream:
-    """Runs a function beside what comes after it: on a second stream of a GPU; on CPUs at once.
+    """Runs a function in parallel with later work, on a second stream of a GPU; on CPUs it runs immediately.
 
-    Memory needs no further care: the side waits for all that came before it, whoever takes the result waits for the
-    side, and what it reads must live until then.
+    The side stream waits for all earlier work. Taking the result waits for the side stream. The function's inputs must
+    live until then. No other synchronisation of memory is needed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class SideStream:
         self._stream = side_stream(device)
 
     def start(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-        """Start `function(x)`; what is returned gives its result, in the order of the main stream."""
+        """Start `function(x)`; the returned callable gives its result, in the order of the main stream."""
         side = self._stream
         if side is None:
             result = function(x)

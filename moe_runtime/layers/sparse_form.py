@@ -1,4 +1,4 @@
-"""Which form of the sparse block runs: the one table, for the block when it is made and for each of its steps.
+"""Which form of the sparse block runs: the only table, used when a block is made and for each of its steps.
 
 | kernels | limits | experts | step | form |
 |---|---|---|---|---|

@@ -38,7 +38,7 @@ from moe_runtime.layers.torch_layers import (
 
 @dataclass(frozen=True)
 class TorchKit:
-    """See `layers.kit.Kit`. With `batch_invariant` a row has the same bits in any batch, however its prompt is cut."""
+    """See `layers.kit.Kit`. With `batch_invariant` a row has the same bits in any batch and any cut of its prompt."""
 
     dtype: torch.dtype
     device: torch.device
@@ -57,7 +57,7 @@ class TorchKit:
         return TORCH_ROWS
 
     def describe(self) -> dict[str, str]:
-        """The implementation of each op, and how many tiles were tuned on this kind of GPU, which are read now."""
+        """The implementation of each op, and the number of tiles tuned on this kind of GPU, read from the file now."""
         found = ops.describe(self.device)
         if ops.uses_triton(self.device):
             from moe_runtime.kernels.triton.tuned import tuned_tiles

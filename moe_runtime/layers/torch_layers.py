@@ -1,7 +1,6 @@
 """The parts of a decoder in torch, on any device; `layers.native_layers` has the same on the native CPU kernels.
 
-`layers.torch_kit` makes them. Parts are plain objects that hold tensors and are called; what a step brings comes as
-arguments.
+`layers.torch_kit` makes them. Parts are plain callable objects that hold tensors; a step's data are arguments.
 
 Shape suffixes: T tokens, D hidden, H query heads, G key/value heads, d head dim, r rotary dims, V vocabulary.
 """
@@ -98,7 +97,7 @@ class TorchDenseBlock:
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """What one step's attention needs beside the model: angles in the model's dtype, cache positions, pages."""
+    """A step's inputs to attention: angles in the model's dtype, cache positions, pages."""
 
     cos_Tr: Tensor
     sin_Tr: Tensor
@@ -113,7 +112,7 @@ class TorchAttention:
         config: of the layer.
         eps: of the norms on queries and keys.
         qkv: projection to `(H + 2 G) * d`; query rows, key rows, value rows.
-        output: projection back.
+        output: output projection.
         q_norm, k_norm: weights `[d]`, or None.
         next_norm: the norm after it.
         forms: of the attention itself.
@@ -146,7 +145,7 @@ class TorchAttention:
         return self.qkv.nbytes + self.output.nbytes
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Attend from each token to its sequence so far; the tokens' own keys and values go into the cache first."""
+        """Attend from each token to its sequence so far; first writes the tokens' keys and values into the cache."""
         assert isinstance(step, AttentionStep)
         heads = self.qkv(x_TD).view(x_TD.shape[0], sum(self.heads), self.head_dim)
         q_THd, k_TGd, v_TGd = heads.split(self.heads, dim=1)
