@@ -53,7 +53,7 @@ class PaddedDispatcher:
         x_ND, slot_NK = gather_rows(x_TD, slot_TK, T, self.group)
         local_NK = torch.where(slot_NK // S == self.rank, slot_NK - self.rank * S, -1)
         order_R, place_R, counts_S = ops.group_by_slot_padded(local_NK.flatten(), S)
-        # On the return path, row i, of (token, k) number i, comes from its slot's rank, at place i of the rows for us.
+        # On the return path, (token, k) number i is row i of the part that its slot's rank sends back.
         pair_TK = torch.arange(T * K, device=slot_TK.device).view(T, K)
         back_TK = torch.where(slot_TK < 0, -1, slot_TK // S * (T * K) + pair_TK)
         return Dispatched(x_ND, order_R // K, counts_S, (place_R, back_TK))
