@@ -1,1 +1,1 @@
-"""From a checkpoint to a model: configurations of families, names of tensors, reading weights into layers."""
+"""From a checkpoint to a model: configurations of families, tensor names, reading weights into layers."""

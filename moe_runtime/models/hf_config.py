@@ -1,4 +1,4 @@
-"""Reading `config.json`: every key is either read, known to be without effect here, or refused by name. No torch."""
+"""Reading `config.json`: every key is read, known to have no effect here, or refused by name. No torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROPE_KEYS = {
 
 
 class HFConfig:
-    """One `config.json`, read key by key, so that what nobody read can be refused.
+    """One `config.json`, read key by key, so that unread keys can be refused.
 
     Raises ValueError with one line that names the key, its value and what is allowed.
     """
@@ -49,7 +49,7 @@ class HFConfig:
         self.seen: set[str] = set()
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """Value of the first of several spellings that is there and not null."""
+        """Value of the first of several spellings that is present and not null."""
         self.seen.update(names)
         for name in names:
             if self.values.get(name) is not None:
@@ -57,7 +57,7 @@ class HFConfig:
         return default
 
     def integer(self, *names: str, default: int | None = None, low: int = 1) -> int:
-        """An integer of at least `low`; without a default the key must be there."""
+        """An integer of at least `low`; without a default the key is required."""
         value = self.get(*names, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{names[0]}: {value!r} in config.json is not allowed; it must be an integer >= {low}")
@@ -76,7 +76,7 @@ class HFConfig:
         return value
 
     def require(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        """A key of which we do only some values."""
+        """A key of which only some values are supported."""
         value = self.get(name, default=default)
         if value not in allowed:
             raise ValueError(f"{name}: {value!r} in config.json is not supported; supported: {list(allowed)}")
@@ -126,7 +126,7 @@ class HFConfig:
         )
 
     def finish(self) -> None:
-        """Refuse what the configuration asks for and nobody read."""
+        """Refuse keys that were not read and may have an effect."""
         for name, value in self.values.items():
             if name not in self.seen and name not in HARMLESS and value not in (None, False, [], {}):
                 raise ValueError(f"{name}: {value!r} in config.json is not supported for {self.family}")

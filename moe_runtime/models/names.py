@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SwiGLUNames:
-    """The three matrices of a SwiGLU, below its own prefix."""
+    """Names of a SwiGLU's three matrices, below its own prefix."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -16,22 +16,22 @@ class SwiGLUNames:
 
 @dataclass(frozen=True)
 class TensorNames:
-    """How the checkpoints of a family call their tensors. Defaults are those of most families.
+    """Tensor names in the checkpoints of a family. The defaults fit most families.
 
     Attributes:
-        layer: prefix of a layer; `{}` is its index. What follows is below this prefix.
+        layer: prefix of a layer; `{}` is its index. The names that follow are below this prefix.
         attention_norm, mlp_norm: before the attention, before the MLP.
         query, key, value, attention_output: projections; each has a `.weight` and perhaps a `.bias`.
         query_norm, key_norm: of the heads.
         dense: prefix of a dense MLP.
         dense_parts: its matrices.
-        sparse: prefix of a sparse block. A checkpoint may have `dense` in its place.
+        sparse: prefix of a sparse block. A checkpoint may use `dense` instead.
         gate, correction_bias: below `sparse`.
         shared: prefix of the shared experts, below `sparse`; matrices as `dense_parts`.
         expert: prefix of one expert, below `sparse`; `{}` is its number.
         expert_parts: its matrices.
-        fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, below the layer. They stand in
-            place of the single experts.
+        fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, below the layer. They replace
+            the single experts.
     """
 
     embedding: str = "model.embed_tokens.weight"

@@ -1,4 +1,4 @@
-"""How a decoder is read from a checkpoint, tensor by tensor, into the parts of a kit.
+"""Reads a decoder from a checkpoint, tensor by tensor, into the parts of a kit.
 
 Shape suffixes: D hidden, F intermediate, V vocabulary, E logical experts, W ranks, S slots per rank.
 """
@@ -25,19 +25,19 @@ from moe_runtime.layers.rotary import RotaryEmbedding
 from moe_runtime.models.names import SwiGLUNames, TensorNames
 from moe_runtime.weights.checkpoint import WeightSource
 
-WHOLE = 1 << 62  # bytes of a piece that is everything
+WHOLE = 1 << 62  # piece size in bytes that means "in one piece"
 
 
 @dataclass(frozen=True)
 class ModelReader:
-    """Reads a model for one rank; of the experts only those that `placement` puts there.
+    """Reads a model for one rank. It reads only the experts that `placement` puts on this rank.
 
     Args:
-        config, names, source: the model, what its tensors are called, and its weights.
-        placement, rank: which expert goes into which slot here.
+        config, names, source: the model, its tensor names, and its weights.
+        placement, rank: which expert goes into which slot of this rank.
         num_slots: slots of this rank in each sparse layer; others may have more or less.
         dispatchers: by the name that a plan uses.
-        counter: where choices of experts are counted.
+        counter: counts the chosen experts.
         kit: makes the parts.
         limits: of experts and ranks, or None.
     """
@@ -68,7 +68,7 @@ class ModelReader:
             else:
                 mlp = self.dense_block(index, next_norm)
             layers.append(DecoderLayer(attention, mlp))
-            self.source.release_all()  # also pages that tensors share, or that were read beside them
+            self.source.release_all()  # also pages that tensors share, and pages of read-ahead
             progress()
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
@@ -82,7 +82,7 @@ class ModelReader:
         return Decoder(embed, first_norms[0], layers, sparse_blocks, head, rope, kit.attention_step, nbytes)
 
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
-        """Read an expert of a sparse layer into a slot, in pieces of about so many bytes; gives the size of each."""
+        """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
         for part, stored in self._expert(self.config.moe_layers[layer], expert):
             rows = max(1, piece_bytes // (PANEL * stored.shape[1] * stored.element_size())) * PANEL
             for first in range(0, len(stored), rows):
@@ -95,7 +95,7 @@ class ModelReader:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
 
     def fill(self, linear: Linear, weights: Mapping[str, int], inputs: int | None = None) -> None:
-        """Put weights, one below the other, into a linear map; `weights` has the rows of each.
+        """Put weights into a linear map, stacked by rows; `weights` has the number of rows of each.
 
         Args:
             inputs: default the model's hidden size.

@@ -1,7 +1,7 @@
 """The family, the configuration and the weights of a checkpoint. No torch at import.
 
-A family's file holds `parse(config.json) -> ModelConfig`, which describes every layer, and `NAMES`, what checkpoints of
-the family call their tensors. All share the decoder of `layers.decoder`.
+A family's file has `parse(config.json) -> ModelConfig`, which describes every layer, and `NAMES`, the tensor names in
+the family's checkpoints. All families share the decoder of `layers.decoder`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def family_module(family: str) -> ModuleType:
 
 
 def names_of(family: str) -> TensorNames:
-    """What the checkpoints of a family call their tensors."""
+    """The tensor names in the checkpoints of a family."""
     names: TensorNames = family_module(family).NAMES
     return names
 
@@ -43,10 +43,10 @@ def names_of(family: str) -> TensorNames:
 def read_model_config(path: Path) -> ModelConfig:
     """Read the configuration of the checkpoint in the directory `path`.
 
-    End-of-sequence ids come from `generation_config.json` where there is one, else from `config.json`.
+    End-of-sequence ids come from `generation_config.json` if there is one, else from `config.json`.
 
     Raises:
-        ValueError: no such directory, no or broken `config.json`, an unknown architecture, a setting not supported.
+        ValueError: no such directory, missing or broken `config.json`, unknown architecture or unsupported setting.
     """
     if not path.is_dir():
         raise ValueError(f"model: {str(path)!r} is no directory")
@@ -81,7 +81,7 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
 
 
 def open_deepspeed(files: DeepSpeedFiles, config: ModelConfig) -> DeepSpeedCheckpoint:
-    """A DeepSpeed checkpoint that answers to the names of its family. Raises ValueError as `open_weights`."""
+    """A DeepSpeed checkpoint, read by its family's tensor names. Raises ValueError as `open_weights` does."""
     from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
     names = names_of(config.family)
@@ -90,7 +90,7 @@ def open_deepspeed(files: DeepSpeedFiles, config: ModelConfig) -> DeepSpeedCheck
 
 
 def _check(model: ModelConfig) -> None:
-    """Refuse figures of a `config.json` that contradict each other."""
+    """Refuse values of a `config.json` that contradict each other."""
     moe = model.moe
     checks: list[tuple[str, object, bool, str]] = [
         ("num_experts_per_tok", moe.top_k, moe.top_k <= moe.num_experts, f"be at most {moe.num_experts} experts"),

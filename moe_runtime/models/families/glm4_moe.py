@@ -1,5 +1,5 @@
 """GLM-4.5 and relatives (`Glm4MoeForCausalLM`): sigmoid gate with correction bias and groups, shared experts,
-partial rotary, the first layers dense. Layers for multi-token prediction are not loaded."""
+partial rotary, the first layers dense. Layers for multi-token prediction are not read."""
 
 from __future__ import annotations
 
