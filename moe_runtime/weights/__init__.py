@@ -1,1 +1,1 @@
-"""Where weights come from: safetensors, DeepSpeed checkpoints, random numbers."""
+"""Sources of weights: safetensors, DeepSpeed checkpoints, random numbers."""

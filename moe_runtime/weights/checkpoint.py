@@ -1,6 +1,6 @@
-"""Where weights come from: a directory of safetensors files, or random numbers. Each rank reads only what it asks for.
+"""Sources of weights: a directory of safetensors files, or random numbers.
 
-Files are memory-mapped, so bytes that nobody asks for are never read.
+Files are memory-mapped, so each rank reads only the tensors that it needs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ DUMMY_STD = 0.02
 def resolve_model(model: str, *, weights: bool = True) -> Path:
     """The directory of a model: the embedded "demo", a local directory, or a hub id that is downloaded.
 
-    Without `weights` the hub gives the rest of it only: configuration and tokenizer.
+    Without `weights`, only the configuration and the tokenizer are downloaded.
 
     Raises:
-        ValueError: neither a directory nor something the hub gives.
+        ValueError: it is no directory, and the hub can't provide it.
     """
     if model == "demo":
         from moe_runtime.demo.checkpoint import ensure_demo_model
@@ -55,23 +55,23 @@ class WeightSource(Protocol):
         """Whether there is a tensor of this name."""
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
-        """The tensor, of the shape expected (`shape[1:]` with an index). Raises ValueError naming what is wrong."""
+        """The tensor, of the expected shape (`shape[1:]` with an index). Raises ValueError naming what is wrong."""
 
     def release(self, tensor: Tensor) -> None:
-        """Give back the memory of a tensor from `read`, or of a part of it, that is not needed any more."""
+        """Release the memory of a tensor from `read`, or of a part of it, after its last use."""
 
     def release_all(self) -> None:
-        """Give back what was read and can be read again; tensors in use keep their values."""
+        """Release all memory that can be read again; tensors in use keep their values."""
 
 
 class Checkpoint:
     """A directory with `model.safetensors`, or several files and `model.safetensors.index.json`.
 
     Attributes:
-        bytes_read: bytes of all tensors that were asked for.
+        bytes_read: bytes of all tensors read.
 
     Raises:
-        ValueError: there are no weights, a file of the index is missing, a file is damaged or truncated.
+        ValueError: there are no weights, a file of the index is missing, or a file is damaged or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -151,8 +151,8 @@ class RandomWeights:
         return 1.0 + tensor if name.endswith("norm.weight") else tensor
 
     def release(self, tensor: Tensor) -> None:
-        """Nothing: it goes when nobody holds it."""
+        """Nothing: the tensor is freed with its last reference."""
 
     def release_all(self) -> None:
-        """Give freed tensors back to the system: between them lies what was kept, so that they stay in the heap."""
+        """Return freed memory to the system: it stays in the heap because kept tensors are in between."""
         give_freed_memory_back()

@@ -1,9 +1,9 @@
 """Weights from a DeepSpeed-MoE checkpoint: a Hugging Face model whose sparse blocks are `deepspeed.moe.layer.MoE`.
 
-Outside of the sparse blocks the tensors have their names of Hugging Face, perhaps with one prefix before all of them. A
-sparse block `model.layers.N.<any>` has `deepspeed_moe.gate.wg.weight` and, in the experts' files,
-`deepspeed_moe.experts.deepspeed_experts.E.<name>.weight` for the three matrices of a SwiGLU. Read as plain data
-(`weights_only`) and memory-mapped; an expert's file is opened when one of its matrices is asked for.
+Outside the sparse blocks, tensors have their Hugging Face names, perhaps all with one prefix. A sparse block
+`model.layers.N.<any>` has `deepspeed_moe.gate.wg.weight` and, in the experts' files,
+`deepspeed_moe.experts.deepspeed_experts.E.<name>.weight` for the three matrices of a SwiGLU. Files are read as plain
+data (`weights_only`) and memory-mapped. An expert's file is opened when one of its matrices is read.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ BESIDE_THE_BLOCK = ("self_attn.", "input_layernorm.", "post_attention_layernorm.
 
 
 class DeepSpeedCheckpoint:
-    """A `WeightSource` that answers to the family's Hugging Face names.
+    """A `WeightSource` that uses the family's Hugging Face names.
 
     Args:
         files: the checkpoint's files.
-        config: what its `config.json` means.
+        config: parsed from its `config.json`.
         block: name of a sparse block within a layer, in Hugging Face checkpoints of the family.
-        matrices: names there of an expert's gate, up and down.
+        matrices: names of an expert's gate, up and down in such a block.
 
     Attributes:
         names: all tensors, by their names in a Hugging Face checkpoint of the family.
-        bytes_read: bytes of all tensors that were asked for.
+        bytes_read: bytes of all tensors read.
 
     Raises:
-        ValueError: a file is missing, foreign, damaged or holds more than plain data; tensors that mean another model.
+        ValueError: a file is missing, foreign, damaged or holds more than plain data, or tensors do not fit the model.
     """
 
     def __init__(self, files: DeepSpeedFiles, config: ModelConfig, block: str, matrices: tuple[str, str, str]) -> None:
@@ -72,23 +72,23 @@ class DeepSpeedCheckpoint:
         return self._take(tensor if index is None else tensor[index])
 
     def release(self, tensor: Tensor) -> None:
-        """Nothing: what was read is a copy, which goes when nobody holds it."""
+        """Nothing: the tensor is a copy, which is freed with its last reference."""
 
     def release_all(self) -> None:
-        """Nothing, as with one."""
+        """Nothing, as in `release`."""
 
     def read_any(self, name: str) -> Tensor:
-        """A tensor of `names`, of whatever shape it has."""
+        """A tensor of `names`, of any shape."""
         return self._take(self._find(name)[0])
 
     def _take(self, tensor: Tensor) -> Tensor:
         self.bytes_read += tensor.nbytes
-        copy = tensor.clone()  # what training writes into the file later must not change it
+        copy = tensor.clone()  # later writes of a training job to the file must not change it
         release_pages(tensor)
         return copy
 
     def _find(self, name: str) -> tuple[Tensor, str]:
-        """A tensor, mapped, and where it is, for messages."""
+        """A mapped tensor, and its location for messages."""
         if name in self._expert_of:
             row, expert, role = self._expert_of[name]
             file = self.files.expert(row, expert)
@@ -107,7 +107,7 @@ class DeepSpeedCheckpoint:
         return tensors[key], where
 
     def _open_expert(self, row: int, expert: int) -> dict[str, Tensor]:
-        """The tensors of an expert's file, in order gate, up, down; nothing else may be in it."""
+        """The tensors of an expert's file, in the order gate, up, down; the file must have no others."""
         file = self.files.expert(row, expert)
         tensors = _only_tensors(_load(file), file)
         prefix = f"{self._blocks[row]}.deepspeed_moe.experts.deepspeed_experts.{expert}."
@@ -140,7 +140,7 @@ class DeepSpeedCheckpoint:
         return [found[layer] for layer in self.config.moe_layers]
 
     def _name_tensors(self) -> dict[str, str]:
-        """Key of each tensor of the model's file by its name in the family; refuses what a sparse layer can't have."""
+        """Key in the model's file for each family tensor name; refuses tensors that a sparse layer can't have."""
         key_of = {}
         block_of = dict(zip(self.config.moe_layers, self._blocks, strict=True))
         for key in self._tensors:
@@ -159,7 +159,7 @@ class DeepSpeedCheckpoint:
         return key_of
 
     def _name_experts(self) -> dict[str, tuple[int, int, int]]:
-        """(sparse layer, expert, which of gate, up and down) by name in the family."""
+        """(sparse layer, expert, index into gate, up and down) by tensor name in the family."""
         return {
             f"model.layers.{layer}.{self._block}.experts.{expert}.{part}.weight": (row, expert, role)
             for row, layer in enumerate(self.config.moe_layers)
@@ -199,7 +199,7 @@ def _only_tensors(state: dict[str, Any], file: Path) -> dict[str, Tensor]:
 
 
 def _prefix(tensors: dict[str, Tensor], file: Path) -> str:
-    """What stands before `model.` in all names: nothing, or where a training script has wrapped the model."""
+    """The prefix before `model.` in all names: empty, unless a training script has wrapped the model."""
     found = [key for key in tensors if key.endswith("model.embed_tokens.weight")]
     if len(found) != 1:
         raise ValueError(f"model: {file} must have one tensor '*model.embed_tokens.weight', it has {found}")

@@ -28,8 +28,8 @@ class DeepSpeedFiles:
     """One tag of a checkpoint.
 
     Attributes:
-        folder: where the tag's files lie.
-        names: names of all files in it that hold weights.
+        folder: the folder of the tag's files.
+        names: names of all its files with weights.
     """
 
     folder: Path
@@ -37,7 +37,7 @@ class DeepSpeedFiles:
 
     @classmethod
     def find(cls, path: Path) -> DeepSpeedFiles | None:
-        """The checkpoint in `path`, by its `latest` or by itself; None if there is none, or safetensors files are.
+        """The checkpoint that `path` is or that its `latest` names. None if there is none, or there are safetensors.
 
         Raises:
             ValueError: `latest` names no folder with weights.
@@ -65,7 +65,7 @@ class DeepSpeedFiles:
         return self.folder / f"layer_{row}_expert_{expert}_mp_rank_00_model_states.pt"
 
     def check(self, config: ModelConfig) -> None:
-        """Compare the names with what `config` means. Raises ValueError that names a foreign or a missing file."""
+        """Compare the file names with `config`. Raises ValueError that names a foreign or a missing file."""
         num_layers, num_experts = len(config.moe_layers), config.moe.num_experts
         shape = f"{num_layers} sparse layers of {num_experts} experts"
         experts = {self.expert(row, expert).name for row in range(num_layers) for expert in range(num_experts)}
@@ -78,11 +78,11 @@ class DeepSpeedFiles:
 
 
 def with_deepspeed_gate(config: ModelConfig) -> ModelConfig:
-    """The configuration with the gate of `deepspeed.moe.sharded_moe.TopKGate`: softmax over router scores in float32,
+    """The configuration with the gate of `deepspeed.moe.sharded_moe.TopKGate`: softmax over gate logits in float32,
     weights divided by their sum for k of 2 and more, and not for k = 1.
 
     Raises:
-        ValueError: `config.json` means another family or another gate.
+        ValueError: `config.json` describes another family or another gate.
     """
     if config.family not in FAMILIES:
         raise ValueError(f"model_type: {config.family!r} is not allowed with a DeepSpeed checkpoint; known: {FAMILIES}")
