@@ -1,9 +1,10 @@
 """Decode steps of fixed shapes, captured as CUDA graphs: nothing in them waits for the host.
 
-Where all ranks have only decode rows, the plan names a bucket, and every rank runs so many rows: its own, and padding,
-which uses no expert and writes its keys to a spare page. All that depends on the step lies in static tensors, which
-are filled before; tokens are sampled behind the graph. Graphs of one bucket differ in the longest context they have
-room for, so that short contexts do not pay for long ones; as attention sends nothing, each rank takes the one it needs.
+If all ranks have only decode rows, the plan names a bucket, a number of rows. Every rank runs that number: its own rows
+and padding, which uses no expert and writes its keys to a spare page. All values that depend on the step are in static
+tensors, which are filled before the graph; tokens are sampled after it. A bucket has several graphs with different
+longest contexts, so that short contexts do not pay for long ones. Attention sends nothing between ranks, so each rank
+chooses its own graph.
 
 Shape suffixes: T rows of a bucket, P rows of the largest bucket, D hidden, M pages of a sequence.
 """
@@ -22,7 +23,7 @@ from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.wire.messages import PADDED, ExpertWork
 from moe_runtime.worker.rank_step import StepRows
 
-WARM_UPS = 2  # compile what there is to compile, and let collectives connect
+WARM_UPS = 2  # to compile kernels and connect collectives
 SHORTEST_CONTEXT = 4096
 CONTEXT_FACTOR = 4
 
@@ -30,7 +31,7 @@ Run = Callable[[], None]
 
 
 def context_sizes(longest: int) -> tuple[int, ...]:
-    """The contexts that graphs are captured for, up to the longest there may be."""
+    """The context lengths that graphs are captured for, up to `longest`."""
     sizes = [longest]
     size = SHORTEST_CONTEXT
     while size < longest:
@@ -40,14 +41,14 @@ def context_sizes(longest: int) -> tuple[int, ...]:
 
 
 class CudaCapture:
-    """Captures calls into CUDA graphs that share their memory, so that one runs at a time; the largest comes first."""
+    """Captures calls into CUDA graphs that share memory: only one may run at a time. Capture the largest first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Run) -> Run:
-        """What replays `run` with the tensors it has used."""
+        """A function that replays `run` with the tensors it has used."""
         here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
@@ -62,7 +63,7 @@ class CudaCapture:
 
 
 def capture_on(device: torch.device) -> Callable[[Run], Run] | None:
-    """How steps are captured on a device; None where they are not: on CPUs, and without Triton."""
+    """How steps are captured on a device; None if they are not captured: on CPUs, and without Triton."""
     return CudaCapture(device) if device.type == "cuda" and ops.uses_triton(device) else None
 
 
@@ -72,11 +73,11 @@ class DecodeGraphs:
     Args:
         forward: hidden states `[T, D]` of token ids and a batch.
         buckets: numbers of rows, ascending.
-        num_ranks: that run each step.
+        num_ranks: ranks that run each step.
         max_context: longest context of a sequence.
-        block_size, spare_page: tokens per page, and the page that takes what padding writes.
+        block_size, spare_page: tokens per page, and the page that padding writes to.
         hidden_size, dtype, device: of the hidden states.
-        capture: makes of a call what repeats it.
+        capture: returns a function that repeats a call.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class DecodeGraphs:
         self._forward = forward
         self._num_ranks = num_ranks
         self._contexts = context_sizes(max_context)
-        # What padding holds: a token that attends to itself alone, uses no expert and writes to the spare page.
+        # A padding token attends only to itself, uses no expert and writes to the spare page.
         self._padding = {
             "token": 0,
             "position": 0,
@@ -127,7 +128,7 @@ class DecodeGraphs:
     ) -> Tensor:
         """Hidden states of the rows, valid until the next call. All ranks call it for the same step and bucket.
 
-        With `expert_work` layers note what their experts did, which takes an ordinary run.
+        With `expert_work`, layers record their experts' work, so the step runs without a graph.
         """
         self._fill(tokens, rows, bucket)
         longest = max(rows.positions, default=0) + 1
@@ -139,7 +140,7 @@ class DecodeGraphs:
         return self._out_PD[: len(tokens)]
 
     def _fill(self, tokens: list[int], rows: StepRows, bucket: int) -> None:
-        """Bring a step to the device; waits at most until the step before has arrived there."""
+        """Copy a step to the device; waits at most until the previous step's copy is complete."""
         if self._copied is not None:
             self._copied.synchronize()
         num_rows = len(tokens)

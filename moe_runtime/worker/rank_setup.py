@@ -1,4 +1,4 @@
-"""What a rank chooses at its start: device, native kernels that all ranks have, kit, weights, dispatchers."""
+"""A rank's choices at its start: device, native kernels that all ranks have, kit, weights, dispatchers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choose_device(asked: str, local_rank: int) -> torch.device:
 
 
 def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Kernels | None:
-    """The native CPU kernels, if this is a CPU and all ranks have the same; with as many threads as torch has."""
+    """The native CPU kernels, if this is a CPU and all ranks have the same kernels; with torch's number of threads."""
     if device.type != "cpu":
         return None
     kernels = load_or_none()
@@ -57,14 +57,14 @@ def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Ker
 
 
 def make_kit(config: EngineConfig, kernels: Kernels | None, dtype: torch.dtype, device: torch.device) -> Kit:
-    """What makes the layers: native parts where there are native kernels, else torch's."""
+    """The kit that makes the layers: native if there are native kernels, else torch."""
     if kernels is None:
         return TorchKit(dtype, device, config.batch_invariant)
     return NativeKit(kernels, dtype)
 
 
 def open_source(config: EngineConfig, model: ModelConfig, path: Path) -> WeightSource:
-    """Where the weights come from. Raises ValueError as `open_weights`."""
+    """The source of the weights. Raises ValueError as `open_weights` does."""
     return RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model)
 
 
@@ -82,14 +82,14 @@ def choose_dispatchers(
     """The dispatchers that a plan may name, the same on all ranks.
 
     Args:
-        num_slots: the most that any rank has, by which the slots of all are numbered.
+        num_slots: the most slots that any rank has; global slot numbers are based on it.
         row_ops: the local work.
         dtype: of the rows.
         can_share_memory: whether all ranks are on one host and have native kernels.
         has_buckets: whether plans may name a bucket.
 
     Raises:
-        ValueError: "symmetric" was asked for, and there can be none.
+        ValueError: the user set "symmetric", and it is not possible.
     """
     found = make_dispatchers(group, num_slots, row_ops)
     if has_buckets:
@@ -109,7 +109,7 @@ def _shared_memory(
     dtype: torch.dtype,
     is_possible: bool,
 ) -> Dispatcher | None:
-    """The dispatcher over shared memory; None, on all ranks alike, where there can be none and none was asked for."""
+    """The dispatcher over shared memory; None on all ranks if it is not possible and the user did not set it."""
     asked = config.dispatcher == "symmetric"
     if not is_possible:
         if asked:

@@ -1,4 +1,4 @@
-"""A step on one rank: what can be worked out before the step before it has ended, which is all but its tokens."""
+"""A step on one rank: everything that is known before the previous step has ended, which is all but its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, RankStep
 
 @dataclass
 class Sequence:
-    """A sequence that lives on this rank: all its tokens so far and the pages that hold its keys and values."""
+    """A sequence on this rank: all its tokens so far, and the pages with its keys and values."""
 
     token_ids: list[int]
     num_prompt_tokens: int
@@ -33,7 +33,7 @@ class StepRows:
 
     @classmethod
     def take(cls, chunks: list[Chunk], sequences: list[Sequence], block_size: int) -> StepRows:
-        """The rows of chunks; their sequences take the new pages."""
+        """The rows of chunks; adds the chunks' new pages to their sequences."""
         rows = cls()
         for chunk, sequence in zip(chunks, sequences, strict=True):
             pages = sequence.pages
@@ -53,12 +53,12 @@ class PreparedStep:
     """A step that has not begun.
 
     Attributes:
-        plan: what the front asks for.
-        sequences: of each chunk.
-        rows: all that is in the plan's bucket, if it names one.
-        batch, attention: else what the layers need, and what the kit's `attention_step` makes of it.
-        expert_work, policies, limits: as `Batch` has them.
-        seconds: that this took.
+        plan: from the front.
+        sequences: the sequence of each chunk.
+        rows: the step's rows if the plan names a bucket.
+        batch, attention: otherwise, the layers' input, and the result of the kit's `attention_step`.
+        expert_work, policies, limits: as in `Batch`.
+        seconds: time of the preparation.
     """
 
     plan: RankStep
@@ -76,7 +76,7 @@ class PreparedStep:
         return self.plan.work
 
     def tokens(self) -> list[int]:
-        """The ids of the rows, once the step before has ended."""
+        """The token ids of the rows; call it after the previous step has ended."""
         tokens: list[int] = []
         for chunk, sequence in zip(self.work.chunks, self.sequences, strict=True):
             tokens += sequence.token_ids[chunk.start : chunk.start + chunk.num_tokens]
@@ -86,7 +86,7 @@ class PreparedStep:
 
 @dataclass(frozen=True)
 class RunningStep:
-    """A step that has begun, when, and the hidden states to come."""
+    """A step that has begun, its start time, and its future hidden states."""
 
     step: PreparedStep
     start: float

@@ -19,7 +19,7 @@ from moe_runtime.wire.messages import TokenLogprobs
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """What one row of logits is sampled by; the new token's position is `len(token_ids)`."""
+    """The sampling inputs of one row of logits; the new token's position is `len(token_ids)`."""
 
     params: SamplingParams
     seed: int
@@ -30,13 +30,13 @@ class SamplingRow:
 def sample(logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]]) -> list[int]:
     """One token per row of float32 logits; `argmax` gives the best token of each row.
 
-    Penalties come first, then temperature, min-p, top-k and top-p, each renormalising what is left, as in vLLM. Equal
-    logits are taken in order of token id.
+    Penalties are applied first, then temperature, min-p, top-k and top-p. Each filter renormalises the remaining
+    probabilities, as in vLLM. Equal logits are ordered by token id.
     """
     logits_BV = _penalize(logits_BV, rows)
     tokens = argmax(logits_BV)
     drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
-    # Two ways to lay out the candidates; a row must take its own, whatever its neighbours need.
+    # There are two layouts of the candidates. A row's own parameters choose its layout, not those of other rows.
     for truncated in (False, True):
         which = [index for index in drawn if _truncates(rows[index].params) == truncated]
         if which:
@@ -103,7 +103,7 @@ def _truncates(params: SamplingParams) -> bool:
 
 
 def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> list[int]:
-    """Invert each row's cumulated probabilities at its own random number; sorted where they must be truncated."""
+    """Invert each row's cumulative probabilities at its own random number; sorted where they must be truncated."""
     device, params = logits_BV.device, [row.params for row in rows]
 
     def column(values: Sequence[float]) -> Tensor:
@@ -128,7 +128,7 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> li
     number = uniform([row.seed for row in rows], [len(row.token_ids) for row in rows])
     target_B1 = torch.from_numpy(number).to(device)[:, None] * cumulated_BV[:, -1:]
     index_B1 = torch.searchsorted(cumulated_BV, target_B1, right=True)
-    # Rounding may point behind the last token that has any probability.
+    # Rounding may point past the last token with a nonzero probability.
     last_B1 = (cumulated_BV < cumulated_BV[:, -1:]).sum(dim=-1, keepdim=True)
     index_B1 = torch.minimum(index_B1, last_B1)
     chosen: list[int] = (index_B1 if token_BC is None else token_BC.gather(1, index_B1)).flatten().tolist()

@@ -10,15 +10,15 @@ from moe_runtime.layers.kit import Experts
 from moe_runtime.models.reader import ModelReader
 from moe_runtime.wire.messages import SlotReport, SlotTask
 
-PIECE_BYTES = 256 << 10  # of an expert: how finely a copy can stop for the next step
+PIECE_BYTES = 256 << 10  # of an expert: a copy can stop for the next step after each piece
 
 
 class SlotTasks:
     """Runs the tasks of one rank.
 
     Args:
-        rank: whose.
-        reader: gives experts' weights.
+        rank: this rank.
+        reader: reads experts' weights.
         experts: the slots of each sparse layer.
     """
 
@@ -29,7 +29,7 @@ class SlotTasks:
         self._copies: dict[int, Iterator[int]] = {}  # by task
 
     def run(self, task: SlotTask) -> SlotReport:
-        """Get on with a task; see `SlotTask`. What goes wrong is in the report."""
+        """Continue a task; see `SlotTask`. Errors are in the report."""
         start, copied, error, done, total = time.perf_counter(), 0, "", False, 0
         experts = self._experts[task.layer]
         try:
@@ -42,7 +42,7 @@ class SlotTasks:
         return SlotReport(self._rank, task.task_id, done, copied, time.perf_counter() - start, total, error)
 
     def copy(self, experts: Experts, task: SlotTask) -> tuple[int, bool]:
-        """Copy what a task allows at a time; the bytes, and whether that was the last."""
+        """Copy up to the task's `max_bytes`; returns the copied bytes, and whether the copy is complete."""
         if task.expert < 0:
             return 0, True
         if task.task_id not in self._copies:

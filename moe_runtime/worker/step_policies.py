@@ -1,4 +1,4 @@
-"""Between the plan and the gates: policies of a step's tokens, and the experts that they have used.
+"""Between the plan and the gates: expert policies of a step's tokens, and the experts that the tokens used.
 
 Shape suffixes: T tokens, L sparse layers, P policies, K experts per token.
 """
@@ -18,11 +18,11 @@ from moe_runtime.worker.rank_step import PreparedStep
 def step_policies(
     work: RankPlan, params: list[SamplingParams], model: ModelConfig, device: torch.device, *, keep_all: bool
 ) -> StepPolicies | None:
-    """What the sequences of a step ask of the gates; None if nothing.
+    """The expert policies that a step's sequences need; None if they need none.
 
     Args:
         params: of each chunk's sequence.
-        keep_all: keep the experts of all tokens, also of requests that do not want them.
+        keep_all: keep the experts of all tokens, even if their requests do not ask for them.
     """
     keeps = keep_all or any(each.return_routed_experts for each in params)
     policies = [each.routing for each in params if not isinstance(each.routing, str)]
@@ -47,7 +47,7 @@ def step_policies(
 
 
 def routed_experts(step: PreparedStep, *, keep_all: bool) -> list[RoutedExperts]:
-    """The experts of the chunks whose sequences ask for them, or of all; after the step."""
+    """The experts of the chunks whose sequences ask for them, or of all chunks; call it after the step."""
     if step.policies is None or step.policies.chosen_LTK is None:
         return []
     experts_TLK = step.policies.chosen_LTK.transpose(0, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""After a step's layers: the tokens that its sequences sample, and log-probabilities of prompts.
+"""After a step's layers: sampling the sequences' tokens, and log-probabilities of prompts.
 
 Shape suffixes: T tokens, D hidden, B rows, V vocabulary.
 """
@@ -21,7 +21,7 @@ PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do n
 def sample_step(
     step: PreparedStep, hidden_TD: Tensor, model: Decoder, argmax: Callable[[Tensor], list[int]]
 ) -> list[Sample]:
-    """Sample after every chunk that asks for it, and append each token to its sequence."""
+    """Sample a token for every chunk that asks for one, and append it to the chunk's sequence."""
     last: list[int] = []  # rows after which to sample
     seq_ids: list[int] = []
     sequences: list[Sequence] = []
@@ -34,7 +34,7 @@ def sample_step(
             sequences.append(sequence)
     if not last:
         return []
-    # In a step of decode rows that is every row.
+    # A step of only decode rows samples every row.
     logits_BV = model.logits(hidden_TD if len(last) == end else hidden_TD[torch.tensor(last, device=hidden_TD.device)])
     rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
     tokens = sample(logits_BV, rows, argmax)

@@ -1,6 +1,6 @@
 """One rank: its share of the model, its pages, its sequences. Runs the steps that it is given.
 
-In a process of its own, see `cluster.rank`, or in the caller's.
+It runs in its own process (see `cluster.rank`) or in the caller's process.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from moe_runtime.worker.step_samples import find_prompt_logprobs, sample_step
 
 
 class Worker:
-    """Loads one rank's weights, reserves its pages and runs step plans.
+    """Reads one rank's weights, reserves its pages and runs step plans.
 
     Args:
-        config, model_config: what the user asked for and what the checkpoint is.
+        config, model_config: the user's options, and the checkpoint's configuration.
         path: directory of the checkpoint.
-        rank, num_ranks: this rank among all.
+        rank, num_ranks: this rank, and the number of ranks.
         group: the process group of all ranks; None for a single rank.
         local_ranks: ranks on this host, which share its memory.
 
@@ -80,7 +80,7 @@ class Worker:
         self.rank = rank
         self.device = choose_device(config.device, rank % local_ranks)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # Triton and NCCL take the current one
+            torch.cuda.set_device(self.device)  # Triton and NCCL use the current device
         self.dtype: torch.dtype = getattr(torch, weights_dtype(config.dtype, model_config.dtype))
         placement = initial_placement(config, model_config, num_ranks)
         self.counter = ExpertCounter(len(model_config.moe_layers), model_config.moe.num_experts, self.device)
@@ -116,7 +116,7 @@ class Worker:
         self.model = self._read_model(reader)
         self.slot_tasks = SlotTasks(rank, reader, [block.experts for block in self.model.sparse_blocks])
         num_pages = choose_num_pages(config, model_config, self.dtype, self.device, local_ranks)
-        # Padding writes to one page more.
+        # Padding writes to one additional page.
         spare = int(capture is not None)
         self.cache = KVCache(model_config, num_pages + spare, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
@@ -170,13 +170,13 @@ class Worker:
         )
 
     def step(self, step: RankStep) -> RankResult:
-        """Run a step. Every rank runs every step, also without tokens of its own."""
+        """Run a step. Every rank runs every step, even without tokens of its own."""
         self.begin(self.prepare(step))
         return self.finish()
 
     @torch.inference_mode()
     def prepare(self, plan: RankStep) -> PreparedStep:
-        """Do for a step what needs no tokens of the one before, which may be running. Plans come in their order."""
+        """Do the work for a step that needs no tokens of the previous step, which may still run. Call in plan order."""
         start = time.perf_counter()
         work = plan.work
         self._admit(work)
@@ -196,7 +196,7 @@ class Worker:
 
     @torch.inference_mode()
     def begin(self, step: PreparedStep) -> None:
-        """Start a step: its layers then run on a GPU, or in threads of the native kernels, until `finish`."""
+        """Start a step. Its layers then run on a GPU, or in threads of the native kernels, until `finish`."""
         assert self._running is None
         start = time.perf_counter()
         for choice in step.work.replica_choices:
@@ -236,13 +236,13 @@ class Worker:
 
     @torch.inference_mode()
     def run_task(self, task: SlotTask) -> SlotReport:
-        """Get on with a task, between steps; see `SlotTask`. What goes wrong is reported, and serving goes on."""
+        """Continue a task between steps; see `SlotTask`. Errors are reported, and serving continues."""
         with self._torch_threads():
             return self.slot_tasks.run(task)
 
     @contextmanager
     def _torch_threads(self) -> Iterator[None]:
-        """One torch thread beside native kernels: torch's own spin after an op, on cores that the kernels want."""
+        """One torch thread if there are native kernels: torch's threads spin after an op on cores the kernels need."""
         threads = torch.get_num_threads()
         if not self._runs_torch:
             torch.set_num_threads(1)
