@@ -142,7 +142,7 @@ def gate_scores(
     num_groups: int = 1,
     topk_groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`(scores_TE, choice_TE)` in float32: what `topk_gate` weights experts by, and what it chooses them by.
+    """`(scores_TE, choice_TE)` in float32: `topk_gate` weights experts by the scores and chooses them by the choice.
 
     The choice is `-inf` for experts of groups that are not kept.
     """

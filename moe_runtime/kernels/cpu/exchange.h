@@ -110,7 +110,7 @@ class Exchange {
   }
 
  private:
-  // What a rank sleeps on.
+  // The futex that a rank sleeps on.
   struct alignas(64) Bell {
     std::atomic<uint32_t> rings;
     std::atomic<uint32_t> sleeping;

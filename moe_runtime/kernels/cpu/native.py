@@ -111,7 +111,7 @@ class Kernels:
     """The loaded library. Ops that need no packed weight; the signatures are those of the torch twins.
 
     Attributes:
-        instruction_set: what it was compiled for.
+        instruction_set: the one that the library was compiled for.
         library: the C functions.
     """
 

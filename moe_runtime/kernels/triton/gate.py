@@ -1,6 +1,6 @@
 """The gate in one kernel: scores, correction bias, expert groups, top-k, normalisation and scale.
 
-One program per token. Experts lie in a block of groups (J) by members (M), each padded to a power of two;
+One program per token. Experts form a block of groups (J) by members (M), each padded to a power of two;
 K is the block of chosen experts.
 """
 
