@@ -57,7 +57,7 @@ TORCH_ROWS = RowOps(ops.group_by_slot, _combine)
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What this rank's experts compute.
+    """The work of this rank's experts.
 
     Attributes:
         x_ND: rows that arrived.
