@@ -18,7 +18,7 @@ from moe_runtime.worker.rank_step import PreparedStep
 def step_policies(
     work: RankPlan, params: list[SamplingParams], model: ModelConfig, device: torch.device, *, keep_all: bool
 ) -> StepPolicies | None:
-    """The expert policies that a step's sequences need; None if they need none.
+    """The expert policies of a step, and memory to keep its tokens' experts; None if the step needs neither.
 
     Args:
         params: of each chunk's sequence.
