@@ -1,6 +1,6 @@
-"""The engine: takes requests, and turns them into tokens step by step. No torch of its own.
+"""The engine: takes requests and turns them into tokens step by step. It imports no torch itself.
 
-It is driven from one thread; HTTP reaches it through messages. It holds all state of a request that cannot be
+One thread drives it; HTTP reaches it through messages. The engine holds all state of a request that cannot be
 recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 """
 
@@ -40,8 +40,8 @@ class Engine:
     Args:
         config: what the user asked for.
         model_config: the checkpoint.
-        executor: ranks that are ready. The engine owns it once it is made, and closes it.
-        tokenizer: None takes and gives token ids only.
+        executor: ranks that are ready. Once the engine is made, it owns the executor and closes it.
+        tokenizer: None accepts and returns token ids only.
     """
 
     def __init__(
@@ -84,15 +84,15 @@ class Engine:
         self._dispatcher_steps: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
         self._last_step_seconds = 0.0
-        self._rank_rows: list[list[int]] = []  # of the last step that is known
+        self._rank_rows: list[list[int]] = []  # of the last step whose results are known
         self._expert_changes = ExpertChanges()
         self._extra_rounds = 0
 
     def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
-        """Enqueue a request; its tokens come out of `step`.
+        """Enqueue a request; `step` returns its tokens.
 
         Raises:
-            ValueError: the prompt or the parameters cannot be served; nothing is enqueued then.
+            ValueError: the prompt or the parameters cannot be served. The request is not enqueued.
         """
         if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
             raise ValueError(f"request_id: {request_id!r} is in use")
@@ -104,9 +104,9 @@ class Engine:
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
-        """End a request: its pages are free at once, and its last delta, "abort", comes with the next step.
+        """End a request. Its pages become free at once; the next step returns its last delta, "abort".
 
-        An id that is unknown, or has ended, does nothing.
+        An unknown or finished id is ignored.
         """
         request = self._requests.get(request_id)
         if request is not None:
@@ -117,11 +117,11 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do or to hand out."""
+        """Whether `step` has something to run or to return."""
         return bool(self._requests or self._num_inflight or self._ready)
 
     def step(self) -> list[OutputDelta]:
-        """Plan as many steps as may be in flight, await the oldest, and hand out what it added to each request.
+        """Plan as many steps as may be in flight, await the oldest, and return what it added to each request.
 
         Raises:
             RankError: a rank died, reported an error or did not answer in time.
@@ -138,7 +138,7 @@ class Engine:
         return deltas
 
     def tend(self) -> None:
-        """What there is to do without requests: see whether the ranks live, and get on with moving experts.
+        """Do the work that needs no requests: check that the ranks are alive, and continue a migration of experts.
 
         Raises:
             RankError: a rank has died.
@@ -147,9 +147,9 @@ class Engine:
         self.rebalancer.tick(idle=not self.has_work)
 
     def rebalance(self, dry_run: bool = False) -> Rebalance:
-        """Plan a better placement for the load of late and, unless `dry_run`, start moving experts there.
+        """Plan a better placement for the recent load and, unless `dry_run`, start moving experts there.
 
-        It is done when `Rebalance.done` says so; `step` and, without requests, `tend` get on with it. No token changes.
+        `Rebalance.done` says when it is finished. `step`, or `tend` without requests, continues it. No token changes.
 
         Raises:
             ValueError: there is one rank, or experts are moving already.
@@ -159,7 +159,7 @@ class Engine:
         return self.rebalancer.begin(dry_run)
 
     def stats(self) -> EngineStats:
-        """Counts since the start; cheap."""
+        """Counts since the start. A cheap call."""
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=len(self._scheduler.waiting),
@@ -177,7 +177,7 @@ class Engine:
         )
 
     def expert_load(self) -> ExpertLoad:
-        """Tokens per layer and expert since the start. Awaits the steps in flight; `step` hands out what they gave.
+        """Tokens per layer and expert since the start. Awaits the steps in flight; `step` returns their results later.
 
         Raises:
             RankError: as `step`.
@@ -199,11 +199,11 @@ class Engine:
 
     @property
     def is_migrating(self) -> bool:
-        """Whether experts move, and `tend` must be called even without requests."""
+        """Whether experts are moving. Then `tend` must be called even without requests."""
         return self.rebalancer.is_migrating
 
     def decisions(self) -> list[dict[str, object]]:
-        """What the balancer decided of late, newest last, with the figures that led to it."""
+        """The balancer's recent decisions, newest last, with the figures that led to them."""
         return list(self.rebalancer.decisions)
 
     @property
@@ -212,7 +212,7 @@ class Engine:
         return self.config.served_model_name or self.config.model
 
     def health(self) -> dict[str, object]:
-        """What was chosen and what is promised, as plain values."""
+        """The engine's choices and guarantees, as plain values."""
         return {
             "model": self.model_name,
             "max_model_len": self.max_model_len,
@@ -226,7 +226,7 @@ class Engine:
         return self.executor.expert_counts()
 
     def close(self) -> None:
-        """End the ranks. Unfinished requests get nothing more. May be called twice."""
+        """End the ranks. Unfinished requests get no more deltas. May be called twice."""
         self.executor.close()
         if self._recorder is not None:
             self._recorder.save()
@@ -235,7 +235,7 @@ class Engine:
         return plan if self.config.balance_epsilon is None else replace(plan, rank_rows=self._rank_rows)
 
     def _collect(self) -> None:
-        """Take in the oldest step's results."""
+        """Wait for the oldest step and process its results."""
         results = self.executor.collect()
         self._num_inflight -= 1
         self._last_step_seconds = max(result.seconds for result in results)
@@ -248,7 +248,7 @@ class Engine:
             self._take_in(result)
 
     def _take_in(self, result: RankResult) -> None:
-        # Requests that are gone have ended or were aborted while this step was planned or ran.
+        # A request that is not found has ended or was aborted while this step was planned or ran.
         for found in result.prompt_logprobs:
             if (request := self._by_seq_id.get(found.seq_id)) is not None:
                 self._add_prompt_logprobs(request, found)
@@ -262,7 +262,7 @@ class Engine:
 
     def _add_prompt_logprobs(self, request: Request, found: PromptLogprobs) -> None:
         assert request.prompt_logprobs is not None
-        num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt goes through the model again
+        num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt is prefilled again
         assert num_known >= 0
         request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
 
@@ -287,7 +287,7 @@ class Engine:
         return delta if finish_reason is None else self._last_delta(request, delta)
 
     def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
-        """With what comes at a request's end."""
+        """`delta` with the fields that only a request's last delta has."""
         changes = request.expert_changes if self._changes_experts else None
         return replace(delta, routed_experts=routed_output(request, self.model_config), expert_changes=changes)
 

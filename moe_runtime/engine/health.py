@@ -1,4 +1,4 @@
-"""What `/health` says: what was chosen, and what is promised. No torch."""
+"""What `/health` reports: the engine's choices and guarantees. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_runtime.wire.executor import RankInfo
 def describe(
     config: EngineConfig, model: ModelConfig, ranks: Sequence[RankInfo], stats: EngineStats
 ) -> dict[str, object]:
-    """The choices of an engine and its ranks, and what has happened since the start, as plain values."""
+    """The choices of an engine and its ranks, and counts since the start, as plain values."""
     return {
         "version": __version__,
         "dtype": ranks[0].dtype,
@@ -40,12 +40,12 @@ def describe(
 
 
 def _rank(rank: RankInfo) -> dict[str, Any]:
-    """As users know it: they set a page's size as `block_size`, and read the number of pages as `num_blocks`."""
+    """A rank under the names that users know: `block_size` for the page size, `num_blocks` for the number of pages."""
     return {"num_blocks" if name == "num_pages" else name: value for name, value in asdict(rank).items()}
 
 
 def _placement_invariance(config: EngineConfig, ranks: Sequence[RankInfo]) -> str:
-    """How far a request's tokens are independent of batches, chunks, ranks and placements."""
+    """To what extent a request's tokens are independent of batches, chunks, ranks and placements."""
     if config.limits is not None and config.limits.changes_experts:
         return "none"
     if all(rank.batch_invariant for rank in ranks):

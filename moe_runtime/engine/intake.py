@@ -1,4 +1,4 @@
-"""From what a user gives to a request: the prompt is checked and turned into token ids. No torch."""
+"""Turns a user's prompt and parameters into a request: checks the prompt and tokenizes it. No torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Intake:
     """Makes requests.
 
     Args:
-        tokenizer: None takes and gives token ids only.
+        tokenizer: None accepts and returns token ids only.
         vocab_size: of the model.
-        max_model_len: longest prompt plus output.
-        seed: of the seeds drawn for requests that have none.
+        max_model_len: maximum length of prompt plus output.
+        seed: seeds the generator that draws a seed for each request without one.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, max_model_len: int, seed: int) -> None:
@@ -31,10 +31,10 @@ class Intake:
         self._seeds = random.Random(seed)
 
     def request(self, request_id: str, seq_id: int, prompt: str | list[int], params: SamplingParams) -> Request:
-        """A request that can be served.
+        """Make a request.
 
         Raises:
-            ValueError: it cannot; the message says why.
+            ValueError: the request cannot be served; the message says why.
         """
         if params.stop and self._tokenizer is None:
             raise ValueError("stop: stop strings need a tokenizer; use stop_token_ids with skip_tokenizer_init")

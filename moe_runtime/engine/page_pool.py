@@ -1,4 +1,4 @@
-"""The pages of one rank's KV cache. This is the front's bookkeeping; the pages themselves lie on the rank."""
+"""The front's bookkeeping of the pages of one rank's KV cache. The pages themselves are on the rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class PagePool:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages; the caller has looked at `num_free`."""
+        """Take `count` pages. The caller must check `num_free` first."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} are free"
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
@@ -24,7 +24,7 @@ class PagePool:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Give pages back."""
+        """Return pages to the pool."""
         for page in reversed(pages):
             assert not self._is_free[page], f"page {page} is freed twice"
             self._is_free[page] = True

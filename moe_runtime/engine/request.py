@@ -1,7 +1,7 @@
-"""One prompt and its continuation: all the state that cannot be recomputed, and where the sequence is in the machine.
+"""One prompt and its continuation: all the state that cannot be recomputed, and the rank and pages of the sequence.
 
-Two counts run ahead of what the front knows, so that a step can be planned while another runs: `num_planned` positions
-have been given to the rank, and `num_pending` tokens will have been sampled when all submitted steps are done.
+Two counts run ahead of what the front knows, so that a step can be planned while another runs. `num_planned` positions
+have been planned for the rank. `num_pending` tokens are not known yet, but will be when all submitted steps are done.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ class Request:
     """A sequence that is waiting, or running on a rank.
 
     Attributes:
-        seq_id: grows with every request, so it is the order of arrival too.
-        token_ids: the prompt, then the tokens that have arrived.
-        max_output_tokens: where the request ends for its length.
-        output_text: turns tokens to text; None without a tokenizer.
-        prompt_logprobs: so far, the first is None as nothing comes before it; None if not asked for.
-        routed_experts: so far, in parts [tokens, layers, experts per token] in order of position, if asked for.
-        expert_changes: so far; what a preempted request computes again counts again.
-        rank: where it runs; None while it waits.
-        pages: pages it holds there, in order of position.
-        num_prefill_tokens: tokens it had when the rank took it in; what comes after them are decode rows.
+        seq_id: grows with every request, so it also gives the order of arrival.
+        token_ids: the prompt, then the output tokens received so far.
+        max_output_tokens: number of output tokens at which the request ends.
+        output_text: turns tokens into text; None without a tokenizer.
+        prompt_logprobs: those received so far; the first token has None. The whole list is None if not asked for.
+        routed_experts: those received so far, if asked for: parts [tokens, layers, experts per token] in order of
+            position.
+        expert_changes: changes so far; tokens recomputed after a preemption count again.
+        rank: the rank that runs it; None while it waits.
+        pages: its pages on that rank, in order of position.
+        num_prefill_tokens: tokens it had when the rank admitted it; later tokens are decode rows.
     """
 
     request_id: str
@@ -64,12 +65,12 @@ class Request:
 
     @property
     def num_future_tokens(self) -> int:
-        """Tokens it will have when all submitted steps are done."""
+        """Tokens that the sequence will have when all submitted steps are done."""
         return len(self.token_ids) + self.num_pending
 
     @property
     def num_unplanned(self) -> int:
-        """Positions that a next step may run. None once the last token is on its way: the length is known ahead."""
+        """Positions that the next step may run; 0 once the last token that the length limit allows is in flight."""
         if self.num_future_tokens - self.num_prompt_tokens >= self.max_output_tokens:
             return 0
         return self.num_future_tokens - self.num_planned
@@ -80,7 +81,7 @@ class Request:
         return self.num_planned >= self.num_prefill_tokens
 
     def append(self, token_id: int, eos_token_ids: Collection[int]) -> tuple[str | None, int | str | None]:
-        """Take in the oldest pending token. Returns finish_reason and stop_reason, both None if the request goes on."""
+        """Add the oldest pending token. Returns finish_reason and stop_reason; both are None if the request goes on."""
         assert self.num_pending > 0
         self.num_pending -= 1
         self.token_ids.append(token_id)
@@ -106,7 +107,7 @@ class Request:
         finish_reason: str | None,
         stop_reason: int | str | None,
     ) -> OutputDelta:
-        """What the request's reader gets for the last `token_ids`, with the text that is certain by now."""
+        """The delta for the last `token_ids`, with the text that can no longer change."""
         is_first = self.num_output_tokens == len(token_ids)
         return OutputDelta(
             request_id=self.request_id,

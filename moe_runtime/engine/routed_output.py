@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 def add_routed(request: Request, found: RoutedExperts, model: ModelConfig) -> None:
-    """Keep the experts of a chunk; those of positions that are known already are left out."""
+    """Keep the experts of a chunk, except for positions whose experts are already known."""
     from moe_runtime.engine.trace_recorder import read_routed  # numpy: importing moe_runtime stays light
 
     experts_TLK = read_routed(found, model)
-    num_known = request.num_routed - found.start  # a preempted sequence goes through the model again
+    num_known = request.num_routed - found.start  # a preempted sequence is prefilled again
     assert num_known >= 0
     if num_known < len(experts_TLK):
         request.routed_experts.append(experts_TLK[num_known:])
 
 
 def routed_output(request: Request, model: ModelConfig) -> np.ndarray | None:
-    """What `CompletionOutput.routed_experts` holds; None where the request did not ask."""
+    """The value of `CompletionOutput.routed_experts`; None if the request did not ask for it."""
     if not request.params.return_routed_experts:
         return None
     from moe_runtime.engine.trace_recorder import compact

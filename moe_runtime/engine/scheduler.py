@@ -1,15 +1,15 @@
 """Plans the steps: which sequences, which token ranges, which pages, on which rank. No torch.
 
-Every sequence lives on one rank, where its pages are. In a step a rank first runs its sequences in order of arrival:
-one row for each that decodes, and what is left of the token budget for prompts, in chunks. Then waiting requests are
-taken in, first come first served. When a rank runs out of pages, the sequence that arrived there last is dropped and
-waits again; its tokens are kept here, so that it is recomputed and continues as if nothing had happened.
+Every sequence runs on one rank, which holds its pages. A step first runs the rank's sequences in order of arrival. Each
+decoding sequence gets one row; prompts share the rest of the token budget, in chunks. Then the scheduler admits waiting
+requests, first come first served. When a rank runs out of pages, the scheduler preempts the sequence that arrived last.
+The front keeps its tokens, so it is recomputed later and continues with the same result.
 
-Counts run ahead of results, so the next step can be planned while one runs: a decode row names its sequence, and the
-rank has the token. What is planned in vain, as the token turned out to be the last, is thrown away by the engine.
+Counts run ahead of results, so that one step can be planned while another runs: a decode row names its sequence, and
+the rank knows the token. If that token ended the request, the engine discards the row planned after it.
 
-Pages are free again at once when a sequence ends or is dropped, though submitted steps may still read and write them:
-a rank runs its plans in order, so the next holder's rows come after all of the last holder's.
+Pages become free as soon as a sequence ends or is preempted, although submitted steps may still use them. This is safe:
+a rank runs its plans in order, so the next holder's rows come after all rows of the previous holder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 
 @dataclass(eq=False)
 class RankState:
-    """The front's view of a rank: its pages, what runs there (in order of arrival), and what it must forget."""
+    """The front's view of a rank: its pages, its running sequences in order of arrival, and sequences to drop."""
 
     pool: PagePool
     running: list[Request] = field(default_factory=list)
@@ -37,7 +37,7 @@ class RankState:
 class Draft:
     """A rank's share of the step that is being planned.
 
-    `prompt_budget` tokens are left for prompts. `asks_gates`: a request has an expert policy or wants its experts.
+    `prompt_budget`: tokens left for prompts. `asks_gates`: a request has an expert policy or returns routed experts.
     """
 
     prompt_budget: int
@@ -54,8 +54,8 @@ class Scheduler:
     Args:
         num_pages: pages of each rank's KV cache.
         block_size: tokens per page.
-        max_num_seqs: most sequences on a rank.
-        max_num_batched_tokens: most tokens of a rank in a step, at least `max_num_seqs`.
+        max_num_seqs: maximum sequences on a rank.
+        max_num_batched_tokens: maximum tokens of a rank in a step, at least `max_num_seqs`.
         shapes: chooses each step's dispatcher and bucket.
     """
 
@@ -83,18 +83,18 @@ class Scheduler:
 
     @property
     def usage(self) -> float:
-        """Share of all pages that are held, 0 to 1."""
+        """Share of all pages that are in use, 0 to 1."""
         total = sum(rank.pool.num_pages for rank in self.ranks)
         return 1 - sum(rank.pool.num_free for rank in self.ranks) / total
 
     def add(self, request: Request) -> None:
-        """Let a new request wait for its turn."""
+        """Enqueue a new request."""
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Forget a request that has ended, whatever its state. Its pages are free at once.
+        """Remove a request that has ended, in any state. Its pages become free at once.
 
-        Its rank is told with the next step that there is; until then it keeps a list of tokens, and no page.
+        Its rank learns of it with the next step. Until then the rank keeps the list of tokens, but no page.
         """
         if request.rank is None:
             self.waiting.remove(request)
@@ -120,8 +120,8 @@ class Scheduler:
         return StepPlan(self.num_steps, dispatcher, tokens_per_rank, bucket=bucket, ranks=plans)
 
     def _plan_running(self, rank: RankState) -> Draft:
-        # Decode rows come first: prompts share what those leave. There are at most `max_num_seqs` rows, and fewer if
-        # a prompt is under way, so that a prompt always gets on.
+        # Decode rows come first; prompts share the remaining budget. There are at most `max_num_seqs` decode rows, and
+        # fewer while a prompt is in progress, so a prompt always makes progress.
         num_decode = sum(request.is_decoding and request.num_unplanned > 0 for request in rank.running)
         draft = Draft(prompt_budget=self._max_num_batched_tokens - num_decode)
         position = 0
@@ -136,7 +136,7 @@ class Scheduler:
         return draft
 
     def _make_room(self, rank: RankState, request: Request, num_tokens: int) -> bool:
-        """Preempt later sequences until `request` has its pages; False if it had to give way itself."""
+        """Preempt later sequences until `request` has its pages. False if `request` itself was preempted."""
         while self._num_pages(request.num_planned + num_tokens) - len(request.pages) > rank.pool.num_free:
             victim = rank.running.pop()
             self._release(victim)
@@ -147,17 +147,17 @@ class Scheduler:
         return True
 
     def _admit(self, drafts: list[Draft]) -> None:
-        """Take in waiting requests in order of arrival; the first that finds no place lets all others wait too.
+        """Admit waiting requests in order of arrival. The first one that does not fit also blocks all later ones.
 
-        A request goes where the fewest tokens are planned. It needs pages for all its tokens, beside one more for
-        each sequence that runs there, or it would soon be preempted for them. On an idle rank any request fits.
-        A rank whose prompts have not all their pages yet has no budget left, and so takes in none.
+        A request goes to the rank with the fewest planned tokens. It needs pages for all its tokens, plus one page for
+        each sequence running there; otherwise it would soon be preempted for them. On an idle rank any request fits.
+        A rank whose prompts do not have all their pages yet has no budget left, so it admits none.
         """
         room = [rank.pool.num_free - len(rank.running) for rank in self.ranks]
         while self.waiting:
             request = self.waiting[0]
             if request.num_pending:
-                break  # preempted, and a token is still on its way
+                break  # preempted, and one of its tokens is still in flight
             num_pages = self._num_pages(len(request.token_ids))
             fitting = [
                 index

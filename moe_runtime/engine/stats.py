@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 class EngineStats:
     """Counts since the start, and how full the engine is now.
 
-    `kv_cache_usage` is the share of pages held, 0 to 1. `prompt_tokens` and `generation_tokens` count tokens of
-    prompts that gave a first token, and tokens generated. `dispatcher_steps` says how many steps each dispatcher ran,
-    `finished` how many requests ended for which reason. `last_step_seconds` is that of the slowest rank.
-    `expert_changes` is what capacity and load-aware routing did, `extra_rounds` the rounds of dispatch beyond one per
-    layer that `overflow="queue"` took.
+    `kv_cache_usage` is the share of pages in use, 0 to 1. `prompt_tokens` counts tokens of prompts that have produced
+    their first output token. `generation_tokens` counts generated tokens. `dispatcher_steps` counts steps per
+    dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is the time of the slowest rank.
+    `expert_changes` counts changes by capacity limits and `balance_epsilon`. `extra_rounds` counts the dispatch rounds
+    beyond one per layer, which `overflow="queue"` adds.
     """
 
     num_running: int

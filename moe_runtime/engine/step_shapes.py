@@ -1,4 +1,4 @@
-"""Chooses what shapes a step on all ranks: its dispatcher, and the bucket of a captured step. No torch."""
+"""Chooses the shape of a step on all ranks: its dispatcher, and the bucket of a captured step. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class StepShapes:
     """The choice for every step of an engine.
 
     Args:
-        dispatcher: of all steps; "auto" chooses among `available` by a step's tokens.
+        dispatcher: the dispatcher of all steps; "auto" chooses one of `available` from a step's number of tokens.
         available: dispatchers that all ranks have.
-        buckets: numbers of rows, ascending, that all ranks have ready for steps of decode rows alone.
+        buckets: numbers of rows, ascending, for which all ranks have captured decode-only steps.
     """
 
     def __init__(
@@ -28,17 +28,17 @@ class StepShapes:
         self._buckets = tuple(buckets)
 
     def choose(self, tokens_per_rank: list[int], is_plain: bool) -> tuple[str, int]:
-        """`(dispatcher, bucket)`; bucket 0 is none.
+        """`(dispatcher, bucket)`; bucket 0 means none.
 
         Args:
-            is_plain: all rows are decode rows, and no request has an expert policy or wants its experts.
+            is_plain: all rows are decode rows, and no request has an expert policy or returns routed experts.
         """
         if is_plain and (bucket := self._bucket(max(tokens_per_rank))):
             return PADDED, bucket
         return self._choose_dispatcher(tokens_per_rank), 0
 
     def _bucket(self, num_rows: int) -> int:
-        """The least that holds the rows of every rank."""
+        """The smallest bucket that holds the rows of every rank; 0 if there is none."""
         return next((bucket for bucket in self._buckets if bucket >= num_rows), 0)
 
     def _choose_dispatcher(self, tokens_per_rank: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Collects the routing of all steps and writes it to a file when the engine ends. No torch.
+"""Collects the expert choices of all steps and writes them to a file when the engine ends. No torch.
 
 Shape suffixes: T tokens, L sparse layers, K experts per token.
 """
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 1 << 30  # of routing that is kept in memory; later steps are left out
+MAX_BYTES = 1 << 30  # of expert choices kept in memory; later steps are left out
 
 
 class TraceRecorder:
-    """Keeps routing in memory, up to `max_bytes`, until `save`.
+    """Keeps expert choices in memory, up to `max_bytes`, until `save`.
 
     Args:
-        path: the `.npz` file to write; its folder must be there.
+        path: the `.npz` file to write; its folder must exist.
         model, name: the checkpoint, and its name in the file.
 
     Raises:
@@ -46,7 +46,7 @@ class TraceRecorder:
         self._parts: list[tuple[npt.NDArray[np.uint16], int, int, bool]] = []
 
     def add(self, results: list[RankResult]) -> None:
-        """Take in what the ranks report of a step."""
+        """Add what the ranks report for one step."""
         for result in results:
             for routed in result.routed_experts:
                 self._room -= len(routed.experts)
@@ -85,13 +85,13 @@ class TraceRecorder:
 
 
 def read_routed(routed: RoutedExperts, model: ModelConfig) -> npt.NDArray[np.uint16]:
-    """uint16 [T, L, K] of a chunk."""
+    """The experts of a chunk, uint16 [T, L, K]."""
     return np.frombuffer(routed.experts, np.uint16).reshape(-1, len(model.moe_layers), model.moe.top_k)
 
 
 def compact(parts: list[npt.NDArray[np.uint16]], model: ModelConfig) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """uint8 or uint16 [T, L, K] of the parts together, in the smaller type that holds all experts and its largest value
-    for none."""
+    """Join the parts into one array [T, L, K], uint8 or uint16: the smaller type that holds all experts. Its largest
+    value means that there is no expert."""
     shape = (0, len(model.moe_layers), model.moe.top_k)
     whole = np.concatenate([np.empty(shape, np.uint16), *parts])
     return whole.astype(np.uint8) if model.moe.num_experts < 256 else whole  # 0xFFFF becomes 0xFF
