@@ -1,1 +1,1 @@
-"""Processes of ranks: who starts them, watches them and ends them."""
+"""The processes of the ranks: how they are started, watched and ended."""

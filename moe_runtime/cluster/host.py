@@ -1,4 +1,4 @@
-"""The host of rank processes: starts them on their share of the cores, sees how they end, and leaves none behind."""
+"""The host of rank processes: starts them on their share of the cores, notes how they end, and leaves none running."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ KILL_GRACE = 5.0
 
 
 def divide_cores(cores: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Each rank's share of `cores`: contiguous, and of sizes that differ by at most one.
+    """Each rank's share of `cores`: contiguous shares, whose sizes differ by at most one.
 
-    With fewer cores than ranks, each rank gets one core and ranks share, round robin.
+    With fewer cores than ranks, each rank gets one core, and ranks share cores round robin.
     """
     assert cores and num_ranks >= 1
     if len(cores) < num_ranks:
@@ -46,14 +46,14 @@ def describe_exit(exited: RankExited) -> str:
 
 @dataclass(frozen=True)
 class FrontAddress:
-    """Where ranks find the front: ZeroMQ endpoint of the control plane, and address of the rendezvous store."""
+    """The front's addresses for ranks: the control plane's ZeroMQ endpoint, and the rendezvous store's address."""
 
     control: str
     store_host: str
 
 
 class Host:
-    """Starts the processes of `ranks`, by one process that forks into them, and keeps them until they end.
+    """Starts one process that forks into the processes of `ranks`, and watches these until they end.
 
     Args:
         shares: cores of each rank in `ranks`, as from `divide_cores`.
@@ -95,12 +95,12 @@ class Host:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the ranks, once all have been started; of one that could not be, that of what should have."""
+        """Process ids of the ranks, once all have been started. A rank that could not be started has its parent's."""
         self._forked.wait(START_DEADLINE)
         return [self._pids.get(rank, self._process.pid) for rank in self._ranks]
 
     def stop(self, grace: float = STOP_GRACE) -> None:
-        """Wait up to `grace` seconds for the processes to end, which the front has asked for, then kill the rest."""
+        """Wait up to `grace` seconds for the processes to end, as the front has told them to. Then kill the rest."""
         self._thread.join(grace)
         if self._thread.is_alive() and self._forked.is_set():
             for rank in sorted(self._pids.keys() - {exited.rank for exited in self.exits}):
@@ -112,14 +112,15 @@ class Host:
                     os.kill(self._pids[rank], signal.SIGKILL)
             self._thread.join(KILL_GRACE)
         if self._thread.is_alive():
-            self._process.kill()  # the ranks go with it
+            self._process.kill()  # its ranks die with it
             self._thread.join(KILL_GRACE)
 
     def _keep(self, command: list[str], environment: dict[str, str], started: Future[subprocess.Popen[bytes]]) -> None:
-        """Start the process that forks, and take in what it reports until all have ended.
+        """Start the process that forks, and read its reports until all processes have ended.
 
-        It inherits this thread's signal mask: a Ctrl-C cannot hit it before it has said that it ignores one. It asks
-        to be killed when its parent goes, which Linux takes to be the parent's thread; this one lives as long.
+        That process inherits this thread's signal mask, so a Ctrl-C cannot end it before it has set itself to ignore
+        one. It asks to be killed when its parent ends. For Linux, the parent is the thread that started it: this
+        thread, which lives as long as that process.
         """
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -129,7 +130,7 @@ class Host:
             return
         started.set_result(process)
         running = set(self._ranks)
-        with os.fdopen(reports) as lines:  # ends when all that could write are gone
+        with os.fdopen(reports) as lines:  # ends when all processes that could write have ended
             for line in lines:
                 number, pid, what = line.split()
                 rank = int(number)
@@ -144,12 +145,12 @@ class Host:
         self._forked.set()
         assert process.stdin is not None
         process.stdin.close()
-        for rank in sorted(running):  # with it, or never started
+        for rank in sorted(running):  # they ended with the process, or never started
             self.exits.append(RankExited(rank, self._pids.get(rank, process.pid), process.returncode))
 
 
 def _start(command: Sequence[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
-    """Start the process that forks; it, and the end of the pipe from which its reports are read."""
+    """Start the process that forks. Returns it, and the end of the pipe from which its reports are read."""
     reports, write_end = os.pipe()
     command = [*command, "--reports", str(write_end)]
     try:
@@ -162,7 +163,7 @@ def _start(command: Sequence[str], environment: dict[str, str]) -> tuple[subproc
 
 
 def _num_threads(num_cores: int) -> int:
-    """Threads of a rank with so many cores."""
+    """Threads of a rank with `num_cores` cores."""
     threads = os.environ.get("MOE_RUNTIME_NUM_THREADS", str(num_cores))
     if not threads.isdecimal() or int(threads) < 1:
         raise ValueError(f"MOE_RUNTIME_NUM_THREADS: {threads!r} is not allowed; it must be an integer of at least 1")
@@ -170,7 +171,7 @@ def _num_threads(num_cores: int) -> int:
 
 
 def _environment(front: FrontAddress) -> dict[str, str]:
-    """Of the process that forks: no library may start threads in it. A rank sets its own number."""
+    """Environment of the process that forks. No library may start threads there. A rank sets its own thread count."""
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     if front.store_host == "127.0.0.1":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

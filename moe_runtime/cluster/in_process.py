@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class InProcessExecutor:
-    """An `Executor` of one rank without processes or messages; errors of the worker pass through as they are.
+    """An `Executor` of one rank without processes or messages. Errors of the worker pass through unchanged.
 
-    A step is prepared when it is submitted, and begins when the one before is collected, or at once if there is none;
-    the caller plans, and prepares, while one runs.
+    A step is prepared when it is submitted. It begins when the previous step has been collected, or at once if there is
+    none. So the caller plans and prepares one step while another runs.
     """
 
     max_inflight = 2
@@ -29,7 +29,7 @@ class InProcessExecutor:
     def __init__(self, config: EngineConfig, model_config: ModelConfig, path: Path) -> None:
         assert config.ep_size == 1
         self._worker: Worker | None = Worker(config, model_config, path)
-        self._todo: deque[PreparedStep | None] = deque()  # in the order asked for; None for counts
+        self._todo: deque[PreparedStep | None] = deque()  # in the order of the calls; None asks for counts
         self._is_running = False  # a step that has begun
         self._counts: list[CountsReport | SlotReport] = []
         self.ranks: list[RankInfo] = [self._worker.info]
@@ -47,7 +47,7 @@ class InProcessExecutor:
         return [result]
 
     def _get_on(self) -> None:
-        """Do what can be done until a step runs."""
+        """Work through the queue until a step runs."""
         assert self._worker is not None
         while self._todo and not self._is_running:
             step = self._todo.popleft()

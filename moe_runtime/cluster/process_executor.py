@@ -1,4 +1,4 @@
-"""The front's executor: every rank is a process of its own, and two steps may be under way."""
+"""The front's executor: every rank is a process of its own, and two steps may be in flight."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
 from moe_runtime.wire.transport import Counts, CountsRequest, Message, Result, RunStep, Task, TaskReport
 
-REPORT = 0  # request id of counts that nobody waits for
+REPORT = 0  # request id of counts for `reports`; no call waits for them
 
 
 class ProcessExecutor:
-    """An `Executor` of `config.ep_size` rank processes, which it starts, unless `site` says that they have other hosts.
+    """An `Executor` of `config.ep_size` rank processes. It starts them, except those that have other hosts in `site`.
 
-    Belongs to one thread at a time. Dropped or left at the interpreter's end, it closes itself.
+    Belongs to one thread at a time. It closes itself when it is garbage-collected or when the interpreter ends.
 
     Args:
         config, model_config, path: as for `Worker`; every rank gets the same.
@@ -33,7 +33,7 @@ class ProcessExecutor:
 
     Raises:
         ValueError: a rank refused the model or the configuration.
-        RankError: a rank died or failed otherwise; from the constructor as from every other method but `close`.
+        RankError: a rank died or failed otherwise. The constructor and every method except `close` raise it.
     """
 
     max_inflight = 2
@@ -105,7 +105,7 @@ class ProcessExecutor:
         return set(range(len(self.ranks))) - answers.keys()
 
     def _await(self, missing: Callable[[], set[int]], otherwise: str) -> None:
-        """Take messages in until no rank's answer is missing, within the deadline of a step."""
+        """Receive messages until no rank's answer is missing, within the deadline of a step."""
         deadline = time.monotonic() + self._step_timeout
         while late := missing():
             message = self._group.receive(deadline)

@@ -1,7 +1,7 @@
-"""Rank processes: each says hello to the front, loads the model, then runs the plans it is sent until told to stop.
+"""Rank processes: each sends `Hello` to the front, loads the model, then runs the plans it receives until `Stop`.
 
-The ranks of a host are forked from one process, so that they share the memory of the libraries that it has imported.
-They end when the front says so or when the pipe from their host closes, so that no rank outlives its host.
+The ranks of a host are forked from one process, so they share the memory of the libraries that it has imported. A rank
+ends when the front tells it to, or when the pipe from its host closes, so that no rank outlives its host.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLLECTIVE_MARGIN = 10.0  # seconds by which the front's deadline for a step comes before that of a collective
+COLLECTIVE_MARGIN = 10.0  # seconds from the front's deadline for a step to that of a collective, which is later
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
-MMAP_THRESHOLD = 2 << 20  # bytes from which on an allocation is given back to the system when it is freed
+MMAP_THRESHOLD = 2 << 20  # bytes; a freed allocation of at least this size goes back to the system
 
 
 @dataclass(frozen=True)
 class RankArguments:
-    """What the host tells a rank on the command line.
+    """The command-line arguments that the host gives a rank.
 
     Attributes:
-        cores: what the rank is pinned to.
-        num_threads: of its computations.
+        cores: the cores that the rank is pinned to.
+        num_threads: threads for its computations.
         local_ranks: the number of ranks on the machine.
     """
 
@@ -71,7 +71,7 @@ class RankArguments:
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[list[RankArguments], int]:
-    """The ranks of the host, and the file descriptor by which it learns how they start and end."""
+    """The ranks of the host, and the file descriptor for reports to the host of how they start and end."""
     parser = argparse.ArgumentParser("moe_runtime.cluster.rank", description="The ranks of a host, which starts them.")
     parser.add_argument("--rank", action="append", required=True, metavar="RANK:THREADS:CORE,CORE")
     for name in ("--generation", "--local-ranks", "--reports"):
@@ -88,7 +88,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[list[RankArguments], int]
 
 
 class RankWorker(Protocol):
-    """What the message loop needs of `worker.worker.Worker`."""
+    """The part of `worker.worker.Worker` that the message loop uses."""
 
     @property
     def info(self) -> RankInfo: ...
@@ -101,7 +101,7 @@ class RankWorker(Protocol):
 
 
 def main() -> None:
-    """Be the ranks of a host: the entry point of `python -m moe_runtime.cluster.rank`."""
+    """Run the ranks of a host: the entry point of `python -m moe_runtime.cluster.rank`."""
     import torch.distributed as dist
 
     import moe_runtime.all2all.symmetric
@@ -115,10 +115,10 @@ def main() -> None:
 
 def run_rank(make_worker: Callable[[RankArguments, Init], RankWorker]) -> None:
     """Fork into the ranks that the command line names. Each serves the front, with the worker that `make_worker` loads,
-    until it says stop.
+    until the front sends `Stop`.
 
-    An exception ends a rank with code 1, after the front has been told. One ValueError while loading is the
-    user's mistake, which the front reports; it leaves no traceback here.
+    An exception ends a rank with code 1, after the rank has told the front. A ValueError while loading is the user's
+    mistake: the front reports it, and no traceback is printed here.
     """
     seat = fork_ranks(sys.argv[1:])
     _watch_host()
@@ -162,24 +162,25 @@ def _serve(front: Dealer, worker: RankWorker, rank: int) -> None:
 
 
 def fork_ranks(arguments: Sequence[str]) -> RankArguments:
-    """Fork into the ranks that the arguments name; returns in each of them, on its cores.
+    """Fork into the ranks that the arguments name. Returns in each of them, pinned to its cores.
 
-    The process itself stays until all have ended, tells the host of each start and end, and exits with 0. What it has
-    imported by now the ranks share, so it must have no threads, and must not have used what does not survive a fork.
+    The parent process waits until all ranks have ended, reports each start and end to the host, and exits with 0. The
+    ranks share the modules it has imported. So it must have no threads, and must not have used anything that does not
+    survive a fork.
     """
     seats, reports = parse_arguments(arguments)
-    os.set_inheritable(reports, False)  # by what the ranks start
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the front
+    os.set_inheritable(reports, False)  # not by processes that the ranks start
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front handles it
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_parent()
     gc.collect()
-    gc.freeze()  # what the collector does not visit stays shared
+    gc.freeze()  # objects that the collector does not visit stay shared
     rank_of: dict[int, int] = {}
     for seat in seats:
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             _die_with_parent()
-            if os.getppid() != parent:  # it ended before
+            if os.getppid() != parent:  # the parent ended before the call above
                 os._exit(1)
             os.sched_setaffinity(0, seat.cores)
             os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(seat.num_threads)
@@ -198,9 +199,9 @@ def _die_with_parent() -> None:
 
 
 def _give_memory_back() -> None:
-    """Have malloc give large pieces back when they are freed, for the rows of a step are needed a short time each.
+    """Make malloc return large allocations to the system when they are freed. A step needs its rows only briefly.
 
-    Left to itself it keeps more and more of them, each in the size that it once had.
+    By default malloc keeps more and more of them, each in the size of an earlier request.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
@@ -208,7 +209,7 @@ def _give_memory_back() -> None:
 
 
 def _watch_host() -> None:
-    """End when the host is gone: then the pipe from it closes."""
+    """End this process when its host has ended, which closes the pipe from it."""
 
     def watch() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the host has closed its end
@@ -218,7 +219,7 @@ def _watch_host() -> None:
 
 
 def join_group(seat: RankArguments, init: Init) -> ProcessGroup | None:
-    """The process group of all ranks of this generation, made through the front's store; None for a single rank."""
+    """The process group of all ranks of this generation, created through the front's store; None for a single rank."""
     import torch
     import torch.distributed as dist
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The front's hold on its ranks: brings them up, carries messages, finds who failed first, and ends them all."""
+"""The front's control of its ranks: starts them, carries messages, finds the rank that failed first, and ends all."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT = 3600.0  # large models come from slow disks
-POLL_INTERVAL = 0.1  # how soon the end of a process is seen while waiting for messages
-BLAME_GRACE = 0.5  # how long to wait for news of the rank that failed first
+START_TIMEOUT = 3600.0  # reading a large model from a slow disk takes long
+POLL_INTERVAL = 0.1  # between checks for ended processes while waiting for messages
+BLAME_GRACE = 0.5  # how long to wait for a report of the rank that failed first
 HOST_SILENCE = 8.0
 LONGEST_SOCKET_FOLDER = 60  # of a Unix socket's 107 characters
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where the ranks live, and how they reach the front.
+    """The hosts of the ranks, and how ranks and hosts reach the front.
 
     Attributes:
         num_ranks: all ranks.
         own_ranks: ranks whose host is the front's process; `shares` are their cores.
         remote_ranks: ranks whose host is a process of its own, one each.
         local_ranks: number of ranks on the front's machine.
-        front: how ranks and hosts reach the front; it listens at the endpoint `bind` and the address `store_bind`.
+        front: addresses at which ranks and hosts reach the front. It listens at the endpoint `bind` and the address
+            `store_bind`.
         directory: private directory of the ipc endpoint, removed at the end.
     """
 
@@ -90,7 +91,7 @@ def single_host_site(num_ranks: int) -> Site:
 
 
 def socket_folder() -> Path:
-    """The folder for temporary files, or /tmp where that one's path is too long for a socket in it."""
+    """The folder for temporary files, or /tmp if that folder's path is too long for a socket in it."""
     folder = Path(tempfile.gettempdir())
     return folder if len(str(folder)) <= LONGEST_SOCKET_FOLDER else Path("/tmp")
 
@@ -98,9 +99,9 @@ def socket_folder() -> Path:
 class RankGroup:
     """All ranks of one generation.
 
-    Every method but `close` raises RankError, naming the rank that failed first, once a rank is dead, has reported an
-    error or cannot be understood; from then on the group is of no use and waits for `close`. While the ranks load, a
-    rank that refuses the model or the configuration makes it a ValueError with that rank's message.
+    Once a rank has died, reported an error or sent an unreadable message, every method except `close` raises RankError,
+    which names the rank that failed first. From then on the group can only be closed. If a rank refuses the model or
+    the configuration while the ranks load, the error is a ValueError with that rank's message.
     """
 
     def __init__(self, site: Site, command: Sequence[str] = RANK_COMMAND) -> None:
@@ -130,7 +131,7 @@ class RankGroup:
             raise
 
     def start(self, config: EngineConfig, model_config: ModelConfig, path: Path) -> list[RankInfo]:
-        """Have all ranks load the model, at the same time, and wait until they are ready."""
+        """Tell all ranks to load the model, at the same time, and wait until they are ready."""
         num_ranks = self._site.num_ranks
         deadline = time.monotonic() + START_TIMEOUT
         self._store = _open_store(self._site.store_bind)
@@ -152,7 +153,7 @@ class RankGroup:
         return [infos[rank] for rank in range(num_ranks)]
 
     def _await_hosts(self, deadline: float) -> None:
-        """Wait until every host has been heard: who never was could not be missed, and would not miss the front."""
+        """Wait for a message from every host. Until then, neither the front nor the host notices if the other ends."""
         while missing := [rank for rank in self._site.remote_ranks if host_name(rank) not in self._hosts_heard_at]:
             if time.monotonic() > deadline:
                 self._fail(f"no word from {', '.join(map(host_name, missing))} within {START_TIMEOUT:g} s")
@@ -186,12 +187,12 @@ class RankGroup:
         self._raise_new_failure()
 
     def fail_silent(self, what: str, seconds: float, ranks: set[int]) -> NoReturn:
-        """Raise RankError: `what` within `seconds`, for want of an answer from `ranks`."""
+        """Raise RankError: `what` within `seconds`, because `ranks` did not answer."""
         names = ", ".join(rank_name(rank) for rank in sorted(ranks))
         self._fail(f"{what} within {seconds:g} s: no answer from {names}")
 
     def close(self, kill: bool = False) -> None:
-        """End all ranks and hosts: ask, wait, and kill what is left; kill at once if a rank has failed. Idempotent."""
+        """End all ranks and hosts: ask, wait, then kill the rest. Kill at once if a rank has failed. Idempotent."""
         kill = kill or self._failure is not None
         for peer in self._greeted:
             try:
@@ -209,7 +210,7 @@ class RankGroup:
             shutil.rmtree(self._site.directory, ignore_errors=True)
 
     def _pump(self, timeout: float) -> None:
-        """Sort all messages that are there, or that come first within `timeout` seconds."""
+        """Sort all messages that have arrived. If there are none, wait up to `timeout` seconds for the first."""
         try:
             received = self._server.receive(timeout)
             while received is not None:
@@ -228,7 +229,7 @@ class RankGroup:
                 pass
             case Hello():
                 self._greet(peer, message)
-                if message.role == "rank":  # a host has nothing to wait for, and may come after all ranks are ready
+                if message.role == "rank":  # a host needs no `Init`, and may connect after all ranks are ready
                     self._inbox.append(message)
             case _:
                 self._inbox.append(message)
@@ -261,8 +262,9 @@ class RankGroup:
     def _blame(self, otherwise: str) -> NoReturn:
         """Raise for the rank that failed first.
 
-        When a rank dies, the others fail in their collective and say so, maybe sooner than the end of its process is
-        known here. So this waits a little, and a process that ended without a word goes before any that complains.
+        When a rank dies, the others fail in their collective and report it, maybe before the front sees that the first
+        process has ended. So this waits briefly, and blames a process that ended without a report before any that sent
+        one.
         """
         deadline = time.monotonic() + BLAME_GRACE
         while True:

@@ -1,1 +1,1 @@
-"""What is held where, before anything is loaded: budget, sizes, first placement, graph buckets. No torch."""
+"""Planning memory before anything is loaded: budget, sizes, initial placement, graph buckets. No torch."""

@@ -1,4 +1,4 @@
-"""Memory of the ranks, before anything is loaded: weights, KV cache, buffers, and what is left. No torch."""
+"""Memory of the ranks, before anything is loaded: weights, KV cache, buffers, and the remainder. No torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from moe_runtime.memory.model_size import (
 
 CPU_DEFAULT_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.5
-PROCESS_BYTES = 190 << 20  # of a rank: interpreter and libraries
-SHARED_BYTES = 150 << 20  # of these, what the ranks of a host share
-DECODE_CHUNK = 256  # keys that decode attention takes at a time on GPUs
-SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulated copies
+PROCESS_BYTES = 190 << 20  # per rank: interpreter and libraries
+SHARED_BYTES = 150 << 20  # the part of these that the ranks of a host share
+DECODE_CHUNK = 256  # keys per chunk of decode attention on GPUs
+SAMPLER_BYTES = 40  # per row and token of the vocabulary: logits, and their sorted, float64 and cumulative copies
 CUDA_DRIVER = Path("/dev/nvidiactl")
 CGROUP = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
@@ -35,7 +35,7 @@ class RankMemory:
         dense: weights that every rank holds.
         experts: weights in its `num_slots` slots of each sparse layer.
         kv_cache: `num_pages` pages.
-        buffers: the process itself and the rows of its largest step, an estimate.
+        buffers: an estimate of the process itself and the rows of its largest step.
     """
 
     dense: int
@@ -59,8 +59,8 @@ class Budget:
     """Memory of the ranks that share a host.
 
     Attributes:
-        ranks: what each of them takes; they differ in their slots at most.
-        available: free bytes of the host; None where the ranks are on GPUs, whose memory only they can see.
+        ranks: the memory of each; ranks differ only in their slots.
+        available: free bytes of the host; None for ranks on GPUs, since only a rank sees its GPU's memory.
     """
 
     ranks: tuple[RankMemory, ...]
@@ -68,7 +68,7 @@ class Budget:
 
     @property
     def largest(self) -> RankMemory:
-        """Of the rank that takes most."""
+        """The rank that takes most."""
         return max(self.ranks, key=lambda rank: rank.total)
 
     @property
@@ -77,12 +77,12 @@ class Budget:
 
     @property
     def left(self) -> int | None:
-        """Bytes left of what is available; negative where it does not fit."""
+        """Available bytes that remain; negative if the ranks do not fit."""
         return None if self.available is None else self.available - self.total
 
     @property
     def fits(self) -> bool | None:
-        """None where it can't be known here."""
+        """Whether the ranks fit; None if that is unknown here."""
         return None if self.left is None else self.left >= 0
 
     def __str__(self) -> str:
@@ -101,14 +101,14 @@ class Budget:
 
 
 def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> Budget:
-    """The budget of this host, if it is kept.
+    """The budget of this host; refused if it exceeds the free memory.
 
     Args:
-        engine, model: what the user asked for and what the checkpoint is.
-        local_ranks: how many of the `ep_size` ranks run on this host, which is that of the first rank.
+        engine, model: the user's options, and the checkpoint's configuration.
+        local_ranks: how many of the `ep_size` ranks run on this host, the host of the first rank.
 
     Raises:
-        ValueError: the ranks need more than is free. Ranks on GPUs are not refused: they see their memory themselves.
+        ValueError: the ranks need more than is free. Ranks on GPUs are not refused here: each sees its own memory.
     """
     budget = plan_budget(engine, model, local_ranks, None if may_use_cuda(engine.device) else available_host_memory())
     if budget.fits is False:
@@ -120,13 +120,13 @@ def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
 
 
 def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, available: int | None) -> Budget:
-    """What the first ranks, on a host with so many free bytes, will take; None free bytes for ranks on GPUs.
+    """Memory that the first `local_ranks` ranks will take, with `available` free bytes; None for ranks on GPUs.
 
-    The KV cache is what a rank will choose once its weights are loaded (`num_cache_pages`): on GPUs at most that, where
-    memory is short still one sequence of `max_model_len`, without which a rank does not start.
+    The KV cache is the size that a rank chooses once its weights are loaded (`num_cache_pages`). On GPUs it is an upper
+    bound. If memory is short, it still holds one sequence of `max_model_len`: without that, a rank does not start.
 
     Raises:
-        ValueError: `kv_cache_memory_bytes` is less than that, or the checkpoint's dtype is not supported.
+        ValueError: `kv_cache_memory_bytes` does not hold such a sequence, or the checkpoint's dtype is not supported.
     """
     from moe_runtime.memory.initial_placement import slots_per_rank  # brings numpy
 
@@ -153,14 +153,13 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
 
 
 def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> int:
-    """Bytes beside weights and pages, estimated: the process, and in its largest step `max_num_batched_tokens` rows
+    """Estimated bytes besides weights and pages: the process, and its largest step, with `max_num_batched_tokens` rows
     through a layer and `max_num_seqs` rows through the sampler.
 
-    Per token: hidden states, queries, keys, values and their product, and the projections of a dense MLP. Then, for
-    balanced experts, per token of those that pass a sparse layer at a time, for each of its K choices the row that is
-    sent, the two projections, their product and the row that comes back; and with several ranks the rows of the
-    "symmetric" dispatcher, one from each rank and one for each choice. Where rows over a capacity queue, those of
-    all tokens come back before they are summed.
+    Every token takes hidden states, queries, keys, values and their product, and the projections of a dense MLP. A
+    token that is in a sparse layer at the moment takes more. With balanced experts, each of its K choices takes the row
+    sent, two projections, their product and the row returned. With several ranks, the "symmetric" dispatcher adds a row
+    per rank and a row per choice. If rows beyond a capacity queue, all tokens' rows return before they are summed.
     """
     moe, hidden, tokens = model.moe, model.hidden_size, engine.max_num_batched_tokens
     at_once, queues = tokens, engine.limits is not None and engine.limits.queues
@@ -178,18 +177,18 @@ def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
 
 
 def tokens_at_once(num_experts: int, top_k: int, num_ranks: int) -> int:
-    """Tokens of each rank that pass a sparse layer at a time on CPUs, at most.
+    """Maximum tokens of each rank that pass through a sparse layer at a time on CPUs.
 
-    An expert then has `EXPERT_ROWS` rows on average, which use its weights as well as more would, and the rows between
-    dispatch and combine take no more memory however many tokens a step has.
+    An expert then has `EXPERT_ROWS` rows on average; more rows would not use its weights better. The memory of the rows
+    between dispatch and combine does not grow with the tokens of a step.
     """
     return max(1, EXPERT_ROWS * num_experts // (top_k * num_ranks))
 
 
 def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
-    """What decode steps that a GPU captures take, an estimate: that of the largest, whose memory the others share.
+    """Estimated bytes of the decode steps that a GPU captures: those of the largest, whose memory the others share.
 
-    All ranks' rows go to every rank and back, and the longest context is attended in chunks that are merged behind.
+    All ranks' rows go to every rank and back. Attention takes the longest context in chunks and merges them afterwards.
     """
     from moe_runtime.memory.graph_buckets import buckets_of
 
@@ -202,10 +201,10 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
 
 
 def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:
-    """Pages of a rank that may take `memory` bytes for them: no more than its sequences can use.
+    """Pages of a rank's KV cache in at most `memory` bytes, and no more than its sequences can use.
 
     Raises:
-        ValueError: they do not hold one sequence of `max_model_len`.
+        ValueError: the pages do not hold one sequence of `max_model_len`.
     """
     page, per_sequence = page_bytes(model, engine.block_size, itemsize), _pages_of_one(engine, model)
     num_pages = min(engine.max_num_seqs * per_sequence, memory // page)
@@ -224,24 +223,24 @@ def _pages_of_one(engine: EngineConfig, model: ModelConfig) -> int:
 
 
 def default_kv_bytes(free: int, local_ranks: int) -> int:
-    """KV cache of a CPU rank if the user set none: half of what is free, shared by the host's ranks, at most 4 GiB."""
+    """Default KV cache of a CPU rank: half of the free memory, divided among the host's ranks, at most 4 GiB."""
     return min(int(free * FREE_MEMORY_SHARE) // local_ranks, CPU_DEFAULT_BYTES)
 
 
 def may_use_cuda(device: str) -> bool:
-    """Whether ranks asked for this `device` may run on GPUs; "auto" does where there is a driver."""
+    """Whether ranks with this `device` option may run on GPUs; with "auto", if there is a driver."""
     return device == "cuda" or (device == "auto" and CUDA_DRIVER.exists())
 
 
 def holds_codes(device: str) -> bool:
-    """Whether ranks asked for this `device` will hold bfloat16 matrices in codes, as native CPU kernels do."""
+    """Whether ranks with this `device` option hold bfloat16 matrices in codes, as native CPU kernels do."""
     return not may_use_cuda(device) and can_have_kernels()
 
 
 def available_host_memory() -> int:
     """Bytes that this process may still take: the host's free memory, within the limit of its control group.
 
-    Files that the group has read count as free, since their pages are given back when memory is short.
+    File contents cached by the group count as free, since the system reclaims these pages when memory is short.
     """
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
@@ -254,6 +253,6 @@ def available_host_memory() -> int:
 
 
 def gigabytes(count: float) -> str:
-    """A number of bytes to read: 1.34 GB, 22.4 GB."""
+    """A number of bytes as text: 1.34 GB, 22.4 GB."""
     value = count / 1e9
     return f"{value:.1f} GB" if abs(value) >= 10 else f"{value:.2f} GB"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from moe_runtime.config.engine import EngineConfig
 
-# With few rows a step waits for messages, not for bytes. `all_gather` sends every row to every rank, but needs no
-# exchange of counts first, and so one round of messages less than `all_to_all`.
+# With few rows, a step waits for message latency, not for bandwidth. `all_gather` sends every row to every rank, but
+# exchanges no counts first, so it needs one exchange of messages fewer than `all_to_all`.
 ALL_GATHER_MAX_TOKENS = 64
 
 
 def buckets_of(config: EngineConfig, num_ranks: int) -> tuple[int, ...]:
-    """Rows of steps that GPUs capture: powers of two, and the most there may be; none where the options forbid it.
+    """Rows of steps that GPUs capture: powers of two, and the maximum. Empty if the options forbid captures.
 
-    With several ranks, as with `all_gather`, at most `ALL_GATHER_MAX_TOKENS`: all ranks get all rows.
+    With several ranks, the maximum is at most `ALL_GATHER_MAX_TOKENS`: as with `all_gather`, all ranks get all rows.
     """
     if config.enforce_eager or config.record_trace or config.dispatcher not in ("auto", "local", "all_gather"):
         return ()

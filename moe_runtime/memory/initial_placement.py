@@ -1,4 +1,4 @@
-"""The placement that an engine begins with. No torch."""
+"""The placement with which an engine starts. No torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moe_runtime.config.model import ModelConfig
 
 
 def slots_per_rank(config: EngineConfig, model: ModelConfig, num_ranks: int) -> tuple[int, ...]:
-    """Slots of each rank in a sparse layer: its share of the experts, the redundant ones, and one to copy into.
+    """Slots of each rank in a sparse layer: for its share of the experts, for redundant experts, and a shadow slot.
 
-    That one, the shadow, is empty but while an expert moves; a rank that holds everything has none.
+    The shadow slot receives copies. It stays empty except during a move. A rank that holds all experts has none.
     """
     share = -(-model.moe.num_experts // num_ranks)
     if num_ranks == 1:
@@ -23,7 +23,7 @@ def slots_per_rank(config: EngineConfig, model: ModelConfig, num_ranks: int) -> 
 
 
 def initial_placement(config: EngineConfig, model: ModelConfig, num_ranks: int) -> Placement:
-    """The file's placement if there is one, else the experts in order, evenly; in as many slots as each rank has.
+    """The placement of the file, if there is one; otherwise the experts in order, evenly. It fits each rank's slots.
 
     Raises:
         ValueError: the file does not fit the model or the ranks.

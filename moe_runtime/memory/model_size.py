@@ -1,9 +1,9 @@
-"""How large a checkpoint is, from its configuration alone: parameters, bytes, and what a decode step reads. No torch.
+"""The size of a checkpoint, from its configuration alone: parameters, bytes, and bytes read by a decode step. No torch.
 
 Formulas use D hidden, V vocabulary, L layers, E experts per sparse layer, K experts per token, F expert intermediate,
-H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors. Native CPU kernels round the
-outputs of each matrix up to 64, which adds nothing to most models and a few percent to small ones, and hold bfloat16
-matrices in 12 bits a weight: `coded` says whether they do.
+H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors. Native CPU kernels round
+the outputs of each matrix up to 64. This adds nothing to most models and a few percent to small ones. They also hold
+bfloat16 matrices in 12 bits a weight; `coded` says whether they do.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters, summed over the layers. Correction biases of gates count; extra layers for multi-token
-    prediction, which are not loaded, do not.
+    """Numbers of parameters, summed over the layers. They include the gates' correction biases, but not extra layers
+    for multi-token prediction, which are not loaded.
 
     Attributes:
         embedding: V * D.
-        head: the same, or 0 where it is tied to the embedding.
+        head: V * D, or 0 if it is tied to the embedding.
         attention: projections, their biases, and the norms of queries and keys.
         dense_mlp: layers without experts.
         shared_experts: experts that every token uses.
@@ -47,7 +47,7 @@ class Parameters:
 
     @property
     def dense(self) -> int:
-        """All but the routed experts."""
+        """All except the routed experts."""
         layers = self.attention + self.dense_mlp + self.shared_experts + self.gate + self.gate_bias + self.norms
         return self.embedding + self.head + layers
 
@@ -57,7 +57,7 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """All but the experts that a token does not use, as model cards count them."""
+        """Parameters that a token uses: all except the experts it does not use, as model cards count them."""
         return self.dense + self.top_k * self.expert
 
 
@@ -94,10 +94,10 @@ def _attention_parameters(attention: AttentionConfig, hidden: int) -> int:
 
 
 def weights_dtype(asked: str, stored: str) -> str:
-    """The dtype of weights and activations, "float32" or "bfloat16"; `asked` "auto" is the checkpoint's own.
+    """The dtype of weights and activations, "float32" or "bfloat16". If `asked` is "auto", it is the checkpoint's.
 
     Raises:
-        ValueError: the checkpoint's dtype is not supported, and no other was asked for.
+        ValueError: `asked` is "auto", and the checkpoint's dtype is not supported.
     """
     name = stored if asked == "auto" else asked
     if name not in ITEMSIZE:
@@ -111,7 +111,7 @@ def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
 
 
 def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
-    """Bytes that every rank holds: all but the routed experts. Gates are float32 where the family has them so; an
+    """Bytes that every rank holds: all except the routed experts. Gates are float32 if the family stores them so. An
     embedding that is not tied to the head is never in codes."""
     count = count_parameters(config)
     gate_dtype = "float32" if config.moe.gate_float32 else dtype
@@ -122,7 +122,7 @@ def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, coded: bool = False) -> int:
-    """Bytes of weights on a rank with `num_slots` slots in each sparse layer; an empty slot takes its room too."""
+    """Bytes of weights on a rank with `num_slots` slots in each sparse layer. An empty slot takes memory too."""
     experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, coded)
     return dense_bytes(config, dtype, coded) + experts
 
@@ -133,23 +133,24 @@ def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
 
 
 def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> int:
-    """Bytes of one page of the KV cache over all layers; `itemsize` is that of an element."""
+    """Bytes of one page of the KV cache over all layers; an element has `itemsize` bytes."""
     return block_size * sum(spec.bytes_per_token for spec in config.kv_specs(itemsize))
 
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """Expected number of experts that `num_tokens` tokens use together in a layer, each `top_k` at random.
+    """Expected number of distinct experts that B = `num_tokens` tokens use in a layer, if each chooses K at random.
 
-    A token leaves an expert out with probability 1 - K/E, all tokens with that to their power: E * (1 - (1 - K/E)^B).
+    One token does not choose a given expert with probability 1 - K/E; B tokens do not with (1 - K/E)^B. So the expected
+    number is E * (1 - (1 - K/E)^B).
     """
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
 def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0, coded: bool = False) -> float:
-    """Expected bytes that one rank with all experts reads from memory in a decode step, under uniform routing.
+    """Expected bytes that one rank with all experts reads from memory in a decode step, if experts are used uniformly.
 
-    That is every dense weight once (of an embedding that is not tied to the head only the rows of the tokens), the
-    experts that the batch uses, and the keys and values of `context_len` tokens before each sequence's last.
+    It reads every dense weight once, the experts that the batch uses, and the keys and values of `context_len` tokens
+    before each sequence's last. Of an embedding that is not tied to the head, it reads only the rows of the tokens.
     """
     moe = config.moe
     table = 0 if config.tie_word_embeddings else count_parameters(config).embedding - batch_size * config.hidden_size

@@ -1,4 +1,4 @@
-"""How the engine reaches its ranks: the seam between the front, which plans, and the ranks, which compute. No torch."""
+"""The engine's interface to its ranks: the front plans, the ranks compute. No torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class RankError(RuntimeError):
 class RankInfo:
     """What a rank reports once it is ready.
 
-    `num_pages` is the size of its KV cache in pages, `weight_bytes` what it holds of the model, `kernels` which
-    implementation each operation uses, `pid` its process. `batch_invariant` promises that a row has the same bits in
-    any batch, chunk and rank; `dispatchers` and `buckets` are those that a plan may name. `graph_bytes` is what the
-    buckets' graphs and tensors take.
+    `num_pages` is the size of its KV cache in pages, `weight_bytes` the size of its weights. `kernels` names the
+    implementation of each operation. `pid` is its process id. `batch_invariant` guarantees that a row has the same
+    bits in any batch, chunk and rank. A plan may name any of `dispatchers` and `buckets`. `graph_bytes` is the memory
+    of the buckets' graphs and tensors.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Executor(Protocol):
 
     Attributes:
         ranks: what each rank reported, in order of rank.
-        max_inflight: how many submitted steps may wait for `collect`. 2: the next step is planned while one runs.
+        max_inflight: how many submitted steps may wait for `collect`. With 2, one step is planned while another runs.
     """
 
     ranks: list[RankInfo]
@@ -69,21 +69,21 @@ class Executor(Protocol):
     def expert_counts(self) -> np.ndarray:
         """Tokens per (rank, phase, MoE layer, logical expert) since the start: int64 [W, 2, L, E].
 
-        The tokens are those that live on a rank, wherever their experts are. Phase 0 is prefill, 1 is decode. Call only
-        while no step is in flight.
+        A token counts for the rank that runs its sequence, wherever its experts are. Phase 0 is prefill, 1 is decode.
+        Call only while no step is in flight.
         """
 
     def request_counts(self) -> None:
-        """Ask all ranks for their counts after the steps submitted so far; `reports` hands them out."""
+        """Ask all ranks for their counts after the steps submitted so far; `reports` returns them."""
 
     def send_task(self, rank: int, task: SlotTask) -> None:
-        """Give a rank work to do after the steps submitted so far; `reports` tells how it went."""
+        """Give a rank work to do after the steps submitted so far; `reports` returns the outcome."""
 
     def reports(self) -> list[CountsReport | SlotReport]:
-        """What ranks have reported outside steps since the last call; does not wait. Raises RankError."""
+        """What ranks have reported outside of steps since the last call. Does not wait. Raises RankError."""
 
     def check(self) -> None:
-        """Raise RankError if a rank has died. Cheap; called while there is no work."""
+        """Raise RankError if a rank has died. A cheap call, made while there is no work."""
 
     def close(self) -> None:
         """End all ranks and wait for them. May be called twice."""

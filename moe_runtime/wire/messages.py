@@ -1,7 +1,7 @@
-"""What the front and the ranks say to each other. Plain data, no torch; msgspec carries it between processes.
+"""Messages between the front and the ranks. Plain data, no torch; msgspec serializes them between processes.
 
-A `StepPlan` owns every choice that shapes a collective, so that ranks cannot diverge. A chunk names positions of a
-sequence, not token ids: the rank keeps each sequence's tokens and appends what it samples, so that the front can plan
+A `StepPlan` holds every choice that shapes a collective, so that ranks cannot diverge. A chunk names positions of a
+sequence, not token ids: the rank keeps each sequence's tokens and appends the tokens it samples. So the front can plan
 step n+1 while step n runs.
 """
 
@@ -13,14 +13,14 @@ from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
 
 PADDED = "padded"  # the dispatcher of steps that name a bucket
-REPLICA_TURNS = 64  # entries of the table by which an expert's tokens go to its replicas in turn
+REPLICA_TURNS = 64  # entries per expert in the replica table, by which its tokens go to its replicas in turn
 
 
 @dataclass(frozen=True)
 class NewSequence:
-    """A sequence that a rank has not seen, or has dropped when it was preempted.
+    """A sequence that is new to a rank, or that was preempted and so dropped by the rank.
 
-    `token_ids` holds the prompt and whatever was generated before; the first `num_prompt_tokens` are the prompt.
+    `token_ids` holds the prompt and all tokens generated so far; the first `num_prompt_tokens` are the prompt.
     """
 
     seq_id: int
@@ -32,10 +32,10 @@ class NewSequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Positions `start .. start + num_tokens` of a sequence go through the model in this step.
+    """Positions `start .. start + num_tokens` of a sequence, which this step runs through the model.
 
-    `new_pages` are appended to the sequence's block table before the step. If `sample` is set, the last position's
-    logits give the sequence's next token.
+    `new_pages` are appended to the sequence's pages before the step. If `sample` is set, the sequence's next token is
+    sampled from the last position's logits.
     """
 
     seq_id: int
@@ -74,17 +74,17 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step has in common on all ranks: every choice that shapes a collective.
+    """The part of a step that is the same on all ranks: every choice that shapes a collective.
 
     Attributes:
         step: number of the step, from 1.
         dispatcher: name of the dispatcher; `PADDED` with a bucket.
         tokens_per_rank: [W].
-        measure: asks for the `expert_work` of the step.
-        rank_rows: [W][L], the rows that the experts of each rank computed in the last step that the front knows; there
-            with `balance_epsilon`.
-        bucket: not 0 in a step of decode rows alone: every rank runs so many rows, padding included; see
-            `worker.decode_graphs`.
+        measure: ask ranks to report the step's `expert_work`.
+        rank_rows: [W][L], the rows that each rank's experts computed in the last step whose results the front knows.
+            Set only with `balance_epsilon`.
+        bucket: the number of rows, padding included, that every rank runs in a step of only decode rows; 0 for other
+            steps. See `worker.decode_graphs`.
     """
 
     step: int
@@ -97,9 +97,9 @@ class StepShape:
 
 @dataclass(frozen=True)
 class RankStep(StepShape):
-    """A step as one rank gets it. A rank without tokens has an empty `work` and still takes part.
+    """A step as one rank receives it. A rank without tokens has an empty `work` and still takes part.
 
-    The rank first forgets the sequences in `work.dropped`, then takes in `new_sequences` and `replica_choices`, then
+    The rank first drops the sequences in `work.dropped`, then adds `new_sequences` and applies `replica_choices`, then
     runs `chunks`.
     """
 
@@ -108,22 +108,22 @@ class RankStep(StepShape):
 
 @dataclass(frozen=True)
 class StepPlan(StepShape):
-    """A step on all ranks, as the front plans it. `ranks` [W] has the work of each."""
+    """A step on all ranks, as the front plans it. `ranks` [W] holds each rank's work."""
 
     ranks: list[RankPlan] = field(default_factory=list)
 
     def of_rank(self, rank: int) -> RankStep:
-        """What one rank gets."""
+        """The step for one rank."""
         shape = {each.name: getattr(self, each.name) for each in fields(StepShape)}
         return RankStep(**shape, work=self.ranks[rank])
 
 
 @dataclass(frozen=True)
 class SlotTask:
-    """To a rank, between steps: work on a slot that no token goes to.
+    """To a rank, between steps: work on a slot that receives no tokens.
 
-    Copy a logical expert into it, at most about `max_bytes` at a time, then sum up what the slot holds. The front sends
-    the task until a report says that it is done. With `expert` -1 nothing is copied.
+    Copy a logical expert into the slot, about `max_bytes` per task at most, then compute the slot's checksum. The front
+    repeats the task until a report says that it is done. With `expert` -1, nothing is copied.
     """
 
     task_id: int
@@ -135,7 +135,7 @@ class SlotTask:
 
 @dataclass(frozen=True)
 class SlotReport:
-    """From a rank: how a task is getting on. With an `error`, the task has ended and the slot holds nothing of use."""
+    """From a rank: the progress of a task. With an `error`, the task has ended and the slot's content is invalid."""
 
     rank: int
     task_id: int
@@ -148,7 +148,7 @@ class SlotReport:
 
 @dataclass(frozen=True)
 class ExpertWork:
-    """What a rank's experts did in one sparse layer of one step."""
+    """The work of a rank's experts in one sparse layer of one step."""
 
     touched_slots: int
     rows: int
@@ -159,7 +159,7 @@ class ExpertWork:
 class TokenLogprobs:
     """Log-probabilities at one position: the chosen (or the prompt's) token first, then the best tokens in order.
 
-    `ranks[i]` is the place of `token_ids[i]` among all tokens, 1 is the best.
+    `ranks[i]` is the rank of `token_ids[i]` among all tokens; 1 is the best.
     """
 
     token_ids: list[int]
@@ -200,7 +200,7 @@ class RoutedExperts:
 
 @dataclass(frozen=True)
 class SequenceChanges:
-    """What was changed in a sequence's share of a step."""
+    """Expert changes in a sequence's share of a step."""
 
     seq_id: int
     changes: ExpertChanges
@@ -208,10 +208,10 @@ class SequenceChanges:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What one rank has to say of one step.
+    """What one rank reports for one step.
 
-    `expert_rows` [L] are the rows that its experts computed, where the step has `rank_rows`; `extra_rounds` are
-    the rounds of dispatch beyond one in each layer, the same on all ranks.
+    `expert_rows` [L] are the rows that its experts computed, if the step has `rank_rows`. `extra_rounds` are the
+    dispatch rounds beyond one in each layer; they are the same on all ranks.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""The control plane between the front, the rank processes and the hosts that keep them: typed messages over ZeroMQ.
+"""The control plane between the front, the rank processes and their hosts: typed messages over ZeroMQ.
 
-The front binds a `ControlServer`; every rank, and every host that is a process of its own, connects a `Dealer` under
-its name and says `Hello`. A message travels as two frames: the name of its type, and its fields in MessagePack.
+The front binds a `ControlServer`. Every rank, and every host in a process of its own, connects a `Dealer` under its
+name and sends `Hello`. A message is sent as two frames: the name of its type, and its fields in MessagePack.
 
 A `ControlServer` or `Dealer` belongs to one thread at a time.
 """
@@ -34,11 +34,11 @@ HEARTBEAT_TIMEOUT_MS = 15000
 
 
 class ProtocolError(RuntimeError):
-    """A peer sent what cannot be read, or speaks another version. The message names the peer."""
+    """A peer sent an unreadable message, or uses another protocol version. The error text names the peer."""
 
 
 class PeerGoneError(RuntimeError):
-    """A message cannot be delivered, because its receiver is not connected. The message names the peer."""
+    """A message cannot be delivered, because its receiver is not connected. The error text names the peer."""
 
 
 def rank_name(rank: int) -> str:
@@ -47,13 +47,13 @@ def rank_name(rank: int) -> str:
 
 
 def host_name(rank: int) -> str:
-    """Name under which a host connects that is a process of its own."""
+    """Name under which a host in a process of its own connects."""
     return f"host of rank {rank}"
 
 
 @dataclass(frozen=True)
 class Hello:
-    """First message of a rank or host. `rank` of a host is the rank that it keeps."""
+    """First message of a rank or host. For a host, `rank` is the rank that it runs."""
 
     role: Literal["rank", "host"]
     rank: int
@@ -65,7 +65,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Init:
-    """To a rank: load the model. `store_port` is where the front's rendezvous store listens."""
+    """To a rank: load the model. The front's rendezvous store listens on `store_port`."""
 
     config: EngineConfig
     model_config: ModelConfig
@@ -77,7 +77,7 @@ class Init:
 
 @dataclass(frozen=True)
 class Ready:
-    """From a rank: loaded, and waiting for plans."""
+    """From a rank: the model is loaded, and the rank waits for plans."""
 
     info: RankInfo
 
@@ -112,7 +112,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """From a rank: how a task is getting on."""
+    """From a rank: the progress of a task."""
 
     report: SlotReport
 
@@ -136,7 +136,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Failed:
-    """From a rank: an exception ended it. `kind` is the exception's type, `text` its message."""
+    """From a rank: an exception ended the rank. `kind` is the exception's type, `text` its message."""
 
     rank: int
     kind: str
@@ -152,7 +152,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class RankExited:
-    """From a host: its rank's process has ended. `returncode` as in `subprocess`: -9 if SIGKILL did it."""
+    """From a host: its rank's process has ended. `returncode` is as in `subprocess`: -9 after SIGKILL."""
 
     rank: int
     pid: int
@@ -193,7 +193,7 @@ def encode(message: Message) -> list[bytes]:
 
 
 def decode(frames: list[bytes], peer: str) -> Message:
-    """The message in `frames`. Raises ProtocolError, naming `peer`, if there is none."""
+    """The message in `frames`. Raises ProtocolError, naming `peer`, if they hold no valid message."""
     if len(frames) != 2:
         raise ProtocolError(f"{peer} sent a message of {len(frames)} frames; 2 are expected")
     kind = frames[0].decode(errors="replace")
@@ -209,7 +209,7 @@ def decode(frames: list[bytes], peer: str) -> Message:
 
 def _configure(socket: zmq.Socket[bytes], endpoint: str) -> None:
     socket.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
-    if endpoint.startswith("tcp:"):  # a machine that vanishes closes no connection
+    if endpoint.startswith("tcp:"):  # a machine that disappears does not close its connections
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
@@ -221,7 +221,7 @@ def _receive_frames(socket: zmq.Socket[bytes], timeout: float | None) -> list[by
 
 
 class ControlServer:
-    """The front's end: binds `endpoint` and talks to `peers` by name; whoever else connects is ignored.
+    """The front's end: binds `endpoint` and talks to `peers` by name. Messages of other peers are ignored.
 
     Raises OSError if `endpoint` cannot be bound.
     """
@@ -261,7 +261,7 @@ class ControlServer:
 
 
 class Dealer:
-    """The other end: connects to the front at `endpoint` under `name`, now or as soon as the front is there."""
+    """The peers' end: connects to the front at `endpoint` under `name`, now or as soon as the front listens."""
 
     def __init__(self, endpoint: str, name: str) -> None:
         self._context = zmq.Context()
@@ -275,14 +275,14 @@ class Dealer:
         self._socket.connect(endpoint)
 
     def send(self, message: Message) -> None:
-        """Send, or keep until the front is there. Raises PeerGoneError if the front takes no more messages."""
+        """Send, or queue until the front is connected. Raises PeerGoneError if the front takes no more messages."""
         try:
             self._socket.send_multipart(encode(message))
         except (zmq.Again, zmq.ZMQError) as error:
             raise PeerGoneError(f"the front takes no messages: {error.strerror}") from error
 
     def receive(self, timeout: float | None) -> Message | None:
-        """Next message, or None after `timeout` seconds; without a timeout, waits. Raises ProtocolError."""
+        """Next message, or None after `timeout` seconds; a timeout of None waits forever. Raises ProtocolError."""
         frames = _receive_frames(self._socket, timeout)
         return None if frames is None else decode(frames, "the front")
 
