@@ -14,7 +14,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Import what is asked for only then, so that `import moe_runtime` stays light."""
+    """Import a name only when it is used, so that `import moe_runtime` stays fast."""
     if name == "LLM":
         from moe_runtime.llm import LLM
 

@@ -1,4 +1,4 @@
-"""`python -m moe_runtime` is `moe-runtime`."""
+"""`python -m moe_runtime` runs the `moe-runtime` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From the user's configuration to an engine with its ranks running."""
+"""Builds an engine with running ranks from the user's configuration."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ MakeExecutor = Callable[[EngineConfig, ModelConfig, Path], Executor]
 def build_engine(
     config: EngineConfig, make_executor: MakeExecutor | None = None, local_ranks: int | None = None
 ) -> Engine:
-    """Find the model, load its tokenizer, start the ranks. Before that, a line of the log says what memory they take.
+    """Find the model, log the memory that the ranks will take, load the tokenizer, and start the ranks.
 
     Args:
-        config: what the user asked for.
-        make_executor: starts the ranks; None takes this process for one rank, and a process for each of several.
+        config: the user's options.
+        make_executor: starts the ranks. None runs a single rank in this process, and several in a process each.
         local_ranks: how many of the ranks share this host; None means all.
 
     Raises:
         ValueError: no such model, options that do not fit it, or less free memory here than CPU ranks need.
-        RankError: a rank failed to start. Whatever was started has ended then.
+        RankError: a rank failed to start. All started ranks have been ended.
     """
     from moe_runtime.memory.initial_placement import initial_placement
     from moe_runtime.models.registry import read_model_config
@@ -41,7 +41,7 @@ def build_engine(
     path = resolve_model(config.model)
     model_config = read_model_config(path)
     config = fit_to_model(find_calibration(config, path), model_config)
-    initial_placement(config, model_config, config.ep_size)  # a file that does not fit is refused before ranks start
+    initial_placement(config, model_config, config.ep_size)  # refuses a file that does not fit, before ranks start
     policies_of(config, model_config)
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
@@ -60,7 +60,7 @@ def build_engine(
 
 
 def _choices(engine: Engine) -> str:
-    """One line that says what was chosen and what it takes; `/health` has the same."""
+    """One line with the engine's choices and their memory; `/health` reports the same."""
     ranks = engine.executor.ranks
     kernels = ", ".join(sorted(set(ranks[0].kernels.values())))
     weights, cache = (
@@ -75,7 +75,7 @@ def _choices(engine: Engine) -> str:
 
 
 def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
-    """The configuration with the routing calibration that lies with the model, unless it names one."""
+    """The configuration; if it names no routing calibration, with the one in the model's folder, if any."""
     found = EXPERT_CALIBRATION if config.model == "demo" else path / CALIBRATION_NAME
     if config.routing_calibration is not None or not found.exists():
         return config
@@ -83,7 +83,7 @@ def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
 
 
 def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
-    """The configuration with `max_model_len` set. Raises ValueError where an option does not fit the model."""
+    """The configuration with `max_model_len` set. Raises ValueError if an option does not fit the model."""
     if config.ep_size > model.moe.num_experts:
         raise ValueError(f"ep_size: {config.ep_size} is not allowed; the model has {model.moe.num_experts} experts")
     if config.ep_size == 1 and config.dispatcher not in ("auto", "local"):

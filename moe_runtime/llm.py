@@ -1,4 +1,4 @@
-"""The Python API: a model in a variable. See `LLM`."""
+"""The Python API. See `LLM`."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Message = Mapping[str, Any]
 class LLM:
     """A model, its tokenizer and its ranks, for offline use. Belongs to one thread at a time.
 
-    With `ep_size=1` the model runs in this process, with more ranks each is a process of its own. They end with
-    `close()`, with the `with` block, or when the object is forgotten.
+    With `ep_size=1` the model runs in this process. With more ranks, each rank is a process of its own. The ranks end
+    with `close()`, with the `with` block, or when the object is garbage-collected.
 
     Args:
         model: a local Hugging Face directory, a hub id, or "demo".
@@ -63,15 +63,15 @@ class LLM:
         """Continue prompts, all in one batch.
 
         Args:
-            prompts: one or more of: a text, `{"prompt": text}`, `{"prompt_token_ids": [...]}`.
-            sampling_params: for all prompts, or one for each; None takes the defaults.
+            prompts: one or more, each a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`.
+            sampling_params: one for all prompts, or one for each; None uses the defaults.
             use_tqdm: show progress on stderr.
 
         Returns:
-            An output per prompt, in their order.
+            One output per prompt, in the order of the prompts.
 
         Raises:
-            ValueError: a prompt or its parameters cannot be served; nothing has run then.
+            ValueError: a prompt or its parameters cannot be served. No prompt has run.
             RuntimeError: the LLM is closed, or a rank has failed.
         """
         self._require_alive()
@@ -87,10 +87,10 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several: lists of messages with a "role" and a "content".
+        """Answer one or more conversations. Each is a list of messages with a "role" and a "content".
 
         Raises:
-            ValueError: as `generate`; and no chat template, or one that refuses the messages.
+            ValueError: as `generate`; also if there is no chat template, or if it refuses the messages.
             RuntimeError: as `generate`.
         """
         self._require_alive()
@@ -104,7 +104,7 @@ class LLM:
         return self._run(prompts, sampling_params, use_tqdm)
 
     def expert_load(self) -> ExpertLoad:
-        """Tokens per MoE layer and expert since the start, prefill and decode apart."""
+        """Tokens per MoE layer and expert since the start, counted separately for prefill and decode."""
         self._require_alive()
         with self._guard():
             return self._engine.expert_load()
@@ -114,9 +114,9 @@ class LLM:
         return self._engine.placement()
 
     def rebalance(self, dry_run: bool = False) -> Rebalance:
-        """Plan a better placement for the load of late and, unless `dry_run`, move experts there now.
+        """Plan a better placement for the recent load and, unless `dry_run`, move experts there now.
 
-        Returns what moved, and the balancedness before and after. No token changes by it.
+        Returns the moves, and the balancedness before and after. This changes no tokens.
 
         Raises:
             ValueError: with one rank there is nothing to balance.
@@ -130,7 +130,7 @@ class LLM:
                     self._engine.tend()
                     time.sleep(REBALANCE_POLL_SECONDS)
                 return rebalance
-            except ValueError as error:  # refused before anything was done
+            except ValueError as error:  # refused before anything changed
                 refusal = error
         raise refusal
 
@@ -168,7 +168,7 @@ class LLM:
                     raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
             return self._finish(dict(zip(request_ids, prompts, strict=True)), use_tqdm)
         finally:
-            for request_id in request_ids:  # an error or Ctrl-C left them; those that have finished are not known
+            for request_id in request_ids:  # left by an error or Ctrl-C; the engine ignores finished ones
                 self._engine.abort(request_id)
 
     def _finish(self, prompts: dict[str, str | list[int]], use_tqdm: bool) -> list[RequestOutput]:
@@ -197,11 +197,11 @@ class LLM:
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """Around whatever talks to the ranks: an error within it is the end of this LLM."""
+        """Wraps all communication with the ranks: an error inside makes this LLM unusable."""
         with _interrupt_afterwards():
             try:
                 yield
-            except BaseException as error:  # ranks and front may be in different steps now
+            except BaseException as error:  # ranks and front may now be at different steps
                 self._failure = str(error) or type(error).__name__
                 self.close()
                 raise
@@ -209,9 +209,9 @@ class LLM:
 
 @contextmanager
 def _interrupt_afterwards() -> Iterator[None]:
-    """Let Ctrl-C wait until the block has ended; a second one interrupts it.
+    """Delay Ctrl-C until the block has ended; a second Ctrl-C interrupts the block.
 
-    An engine that is interrupted within a step is lost; between steps it can go on.
+    An engine that is interrupted within a step is lost; between steps it can continue.
     """
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_default or threading.current_thread() is not threading.main_thread():

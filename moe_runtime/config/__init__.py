@@ -1,1 +1,1 @@
-"""What the user asked for and what a checkpoint is: options, model configuration, expert policies. No torch."""
+"""The user's options, a checkpoint's configuration, expert policies. No torch."""

@@ -1,4 +1,4 @@
-"""Checks of values that a user gives."""
+"""Checks of values from users."""
 
 from __future__ import annotations
 

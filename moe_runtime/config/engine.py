@@ -1,4 +1,4 @@
-"""What the user asked for: the engine's options. No torch."""
+"""The engine's options, as the user sets them. No torch."""
 
 from __future__ import annotations
 
@@ -19,46 +19,47 @@ DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What a user may set; the same names are Python arguments, command-line flags and keys of the YAML file.
+    """The engine's options. They have the same names as Python arguments, command-line flags and keys of a YAML file.
 
     Attributes:
         model: a local Hugging Face directory, a hub id, or "demo".
-        tokenizer: where the tokenizer lies, if not with the model.
+        tokenizer: directory or hub id of the tokenizer; None uses the model's.
         ep_size: number of ranks that share the experts.
-        dtype: of weights and activations; "auto" takes the checkpoint's.
-        device: "auto" takes CUDA if there is one.
-        max_model_len: longest prompt plus output; None derives it from the model's configuration.
-        max_num_seqs: most sequences that a rank runs in one step.
-        max_num_batched_tokens: most tokens that a rank runs in one step; longer prompts are prefilled in chunks.
+        dtype: data type of weights and activations; "auto" uses the checkpoint's.
+        device: where ranks run; "auto" uses CUDA if it is available.
+        max_model_len: maximum length of prompt plus output; None derives it from the model's configuration.
+        max_num_seqs: maximum sequences that a rank runs in one step.
+        max_num_batched_tokens: maximum tokens that a rank runs in one step; longer prompts are prefilled in chunks.
         block_size: tokens per page of the KV cache.
         kv_cache_memory_bytes: KV cache per rank; None takes what the sequences can use, within the free memory.
         load_format: "dummy" makes random weights and reads none.
-        skip_tokenizer_init: token ids in, token ids out.
-        seed: of dummy weights and of the seeds drawn for requests that have none.
-        batch_invariant: give every token the same bits in any batch, on any number of ranks, at some cost in speed; the
-            native CPU kernels do so anyway.
+        skip_tokenizer_init: load no tokenizer; prompts and outputs are token ids.
+        seed: seeds dummy weights, and the seeds drawn for requests that have none.
+        batch_invariant: give every token the same bits in any batch, on any number of ranks, at some cost in speed.
+            Native CPU kernels always do.
         enforce_eager: run decode steps on GPUs without CUDA graphs.
-        dispatcher: "auto" lets each step's plan choose by its tokens; "symmetric" is for CPU ranks of one host.
-        balance: "auto" moves and replicates hot experts while serving, where that pays back; "eplb" does so by
-            DeepSeek's published algorithm, as a baseline; "off" only when asked.
-        balance_interval: steps between two looks of the balancer at the load.
-        redundant_experts: slots per rank and layer beside those for one copy of every expert: one number for all ranks,
-            or one per rank, as in 2,0,1,0.
-        migration_bytes_per_step: how much of experts' weights a rank copies between two steps; None takes what makes
-            steps longer by about 15 percent.
+        dispatcher: "auto" chooses one for each step by its number of tokens; "symmetric" is for CPU ranks of one host.
+        balance: "auto" moves and replicates hot experts while serving, if that pays back. "eplb" does so by DeepSeek's
+            published algorithm, as a baseline. "off" does so only when asked.
+        balance_interval: steps between two checks of the load by the balancer.
+        redundant_experts: slots per rank and layer beyond those for one copy of every expert. Give one number for all
+            ranks, or one per rank, as in 2,0,1,0.
+        migration_bytes_per_step: bytes of expert weights that a rank copies between two steps; None takes as many as
+            lengthen steps by about 15 percent.
         placement: file of the placement to start with; None spreads the experts evenly, in order.
-        routing: experts per token of requests that ask for nothing: "full", "balanced", "fast", or a policy such as
+        routing: experts per token for requests that do not set it: "full", "balanced", "fast", or a policy such as
             "top_k=4", "top_p=0.8" or "threshold=0.5"; None is "full".
-        routing_calibration: file of `moe-runtime calibrate`; None takes the one that lies with the model, if any.
-        capacity_factor: most assignments that an expert takes of a rank's tokens at a time, as a multiple of the mean;
-            None has no limit.
-        overflow: where assignments beyond the capacity go: "queue" to further rounds of the layer, which changes no
-            token; "reroute" to the next-best expert with room, and "drop" nowhere, so that tokens depend on the batch.
-        balance_epsilon: let a token use an expert on a lighter rank in place of one whose score is better by at most
-            this share, by the load of an earlier step; tokens depend on the batch then. None never does.
-        record_trace: .npz file that takes the routing of all steps when the engine ends.
-        served_model_name: the name that the HTTP interface shows; None takes `model`.
-        step_timeout: seconds after which a step that does not end is an error.
+        routing_calibration: file written by `moe-runtime calibrate`; None uses the one in the model's folder, if any.
+        capacity_factor: maximum assignments that an expert takes from a rank's tokens in one dispatch round, as a
+            multiple of the mean; None sets no limit.
+        overflow: what happens to assignments beyond the capacity. "queue" runs them in further dispatch rounds of the
+            layer and changes no token. "reroute" sends them to the next-best expert with room, and "drop" drops them;
+            with both, tokens depend on the batch.
+        balance_epsilon: let a token use an expert on a less loaded rank instead of one whose score is better by at most
+            this share. The load is that of an earlier step, so tokens depend on the batch. None turns this off.
+        record_trace: .npz file for the experts used in all steps, written when the engine ends.
+        served_model_name: the model's name in the HTTP interface; None uses `model`.
+        step_timeout: seconds after which an unfinished step is an error.
 
     Raises:
         ValueError: a value is not allowed; the message names the field, the value and what is allowed.
@@ -138,7 +139,7 @@ class EngineConfig:
             raise ValueError(
                 "redundant_experts, placement, balance: are not allowed with ep_size 1, which has nothing to balance"
             )
-        Limits(self.capacity_factor, self.overflow, self.balance_epsilon)  # which checks them
+        Limits(self.capacity_factor, self.overflow, self.balance_epsilon)  # checks them
         if self.capacity_factor is not None:
             object.__setattr__(self, "capacity_factor", float(self.capacity_factor))
         if self.balance_epsilon is not None and self.ep_size == 1:
@@ -148,13 +149,13 @@ class EngineConfig:
 
     @property
     def limits(self) -> Limits | None:
-        """Limits on experts and ranks; None where nothing is limited."""
+        """Limits on experts and ranks; None if nothing is limited."""
         limits = Limits(self.capacity_factor, self.overflow, self.balance_epsilon)
         return limits if limits.any else None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EngineConfig:
-        """Build from keyword arguments or a parsed YAML file; unknown names are refused."""
+        """Build from keyword arguments or a parsed YAML file. Unknown names are refused."""
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
@@ -163,13 +164,13 @@ class EngineConfig:
 
 
 def parse_redundant(value: object, ep_size: int | None = None) -> int | tuple[int, ...]:
-    """Redundant experts of all ranks alike, or a number for each rank; as text, with commas between.
+    """Redundant experts: one number for all ranks, or one for each rank. In a text, commas separate the numbers.
 
     Args:
-        ep_size: ranks that there are; None where there may be any number.
+        ep_size: number of ranks; None allows any.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the value is neither.
     """
     found: Any = value
     if isinstance(value, str) and all(word.strip().isdecimal() for word in value.split(",")):

@@ -1,4 +1,4 @@
-"""What requests' expert policies mean for one model, and the file that calibrates them. No torch."""
+"""Resolves requests' expert policies for one model, and reads and writes the calibration file. No torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CALIBRATION_NAME = "routing_calibration.json"
 
 @dataclass(frozen=True)
 class PolicyCalibration:
-    """What calibration found for a model, and the file that keeps it.
+    """The results of a model's calibration, which a file stores.
 
     Attributes:
-        model: name shown.
-        num_layers, num_experts, top_k: of the model it is for: sparse layers, experts, experts per token.
-        temperature: of each sparse layer, for a sigmoid gate; None for a softmax gate.
-        classes: the policy of each class but "full".
-        measured: what was measured, a row for each policy.
+        model: the model's name, for display.
+        num_layers, num_experts, top_k: the model's number of sparse layers, experts, and experts per token.
+        temperature: one per sparse layer for a sigmoid gate; None for a softmax gate.
+        classes: the policy of each class except "full".
+        measured: the measurements, one row per policy.
     """
 
     model: str
@@ -40,7 +40,7 @@ class PolicyCalibration:
     measured: Sequence[Mapping[str, Any]] = field(default=())
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the calibration as JSON."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         for policy in content["classes"].values():
             for name in [name for name, value in policy.items() if value is None]:
@@ -49,7 +49,7 @@ class PolicyCalibration:
 
     @classmethod
     def load(cls, path: str | Path) -> PolicyCalibration:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             ValueError: no such file, another format, or a wrong field.
@@ -78,7 +78,7 @@ class PolicyCalibration:
             raise ValueError(f"routing_calibration: {str(path)!r} is not allowed: {error}") from error
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ValueError unless it is for a model of this shape."""
+        """Raise ValueError unless the calibration is for a model of this shape."""
         found = (self.num_layers, self.num_experts, self.top_k)
         wanted = (len(model.moe_layers), model.moe.num_experts, model.moe.top_k)
         if found != wanted:
@@ -89,12 +89,12 @@ class PolicyCalibration:
 
 
 class ExpertPolicies:
-    """The policies of one model: what a request asks for becomes what its ranks apply.
+    """Turns the policy that a request asks for into the policy that the model's ranks apply.
 
     Args:
         model: the checkpoint.
-        calibration: of this model, or None.
-        default: for requests that ask for nothing.
+        calibration: the model's calibration, or None.
+        default: for requests that set no policy.
 
     Raises:
         ValueError: the calibration is for another model, or the default cannot be applied to this one.
@@ -110,10 +110,10 @@ class ExpertPolicies:
         self._default = self.resolve(FULL if default is None else default)
 
     def resolve(self, asked: PolicyRequest) -> ExpertPolicy | None:
-        """The policy, complete and checked for this model; None uses all experts that the gate chooses.
+        """The complete policy, checked for this model; None uses all experts that the gate chooses.
 
         Raises:
-            ValueError: it cannot be applied to this model.
+            ValueError: the policy cannot be applied to this model.
         """
         if asked is None:
             return self._default

@@ -1,4 +1,4 @@
-"""Limits on what experts and ranks get in a step: what the options mean. No torch."""
+"""Limits on the assignments of experts and ranks in a step, from the engine's options. No torch."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Limits:
 
     @property
     def queues(self) -> bool:
-        """Whether assignments over the capacity wait for further dispatch rounds."""
+        """Whether assignments beyond the capacity wait for further dispatch rounds."""
         return self.capacity_factor is not None and self.overflow == "queue"
 
     @property
     def limits_choices(self) -> bool:
-        """Whether assignments over the capacity are rerouted or dropped."""
+        """Whether assignments beyond the capacity are rerouted or dropped."""
         return self.capacity_factor is not None and self.overflow != "queue"
 
     @property
@@ -54,6 +54,7 @@ class Limits:
         return self.limits_choices or self.balance_epsilon is not None
 
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Assignments that an expert takes of a rank's tokens: `ceil(factor * T * K / E)` (arXiv 2006.16668)."""
+        """Maximum assignments that an expert takes from a rank's tokens: `ceil(factor * T * K / E)` (arXiv 2006.16668).
+        """
         assert self.capacity_factor is not None
         return max(1, math.ceil(min(num_tokens, self.capacity_factor * num_tokens * top_k / num_experts)))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, Hugging Face's many spellings normalised once. No torch."""
+"""A checkpoint's configuration, with Hugging Face's different spellings normalised. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. `rotary_dim` of each head's dims are rotated; `kind` and its figures as in HF's configs."""
+    """Rotary embedding of `rotary_dim` of each head's dims. `kind` and its parameters are as in HF's configs."""
 
     theta: float
     rotary_dim: int
@@ -46,12 +46,12 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What a layer keeps of each token of a sequence.
+    """The state that a layer keeps for each token of a sequence.
 
     Attributes:
-        kind: "full": all later tokens read it; "window": only the next `window - 1` tokens do.
-        bytes_per_token: keys and values of one token.
-        window: tokens that a token attends to, itself included; None with "full".
+        kind: with "full", all later tokens read it; with "window", only the next `window - 1` tokens do.
+        bytes_per_token: size of one token's keys and values.
+        window: number of tokens that a token attends to, including itself; None with "full".
     """
 
     kind: Literal["full", "window"]
@@ -59,7 +59,7 @@ class KVSpec:
     window: int | None
 
     def tokens_read(self, context_len: int) -> int:
-        """Of a context of so many tokens, those that the next token attends to."""
+        """How many of `context_len` tokens the next token attends to."""
         return min(context_len, self.window or context_len)
 
 
@@ -86,7 +86,7 @@ class AttentionConfig:
         return self.num_kv_heads * self.head_dim
 
     def kv_spec(self, itemsize: int) -> KVSpec:
-        """What the layer keeps, in elements of `itemsize` bytes."""
+        """The layer's state, in elements of `itemsize` bytes."""
         kind: Literal["full", "window"] = "full" if self.sliding_window is None else "window"
         return KVSpec(kind, 2 * self.kv_size * itemsize, self.sliding_window)
 
@@ -114,7 +114,7 @@ def layers_alike(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint, Hugging Face's many spellings normalised once."""
+    """One checkpoint's configuration, with Hugging Face's different spellings normalised."""
 
     family: str
     vocab_size: int
@@ -138,12 +138,12 @@ class ModelConfig:
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_sparse)
 
     def kv_specs(self, itemsize: int) -> list[KVSpec]:
-        """What each layer keeps of a token, in elements of `itemsize` bytes."""
+        """The state that each layer keeps for a token, in elements of `itemsize` bytes."""
         return [layer.attention.kv_spec(itemsize) for layer in self.layers]
 
     @property
     def max_model_len(self) -> int:
-        """Longest context: the trained one times the rope factor where the scaling is meant to reach beyond it."""
+        """Maximum context: the trained one, times the rope factor if the scaling is meant to extend the context."""
         if self.rope.kind in ("linear", "dynamic"):
             return int(self.max_position_embeddings * self.rope.factor)
         if self.rope.kind == "yarn":

@@ -1,6 +1,6 @@
-"""Options of the command line and of YAML files, made from frozen dataclasses: fields, defaults and docstrings.
+"""Options of the command line and of YAML files, from the fields, defaults and docstrings of frozen dataclasses.
 
-Flags, keys and Python arguments so have the same names, and a wrong value is refused in the same words.
+So flags, keys and Python arguments have the same names, and a wrong value gives the same message.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ EXPECTED = {int: "an integer", float: "a number", str: "a string"}
 
 
 class UserMistake(Exception):  # noqa: N818 - not an error of the program
-    """Something that the user named cannot be; the message is one clear line."""
+    """A value from the user cannot be used; the message is one clear line."""
 
 
 @contextlib.contextmanager
 def user_mistakes() -> Iterator[None]:
-    """Turn a ValueError or OSError about what the user named into a UserMistake."""
+    """Turn a ValueError or OSError about a user's value into a UserMistake."""
     try:
         yield
     except ValueError as error:
@@ -41,9 +41,9 @@ class Option:
     """One field of a dataclass: `--ep-size` on the command line, `ep_size` or `ep-size` in a file.
 
     Attributes:
-        kind: type of the value, or of each of several.
-        many: whether it holds several values.
-        alone: whether it may hold one value as well, which is not one of several then.
+        kind: type of the value, or of each value in a list.
+        many: whether the option takes a list of values.
+        alone: whether the option also takes a single value instead of a list.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Option:
 
 
 def options_of(cls: type, exclude: Iterable[str] = ()) -> list[Option]:
-    """The options that a dataclass defines, in its order."""
+    """The options that a dataclass defines, in the order of its fields."""
     assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
     helps = attribute_docs(cls)
@@ -80,14 +80,14 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def attribute_docs(cls: type) -> dict[str, str]:
-    """What a docstring's `Attributes:` section says of each name; `a, b: text` tells of both."""
+    """The text for each name in a docstring's `Attributes:` section; `a, b: text` is for both names."""
     section = textwrap.dedent((cls.__doc__ or "").partition("    Attributes:\n")[2].partition("\n\n")[0])
     entries = re.findall(r"^([\w, ]+): (.*(?:\n +.*)*)", section, re.MULTILINE)
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
 
 
 def add_flags(parser: argparse._ActionsContainer, options: Iterable[Option]) -> None:
-    """Add a flag for each option. What is not given stays absent, so that a file's value can take its place."""
+    """Add a flag for each option. A flag that is not given stays absent, so that a file can set the option."""
     for option in options:
         arguments: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
         if option.kind is bool:
@@ -124,7 +124,7 @@ def _converter(kind: type) -> Callable[[str], Any]:
 
 
 def _one_or_several(convert: Callable[[str], list[Any]]) -> Callable[[str], Any]:
-    """What `convert` makes of a flag's value; where that is one value, this alone."""
+    """Wrap `convert` to return a single value alone, not in a list."""
 
     def convert_or_take(text: str) -> Any:
         values = convert(text)
@@ -140,7 +140,7 @@ def integers(text: str) -> list[int]:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers of a flag's value, separated by commas; "inf" is one."""
+    """The numbers of a flag's value, separated by commas; "inf" is allowed."""
     convert = _converter(float)
     return [convert(word) for word in text.split(",")]
 
@@ -149,7 +149,7 @@ def read_options_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
     """The options that a YAML file sets, by name.
 
     Raises:
-        ValueError: no such file, not a mapping, or an unknown option. Values are left to the dataclasses.
+        ValueError: no such file, not a mapping, or an unknown option. The dataclasses check the values.
     """
     import yaml
 
@@ -174,7 +174,7 @@ def read_options_file(path: Path, options: Iterable[Option]) -> dict[str, Any]:
 
 
 def given_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
-    """The options that were set, on the command line or in the file of `--config`; the command line wins.
+    """The options set on the command line or in the file of `--config`; the command line wins.
 
     Raises:
         ValueError: as `read_options_file`.
@@ -192,10 +192,10 @@ def require_model(values: Mapping[str, Any]) -> None:
 
 
 def option_values(namespace: argparse.Namespace, options: Sequence[Option]) -> dict[str, Any]:
-    """As `given_values`, of a command that needs a model.
+    """As `given_values`, for a command that needs a model.
 
     Raises:
-        ValueError: as `read_options_file`, or there is no model.
+        ValueError: as `read_options_file`, or no model is named.
     """
     values = given_values(namespace, options)
     require_model(values)
@@ -203,6 +203,6 @@ def option_values(namespace: argparse.Namespace, options: Sequence[Option]) -> d
 
 
 def only_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the values that are fields of a dataclass."""
+    """The values whose names are fields of a dataclass."""
     names = [field.name for field in dataclasses.fields(cls)]
     return {name: value for name, value in values.items() if name in names}

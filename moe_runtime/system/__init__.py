@@ -1,1 +1,1 @@
-"""Files, the cache folder, memory pages of the operating system. Uses nothing else of the package."""
+"""Files, the cache folder, memory pages of the operating system. Imports no other folder of the package."""

@@ -1,4 +1,4 @@
-"""Where compiled kernels, tuned tiles and the demo model are kept."""
+"""The folder of compiled kernels, tuned tiles and the demo model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def default_cache_dir() -> Path:
-    """The folder used when none is given; it need not exist."""
+    """The folder used when none is given. It may not exist yet."""
     if own := os.environ.get("MOE_RUNTIME_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")

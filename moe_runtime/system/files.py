@@ -1,4 +1,4 @@
-"""Reading the JSON files that this package writes, and refusing others by name."""
+"""Reads the JSON files that this package writes, and checks their format and fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def parse_json(text: str) -> Any:
-    """The value in `text`; a ValueError with one line where it is not JSON."""
+    """The JSON value in `text`. Raises ValueError with one line if it is not JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -17,7 +17,7 @@ def parse_json(text: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file, without a byte order mark; a ValueError with one line where it is something else."""
+    """The UTF-8 text of a file, without a byte order mark. Raises ValueError with one line if it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -25,10 +25,10 @@ def read_text(path: Path) -> str:
 
 
 def require_format(data: object, name: str, version: int) -> Mapping[str, Any]:
-    """`data` if it is an object of the named format and a version that can be read.
+    """`data`, if it is an object of the named format in a version that can be read.
 
     Raises:
-        ValueError: it is something else, or was written by a newer version.
+        ValueError: it has another format, or a newer version wrote it.
     """
     if not isinstance(data, Mapping) or data.get("format") != name:
         found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
@@ -47,7 +47,7 @@ def field(data: Mapping[str, Any], name: str, kind: type, optional: bool = False
     value = data.get(name)
     if value is None and optional:
         return None
-    # bool is a subclass of int, and no field here is a truth value
+    # bool is a subclass of int, and no field here is a bool
     if not isinstance(value, kind) or isinstance(value, bool):
         found = "missing" if name not in data else f"of type {type(value).__name__}"
         raise ValueError(f"{name}: must be of type {kind.__name__}; it is {found}")

@@ -1,4 +1,4 @@
-"""Reading the NPZ archives that this package writes, and refusing others by name."""
+"""Reads the NPZ archives that this package writes, and refuses others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moe_runtime.system.files import parse_json
 
-# what zipfile and numpy raise where an archive is damaged
+# what zipfile and numpy raise if an archive is damaged
 UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, EOFError, OSError, RuntimeError)
 
 
@@ -24,11 +24,11 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, npt.NDArray[An
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is foreign or damaged, or lacks `metadata` or one of `names`.
+        ValueError: it is not an NPZ archive, is damaged, or lacks `metadata` or one of `names`.
     """
     content = path.read_bytes()
     try:
-        # numpy parses before it has seen the checksum: check that first
+        # numpy parses an array before it checks the checksum, so check that first
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             damaged = archive.testzip()
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

@@ -17,44 +17,45 @@ HUGE_PAGE = 2 << 20
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Give back the pages of a contiguous CPU tensor that is not needed any more; its values are lost.
+    """Release the pages of a contiguous CPU tensor that is no longer needed; its values are lost.
 
-    A checkpoint's tensor is a view of a mapped file: what was read of it counts as this process's memory until then.
-    Pages that the tensor shares with its neighbours stay.
+    A checkpoint's tensor is a view of a mapped file. The part read so far counts as this process's memory until it is
+    released. Pages shared with neighbouring data stay.
     """
     _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED)
 
 
 def release_mappings(files: Iterable[Path]) -> None:
-    """Give back what was read of mapped files, which nobody may have written to; what is used again is read again."""
+    """Release the pages of mapped files, which must be unmodified. If they are used again, they are read again."""
     for start, end in mappings_of(files):
         _madvise(start, end - start, MADV_DONTNEED)
 
 
 def mappings_of(files: Iterable[Path]) -> list[tuple[int, int]]:
-    """Start and end of what is mapped of files."""
+    """Start and end of each mapping of the files."""
     paths = {str(file.resolve()) for file in files}
     return [_range_of(fields) for fields in _fields("maps") if len(fields) == 6 and fields[5] in paths]
 
 
 def ask_for_huge_pages(tensor: Tensor) -> None:
-    """Ask for huge pages for a CPU tensor that was not written yet. Where the system grants none, nothing changes."""
+    """Ask for huge pages for a CPU tensor that was not written yet. If the system grants none, nothing changes."""
     _advise(tensor, HUGE_PAGE, MADV_HUGEPAGE)
 
 
 def library_mappings() -> frozenset[tuple[int, int]]:
-    """Start and end of what is mapped of files, read-only."""
+    """Start and end of each read-only mapping of a file."""
     return frozenset(_range_of(fields) for fields in _fields("maps") if _is_read_only_file(fields))
 
 
 def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
-    """Give back what this process has read of its libraries' files. What is used again comes back, at a fault each.
+    """Release the pages that this process has read of its libraries' files. A page used again costs one page fault.
 
-    Starting reads most of a library once, to bind it; of torch that is 70 MB that count as this process's memory.
+    Loading a library reads most of it once, for symbol binding. For torch, 70 MB count as this process's memory.
 
     Args:
-        mappings: from an earlier look. Others are left alone: a library that is being loaded is mapped as a whole for a
-            moment, the parts that will be written included. So are those of which a page was changed.
+        mappings: the result of an earlier `library_mappings`. Other mappings are left alone, since a library that is
+            being loaded is briefly mapped as a whole, including parts that will be written. Mappings with a modified
+            page are left alone too.
     """
     found, is_known = (0, 0), False
     for fields in _fields("smaps"):
@@ -67,7 +68,7 @@ def release_library_pages(mappings: frozenset[tuple[int, int]]) -> None:
 
 @contextmanager
 def giving_memory_back() -> Iterator[None]:
-    """Around loading: give back what was read of libraries before and after it, and then all memory that was freed."""
+    """Wraps loading: release library pages before and after it, and then all freed memory."""
     libraries = library_mappings()
     release_library_pages(libraries)
     yield
@@ -76,12 +77,12 @@ def giving_memory_back() -> Iterator[None]:
 
 
 def give_freed_memory_back() -> None:
-    """Give back all whole pages that were freed, also those between what is in use."""
+    """Release all whole pages that were freed, including those between allocations in use."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fields(listing: str) -> Iterator[list[str]]:
-    """Of the lines of this process's "maps" or "smaps": range, rights, offset, device, inode, and the path if any."""
+    """The fields of each line of this process's "maps" or "smaps": range, rights, offset, device, inode, any path."""
     for line in Path("/proc/self", listing).read_text().splitlines():
         yield line.split(maxsplit=5)
 
@@ -96,7 +97,7 @@ def _is_read_only_file(fields: list[str]) -> bool:
 
 
 def _advise(tensor: Tensor, page: int, advice: int) -> None:
-    """`madvise` on the whole pages within a tensor."""
+    """Call `madvise` on the whole pages within a tensor."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return
     start = -(-tensor.data_ptr() // page) * page

@@ -1,1 +1,1 @@
-"""What users and all rooms share: sampling parameters, outputs, the version. Uses nothing else of the package."""
+"""Types shared by users and all folders: sampling parameters, outputs, the version. Imports no other folder."""

@@ -1,4 +1,4 @@
-"""How many of its chosen experts a token uses: what a request may ask for.
+"""Expert policies: how many of its chosen experts a token uses, as a request may ask.
 
 Shape suffixes: L sparse layers.
 """
@@ -12,23 +12,23 @@ from typing import Any
 
 FULL = "full"
 CLASSES = (FULL, "balanced", "fast")
-ALL_MASS = 2.0  # no sum of probabilities reaches it
+ALL_MASS = 2.0  # more than any sum of probabilities
 ALLOWED = f'one of {list(CLASSES)}, "NAME=VALUE" or an object with top_k, top_p, threshold or temperature'
 
 
 @dataclass(frozen=True)
 class ExpertPolicy:
-    """Fewer experts for the tokens of a request. A value is for all sparse layers, or a list with one for each.
+    """Fewer experts for the tokens of a request. A value applies to all sparse layers, or is a list with one per layer.
 
-    Of the experts that the gate chose, best first, a token keeps at most `top_k`, at most the fewest whose
-    probabilities sum to `top_p`, and of these none below `threshold` times the most probable; always at least one. What
-    is left is weighted as the model's gate weights what it chose, normalised if that does so.
+    The gate's chosen experts are taken best first. A token keeps at most `top_k` of them, and at most the fewest whose
+    probabilities sum to `top_p`. It drops experts with less than `threshold` times the highest probability. It always
+    keeps at least one. The kept experts are weighted as the model's gate does, normalised if the gate normalises.
 
-    Probabilities are those of a softmax gate over all experts; a sigmoid gate's are the softmax of the router's logits
-    divided by `temperature`, which a calibration finds.
+    Probabilities are those of a softmax gate over all experts. For a sigmoid gate, they are the softmax of the gate's
+    logits divided by `temperature`, which a calibration finds.
 
     Attributes:
-        top_k: at most the model's own; None keeps that.
+        top_k: at most the model's own; None keeps the model's.
         top_p: in (0, 1]; None keeps all (arXiv 2403.07652).
         threshold: in [0, 1]; None or 0 keeps all (arXiv 2402.14800).
         temperature: above 0; None for softmax gates.
@@ -56,11 +56,11 @@ class ExpertPolicy:
 
     @property
     def drops(self) -> bool:
-        """Whether it asks for anything."""
+        """Whether the policy can drop experts."""
         return (self.top_k, self.top_p, self.threshold) != (None, None, None)
 
     def rows(self, num_layers: int, top_k: int) -> list[list[float]]:
-        """`[L, 4]`: most experts, mass, threshold and 1 / temperature of each layer, as gates take them."""
+        """`[L, 4]`, the gates' input: maximum experts, `top_p`, threshold and 1 / temperature of each layer."""
         columns = [
             _per_layer(value, neutral, num_layers)
             for value, neutral in (
@@ -78,10 +78,10 @@ PolicyRequest = str | ExpertPolicy | None
 
 
 def parse_expert_policy(value: object) -> PolicyRequest:
-    """A policy or the name of a class, from what users write: also `"top_p=0.8,top_k=6"`, JSON, or a mapping.
+    """A policy or the name of a class, from a user's value: also `"top_p=0.8,top_k=6"`, JSON, or a mapping.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is none of these.
     """
     if value is None or isinstance(value, ExpertPolicy) or value in CLASSES:
         return value
@@ -112,7 +112,7 @@ def _from_text(text: str) -> object:
 
 
 def _checked(name: str, value: object, kind: type, low: float, high: float | None, allowed: str) -> Any:
-    """A number, or a tuple with one for each layer."""
+    """A number, or a tuple with one number for each layer."""
     many = isinstance(value, (list, tuple))
     numbers: Any = value if many else [value]
     for number in numbers:

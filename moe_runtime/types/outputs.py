@@ -1,4 +1,4 @@
-"""What comes out of the engine: deltas per step, and finished outputs. Names are vLLM's. No torch."""
+"""Outputs of the engine: deltas per step, and finished outputs. Names follow vLLM. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability and its place among all tokens (1 is the best) at one position."""
+    """A token's log-probability and its rank among all tokens (1 is the best) at one position."""
 
     logprob: float
     rank: int
@@ -24,9 +24,9 @@ PositionLogprobs = dict[int, Logprob]
 
 @dataclass(frozen=True)
 class ExpertChanges:
-    """Assignments (a token's k-th expert in a layer) that limits of experts and ranks have changed.
+    """Assignments (a token's k-th expert in a layer) changed by limits on experts and ranks.
 
-    Moved to a near-equal expert of a lighter rank, rerouted from an expert that was full, dropped.
+    An assignment moves to a near-equal expert on a less loaded rank, is rerouted from a full expert, or is dropped.
     """
 
     moved: int = 0
@@ -41,11 +41,11 @@ class ExpertChanges:
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `finish_reason` is "stop" or "length"; `stop_reason` is the stop string or stop id that ended it, None for the
-    model's own end of sequence. `routed_experts`, if asked for, has the experts of every token that went through the
-    model, all of prompt and output but the last: [tokens, sparse layers, experts per token], best first, in uint8 where
-    that can hold them, else uint16; the type's largest value stands where one was dropped. `expert_changes` counts what
-    capacity and load-aware routing have changed of them, where the engine's options let them.
+    `finish_reason` is "stop" or "length". `stop_reason` is the stop string or stop id that ended the output, or None
+    for the model's own end of sequence. `routed_experts`, if asked for, holds the experts of every token that went
+    through the model: all tokens of prompt and output except the last. Its shape is [tokens, sparse layers, experts per
+    token], best first, in uint8 if that is large enough, else uint16. The type's largest value marks a dropped expert.
+    `expert_changes` counts the assignments that capacity limits and `balance_epsilon` have changed, if they are set.
     """
 
     index: int
@@ -60,7 +60,7 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt and what was generated from it. `prompt_logprobs[0]` is None: nothing comes before the first token."""
+    """A prompt and its generated output. `prompt_logprobs[0]` is None: no token precedes the first one."""
 
     request_id: str
     prompt: str | None
@@ -72,11 +72,12 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class OutputDelta:
-    """What one engine step adds to one request.
+    """The output that one engine step adds to one request.
 
     The last delta of a request has a `finish_reason`: "stop", "length", or "abort". `text` may lag behind `token_ids`:
-    half a character, or what may become a stop string, is held back. The prompt's tokens come with the first delta,
-    and its log-probabilities if asked for; `routed_experts` and `expert_changes` with the last, see `CompletionOutput`.
+    an incomplete character, or text that may become a stop string, is held back. The first delta has the prompt's
+    tokens, and their log-probabilities if asked for. The last has `routed_experts` and `expert_changes`; see
+    `CompletionOutput`.
     """
 
     request_id: str
@@ -95,7 +96,7 @@ class OutputDelta:
 
 @dataclass
 class Completion:
-    """What a request's deltas add up to; attributes as those of `OutputDelta`."""
+    """The sum of a request's deltas. Attributes are those of `OutputDelta`."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -109,7 +110,7 @@ class Completion:
     expert_changes: ExpertChanges | None = None
 
     def add(self, delta: OutputDelta) -> None:
-        """Take in the next delta of the request."""
+        """Add the next delta of the request."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
@@ -121,7 +122,7 @@ class Completion:
         self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
 
     def request_output(self, request_id: str, prompt: str | None) -> RequestOutput:
-        """The finished request as `LLM` gives it."""
+        """The finished request as `LLM` returns it."""
         output = CompletionOutput(
             0,
             self.text,

@@ -1,4 +1,4 @@
-"""What a user may ask of the sampler. Names and defaults are vLLM's and OpenAI's."""
+"""Sampling parameters of a request. Names and defaults are those of vLLM and OpenAI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
-MAX_INTEGER = 2**63 - 1  # what a message between processes can carry
+MAX_INTEGER = 2**63 - 1  # the largest integer in a message between processes
 
 
 @dataclass(frozen=True)
@@ -18,24 +18,24 @@ class SamplingParams:
     """How to continue one prompt.
 
     Attributes:
-        max_tokens: most tokens to generate, at least 1; `None` means up to the context's end.
+        max_tokens: maximum number of tokens to generate, at least 1; `None` means up to the end of the context.
         temperature: 0 is greedy; otherwise logits are divided by it.
-        top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
-        top_k: keep this many best tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of tokens whose total probability reaches this, in (0, 1].
+        top_k: keep this many of the best tokens; 0 or -1 keeps all.
         min_p: drop tokens below this share of the best token's probability, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens seen so far, above 0.
         presence_penalty, frequency_penalty: subtracted once / per occurrence in the output, in [-2, 2].
-        seed: the same seed gives the same tokens, whatever else runs; `None` draws one.
+        seed: the same seed gives the same tokens, whatever else runs; `None` draws a seed.
         stop: strings that end the output; the output is cut before them.
-        stop_token_ids: ids that end the output, beside the model's own end-of-sequence ids.
-        ignore_eos: go on past the model's end-of-sequence ids.
-        logprobs: with every output token its log-probability and those of so many best tokens (0 to 20).
+        stop_token_ids: ids that end the output, in addition to the model's own end-of-sequence ids.
+        ignore_eos: continue past the model's end-of-sequence ids.
+        logprobs: return the log-probability of every output token and of this many best tokens (0 to 20).
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
-        include_stop_str_in_output: do not cut the stop string off.
+        include_stop_str_in_output: keep the stop string in the output.
         routing: experts per token: "full", "balanced", "fast", or a policy such as "top_k=4", "top_p=0.8" or
-            "threshold=0.5"; None takes the server's default.
-        return_routed_experts: give the experts that each token used, of every sparse layer, with the last token.
+            "threshold=0.5"; None uses the server's default.
+        return_routed_experts: with the last token, return the experts that each token used in every sparse layer.
 
     Log-probabilities are those of the model, before penalties, temperature and truncation.
 
@@ -101,7 +101,7 @@ class SamplingParams:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can carry it: JSON's escapes can write half a character (a lone surrogate)."""
+    """Whether UTF-8 can encode the text. It cannot encode a lone surrogate, which JSON's escapes can contain."""
     try:
         text.encode()
     except UnicodeEncodeError:
