@@ -43,17 +43,17 @@ def bench(namespace: argparse.Namespace) -> int:
 
 
 def save_report(report: Report, path: Path) -> None:
-    """Write a file; its suffix, .json or .png, says what. Raises OSError if it cannot be written."""
+    """Write a .json or .png file, by the suffix of `path`. Raises OSError if it cannot be written."""
     if path.suffix == ".json":
         path.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
         return
-    from moe_runtime.bench.plot import draw  # matplotlib only where a picture is drawn
+    from moe_runtime.bench.plot import draw  # imports matplotlib, which only a plot needs
 
     path.write_bytes(draw(report))
 
 
 def _check_engine(options: BenchOptions, engine: Mapping[str, Any]) -> None:
-    """All of an engine's options that can be checked before it is loaded; a server has its own."""
+    """Check the engine's options as far as possible before it is loaded. A server has its own options."""
     if options.url is None:
         require_model(engine)
         EngineConfig(**engine)

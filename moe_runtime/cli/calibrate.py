@@ -1,4 +1,4 @@
-"""`moe-runtime calibrate`: routing policies for a mean number of experts, with their measured loss."""
+"""`moe-runtime calibrate`: expert policies for a mean number of experts, with their measured loss."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from moe_runtime.text.tokenizer import Tokenizer
 
 SAVED = (".json", ".png")
-PIECE = 4096  # characters that are tokenised at a time
+PIECE = 4096  # characters tokenised at a time
 COLUMNS = ("text", "policy", "mean k", "perplexity", "KL")
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """What `calibrate` looks for, and on which text.
+    """The policies that `calibrate` searches for, and the texts it uses.
 
     Attributes:
         text: UTF-8 file; may be repeated. Every second block of it is held out for the measurement.
         mean_k: mean numbers of experts per token to find policies for.
-        block_tokens: tokens of a block, which is a sequence of its own.
-        max_tokens: most tokens that are used, as many of each file.
+        block_tokens: tokens per block; each block is a sequence of its own.
+        max_tokens: maximum number of tokens used, divided equally among the files.
         output: file to write: .json (the calibration) or .png (a plot); may be repeated.
 
     Raises:
@@ -95,7 +95,7 @@ def _run(options: CalibrateOptions, config: EngineConfig) -> Sequence[Mapping[st
     num_policies = 1 + sum(3 + float(target).is_integer() for target in options.mean_k)
     calibration = [block for text in blocks.values() for block in text[::2]]
     held_out = {name: text[1::2] for name, text in blocks.items()}
-    total = len(calibration) * (1 + num_policies)  # as many are held out
+    total = len(calibration) * (1 + num_policies)  # as many blocks are held out
     with tqdm(total=total, desc="calibrating", leave=False) as bar:
         found, _ = run(worker, model, config.model, calibration, held_out, options.mean_k, bar.update)
     for name in options.output:
@@ -109,7 +109,7 @@ def _run(options: CalibrateOptions, config: EngineConfig) -> Sequence[Mapping[st
 
 
 def _blocks(options: CalibrateOptions, tokenizer: Tokenizer, length: int) -> dict[str, list[list[int]]]:
-    """Blocks of token ids of each file, by its name without folder and ending; an even number of them."""
+    """An even number of blocks of token ids for each file, by its name without folder and suffix."""
     most = max(2, options.max_tokens // (length * len(options.text)))
     found = {}
     for name in options.text:
@@ -129,7 +129,7 @@ def _blocks(options: CalibrateOptions, tokenizer: Tokenizer, length: int) -> dic
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a calibration for people."""
+    """The rows of a calibration as a readable table."""
     lines = [f"{COLUMNS[0]:14}{COLUMNS[1]:30}" + "".join(f"{name:>12}" for name in COLUMNS[2:])]
     for row in rows:
         scope = " per layer" if row["scope"] == "per layer" else ""

@@ -1,4 +1,4 @@
-"""`moe-runtime generate`: prompts in, text out, as it comes if a person looks on."""
+"""`moe-runtime generate`: prints the text generated for prompts. A single prompt on a terminal streams."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
     from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
 
-DEFAULT_MAX_TOKENS = 256  # room for an answer; the Python default is a line
+DEFAULT_MAX_TOKENS = 256  # enough for an answer; the Python default is about one line
 
 
 @dataclass
 class _Answer:
-    """What has come for one prompt, which `title` names."""
+    """The output so far for one prompt, which `title` names."""
 
     title: str
     text: str = ""
@@ -39,7 +39,7 @@ class _Answer:
 
 
 def sampling_options() -> list[Option]:
-    """Options of `SamplingParams`, with room for an answer."""
+    """Options of `SamplingParams`, with a larger default for `max_tokens`."""
     return [
         replace(option, default=DEFAULT_MAX_TOKENS) if option.name == "max_tokens" else option
         for option in options_of(SamplingParams)
@@ -47,7 +47,7 @@ def sampling_options() -> list[Option]:
 
 
 def engine_options(*exclude: str) -> list[Option]:
-    """Options of `EngineConfig`, less the seed: the one seed is the requests' and the engine's."""
+    """Options of `EngineConfig` without the seed: one option sets the seed of both requests and engine."""
     return options_of(EngineConfig, exclude=("model", "seed", *exclude))
 
 
@@ -77,7 +77,7 @@ def generate(namespace: argparse.Namespace) -> int:
 
 
 def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
-    """All that can be checked before the model is loaded."""
+    """The options, checked as far as possible before the model is loaded."""
     from moe_runtime.balancer.load import SAVED
 
     values = option_values(namespace, [*options_of(EngineConfig), *sampling_options()])
@@ -108,7 +108,7 @@ def _add_requests(engine: Engine, namespace: argparse.Namespace, params: Samplin
 
 
 def _run(engine: Engine, answers: dict[str, _Answer]) -> None:
-    """Run all requests and print what comes: at once for one prompt on a terminal, else when all have ended."""
+    """Run all requests and print the text: as it arrives for one prompt on a terminal, else when all have ended."""
     has_text = engine.tokenizer is not None
     live = len(answers) == 1 and sys.stdout.isatty() and has_text
     started = time.perf_counter()
@@ -132,12 +132,12 @@ def _run(engine: Engine, answers: dict[str, _Answer]) -> None:
 
 
 def _print_logprobs(answer: _Answer) -> None:
-    """A line for each position that has log-probabilities: the token, then the best ones."""
+    """Print a line for each position that has log-probabilities: the token, then the best tokens."""
     for name, token_ids, positions in (
         ("prompt", answer.prompt_token_ids, answer.prompt_logprobs),
         ("output", answer.token_ids, answer.logprobs),
     ):
-        # No positions where none were asked for; None at the prompt's first token, before which there is nothing.
+        # `positions` is empty if none were asked for. The prompt's first token has None: no token precedes it.
         for token_id, position in zip(token_ids, positions, strict=False):
             if position is None:
                 continue

@@ -1,4 +1,4 @@
-"""`moe-runtime inspect`: what a model takes, before anything is loaded."""
+"""`moe-runtime inspect`: sizes and memory of a model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ MOST_RANKS = 8  # by default
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What `inspect` shows.
+    """Options of the `inspect` command.
 
     Attributes:
         batch_size: sequences in a decode step.
-        ep_size: numbers of ranks, all of them on this host; the default is 1, 2, 4 and 8, or as many as ranks have
-            redundant experts of their own.
+        ep_size: numbers of ranks, all of them on this host. The default is 1, 2, 4 and 8; if `redundant_experts` lists
+            a number per rank, it is the length of that list.
         json: print JSON, with sizes in bytes.
 
     Raises:
@@ -67,7 +67,7 @@ class InspectOptions:
 
 
 def inspect_engine_options() -> list[Option]:
-    """Those of an engine's options on which its memory depends; `ep_size` is `InspectOptions`'."""
+    """The engine's options that affect its memory. `ep_size` is in `InspectOptions`."""
     return options_of(EngineConfig, exclude={field.name for field in fields(EngineConfig)} - set(ENGINE))
 
 
@@ -94,9 +94,9 @@ def inspect(namespace: argparse.Namespace) -> int:
 
 
 def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) -> dict[str, Any]:
-    """All figures, as JSON can hold them; bytes where the name ends so.
+    """All figures, as JSON values. Those whose names end in "bytes" are in bytes.
 
-    `engine.ep_size` has no effect unless its ranks have redundant experts of their own.
+    `engine.ep_size` has no effect unless `redundant_experts` lists a number per rank.
 
     Raises:
         ValueError: an option does not fit the model.
@@ -133,7 +133,7 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
 
 
 def _with_ranks(engine: EngineConfig, ep_size: int) -> EngineConfig:
-    """The configuration for so many ranks; one rank holds every expert and takes no redundant ones."""
+    """The configuration for `ep_size` ranks. A single rank holds every expert and takes no redundant ones."""
     return replace(engine, ep_size=ep_size, redundant_experts=0 if ep_size == 1 else engine.redundant_experts)
 
 
@@ -167,7 +167,7 @@ def _memory(ep_size: int, budget: Budget) -> dict[str, Any]:
 
 
 def to_text(found: dict[str, Any], model: ModelConfig) -> str:
-    """The figures of `describe` to read."""
+    """The figures of `describe` as readable text."""
     parameters, experts, layers = found["parameters"], found["experts"], found["layers"]
     shared = f", {experts['shared_intermediate_size']} wide shared" if experts["shared_intermediate_size"] else ""
     facts = [
@@ -224,7 +224,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _count(number: int) -> str:
-    """30.5 B, 134.5 M."""
+    """A count as text, such as 30.5 B or 134.5 M."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= unit:
             return f"{number / unit:.1f} {name}"

@@ -1,5 +1,5 @@
-"""Serving under torchrun or DeepSpeed's launcher: each process they start is the host of one rank, and the first one is
-the front as well.
+"""Serving under torchrun or DeepSpeed's launcher. Each process that they start is the host of one rank. The first
+process is also the front.
 
 Only the front imports torch, for the rendezvous store.
 """
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.1
 ALIVE_INTERVAL = 1.0
-FRONT_LOST = 3.0  # seconds without a connection after which a host takes the front for dead
-DRAIN_LIMIT = 27.0  # the front drains within 25 s of SIGTERM, and the launchers kill after 30
+FRONT_LOST = 3.0  # seconds without a connection after which a host considers the front dead
+DRAIN_LIMIT = 27.0  # seconds; the front drains within 25 s of SIGTERM, and the launchers kill after 30 s
 
 
 @dataclass(frozen=True)
 class Torchrun:
-    """What torchrun, or DeepSpeed's launcher, tells each of its processes through the environment."""
+    """The environment variables that torchrun or DeepSpeed's launcher sets for each of its processes."""
 
     launcher: str
     rank: int
@@ -59,7 +59,7 @@ class Torchrun:
             local_world_size=int(env["LOCAL_WORLD_SIZE" if torchrun else "LOCAL_SIZE"]),
             master_addr=env["MASTER_ADDR"],
             master_port=int(env["MASTER_PORT"]),
-            # DeepSpeed names no run, but one launcher is the parent of all its processes on a node.
+            # DeepSpeed gives no run id, but one launcher is the parent of all its processes on a node.
             run_id=env["TORCHELASTIC_RUN_ID"] if torchrun else f"deepspeed {os.getppid()}",
         )
 
@@ -69,12 +69,12 @@ class Torchrun:
 
 
 def under_torchrun() -> bool:
-    """Whether this process was started by torchrun, or by DeepSpeed's launcher."""
+    """Whether torchrun or DeepSpeed's launcher started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "LOCAL_SIZE", "CROSS_SIZE"} <= os.environ.keys()
 
 
 def serve_torchrun(config: EngineConfig, host: str, port: int) -> int:
-    """`serve` under torchrun: host one rank, and on rank 0 answer HTTP at `host` and `port`. Returns the exit code.
+    """`serve` under torchrun: host one rank; rank 0 also serves HTTP at `host` and `port`. Returns the exit code.
 
     Raises:
         ValueError: `config.ep_size` is neither 1, its default, nor the number of torchrun's processes.
@@ -95,11 +95,11 @@ def run_torchrun(
     run_front: Callable[[EngineConfig, MakeExecutor], int],
     command: Sequence[str] = RANK_COMMAND,
 ) -> int:
-    """Be one of torchrun's processes. Returns the exit code: 0 after a clean stop.
+    """Run as one of torchrun's processes. Returns the exit code: 0 after a clean stop.
 
     Args:
-        run_front: on rank 0, runs the front with the configuration and the executor that it is given the means to
-            make, until it stops; returns its exit code.
+        run_front: called on rank 0 with the configuration and a function that makes the executor. Runs the front until
+            it stops, and returns its exit code.
         command: starts the process that forks into the ranks.
     """
     torchrun = Torchrun.from_environment()
@@ -116,7 +116,7 @@ def run_torchrun(
             return run_front(config, partial(ProcessExecutor, site=site, command=command))
         return _run_host(torchrun.rank, site, command)
     finally:
-        if directory is not None:  # by each process, so that none is left if one was killed
+        if directory is not None:  # each process tries, so that nothing is left if one was killed
             shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -150,7 +150,7 @@ def _control_port(torchrun: Torchrun) -> int:
 
 
 def _shared_directory(torchrun: Torchrun) -> Path:
-    """The private directory that all of this user's processes of this run find by its name."""
+    """The private directory of this run. All of this user's processes of the run find it by its name."""
     run = hashlib.sha256(f"{torchrun.run_id} {torchrun.master_addr} {torchrun.master_port}".encode()).hexdigest()
     path = socket_folder() / f"moe-runtime-{os.getuid()}-{run[:16]}"
     path.mkdir(mode=0o700, exist_ok=True)
@@ -161,7 +161,7 @@ def _shared_directory(torchrun: Torchrun) -> Path:
 
 
 class _HostSignals:
-    """Notes when SIGTERM or SIGINT came, and goes on: a host ends when the front, which drains first, says so."""
+    """Notes the time of SIGTERM or SIGINT, and continues: the front drains first, then tells the host to end."""
 
     def __init__(self) -> None:
         self.told_at: float | None = None
@@ -192,7 +192,7 @@ def _run_host(rank: int, site: Site, command: Sequence[str]) -> int:
 
 
 def _attend(front: Dealer, host: Host, signals: _HostSignals) -> bool:
-    """Report life and death of the host's rank to the front until it says stop. Returns whether all went well."""
+    """Report to the front that the host is alive, and when its rank ends, until `Stop`. Returns whether it went well."""
     started_at = time.monotonic()
     alive_at = 0.0
     num_reported = 0
@@ -216,7 +216,7 @@ def _attend(front: Dealer, host: Host, signals: _HostSignals) -> bool:
 
 
 def _lost_cause(front: Dealer, seconds: float, seconds_told: float | None) -> str | None:
-    """Why there is no use in waiting for the front's stop, or None."""
+    """The reason to stop waiting for the front's `Stop`, or None."""
     if front.lost_seconds > FRONT_LOST:
         return "the front has gone"
     if not front.ever_connected:

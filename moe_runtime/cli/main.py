@@ -1,4 +1,4 @@
-"""The command line: `moe-runtime COMMAND`. Imports what a command needs only when it runs."""
+"""The command line: `moe-runtime COMMAND`. Modules that a command needs are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where `serve` listens.
+    """The address of `serve`.
 
     Attributes:
         host: address to listen on.
-        port: 0 takes a free one.
+        port: port to listen on; 0 takes a free one.
 
     Raises:
-        ValueError: a value of another type.
+        ValueError: a value has another type.
     """
 
     host: str = "127.0.0.1"
@@ -62,7 +62,7 @@ class ServeOptions:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
 
-    0 is success, 1 a rank that failed, 2 a user's mistake (in one line on stderr), 130 Ctrl-C.
+    0 is success, 1 a failed rank, 2 a user's mistake (described in one line on stderr), 130 Ctrl-C.
     """
     try:
         options = _parser().parse_args(arguments)
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone; nothing may be flushed to it at exit
+    except BrokenPipeError:  # the reader of our output has ended; exit must not flush anything to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and names options as Python and YAML do."""
+    """Reports an error in one line, and names options as Python and YAML do."""
 
     def error(self, message: str) -> NoReturn:
         raise UserMistake(

@@ -1,4 +1,4 @@
-"""`moe-runtime plan` and `moe-runtime profile`: predict what a choice will bring, and measure what predictions need."""
+"""`moe-runtime plan` predicts the speed and memory of choices. `moe-runtime profile` measures a machine for that."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is predicted.
+    """Options of the `plan` command.
 
     Attributes:
-        trace: a recorded routing trace; its model is taken where none is named.
-        assume: loads of experts where there is no trace: "uniform" or "zipf:X".
+        trace: a recorded routing trace; if no model is named, the trace's model is used.
+        assume: loads of experts if there is no trace: "uniform" or "zipf:X".
         ranks: numbers of ranks.
-        redundant: slots per rank and layer beside those for one copy of every expert.
+        redundant: slots per rank and layer beyond those for one copy of every expert.
         hardware: h200, h800, cpu, or a file that `profile` wrote.
         batch: sequences per rank.
         phase: decode or prefill.
         context_len: keys of each sequence; with phase prefill, tokens of each prompt.
-        dtype: of weights: auto, float32 or bfloat16; a JSON shape has its own.
-        max_step_ms: recommend no choice with a longer step.
-        seed: of assumed loads and their draws.
+        dtype: data type of weights: auto, float32 or bfloat16; a JSON shape has its own.
+        max_step_ms: do not recommend a choice with a longer step.
+        seed: seeds assumed loads and the draws from them.
         json: print JSON.
         output: also write a file, .png or .json; may be repeated.
 
@@ -89,11 +89,11 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class ProfileOptions:
-    """Where the measured profile goes.
+    """Options of the `profile` command.
 
     Attributes:
         output: a .yaml, .yml or .json file.
-        name: shown in reports; the default is the processor's.
+        name: name shown in reports; the default is the processor's.
 
     Raises:
         ValueError: a value is not allowed.
@@ -152,7 +152,7 @@ def profile(namespace: argparse.Namespace) -> int:
 
 
 def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
-    """What `report.to_dict` gives.
+    """The result of `report.to_dict`.
 
     Raises:
         ValueError: as `plan`.
@@ -186,7 +186,7 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
 
 
 def load_shape(model: str, dtype: str) -> ModelShape:
-    """The shape of a model: of a JSON file of sizes, else of a checkpoint's configuration.
+    """The shape of a model, from a JSON file of sizes or from a checkpoint's configuration.
 
     Raises:
         ValueError: neither can be read.
@@ -203,10 +203,10 @@ def load_shape(model: str, dtype: str) -> ModelShape:
 
 
 def _routing(shape: ModelShape, trace: RoutingTrace | None, options: PlanOptions) -> tuple[Routing, str]:
-    """The routing, and what it is in words.
+    """The tokens' expert choices, and a description of them.
 
     Raises:
-        ValueError: the trace is of another model than the shape's.
+        ValueError: the trace is from a different model than the shape.
     """
     from moe_runtime.planner.routing import LoadRouting, TraceRouting
 

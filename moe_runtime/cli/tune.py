@@ -1,4 +1,4 @@
-"""`moe-runtime tune`: measure tiles for a model's experts on this machine's GPU, once, so that serving never has to."""
+"""`moe-runtime tune`: measure tiles for a model's experts on this machine's GPU once, so that serving need not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENGINE = ("model", "ep_size", "dtype", "max_num_seqs", "max_num_batched_tokens",
 
 
 def tune_options() -> list[Option]:
-    """The engine's options on which the shapes of a rank's products depend."""
+    """The engine's options that affect the shapes of a rank's matrix products."""
     return options_of(EngineConfig, exclude={field.name for field in fields(EngineConfig)} - set(ENGINE))
 
 
@@ -38,7 +38,7 @@ def tune(namespace: argparse.Namespace) -> int:
 
 
 def tune_model(engine: EngineConfig, model: ModelConfig) -> tuple[str, list[str]]:
-    """Measure all tiles for the numbers of rows that a rank may get; the file, and a line for each number.
+    """Measure all tiles for each number of rows that a rank may get. Returns the file, and a line for each number.
 
     Raises:
         ValueError: there is no GPU, or Triton is not installed.

@@ -54,7 +54,6 @@ class Limits:
         return self.limits_choices or self.balance_epsilon is not None
 
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Maximum assignments that an expert takes from a rank's tokens: `ceil(factor * T * K / E)` (arXiv 2006.16668).
-        """
+        """Maximum assignments of a rank's tokens to an expert: `ceil(factor * T * K / E)` (arXiv 2006.16668)."""
         assert self.capacity_factor is not None
         return max(1, math.ceil(min(num_tokens, self.capacity_factor * num_tokens * top_k / num_experts)))

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes of health, metrics and experts, and what holds for all routes."""
+"""The FastAPI application: endpoints for health, metrics and experts, and settings common to all endpoints."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RebalanceOptions(BaseModel):
 
 
 def create_app(engine: AsyncEngine) -> FastAPI:
-    """The application over an engine, which the caller starts and closes."""
+    """The application for an engine. The caller starts and closes the engine."""
     app = FastAPI(title="moe_runtime", version=__version__)
     app.state.engine = engine
     app.state.started = time.time()
@@ -63,12 +63,12 @@ def _add_health_routes(app: FastAPI, engine: AsyncEngine) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        """Links, and the heatmap as it is now."""
+        """A page with links and the current heatmap."""
         return HTMLResponse(index_page(engine))
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while this process can still become or stay useful, 503 once the engine is dead."""
+        """503 once the engine is dead, otherwise 200: also while it loads or shuts down."""
         body: dict[str, object] = {
             "status": str(engine.state),
             "pid": os.getpid(),
@@ -82,21 +82,21 @@ def _add_health_routes(app: FastAPI, engine: AsyncEngine) -> None:
 
     @app.get("/ready")
     async def ready() -> Response:
-        """200 while requests are taken, 503 with the reason otherwise."""
+        """200 while requests are accepted, otherwise 503 with the reason."""
         if engine.state is State.READY:
             return json_response({"status": "ready"})
         return json_response({"status": str(engine.state), "reason": engine.reason}, 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         if engine.state in (State.READY, State.DRAINING):
             engine.metrics.set_expert_load(await engine.query("expert_load"))
         return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
-    rendering = asyncio.Lock()  # pictures take their time from the ranks' cores: one at once
+    rendering = asyncio.Lock()  # drawing competes with the ranks for cores: one picture at a time
 
     @app.get("/experts/load")
     async def load() -> Response:
@@ -118,18 +118,18 @@ def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
 
     @app.get("/experts/placement")
     async def placement() -> Response:
-        """Which expert sits in which slot of which rank."""
+        """Which expert is in which slot of which rank."""
         placement: Placement = await engine.query("placement")
         return json_response(placement.to_dict())
 
     @app.get("/experts/decisions")
     async def decisions() -> Response:
-        """What the balancer decided of late, with its figures; newest last."""
+        """The balancer's recent decisions with their figures, newest last."""
         return json_response({"decisions": await engine.query("decisions")})
 
     @app.post("/experts/rebalance")
     async def rebalance(options: RebalanceOptions | None = None) -> Response:
-        """Move experts to where the load of late would have them; answers once they have moved."""
+        """Move experts to a better placement for the recent load. Replies once they have moved."""
         try:
             return json_response(await engine.rebalance(options.dry_run if options else False))
         except ValueError as error:
@@ -137,7 +137,7 @@ def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `MAX_BODY_BYTES`, before they are held in memory."""
+    """Refuses bodies of more than `MAX_BODY_BYTES` before they fill memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

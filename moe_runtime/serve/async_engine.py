@@ -1,4 +1,4 @@
-"""The engine as asyncio sees it: requests in, streams of deltas out, through messages to the engine's thread."""
+"""An asyncio interface to the engine: sends requests to the engine's thread, returns streams of deltas."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class UnavailableError(RuntimeError):
 
 
 class RequestStream:
-    """Deltas of one or more requests as their steps end; iterate until all have finished, then `close`.
+    """Deltas of one or more requests, as steps end. Iterate until all requests have finished, then call `close`.
 
-    Deltas that the reader has not taken yet wait in memory; a request's are bounded by its length.
+    Deltas wait in memory until they are read. A request's length bounds their number.
     """
 
     def __init__(self, request_ids: Iterable[str], abort: Callable[[str], None]) -> None:
@@ -77,14 +77,14 @@ class RequestStream:
         return item
 
     def close(self) -> None:
-        """Abort what has not finished. May be called twice."""
+        """Abort unfinished requests. May be called twice."""
         while self._unfinished:
             self._abort(self._unfinished.pop())
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A request that the engine has, or is about to take."""
+    """A request that the engine has, or is about to receive."""
 
     stream: RequestStream
     accepted: asyncio.Future[None]
@@ -95,10 +95,10 @@ class AsyncEngine:
     """Runs an engine in its own thread. All methods belong to the event loop in which `start` was called.
 
     Attributes:
-        state, reason: whether the engine takes requests, and why not if it does not.
-        loaded: done once the engine takes requests; fails with ValueError for the user's mistakes, otherwise with
+        state, reason: whether the engine accepts requests, and if not, why.
+        loaded: done once the engine accepts requests; fails with ValueError for the user's mistakes, otherwise with
             UnavailableError.
-        died: done once the engine has failed, with a message that names the rank if one is to blame.
+        died: done once the engine has failed, with a message that names the rank if a rank caused it.
         info: what the engine reported once it was loaded; None before.
         metrics: Prometheus metrics of the requests and the engine.
     """
@@ -114,7 +114,7 @@ class AsyncEngine:
         self._query_ids = itertools.count()
 
     def start(self) -> None:
-        """Start the thread that makes the engine; `loaded` tells how it went."""
+        """Start the thread that makes the engine. `loaded` holds the outcome."""
         self._loop = asyncio.get_running_loop()
         self.loaded: asyncio.Future[Loaded] = self._loop.create_future()
         self.died: asyncio.Future[str] = self._loop.create_future()
@@ -122,18 +122,18 @@ class AsyncEngine:
         self._thread.start()
 
     def require_ready(self) -> Loaded:
-        """What the engine reported once it was loaded. Raises UnavailableError unless it takes requests."""
+        """What the engine reported once it was loaded. Raises UnavailableError unless it accepts requests."""
         if self.state is not State.READY:
             raise UnavailableError(self.reason)
         assert self.info is not None
         return self.info
 
     async def submit(self, requests: Sequence[AddRequest]) -> RequestStream:
-        """Hand requests to the engine. Their deltas come in one stream, which the caller must close.
+        """Send requests to the engine. Returns one stream with all their deltas, which the caller must close.
 
         Raises:
-            ValueError: the engine refuses one of them; none runs then.
-            UnavailableError: the engine takes no requests.
+            ValueError: the engine refuses one of them. None of them runs.
+            UnavailableError: the engine accepts no requests.
         """
         self.require_ready()
         stream = RequestStream([request.request_id for request in requests], self._abort)
@@ -159,7 +159,7 @@ class AsyncEngine:
         return await self._ask(lambda query_id: Query(query_id, what))
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
-        """Have the engine plan a better placement and, unless `dry_run`, move experts there; returns when they have.
+        """Tell the engine to plan a better placement and, unless `dry_run`, move experts there. Returns once moved.
 
         Raises:
             ValueError: there is nothing to balance, or experts are moving already.
@@ -180,7 +180,7 @@ class AsyncEngine:
             self._answers.pop(query_id, None)
 
     async def drain(self, seconds: float) -> int:
-        """Take no more requests and give the running ones so long to finish; returns how many were aborted."""
+        """Accept no more requests, and give running ones `seconds` to finish. Returns how many were aborted."""
         if self.state is not State.DEAD:
             self.state, self.reason = State.DRAINING, "the server is shutting down"
         deadline = self._loop.time() + seconds
@@ -189,7 +189,7 @@ class AsyncEngine:
         return self._fail_all("abort")
 
     async def close(self, seconds: float) -> bool:
-        """End the engine and its ranks; False if its thread has not ended after so long."""
+        """End the engine and its ranks. False if its thread has not ended after `seconds`."""
         if self.state is not State.DEAD:
             self.state, self.reason = State.DEAD, "the server is shutting down"
         self._fail_all("abort")
@@ -199,7 +199,7 @@ class AsyncEngine:
 
     def _post(self, event: Event) -> None:
         """Called in the engine's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so the event is not needed
             self._loop.call_soon_threadsafe(self._take, event)
 
     def _take(self, event: Event) -> None:
@@ -247,7 +247,7 @@ class AsyncEngine:
             self._thread.send(AbortRequest(request_id))
 
     def _fail_all(self, finish_reason: str) -> int:
-        """End all requests and queries with `reason`; returns how many requests there were."""
+        """End all requests and queries with `reason`. Returns how many requests there were."""
         error = UnavailableError(self.reason)
         requests, self._requests = self._requests, {}
         for request_id, request in requests.items():
@@ -261,7 +261,7 @@ class AsyncEngine:
 
 
 def _settle(future: asyncio.Future[Any], result: Any) -> None:
-    """Set a future's result or exception, unless its waiter has gone."""
+    """Set a future's result or exception, unless its waiter was cancelled."""
     if future.done():
         return
     if isinstance(result, BaseException):

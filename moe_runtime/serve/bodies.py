@@ -1,6 +1,6 @@
-"""What the bodies of requests on all routes share, and what their answers do.
+"""The common parts of request bodies and of replies on all endpoints.
 
-Types are checked here, ranges by `SamplingParams`, so that HTTP and Python say the same.
+Types are checked here. `SamplingParams` checks ranges, so that HTTP and Python give the same messages.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 
 class Body(BaseModel):
-    """JSON types as they are (no "5" for 5), and no unknown fields."""
+    """Strict JSON types (no "5" for 5), and no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class ExpertPolicyFields(Body):
-    """The fields of `ExpertPolicy`: a number for all sparse layers, or one for each."""
+    """The fields of `ExpertPolicy`: one number for all sparse layers, or one for each layer."""
 
     top_k: int | list[int] | None = None
     top_p: float | list[float] | None = None
@@ -38,7 +38,7 @@ class ExpertPolicyFields(Body):
 
 
 class SamplingFields(Body):
-    """The fields of `SamplingParams` that mean the same on every route."""
+    """The fields of `SamplingParams` that mean the same on every endpoint."""
 
     max_tokens: int | None = 16
     temperature: float = 1.0
@@ -59,7 +59,7 @@ class SamplingFields(Body):
     return_routed_experts: bool = False
 
     def sampling_params(self) -> SamplingParams:
-        """Raises ValueError where a value is out of range."""
+        """Raises ValueError if a value is out of range."""
         return SamplingParams(**self._given())
 
     def _given(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class SamplingFields(Body):
 
 
 def without_nulls(body: Any) -> Any:
-    """A JSON object without its fields that are null."""
+    """A JSON object without its null fields."""
     return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
@@ -80,7 +80,7 @@ class TextPart(Body):
 
 
 class Message(Body):
-    """A message of a chat, as OpenAI's clients send it."""
+    """A chat message, as OpenAI's clients send it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
@@ -92,14 +92,14 @@ class Message(Body):
         return without_nulls(body)
 
     def plain(self) -> dict[str, str]:
-        """What a chat template takes."""
+        """The message in the form that a chat template takes."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         name = {} if self.name is None else {"name": self.name}
         return {"role": self.role, "content": text, **name}
 
 
 def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges | None) -> dict[str, Any]:
-    """`changes` is None where the engine's options leave the gates' choices alone."""
+    """The token counts of a request. `changes` is None if the engine's options never change the gates' choices."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
@@ -109,10 +109,10 @@ def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges
 
 
 def routed_experts(experts: np.ndarray) -> dict[str, Any]:
-    """Experts [tokens, sparse layers, experts per token] as JSON carries them: base64 of the array in C order."""
+    """Experts [tokens, sparse layers, experts per token] as a JSON value: base64 of the array in C order."""
     return {"data": b64encode(experts.tobytes()).decode(), "shape": list(experts.shape), "dtype": experts.dtype.name}
 
 
 def finite(logprob: float) -> float:
-    """A log-probability as JSON can carry it."""
+    """A log-probability as a number that JSON can hold."""
     return max(logprob, LEAST_LOGPROB)

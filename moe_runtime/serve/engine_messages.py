@@ -1,6 +1,6 @@
-"""What HTTP and the engine's thread say to each other. Nothing else passes between them.
+"""The messages between HTTP and the engine's thread. They exchange nothing else.
 
-Commands go to the engine, events come back. Both are plain values, so that the engine can move to a process of its own.
+Commands go to the engine, events come back. Both are plain values, so that the engine can move to another process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ View = Literal["expert_load", "placement", "decisions"]
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Continue a prompt. Answered by `Accepted` or `Refused`, then by the deltas of `Stepped`."""
+    """Continue a prompt. The replies are `Accepted` or `Refused`, then the deltas of `Stepped`."""
 
     request_id: str
     prompt: str | list[int]
@@ -31,14 +31,14 @@ class AddRequest:
 
 @dataclass(frozen=True)
 class AbortRequest:
-    """Forget a request and free its pages. Has no answer; an unknown id is allowed."""
+    """Remove a request and free its pages. There is no reply; an unknown id is allowed."""
 
     request_id: str
 
 
 @dataclass(frozen=True)
 class Query:
-    """Ask the engine for one of its views. Answered by `Answer` with the same id."""
+    """Ask the engine for one of its views. The reply is an `Answer` with the same id."""
 
     query_id: int
     what: View
@@ -46,7 +46,7 @@ class Query:
 
 @dataclass(frozen=True)
 class StartRebalance:
-    """Plan a better placement and move experts there. Answered by `Answer` once they have moved, or by a ValueError."""
+    """Plan a better placement and move experts there. The `Answer` comes once they have moved, or has a ValueError."""
 
     query_id: int
     dry_run: bool
@@ -54,7 +54,7 @@ class StartRebalance:
 
 @dataclass(frozen=True)
 class Close:
-    """End the engine and its ranks, whatever still runs. The last command; has no answer."""
+    """End the engine and its ranks, even with running requests. This is the last command; there is no reply."""
 
 
 Command = AddRequest | AbortRequest | Query | StartRebalance | Close
@@ -62,7 +62,7 @@ Command = AddRequest | AbortRequest | Query | StartRebalance | Close
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is loaded and the engine takes requests."""
+    """The model is loaded, and the engine accepts requests."""
 
     config: EngineConfig
     max_model_len: int
@@ -78,7 +78,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """The engine could not be made; `user_mistake` if the user named something that cannot be served."""
+    """The engine could not be made. `user_mistake`: the user asked for something that cannot be served."""
 
     message: str
     user_mistake: bool
@@ -99,7 +99,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Stepped:
-    """What a step added to its requests, and the figures after it."""
+    """A step's deltas, and the engine's figures after the step."""
 
     deltas: list[OutputDelta]
     stats: EngineStats
@@ -113,7 +113,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Died:
-    """The engine failed and runs nothing more; the message names the rank if one is to blame."""
+    """The engine failed and runs no more steps. The message names the rank if a rank caused it."""
 
     message: str
 

@@ -1,4 +1,4 @@
-"""The thread that makes the engine, runs its steps and ends it. It takes commands from a queue and posts events."""
+"""The thread that makes the engine, runs its steps and closes it. It takes commands from a queue and posts events."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
     from moe_runtime.balancer.live.mover import Rebalance
     from moe_runtime.engine.engine import Engine
 
-IDLE_CHECK_SECONDS = 0.5  # how often an idle engine looks whether its ranks still live
-MIGRATION_CHECK_SECONDS = 0.002  # and how often while experts move
+IDLE_CHECK_SECONDS = 0.5  # how often an idle engine checks that its ranks are alive
+MIGRATION_CHECK_SECONDS = 0.002  # the same while experts move
 
 logger = logging.getLogger(__name__)
 
 
 class EngineThread(threading.Thread):
-    """Owns the engine: made, stepped and closed in this thread alone.
+    """Owns the engine. Only this thread makes, steps and closes it.
 
-    A daemon, because a thread inside a step or a load cannot be ended from outside and must not keep the process.
+    It is a daemon thread: it cannot be ended from outside while it loads or runs a step, and it must not keep the
+    process alive.
 
     Args:
-        make_engine: may raise ValueError for the user's mistakes and RankError.
+        make_engine: may raise ValueError for the user's mistakes, and RankError.
         post: takes every event, in order; called in this thread.
     """
 
@@ -51,10 +52,10 @@ class EngineThread(threading.Thread):
         self._make_engine = make_engine
         self._post = post
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._rebalances: dict[int, Rebalance] = {}  # under way, by the query that waits
+        self._rebalances: dict[int, Rebalance] = {}  # running ones, by the id of the query that waits
 
     def send(self, command: Command) -> None:
-        """Leave a command for the thread to take before its next step."""
+        """Queue a command; the thread takes it before its next step."""
         self._commands.put(command)
 
     def run(self) -> None:
@@ -65,7 +66,7 @@ class EngineThread(threading.Thread):
             self._work(engine)
         except RankError as error:
             self._post(Died(str(error)))
-        except Exception as error:  # whatever it was, the requests must hear of it and the server must end
+        except Exception as error:  # after any error, the requests must be told and the server must end
             logger.exception("the engine failed")
             self._post(Died(f"{type(error).__name__}: {error}"))
         finally:
@@ -76,7 +77,7 @@ class EngineThread(threading.Thread):
             engine = self._make_engine()
         except (ValueError, RankError) as error:
             self._post(LoadFailed(str(error), isinstance(error, ValueError)))
-        except Exception as error:  # as above: the server must end, and say why
+        except Exception as error:  # after any error, the server must end and say why
             logger.exception("the engine could not be made")
             self._post(LoadFailed(f"{type(error).__name__}: {error}", False))
         else:
@@ -95,7 +96,7 @@ class EngineThread(threading.Thread):
             self._answer_rebalances()
 
     def _take_commands(self, engine: Engine) -> bool:
-        """Do all commands that wait; without work, wait for one. False once the engine shall close."""
+        """Run all queued commands; without work, wait for one. False once the engine is to close."""
         try:
             timeout = MIGRATION_CHECK_SECONDS if engine.is_migrating else IDLE_CHECK_SECONDS
             command = self._commands.get(block=not engine.has_work, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Errors as clients see them: always `{"error": {"message", "type", "param", "code"}}`, the message in one line."""
+"""Errors as clients receive them: always `{"error": {"message", "type", "param", "code"}}`, with a one-line message."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MAX_SHOWN_INPUT = 80
 
 
 class ApiError(Exception):
-    """A request that is answered with an error.
+    """The reply to a request is this error.
 
     Attributes:
-        status: of the HTTP answer.
-        param: the field that is wrong, if it is one.
+        status: the HTTP status.
+        param: the wrong field, if the error is about one.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None) -> None:
@@ -32,9 +32,9 @@ class ApiError(Exception):
 
 
 def user_error(error: ValueError, renamed: Mapping[str, str]) -> ApiError:
-    """A mistake in a value, from a message of the form `field: what is wrong`.
+    """The ApiError for a wrong value, from a message of the form `field: what is wrong`.
 
-    `renamed` gives the names under which the client sent fields, where they differ.
+    `renamed` maps fields to the names under which the client sent them, if they differ.
     """
     named = re.fullmatch(r"(\w+)(.*?: .*)", str(error), re.DOTALL)
     if named is None:
@@ -44,12 +44,12 @@ def user_error(error: ValueError, renamed: Mapping[str, str]) -> ApiError:
 
 
 def json_response(body: object, status: int = 200) -> Response:
-    """JSON in ASCII, so that whatever a client sent can be shown to it (half a surrogate pair has no UTF-8)."""
+    """JSON in ASCII. So it can quote any text that a client sent (UTF-8 cannot encode a lone surrogate)."""
     return Response(json.dumps(body), status, media_type="application/json")
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error: OpenAI's shape."""
+    """The body of an error, in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": status}}
 
@@ -59,7 +59,7 @@ def error_response(status: int, message: str, param: str | None = None) -> Respo
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Make every error of the application an answer in the one shape."""
+    """Send every error of the application in this format."""
 
     @app.exception_handler(ApiError)
     async def _api(request: Request, error: ApiError) -> Response:
@@ -81,7 +81,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client has disconnected and does not read it
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
@@ -89,7 +89,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _describe_validation(errors: Any) -> Response:
-    """One line about the first wrong field; alternatives of a union are joined."""
+    """One line about the first wrong field. Alternatives of a union are joined."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return error_response(400, f"body: not valid JSON ({first['ctx']['error']} at character {first['loc'][-1]})")

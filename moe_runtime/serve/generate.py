@@ -1,4 +1,4 @@
-"""`POST /generate`: the runtime's own route."""
+"""`POST /generate`: the runtime's own endpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
 class GenerateRequest(SamplingFields):
-    """`POST /generate`: exactly one of prompt, prompt_token_ids and messages, and sampling parameters beside it."""
+    """`POST /generate`: exactly one of prompt, prompt_token_ids and messages, plus sampling parameters."""
 
     prompt: str | None = None
     prompt_token_ids: list[int] | None = None
@@ -34,7 +34,7 @@ class GenerateRequest(SamplingFields):
 
 
 class NativeReply:
-    """Answers of `/generate`."""
+    """Replies of `/generate`."""
 
     def __init__(self, request_id: str) -> None:
         self._id = request_id

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server, in a registry of their own. Names follow vLLM's where it has the same figure."""
+"""Prometheus metrics of the server, in a separate registry. Names follow vLLM's if it has the same metric."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.time_to_first_token = Histogram(
             "moe_runtime_time_to_first_token_seconds",
-            "From a request's arrival to its first token",
+            "Time from a request's arrival to its first token",
             buckets=TTFT_BUCKETS,
             registry=self.registry,
         )
         self.inter_token_latency = Histogram(
             "moe_runtime_inter_token_latency_seconds",
-            "Between two tokens of a request",
+            "Time between two tokens of a request",
             buckets=ITL_BUCKETS,
             registry=self.registry,
         )
         self.e2e_latency = Histogram(
             "moe_runtime_e2e_request_latency_seconds",
-            "From a request's arrival to its end",
+            "Time from a request's arrival to its end",
             buckets=E2E_BUCKETS,
             registry=self.registry,
         )
@@ -59,7 +59,7 @@ class Metrics(Collector):
             self.requests.labels(reason)
         self._balancedness = Gauge(
             "moe_runtime_expert_balancedness",
-            "Mean rank load / max rank load since the start, 1 is perfect; mean and min over layers",
+            "Mean rank load / max rank load since the start (1 is perfect), as mean and min over layers",
             ["phase", "over_layers"],
             registry=self.registry,
         )
@@ -85,10 +85,10 @@ class Metrics(Collector):
         stats = self.stats
         if stats is None:
             return
-        yield _gauge("num_requests_running", "Requests that take part in steps", stats.num_running)
-        yield _gauge("num_requests_waiting", "Requests that wait for pages or their turn", stats.num_waiting)
+        yield _gauge("num_requests_running", "Requests that are running", stats.num_running)
+        yield _gauge("num_requests_waiting", "Requests waiting to be admitted", stats.num_waiting)
         yield _gauge("kv_cache_usage_perc", "Share of KV cache pages in use, 0 to 1", stats.kv_cache_usage)
-        yield _counter("num_preemptions", "Requests put back because pages ran out", stats.num_preemptions)
+        yield _counter("num_preemptions", "Requests preempted because pages ran out", stats.num_preemptions)
         yield _counter("prompt_tokens", "Prompt tokens that went through the model", stats.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated", stats.generation_tokens)
         steps = CounterMetricFamily("moe_runtime_steps", "Engine steps, by dispatcher", labels=["dispatcher"])
@@ -97,23 +97,23 @@ class Metrics(Collector):
         yield steps
         changes = CounterMetricFamily(
             "moe_runtime_expert_changes",
-            "Assignments of tokens to experts that capacity and load-aware routing changed",
+            "Assignments of tokens to experts changed by capacity limits and balance_epsilon",
             labels=["change"],
         )
         for change, count in asdict(stats.expert_changes).items():
             changes.add_metric([change], count)
         yield changes
-        yield _counter("dispatch_extra_rounds", "Rounds of dispatch beyond one per layer", stats.extra_rounds)
+        yield _counter("dispatch_extra_rounds", "Dispatch rounds beyond one per layer", stats.extra_rounds)
         balancer = stats.balancer
         yield _gauge("placement_version", "Changes of the placement since the start", balancer.placement_version)
-        yield _gauge("expert_balancedness_recent", "Mean rank load / max rank load of late", balancer.balancedness)
-        yield _gauge("expert_balancedness_slow", "The same of the slow average of the load", balancer.balancedness_slow)
+        yield _gauge("expert_balancedness_recent", "Mean rank load / max rank load, recent", balancer.balancedness)
+        yield _gauge("expert_balancedness_slow", "The same for the slow average of the load", balancer.balancedness_slow)
         yield _gauge("expert_migration_running", "1 while experts move", balancer.is_migrating)
         yield _counter("expert_moves", "Experts copied to another slot", balancer.moves)
         yield _counter("expert_copied_bytes", "Bytes of experts' weights copied", balancer.copied_bytes)
-        yield _counter("expert_rollbacks", "Rounds of moves that were rolled back", balancer.rollbacks)
+        yield _counter("expert_rollbacks", "Migration rounds that were rolled back", balancer.rollbacks)
         rows = GaugeMetricFamily(
-            "moe_runtime_rank_expert_rows", "Rows per step that a rank's experts compute, of late", labels=["rank"]
+            "moe_runtime_rank_expert_rows", "Recent rows per step that a rank's experts compute", labels=["rank"]
         )
         for rank, per_step in enumerate(balancer.rank_rows_per_step):
             rows.add_metric([str(rank)], per_step)
@@ -121,7 +121,7 @@ class Metrics(Collector):
 
 
 class RequestTimer:
-    """Observes the latencies of one request, from its creation on."""
+    """Observes the latencies of one request, which arrives when the timer is created."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -129,7 +129,7 @@ class RequestTimer:
         self._last_token: float | None = None
 
     def tokens(self, count: int) -> None:
-        """`count` tokens of the request came now, in one step."""
+        """`count` tokens of the request have arrived now, in one step."""
         if count == 0:
             return
         now = time.monotonic()

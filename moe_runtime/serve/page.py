@@ -1,4 +1,4 @@
-"""The page at `/`: what is served here, links, and the heatmap."""
+"""The page at `/`: the served model, links, and the heatmap."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ image.onerror = reload;
 
 
 def index_page(engine: AsyncEngine) -> str:
-    """HTML without scripts or styles from elsewhere."""
+    """The page as HTML. It loads no scripts or styles from other servers."""
     links = "\n".join(f'<li><a href="{path}"><code>{path}</code></a> {what}</li>' for path, what in LINKS)
     model = "loading" if engine.info is None else engine.info.model_name
     return PAGE.format(model=escape(model), version=__version__, state=escape(str(engine.state)), links=links)

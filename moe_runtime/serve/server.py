@@ -1,4 +1,4 @@
-"""The server's life: bind the port, load the model, serve, drain, end."""
+"""The server's lifecycle: bind the port, load the model, serve, drain, end."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
 
 DRAIN_SECONDS = 20.0
-RESPONSE_SECONDS = 2  # for answers that are complete, or errors, to reach their clients
-CLOSE_SECONDS = 3.0  # for the ranks to end; together below the 25 s that a host gives the front
+RESPONSE_SECONDS = 2  # for complete replies and errors to reach their clients
+CLOSE_SECONDS = 3.0  # for the ranks to end; all together, less than the 25 s that a host allows the front
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 logger = logging.getLogger(__name__)
 
 
 def run_server(make_engine: Callable[[], Engine], host: str, port: int) -> int:
-    """Serve HTTP until a signal or a failure; returns the process's exit code.
+    """Serve HTTP until a signal or a failure. Returns the process's exit code.
 
-    The port is bound first; then the engine is made in the thread that will run it, while `/ready` says 503.
-    SIGTERM and SIGINT stop new requests and give the running ones `DRAIN_SECONDS`; a second SIGINT ends at once.
+    The port is bound first. Then the engine's thread makes the engine, while `/ready` returns 503. After SIGTERM or
+    SIGINT, new requests are refused and running ones have `DRAIN_SECONDS` to finish. A second SIGINT ends at once.
 
     Args:
-        make_engine: may raise ValueError for the user's mistakes and RankError.
+        make_engine: may raise ValueError for the user's mistakes, and RankError.
         host: an address or name of this machine.
         port: 0 takes a free one.
 
@@ -51,7 +51,7 @@ def run_server(make_engine: Callable[[], Engine], host: str, port: int) -> int:
     with listener:
         code, ended = asyncio.run(_serve_until_signal(make_engine, listener))
     if not ended:
-        # The engine's thread is loading or inside a step. Python cannot end it, and must not be finalised beneath it.
+        # The engine's thread is loading or inside a step. Python cannot end it, and must not finalise while it runs.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -59,7 +59,7 @@ def run_server(make_engine: Callable[[], Engine], host: str, port: int) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ValueError in one line if the address cannot be had."""
+    """A listening socket. Raises ValueError with one line if the address cannot be bound."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port: {port} is not allowed; it must be from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -109,7 +109,7 @@ async def _serve_until_signal(make_engine: Callable[[], Engine], listener: socke
 
 
 async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -> int:
-    """Until the server should end; returns its exit code."""
+    """Wait until the server should end. Returns its exit code."""
     await _first(engine.loaded, stopping)
     if engine.loaded.done():
         try:
@@ -158,7 +158,7 @@ def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
 
 
 class _WebServer(uvicorn.Server):
-    """Leaves signals to `_stop_on_signals`."""
+    """A uvicorn server that leaves signals to `_stop_on_signals`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

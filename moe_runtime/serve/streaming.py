@@ -1,4 +1,4 @@
-"""From deltas to answers: whole ones, or server-sent events. A client that goes away aborts its requests."""
+"""Turns deltas into replies: whole, or as server-sent events. If a client disconnects, its requests are aborted."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ DONE = "[DONE]"
 
 
 class Reply(Protocol):
-    """The shape of one route's answers."""
+    """The format of one endpoint's replies."""
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The body of an answer that is not streamed; completions in the order of the requests."""
+        """The body of a reply that is not streamed. `completions` are in the order of the requests."""
 
     def first_events(self) -> Iterable[dict[str, Any]]:
         """Events before any token."""
 
     def events(self, delta: OutputDelta) -> Iterable[dict[str, Any]]:
-        """Events of a delta."""
+        """Events for a delta."""
 
     def last_events(self) -> Iterable[dict[str, Any]]:
         """Events after the last token, before `[DONE]`."""
@@ -43,15 +43,15 @@ class Reply(Protocol):
 async def respond(
     request: Request, engine: AsyncEngine, commands: Sequence[AddRequest], reply: Reply, *, stream: bool, prompt: str
 ) -> Response:
-    """Run requests and answer in the shape of `reply`.
+    """Run requests and reply in the format of `reply`.
 
     Args:
-        prompt: the name under which the client sent the prompt, for error messages.
+        prompt: the name of the field in which the client sent the prompt, for error messages.
 
     Raises:
         ApiError: the engine refuses a request.
-        UnavailableError: it cannot run or finish them.
-        ClientDisconnect: the client went away; the requests are aborted.
+        UnavailableError: the engine cannot run or finish the requests.
+        ClientDisconnect: the client disconnected; the requests are aborted.
     """
     try:
         deltas = await until_disconnect(request.receive, engine.submit(commands))
@@ -67,10 +67,10 @@ async def respond(
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; it is cancelled if the client goes away first, whose body has been read.
+    """The result of `work`, which is cancelled if the client disconnects first. The body must have been read.
 
     Raises:
-        ClientDisconnect: the client has gone.
+        ClientDisconnect: the client has disconnected.
     """
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnect(receive))
@@ -98,7 +98,7 @@ async def _collect(deltas: RequestStream, commands: Sequence[AddRequest]) -> lis
 
 
 class EventStream(Response):
-    """Server-sent events of requests that run. An engine that fails ends it with an error and without `[DONE]`."""
+    """Server-sent events of running requests. If the engine fails, the stream ends with an error, without `[DONE]`."""
 
     media_type = "text/event-stream"
 

@@ -1,1 +1,1 @@
-"""Between text and tokens: tokenizer and detokenizer."""
+"""Tokenizer and detokenizer."""

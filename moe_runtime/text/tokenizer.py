@@ -1,4 +1,4 @@
-"""Text to token ids and back, and chat templates: a thin face over the checkpoint's own Hugging Face tokenizer."""
+"""Converts text to token ids and back, and applies chat templates. Wraps the checkpoint's Hugging Face tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Tokenizer:
     """Wraps a transformers tokenizer.
 
     Attributes:
-        vocab_size: number of token ids that it knows; a model's vocabulary may be larger.
+        vocab_size: number of token ids of the tokenizer; the model's vocabulary may be larger.
         special_ids: tokens that `skip_special_tokens` leaves out of the text.
     """
 
@@ -27,9 +27,9 @@ class Tokenizer:
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
         self._token_texts: dict[int, str] = {}
-        # A token decoded alone may lose its leading space, so it is decoded after another one.
+        # A token decoded alone may lose its leading space, so it is decoded after this other one.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
-        if not self._anchor:  # what transformers makes of a directory without tokenizer files
+        if not self._anchor:  # transformers returns such a tokenizer for a directory without tokenizer files
             raise ValueError("it is empty")
         self._anchor_text = self.decode(self._anchor, skip_special_tokens=False)
 
@@ -38,7 +38,7 @@ class Tokenizer:
         """Load the tokenizer of a directory or hub id.
 
         Raises:
-            ValueError: there is none, or it cannot be read.
+            ValueError: there is no tokenizer, or it cannot be read.
         """
         from transformers import AutoTokenizer
 
@@ -52,10 +52,10 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with what the tokenizer puts around a prompt.
+        """Token ids of a text, with the special tokens that the tokenizer adds to a prompt.
 
         Raises:
-            ValueError: the text is no valid Unicode.
+            ValueError: the text is not valid Unicode.
         """
         if not is_unicode(text):
             raise ValueError("prompt: the text is not valid Unicode; it has half of a surrogate pair")
@@ -71,7 +71,7 @@ class Tokenizer:
         return text
 
     def token_text(self, token_id: int) -> str:
-        """Text that one token adds within a text; half a character gives U+FFFD."""
+        """Text that one token adds within a text; an incomplete character gives U+FFFD."""
         text = self._token_texts.get(token_id)
         if text is None:
             text = self.decode([*self._anchor, token_id], skip_special_tokens=False)
@@ -92,7 +92,7 @@ class Tokenizer:
             messages: each with a "role" and a "content" of text.
 
         Raises:
-            ValueError: no chat template, messages of another form, or such as the template refuses.
+            ValueError: no chat template, messages of another form, or messages that the template refuses.
         """
         from jinja2 import TemplateError
 
@@ -110,7 +110,7 @@ class Tokenizer:
 
 
 def check_messages(messages: object) -> None:
-    """Raise ValueError unless `messages` is a conversation: a list of roles with their texts."""
+    """Raise ValueError unless `messages` is a conversation: a list of messages with a role and a text."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages: {messages!r} is not allowed; it must be a list with at least one message")
     for index, message in enumerate(messages):

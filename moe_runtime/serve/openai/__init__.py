@@ -1,1 +1,1 @@
-"""OpenAI's protocol: request bodies, routes and replies."""
+"""OpenAI's protocol: request bodies, endpoints and replies."""

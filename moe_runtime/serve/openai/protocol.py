@@ -1,4 +1,4 @@
-"""Bodies of requests to OpenAI's routes."""
+"""Request bodies of OpenAI's endpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StreamOptions(Body):
 
 
 class OpenAIFields(Body):
-    """OpenAI's routes: null means not given, and what this server cannot do may only have its neutral value."""
+    """Fields of OpenAI's endpoints. Null means not given. An unsupported field may only have its neutral value."""
 
     model: str | None = None
     stream: bool = False
@@ -50,7 +50,7 @@ class ResponseFormat(Body):
 
 
 class ChatCompletionRequest(SamplingFields, OpenAIFields):
-    """`POST /v1/chat/completions`. Without a limit of tokens, an answer may go on to the context's end."""
+    """`POST /v1/chat/completions`. Without a token limit, the output may continue to the end of the context."""
 
     messages: list[Message]
     max_tokens: int | None = None

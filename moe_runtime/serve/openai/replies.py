@@ -1,4 +1,4 @@
-"""OpenAI's shapes of completions and chat completions, whole and in chunks."""
+"""OpenAI's formats of completions and chat completions, whole and in chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Reply:
-    """What both routes share: the frame around the choices, and the usage that ends a stream if asked for."""
+    """Common to both endpoints: the object around the choices, and the usage that ends a stream if asked for."""
 
     object_name: str
     chunk_name: str
@@ -65,7 +65,7 @@ class _Reply:
 
 
 class CompletionReply(_Reply):
-    """Answers of `/v1/completions`: one choice for each of `request_ids`, in their order."""
+    """Replies of `/v1/completions`: one choice for each of `request_ids`, in their order."""
 
     object_name = chunk_name = "text_completion"
 
@@ -113,7 +113,7 @@ class CompletionReply(_Reply):
 
 
 class ChatReply(_Reply):
-    """Answers of `/v1/chat/completions`; `num_top_logprobs` of the best tokens are shown at each position."""
+    """Replies of `/v1/chat/completions`. Each position lists the `num_top_logprobs` best tokens."""
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
 

@@ -1,4 +1,4 @@
-"""OpenAI's routes: `/v1/models`, `/v1/completions`, `/v1/chat/completions`."""
+"""OpenAI's endpoints: `/v1/models`, `/v1/completions`, `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def models(request: Request) -> Response:
 
 @router.post("/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
-    """Continue one prompt or several; each gives a choice."""
+    """Continue one or more prompts, with one choice for each."""
     engine = _engine(request)
     info = engine.require_ready()
     _check_model(body.model, info)
@@ -87,7 +87,7 @@ def _check_model(model: str | None, info: Loaded) -> None:
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
-    """One prompt or several, each a text or token ids."""
+    """One or more prompts, each a text or token ids."""
     prompt: Any = body.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         return prompt
