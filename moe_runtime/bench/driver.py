@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 async def measure(options: BenchOptions, engine: Mapping[str, Any]) -> Report:
-    """Measure an engine of this process, or the server at `options.url`.
+    """Measure an engine in this process, or the server at `options.url`.
 
     Args:
-        engine: values of `EngineConfig`; with a server only `model` and `tokenizer`, if it does not say them itself.
+        engine: values of `EngineConfig`. With a server, only `model` and `tokenizer`, if the server does not name them.
 
     Raises:
         UserMistake: the model or the server cannot be used, or the requests do not fit it.
@@ -65,7 +65,7 @@ async def _start_engine(
 
 
 async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Target, Sequence[int]]:
-    """A server, and what its prompts are made of: the named model tells, for random ones the server itself can too."""
+    """A server, and the tokens for prompts: those of the named model, or for random prompts the server's vocabulary."""
     assert options.url is not None
     target = await ServerTarget(options.url).connect()
     if "model" not in engine:
@@ -97,7 +97,7 @@ async def _warm_up(target: Target, options: BenchOptions, jobs: Sequence[Job]) -
 
 
 async def _run(target: Target, options: BenchOptions, jobs: Sequence[Job], rate: float, name: str = "") -> Run:
-    """Run a workload under a progress bar, if a person looks on."""
+    """Run a workload, with a progress bar on a terminal."""
     with tqdm(total=len(jobs), desc=name or f"rate {rate_name(rate)}", unit="req", disable=None, leave=False) as bar:
         num_failed = 0
 

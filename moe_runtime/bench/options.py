@@ -1,4 +1,4 @@
-"""What `moe-runtime bench` measures, and the small language of lengths. No torch."""
+"""The options of `moe-runtime bench`, and the notation for length distributions. No torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Lengths:
     """A distribution of lengths in tokens.
 
     Attributes:
-        low, high: least and most, both included.
-        median, sigma: of a lognormal distribution, sigma being the standard deviation of the logarithm; draws are
-            rounded, and those beyond `low` and `high` are set to these. None means uniform.
+        low, high: minimum and maximum, both included.
+        median, sigma: parameters of a lognormal distribution; sigma is the standard deviation of the logarithm. Draws
+            are rounded and limited to `low` and `high`. None means uniform.
     """
 
     low: int
@@ -33,10 +33,10 @@ class Lengths:
 
     @classmethod
     def parse(cls, name: str, text: object) -> Lengths:
-        """Read `128`, `64-256`, `lognormal:200:0.8` or `lognormal:200:0.8:16-1000`; `name` is the option's.
+        """Read `128`, `64-256`, `lognormal:200:0.8` or `lognormal:200:0.8:16-1000`; `name` is the option's name.
 
         Raises:
-            ValueError: it is none of these, or a bound is wrong.
+            ValueError: `text` is none of these, or a bound is wrong.
         """
         number = r"(\d+(?:\.\d+)?)"
         text = str(text)
@@ -60,20 +60,21 @@ class Lengths:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured. The engine's `seed` is that of lengths, prompts and arrivals too.
+    """Options of the `bench` command. Lengths, prompts and arrivals use the engine's `seed`.
 
     Attributes:
-        url: a running server of this runtime, such as http://127.0.0.1:8000, to measure in place of an own engine.
-        request_rate: requests per second that arrive (Poisson), or inf: all at once. Several are measured in turn.
+        url: a running server of this runtime, such as http://127.0.0.1:8000, to measure instead of an engine here.
+        request_rate: requests that arrive per second (Poisson), or inf for all at once. Several rates are measured one
+            after the other.
         num_prompts: requests at each rate.
-        max_concurrency: most requests under way at once; later ones wait, and their time begins when they are sent.
+        max_concurrency: maximum requests in progress at once; others wait, and their time starts when they are sent.
         input_len: tokens of a prompt: 128, 64-256 (uniform), or lognormal:MEDIAN:SIGMA[:LOW-HIGH].
         output_len: tokens to generate, in the same form.
-        text: a text file that prompts are cut out of; without one they are random token ids.
+        text: a text file from which prompts are cut; without one, prompts are random token ids.
         num_warmups: requests before the first rate that do not count.
-        seed: of lengths, prompts and arrivals, and the engine's.
-        request_timeout: seconds after which a request that has not ended counts as failed.
-        output: where results are written, .json or .png; may be repeated.
+        seed: seeds lengths, prompts and arrivals, and the engine.
+        request_timeout: seconds after which an unfinished request counts as failed.
+        output: file for results, .json or .png; may be repeated.
 
     Raises:
         ValueError: a value is not allowed; the message names the field, the value and what is allowed.

@@ -1,4 +1,4 @@
-"""The picture of a measurement: latencies and throughput over the request rate."""
+"""Plots a measurement: latencies and throughput over the request rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_runtime.bench.workload import rate_name
 
 COLOURS = {"p50": "#3b528b", "p90": "#21918c", "p99": "#e07b39"}
 BAR, TEXT, MUTED, FAILED = "#3b528b", "#222222", "#666666", "#c0392b"
-LOG_RATIO = 20.0  # an axis whose values differ by more is logarithmic
+LOG_RATIO = 20.0  # an axis is logarithmic if the ratio of its values is larger
 SIZE, DPI = (11.0, 3.9), 150
 
 
@@ -47,7 +47,7 @@ def draw(report: Report) -> bytes:
 
 
 def _draw_latency(axes: Axes, title: str, latency: str, results: Sequence[dict[str, Any]]) -> None:
-    """A line per percentile; a rate at which nothing completed has no point."""
+    """Draw a line per percentile. A rate at which no request completed has no point."""
     axes.set_title(f"{title}, ms", fontsize=9, color=TEXT)
     found = []
     for name, colour in COLOURS.items():
@@ -69,7 +69,7 @@ def _draw_latency(axes: Axes, title: str, latency: str, results: Sequence[dict[s
 
 
 def _draw_throughput(axes: Axes, results: Sequence[dict[str, Any]]) -> None:
-    """A bar per rate, with its value, and how many requests failed."""
+    """Draw a bar per rate, with its value and the number of failed requests."""
     axes.set_title("Output throughput, tok/s", fontsize=9, color=TEXT)
     values = [result["output_throughput"] for result in results]
     bars = axes.bar(range(len(values)), values, width=0.6, color=BAR)

@@ -1,4 +1,4 @@
-"""From records to figures: a table, and a JSON file. Names are those of `vllm bench serve`."""
+"""Computes figures from records, for a table and a JSON file. Names are those of `vllm bench serve`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Report:
     """The results of a measurement.
 
     Attributes:
-        options: what was asked for.
-        health: what the engine or server says of itself.
+        options: the options of the measurement.
+        health: what the engine or server reports of itself.
         runs: one per request rate.
     """
 
@@ -59,7 +59,7 @@ class Report:
         )
 
     def table(self) -> str:
-        """The figures, a column per request rate; what failed below."""
+        """The figures, with a column per request rate; failures are listed below."""
         results = [summarize(run) for run in self.runs]
         rows = [["request rate (req/s)", *(rate_name(run.request_rate) for run in self.runs)]]
         for name, key, form in (
@@ -87,7 +87,7 @@ class Report:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it; an infinite rate is "inf"."""
+        """Everything, as JSON values; an infinite rate is "inf"."""
         options = asdict(self.options)
         options["request_rate"] = [_json_rate(rate) for rate in self.options.request_rate]
         return {
@@ -103,7 +103,7 @@ class Report:
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """Figures of one rate; latencies and throughputs are those of the requests that completed."""
+    """Figures of one rate. Latencies and throughputs are those of completed requests."""
     done = [record for record in run.records if record.error is None]
     num_input, num_output = sum(r.input_len for r in done), sum(r.num_tokens for r in done)
     values = {

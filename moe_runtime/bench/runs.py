@@ -1,4 +1,4 @@
-"""Send a workload to a target and note when its tokens come."""
+"""Sends a workload to a target and records when its tokens arrive."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moe_runtime.bench.workload import Job
 
 @dataclass
 class Record:
-    """What happened to one request. Times are seconds after the run began.
+    """The record of one request. Times are in seconds since the start of the run.
 
     Attributes:
-        input_len, output_len: tokens of the prompt, and to be generated.
-        start: when it was sent.
-        times: when tokens came; several may have come at once.
-        num_tokens: how many came.
-        error: why it failed, or None.
+        input_len, output_len: tokens of the prompt, and tokens to generate.
+        start: when the request was sent.
+        times: when tokens arrived; several may have arrived at once.
+        num_tokens: how many tokens arrived.
+        error: why the request failed, or None.
     """
 
     input_len: int
@@ -43,7 +43,7 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; None if there is no other."""
+        """Time per output token after the first; None if there is only one."""
         return None if self.num_tokens < 2 else (self.times[-1] - self.times[0]) / (self.num_tokens - 1)
 
     @property
@@ -70,11 +70,11 @@ async def run_jobs(
     timeout: float,
     progress: Callable[[Record], object],
 ) -> Run:
-    """Send each job when it arrives, or when fewer than `max_concurrency` are under way, and await all.
+    """Send each job when it arrives, or later, once fewer than `max_concurrency` are in progress. Await all.
 
     Args:
         timeout: seconds that each may take.
-        progress: takes each record once it has ended or failed.
+        progress: called with each record once its request has ended or failed.
     """
     clock = asyncio.get_running_loop().time
     begin = clock()

@@ -1,4 +1,4 @@
-"""What is measured: an engine of this process, or a running server. Both stream a request's tokens as they come."""
+"""Targets of a measurement: an engine in this process, or a running server. Both stream a request's tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
 
 CLOSE_SECONDS = 30.0  # for the ranks to end
-INTERRUPTED_SECONDS = 3.0  # the same after Ctrl-C, when the engine may load or be inside a step
+INTERRUPTED_SECONDS = 3.0  # the same after Ctrl-C, when the engine may be loading or inside a step
 CONNECT_SECONDS = 30.0
 READ_BYTES = 1 << 16
 EXIT_INTERRUPTED = 130
@@ -38,21 +38,21 @@ class Target(Protocol):
     """Something that continues prompts.
 
     Attributes:
-        health: what `/health` says: model, dtype, ranks, `max_model_len` and so on.
+        health: the content of `/health`: model, dtype, ranks, `max_model_len` and so on.
     """
 
     health: dict[str, Any]
 
     def stream(self, prompt: list[int], num_tokens: int) -> AsyncGenerator[int, None]:
-        """Generate greedily, past ends of sequence; gives the number of new tokens each time that some come.
+        """Generate greedily, ignoring ends of sequence. Yields the number of new tokens each time some arrive.
 
         Raises:
-            RequestError: refused or not finished.
+            RequestError: the request was refused or did not finish.
         """
 
 
 class EngineTarget:
-    """An engine that runs in a thread of this process, as it does in a server."""
+    """An engine in a thread of this process, as in a server."""
 
     def __init__(self, engine: AsyncEngine, info: Loaded) -> None:
         self._engine = engine
@@ -75,12 +75,12 @@ class EngineTarget:
 
 @contextlib.asynccontextmanager
 async def start_engine(make_engine: Callable[[], Engine]) -> AsyncIterator[EngineTarget]:
-    """Load an engine in a thread and end it.
+    """Load an engine in a thread, and close it at the end.
 
-    An engine that does not end in time, because it was interrupted while it loads, ends with the process at once.
+    If the engine does not end in time, because it was interrupted while loading, the process ends at once.
 
     Raises:
-        ValueError: the user named something that cannot be.
+        ValueError: a value from the user cannot be used.
         RankError: a rank failed to start.
     """
     engine = AsyncEngine(make_engine)
@@ -102,10 +102,10 @@ async def start_engine(make_engine: Callable[[], Engine]) -> AsyncIterator[Engin
 
 
 class ServerTarget:
-    """A running server of this runtime, by its native route; a connection per request.
+    """A running server of this runtime, measured through `/generate`, with one connection per request.
 
     Args:
-        url: where it listens, http or https; a path is put before the routes.
+        url: the server's address, http or https. Its path is a prefix of all endpoints.
     """
 
     def __init__(self, url: str) -> None:
@@ -114,7 +114,7 @@ class ServerTarget:
         self.health: dict[str, Any] = {}
 
     async def connect(self) -> ServerTarget:
-        """Ask for its health. Raises ValueError if it is not ready, or no server of this runtime."""
+        """Ask the server for its health. Raises ValueError if it is not ready, or is not a server of this runtime."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 async with self._exchange("GET", "/health", b"") as answer:
@@ -153,7 +153,7 @@ class ServerTarget:
 
     @contextlib.asynccontextmanager
     async def _exchange(self, method: str, route: str, body: bytes) -> AsyncIterator[_Answer]:
-        """Send a request over a connection of its own; raises RequestError if that fails or breaks."""
+        """Send a request over a new connection. Raises RequestError if the connection fails or breaks."""
         parts = self._parts
         secure = ssl.create_default_context() if parts.scheme == "https" else None
         connection = h11.Connection(h11.CLIENT)
@@ -182,7 +182,7 @@ class ServerTarget:
 
 
 class _Answer:
-    """The server's side of an exchange: a status, then bytes as they come."""
+    """The server's reply: a status, then bytes as they arrive."""
 
     def __init__(self, connection: h11.Connection, reader: asyncio.StreamReader) -> None:
         self._connection = connection
@@ -198,7 +198,7 @@ class _Answer:
         return b"".join([data async for data in self._data()])
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Lines without their ends, each as soon as it is whole."""
+        """Lines without line ends, each as soon as it is complete."""
         rest = b""
         async for data in self._data():
             *lines, rest = (rest + data).split(b"\n")
@@ -216,7 +216,7 @@ class _Answer:
 
 
 def _reason(status: int, body: bytes) -> str:
-    """What an answer other than 200 says."""
+    """The error message of a reply other than 200."""
     try:
         return f"{status}: {json.loads(body)['error']['message']}"
     except (ValueError, KeyError, TypeError):

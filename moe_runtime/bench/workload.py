@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: when it arrives, in seconds after the first may, and what it asks for."""
+    """One request: its arrival in seconds after the start, its prompt, and the tokens to generate."""
 
     arrival: float
     prompt: list[int]
@@ -27,11 +27,11 @@ class Job:
 def make_workload(options: BenchOptions, index: int, tokens: Sequence[int]) -> list[Job]:
     """The requests of the rate `options.request_rate[index]`, in order of arrival.
 
-    Lengths are the same at every rate, and so are the gaps between arrivals, exponential (Poisson) but for their scale.
-    Prompts differ, so that no rate profits from what another has left in a cache.
+    Lengths are the same at every rate. The gaps between arrivals are exponential (Poisson), and differ only in scale.
+    Prompts differ, so that no rate benefits from a cache filled at another rate.
 
     Args:
-        tokens: what prompts are cut out of. Of a vocabulary, that is a `range`, prompts are random draws.
+        tokens: the tokens from which prompts are cut. If it is a `range`, a vocabulary, prompts are random draws.
     """
     rate = options.request_rate[index]
     draws = random.Random(options.seed)
@@ -47,7 +47,7 @@ def make_workload(options: BenchOptions, index: int, tokens: Sequence[int]) -> l
 
 
 def make_warmups(options: BenchOptions, tokens: Sequence[int]) -> list[Job]:
-    """Requests as at the first rate but all at once, with prompts of their own."""
+    """Requests like those of the first rate, but all at once and with different prompts."""
     contents = random.Random(f"{options.seed} warm-up")
     jobs = make_workload(options, 0, tokens)[: options.num_warmups]
     return [Job(0.0, _prompt(tokens, len(job.prompt), contents), job.output_len) for job in jobs]
@@ -74,8 +74,8 @@ def read_text(path: str, tokenizer: Tokenizer | None, options: BenchOptions) -> 
     """The tokens of a text file.
 
     Raises:
-        ValueError: no tokenizer, or fewer tokens than the longest prompt that is drawn.
-        OSError: it cannot be read.
+        ValueError: no tokenizer, or fewer tokens than the longest prompt drawn.
+        OSError: the file cannot be read.
     """
     if tokenizer is None:
         raise ValueError("text: not allowed without a tokenizer")

@@ -192,7 +192,7 @@ def _run_host(rank: int, site: Site, command: Sequence[str]) -> int:
 
 
 def _attend(front: Dealer, host: Host, signals: _HostSignals) -> bool:
-    """Report to the front that the host is alive, and when its rank ends, until `Stop`. Returns whether it went well."""
+    """Report to the front that the host is alive, and when its rank ends, until `Stop`. Returns whether all is well."""
     started_at = time.monotonic()
     alive_at = 0.0
     num_reported = 0

@@ -2,8 +2,8 @@
 
 Shapes: L layers, E experts, F neurons of one expert, S shared neurons, D hidden.
 
-A routed expert's weight in the model is 2 sigmoid(l), which is about 1 for the small logits l stored here, and the
-shared experts and the routed ones partition the dense neurons. So with k = E the model is the dense one.
+A routed expert's weight in the model is 2 sigmoid(l), which is about 1 for the small logits l stored here. The shared
+and routed experts partition the dense neurons. So with k = E the model equals the dense one.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from moe_runtime.demo.gguf_model import DenseModel, DenseSizes, FloatArray
 
 @dataclass(frozen=True)
 class Carving:
-    """The calibrated artifact: which neuron goes where, and the routers.
+    """The calibrated artifact: which neurons belong to which expert, and the gates.
 
     shared_LS, experts_LEF: indices of dense neurons. router_LED, bias_LE: rows of a linear score of the FFN's input,
-    spread of 1 over the experts of a layer; the checkpoint's router is `2 ** log2_scale` times that.
+    with a spread of 1 over the experts of a layer. The checkpoint's gate is `2 ** log2_scale` times that.
     """
 
     shared_LS: NDArray[np.uint16]
@@ -57,7 +57,7 @@ class Carving:
 
 
 def carve_layer(dense: DenseModel, carving: Carving, layer: int) -> dict[str, FloatArray]:
-    """All float32 tensors of one layer under their `Glm4MoeForCausalLM` names, experts one by one."""
+    """All float32 tensors of one layer under their `Glm4MoeForCausalLM` names, with separate tensors per expert."""
     tensors = dense.layer(layer)
     gate_ND, up_ND, down_DN = dense.ffn(layer)
     parts = {"shared_experts": carving.shared_LS[layer]}
@@ -74,7 +74,7 @@ def carve_layer(dense: DenseModel, carving: Carving, layer: int) -> dict[str, Fl
 
 
 def carved_config(sizes: DenseSizes, carving: Carving) -> dict[str, Any]:
-    """`config.json` of the carved model; `num_experts_per_tok` may be changed there to any value from 1 to E."""
+    """`config.json` of the carved model. Its `num_experts_per_tok` may be changed to any value from 1 to E."""
     num_experts, expert_size = carving.experts_LEF.shape[1:]
     # transformers 4 reads the two rotary keys at the top level, transformers 5 in `rope_parameters`.
     rope = {"rope_theta": sizes.rope_theta, "partial_rotary_factor": 1.0}

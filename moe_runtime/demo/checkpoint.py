@@ -1,4 +1,4 @@
-"""Builds the demo checkpoint into the user's cache folder, once, whoever asks first."""
+"""Builds the demo checkpoint in the user's cache folder, once, on first use."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ from moe_runtime.demo.source import GGUF_SHA256, WHEEL_VERSION, DemoModelError, 
 from moe_runtime.demo.tokenizer import write_tokenizer
 from moe_runtime.system.cache_folder import default_cache_dir
 
-# Raise it whenever the files written here change: a cached checkpoint of another version is not used.
+# Increase it whenever the files written here change: a cached checkpoint of another version is not used.
 BUILDER_VERSION = 1
 LOCK_DEADLINE_S = 900.0
 
@@ -30,8 +30,8 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     """Path of the demo checkpoint (an HF glm4_moe directory), built on first use.
 
     cache_dir: default `$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`.
-    Safe to call from several processes at once: one builds, the others wait for it. A folder that carries the final
-    name is complete. Raises `DemoModelError` with one line if the weights can't be had or the lock is not released.
+    Safe to call from several processes at once: one builds, the others wait for it. A folder with the final name is
+    complete. Raises `DemoModelError` with one line if the weights cannot be found or the lock is not released.
     """
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
     checkpoint = cache_dir / f"demo-{_fingerprint()}"
@@ -41,7 +41,7 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
     with _exclusive(cache_dir / "demo.lock"):
         if checkpoint.is_dir():
             return checkpoint
-        for leftover in cache_dir.glob(".partial-*"):  # of builds that were killed: nobody else holds the lock
+        for leftover in cache_dir.glob(".partial-*"):  # of killed builds: we hold the lock, so none runs
             shutil.rmtree(leftover)
         gguf_path = locate_gguf(cache_dir)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir) as tmp:
@@ -53,7 +53,7 @@ def ensure_demo_model(cache_dir: Path | None = None) -> Path:
 
 
 def build_checkpoint(gguf_path: Path, carving: Carving, folder: Path) -> None:
-    """Write config, weights (float32, the exact dequantised values) and tokenizer of the carved model into `folder`."""
+    """Write config, weights (float32, the exact dequantised values) and tokenizer of the carved model to `folder`."""
     dense = DenseModel(gguf_path)
     tensors = {"model.embed_tokens.weight": dense.embedding(), "model.norm.weight": dense.final_norm()}
     layers = range(dense.sizes.num_layers)
@@ -61,7 +61,7 @@ def build_checkpoint(gguf_path: Path, carving: Carving, folder: Path) -> None:
         tensors |= carve_layer(dense, carving, layer)
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors makes it private; a cache folder may be shared
+    weights.chmod(0o644)  # safetensors makes the file private, but a cache folder may be shared
     _write_json(folder / "config.json", carved_config(dense.sizes, carving))
     _write_json(folder / "generation_config.json", _generation_config(dense))
     write_tokenizer(dense, folder)
@@ -88,7 +88,7 @@ def _fingerprint() -> str:
 
 @contextmanager
 def _exclusive(lock_path: Path) -> Iterator[None]:
-    """Hold an advisory lock on `lock_path`; the kernel releases it when the process ends, however it ends."""
+    """Hold an advisory lock on `lock_path`. The kernel releases it whenever the process ends, even if it is killed."""
     deadline = time.monotonic() + LOCK_DEADLINE_S
     with lock_path.open("a") as lock:
         waiting = False

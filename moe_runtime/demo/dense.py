@@ -1,4 +1,4 @@
-"""The dense model as a transformers module: the calibration looks into it, the carved model is held against it."""
+"""The dense model as a transformers module, for the calibration and for comparison with the carved model."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

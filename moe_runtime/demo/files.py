@@ -6,4 +6,4 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CARVING = FOLDER / "calibration.npz"  # how the dense model is carved into experts
-EXPERT_CALIBRATION = FOLDER / "routing_calibration.json"  # of `moe-runtime calibrate demo`
+EXPERT_CALIBRATION = FOLDER / "routing_calibration.json"  # written by `moe-runtime calibrate demo`

@@ -1,7 +1,7 @@
-"""Fits the carving of one dense FFN layer: shared neurons, balanced clusters of the others, a linear router.
+"""Fits the carving of one dense FFN layer: shared neurons, balanced clusters of the others, a linear gate.
 
-Nothing is trained: statistics of calibration tokens, spectral clustering and ridge regression, all in closed form or
-nearly so. Only the maintainer's calibration runs it; the artifact holds what comes out.
+Nothing is trained. The fit uses statistics of calibration tokens, spectral clustering and ridge regression, nearly all
+in closed form. Only the maintainer's calibration runs it; the artifact holds the results.
 
 Shapes: T tokens, D hidden, N neurons of the dense FFN, E experts, F neurons of one expert, C spectral coordinates.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def neuron_importance(hidden_TN: Tensor, down_DN: Tensor) -> Tensor:
-    """How much each neuron adds to each token's output: |activation| times the norm of its down column (T, N)."""
+    """How much each neuron adds to each token's output (T, N): |activation| times the norm of its down column."""
     norms_N: Tensor = torch.linalg.vector_norm(down_DN, dim=0)
     return hidden_TN.abs() * norms_N
 
@@ -21,8 +21,8 @@ def select_shared(importance_TN: Tensor, num_shared: int, num_peaks: int = 8) ->
     """Sorted indices of the neurons that every token uses (num_shared,).
 
     The `num_peaks` neurons with the largest single values come first: they carry the massive activations of a few
-    positions, and a routed expert that held one would draw its router row to it alone. The rest are the neurons with
-    the largest mean squared importance, clipped at its 99.9th percentile (of every 16th token, which is enough).
+    positions. In a routed expert, such a neuron would dominate the expert's gate row. The rest are the neurons with the
+    largest mean squared importance, clipped at its 99.9th percentile (of every 16th token, which is enough).
     """
     limit = importance_TN[::16].flatten().quantile(0.999)
     energy_N = importance_TN.clamp(max=limit).square().mean(dim=0)
@@ -41,9 +41,9 @@ def spectral_coordinates(importance_TN: Tensor, num_coordinates: int = 192) -> T
 
 
 def balanced_clusters(points_NC: Tensor, num_clusters: int, generator: torch.Generator, rounds: int = 40) -> Tensor:
-    """Spherical k-means with clusters of equal size: a cluster per point (N,), each of N / num_clusters points.
+    """Spherical k-means with clusters of N / num_clusters points each. Returns the cluster of each point (N,).
 
-    Every round assigns the points to the centres under the size limit, then moves the centres; it stops early when
+    Every round assigns the points to the centres under the size limit, then moves the centres. It stops early if
     nothing changes.
     """
     num_points = points_NC.shape[0]
@@ -60,7 +60,7 @@ def balanced_clusters(points_NC: Tensor, num_clusters: int, generator: torch.Gen
 
 
 def _assign_balanced(similarity_NE: Tensor) -> Tensor:
-    """Assignment of equal cluster sizes with a high total similarity: greedy, then swaps while one helps."""
+    """Assign points to clusters of equal size, with a high total similarity: greedy, then swaps that improve it."""
     num_points, num_clusters = similarity_NE.shape
     room = [num_points // num_clusters] * num_clusters
     clusters = [-1] * num_points
@@ -71,7 +71,7 @@ def _assign_balanced(similarity_NE: Tensor) -> Tensor:
             room[cluster] -= 1
     clusters_N = torch.tensor(clusters)
     while True:
-        # gain of i and j changing places
+        # gain if i and j swap clusters
         moved_NN = similarity_NE[:, clusters_N]
         own_N = moved_NN.diagonal()
         gain_NN = moved_NN + moved_NN.T - own_N[:, None] - own_N[None, :]
@@ -99,11 +99,11 @@ def expert_output_norms(hidden_TN: Tensor, down_DN: Tensor, experts_EF: Tensor) 
 
 
 def fit_router(x_TD: Tensor, norms_TE: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Router rows (E, D) and intercepts (E,) that predict which experts matter for a token, float64.
+    """Gate rows (E, D) and intercepts (E,) that predict which experts matter for a token, float64.
 
     Ridge regression from the standardised inputs to the output norms, each clipped at its 99th percentile. The
-    standardisation is folded in, the mean over experts is taken out (it decides nothing), and the scores are divided by
-    their mean spread over the experts.
+    standardisation is folded into the rows. The mean over experts is subtracted, as it does not affect the choice. The
+    scores are divided by their mean spread over the experts.
     """
     x_TD, norms_TE = x_TD.double(), norms_TE.double()
     limit_E = norms_TE.kthvalue(int(0.99 * norms_TE.shape[0]), dim=0).values

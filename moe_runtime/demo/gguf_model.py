@@ -32,7 +32,7 @@ class DenseSizes:
 
 
 class DenseModel:
-    """A GGUF file opened for reading (memory-mapped); weights are dequantised when asked for."""
+    """A GGUF file opened for reading (memory-mapped). Weights are dequantised when they are read."""
 
     def __init__(self, path: Path) -> None:
         reader = GGUFReader(path)
@@ -59,7 +59,7 @@ class DenseModel:
         )
 
     def embedding(self) -> FloatArray:
-        """Token embedding (V, D); it is the output head as well."""
+        """Token embedding (V, D), which is also the output head."""
         return self._weight("token_embd")
 
     def final_norm(self) -> FloatArray:

@@ -1,4 +1,4 @@
-"""What the carved model costs and how it routes: perplexity and expert load on held-out texts, for several k.
+"""The carved model's perplexity and expert load on held-out texts, for several k.
 
 Shapes: B blocks, L layers, E experts.
 """
@@ -63,7 +63,7 @@ def max_over_mean(counts_BLE: Counts) -> float:
 
 
 def hot_overlap(a_BLE: Counts, b_BLE: Counts, hottest: int = 8) -> float:
-    """Share of a layer's `hottest` experts that two kinds of text have in common; by chance hottest / E."""
+    """Share of a layer's `hottest` experts that two kinds of text have in common; by chance it is hottest / E."""
     tops = [np.argsort(-counts.sum(axis=0), axis=1)[:, :hottest] for counts in (a_BLE, b_BLE)]
     return float(np.mean([len(np.intersect1d(a, b)) / hottest for a, b in zip(*tops, strict=True)]))
 
@@ -75,7 +75,7 @@ def total_variation(a_BLE: Counts, b_BLE: Counts) -> float:
 
 
 def skew_figures(counts: dict[str, Counts]) -> dict[str, Any]:
-    """Max over mean per kind; overlap of hot experts and total variation for each two kinds, and within a kind."""
+    """Max over mean per kind; overlap of hot experts and total variation for each pair of kinds, and within a kind."""
     pairs = list(combinations(counts, 2))
     return {
         "max_over_mean": {kind: max_over_mean(counts_BLE) for kind, counts_BLE in counts.items()},

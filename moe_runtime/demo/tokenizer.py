@@ -14,7 +14,7 @@ def write_tokenizer(dense: DenseModel, folder: Path) -> None:
     tokens: list[str] = dense.field("tokenizer.ggml.tokens")
     (folder / "tokenizer.json").write_text(json.dumps(_tokenizer_json(dense, tokens), ensure_ascii=False))
     config = {
-        # The class that takes tokenizer.json as it is, in every version of transformers.
+        # In every version of transformers, this class takes tokenizer.json unchanged.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[dense.field("tokenizer.ggml.bos_token_id")],
         "eos_token": tokens[dense.field("tokenizer.ggml.eos_token_id")],

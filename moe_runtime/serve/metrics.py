@@ -107,7 +107,7 @@ class Metrics(Collector):
         balancer = stats.balancer
         yield _gauge("placement_version", "Changes of the placement since the start", balancer.placement_version)
         yield _gauge("expert_balancedness_recent", "Mean rank load / max rank load, recent", balancer.balancedness)
-        yield _gauge("expert_balancedness_slow", "The same for the slow average of the load", balancer.balancedness_slow)
+        yield _gauge("expert_balancedness_slow", "The same for the slow average of load", balancer.balancedness_slow)
         yield _gauge("expert_migration_running", "1 while experts move", balancer.is_migrating)
         yield _counter("expert_moves", "Experts copied to another slot", balancer.moves)
         yield _counter("expert_copied_bytes", "Bytes of experts' weights copied", balancer.copied_bytes)
