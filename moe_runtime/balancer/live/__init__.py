@@ -1,1 +1,1 @@
-"""Balancing while serving: watches the load, moves experts between steps, tells ranks which replicas to use."""
+"""Balancing while serving: watches the load, moves experts between steps, and tells ranks which replicas to use."""

@@ -1,7 +1,7 @@
 """What the front knows of the load: counts of all ranks, their averages, and measured layers. No torch.
 
-Ranks count without end. What happened in some steps, a `Window`, is the difference of two counts; both are taken as of
-a number of steps, so one that arrives late is known by it.
+Ranks never reset their counts. A `Window`, the load of some steps, is the difference of two counts. Each count belongs
+to a number of steps, which identifies a count that arrives late.
 
 Shape suffixes: L MoE layers, W ranks, E logical experts; 2 is for prefill and decode.
 """
@@ -23,21 +23,21 @@ from moe_runtime.wire.messages import RankResult, StepPlan
 
 Ints = npt.NDArray[np.int64]
 
-MAX_SAMPLES = 2000  # measured layers that the cost model is fitted to
+MAX_SAMPLES = 2000  # measured layers to which the cost model is fitted
 MIN_SAMPLES = 24
-STEP_SHARE = 0.1  # of a step in the average
+STEP_SHARE = 0.1  # weight of the newest step in the average
 PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Window:
-    """What happened from one count to another, or from the start.
+    """The load between two counts, or since the start.
 
     Attributes:
-        counts_W2LE: tokens that live on a rank, per phase, layer and expert.
+        counts_W2LE: tokens of the sequences on each rank, per phase, layer and expert.
         num_steps: all steps.
-        phase_steps: int64 [2], those that had prefill, and those that had decode.
-        seconds: of time, also without steps.
+        phase_steps: int64 [2], steps that had prefill, and steps that had decode.
+        seconds: elapsed time, including time without steps.
     """
 
     counts_W2LE: Ints
@@ -46,7 +46,7 @@ class Window:
     seconds: float
 
     def since(self, earlier: Window) -> Window:
-        """What happened after `earlier`, both from the same start."""
+        """The load after `earlier`; both windows have the same start."""
         return Window(
             self.counts_W2LE - earlier.counts_W2LE,
             self.num_steps - earlier.num_steps,
@@ -55,7 +55,7 @@ class Window:
         )
 
     def demand(self, horizon_seconds: float) -> dict[str, Demand]:
-        """What steps of each phase that occurred there would do within a horizon, if it went on like that."""
+        """The steps of each phase within a horizon, if the load continues as in this window."""
         repeats = horizon_seconds / max(self.seconds, 1e-3)
         return {
             phase: Demand(rows=tokens_LE / steps, num_steps=steps * repeats)
@@ -67,18 +67,18 @@ class Window:
 
 
 class LoadMonitor:
-    """Asks ranks for their counts, and takes in what they and the steps tell.
+    """Asks ranks for their counts, and collects these and what steps measure.
 
     Args:
-        executor: its ranks.
+        executor: runs the engine's ranks.
         shape: (L, E).
         fast_steps, slow_steps: time constants of the averages.
 
     Attributes:
         averages: tokens per step, fast and slow.
         total: everything up to the latest counts.
-        num_steps: that have been planned.
-        step_seconds: of a step of late.
+        num_steps: planned steps.
+        step_seconds: moving average of a step's duration.
     """
 
     def __init__(self, executor: Executor, shape: tuple[int, int], fast_steps: float, slow_steps: float) -> None:
@@ -90,7 +90,7 @@ class LoadMonitor:
         self.total = Window(np.zeros((num_ranks, 2, *shape), np.int64), 0, np.zeros(2, np.int64), 0.0)
         self._phase_steps = np.zeros(2, np.int64)
         self._started = time.monotonic()
-        self._asked: deque[tuple[int, Ints, float]] = deque()  # as of when, for every time that ranks were asked
+        self._asked: deque[tuple[int, Ints, float]] = deque()  # steps, phase steps, seconds at each request
         self._reports: list[deque[Ints]] = [deque() for _ in range(num_ranks)]  # a rank answers in order
         self._samples: deque[tuple[list[int], list[int], float]] = deque(maxlen=MAX_SAMPLES)
 
@@ -112,7 +112,7 @@ class LoadMonitor:
         self._phase_steps = self._phase_steps + np.array([has_prefill, has_decode])
 
     def note_results(self, results: list[RankResult]) -> None:
-        """Take in what ranks measured in a step."""
+        """Record what ranks measured in a step."""
         seconds = max(result.seconds for result in results)
         self.step_seconds += STEP_SHARE * (seconds - self.step_seconds)
         if results[0].expert_work:
@@ -126,18 +126,21 @@ class LoadMonitor:
         self._executor.request_counts()
 
     def take_report(self, report: CountsReport) -> Window | None:
-        """A rank's answer; the window since the latest counts once all have answered, unless later ones are here."""
+        """Take a rank's answer. After the last rank's answer, returns the window since the latest counts.
+
+        Returns None while answers are missing, or if later counts are already here.
+        """
         self._reports[report.rank].append(report.counts_2LE)
         if not all(self._reports):
             return None
         return self._take(np.stack([reports.popleft() for reports in self._reports]), *self._asked.popleft())
 
     def take_counts(self, counts_W2LE: Ints) -> Window | None:
-        """Counts of all ranks after all steps; the window since the latest, None if there was no step."""
+        """Take counts of all ranks after all steps. Returns the window since the latest counts, None without a step."""
         return self._take(counts_W2LE, *self._now())
 
     def layer_time(self) -> LayerTime | None:
-        """How long a sparse layer takes, fitted to steps of late; None while too few were measured."""
+        """How long a sparse layer takes, fitted to recent steps; None while too few layers were measured."""
         if len(self._samples) < MIN_SAMPLES:
             return None
         touched, rows, seconds = zip(*self._samples, strict=True)

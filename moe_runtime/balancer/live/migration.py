@@ -1,10 +1,11 @@
-"""Moves experts to other slots while the engine serves: copy, check, commit, in rounds. No torch.
+"""Moves experts to other slots while the engine serves: copy, check, commit, in migration rounds. No torch.
 
-Every rank keeps a slot free in each layer, the shadow. In a layer's round, ranks copy one expert each into it, between
-steps, so many bytes at a time; then they and a rank that has held the expert so far sum up what their slots hold. Only
-if the sums agree is the round committed: the front raises the version of the placement, and the next plan has new
-replica tables, so all ranks switch at once. The slot that an expert gave up is the new shadow. Until the commit
-nothing has changed for the tokens, so what fails is dropped and serving goes on; the old expert still lies in its slot.
+Every rank keeps one slot free in each layer, the shadow slot. In a layer's migration round, each rank copies one
+expert into it, between steps, a limited number of bytes at a time. Then this rank and a rank that already held the
+expert compute checksums of their slots. The front commits the round only if the checksums agree. It raises the version
+of the placement, and the next plan has new replica tables, so all ranks switch at once. The slot that an expert left is
+the new shadow slot. Until the commit nothing changes for the tokens, and the old expert stays in its slot. So a failed
+round is dropped, and serving continues.
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ from moe_runtime.wire.messages import SlotReport, SlotTask
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # rounds that may fail before the rest of a migration is given up
+MAX_FAILURES = 3  # the rest of a migration is given up when this many rounds have failed
 
 
 @dataclass
 class _Transfer:
-    """An expert on its way into a rank's empty slot; the slot of `leaving` (EMPTY: none) becomes empty by it."""
+    """An expert that moves into a rank's empty slot; the commit empties the slot of `leaving` (EMPTY: none)."""
 
     rank: int
     slot: int
     expert: int
     leaving: int
     task: SlotTask
-    witness: tuple[int, SlotTask]  # rank and task that sum up the expert where it is now
+    witness: tuple[int, SlotTask]  # rank that holds the expert now, and task that computes its checksum there
     checksum: int | None = None
     expected: int | None = None
 
 
 @dataclass
 class _Round:
-    """A layer's transfers that will be committed together; `deadline` of the reports that are awaited."""
+    """A layer's transfers that will be committed together; `deadline` is that of the missing reports."""
 
     layer: int
     transfers: list[_Transfer]
@@ -63,15 +64,15 @@ class _Round:
 
 @dataclass
 class MigrationReport:
-    """What became of a migration.
+    """The result of a migration.
 
     Attributes:
-        moves: experts that have moved, each once its round was committed.
-        copied_bytes: of weights read, also of moves that failed.
-        copy_seconds: that ranks spent on copying and summing up.
+        moves: experts that have moved; a move is added when its round is committed.
+        copied_bytes: bytes of weights read, including those of failed moves.
+        copy_seconds: time that ranks spent on copying and checksums.
         failures: why rounds were rolled back, one line each.
-        dropped_moves: moves that were asked for and not made.
-        seconds: from start to end; None until then.
+        dropped_moves: number of requested moves that were not made.
+        seconds: from start to end; None until the end.
     """
 
     moves: list[Move] = field(default_factory=list)
@@ -87,18 +88,18 @@ class Migration:
 
     Args:
         placement: where the experts are.
-        target: where they shall be; which of a rank's slots an expert takes does not matter.
+        target: where they must be in the end. Which of a rank's slots an expert takes does not matter.
         send: gives a rank a task; its report comes through `take`.
-        num_slots: slots that each rank has; in each layer it holds one expert less at most, now and by `target`.
-        expert_bytes: of one expert's weights.
-        budget: bytes that a rank may copy or sum up between two steps, as of now.
+        num_slots: slots of each rank. In each layer a rank holds at most one expert fewer, both now and in `target`.
+        expert_bytes: bytes of one expert's weights.
+        budget: returns the bytes that a rank may now copy or check between two steps.
         timeout: seconds within which a rank must report.
         first_task: number of the first task.
         clock: seconds, monotonic.
 
     Attributes:
         placement: where the experts are now. `version` grows with every commit.
-        report: how it went.
+        report: the result so far.
         next_task: number of the first task of a later migration.
     """
 
@@ -138,20 +139,20 @@ class Migration:
         return self.report.seconds is not None
 
     def tick(self) -> bool:
-        """Get on, once between two steps; True if this committed a change of `placement`, for the next plan to carry.
+        """Continue, once between two steps. True if a change of `placement` was committed, which the next plan carries.
 
-        A slot that a commit gives up may be asked to be overwritten at once: ranks do that after the steps that they
-        were given so far, and all later ones have the new replica tables.
+        A task may overwrite a slot as soon as a commit frees it: ranks run the task after the steps they already
+        have, and all later steps have the new replica tables.
         """
         before = self.placement
         for complete in [going for going in self._rounds.values() if going.is_complete]:
-            if complete.layer in self._rounds:  # not given up meanwhile
+            if complete.layer in self._rounds:  # still there: another round's failure may have ended the migration
                 self._end_round(complete)
         for layer in list(self._layers):
             if layer not in self._rounds:
                 self._begin_round(layer)
         for late in [going for going in self._rounds.values() if self._clock() > going.deadline]:
-            if late.layer not in self._rounds:  # all was given up meanwhile
+            if late.layer not in self._rounds:  # another round's failure has ended the migration
                 break
             ranks = ", ".join(f"rank {rank}" for rank in sorted({rank for rank, _ in late.keys & self._waiting}))
             self._fail(late, f"layer {late.layer}: no report within {self._timeout:g} s from {ranks}")
@@ -160,7 +161,7 @@ class Migration:
         return self.placement is not before
 
     def take(self, report: SlotReport) -> None:
-        """A rank's report; those of rounds that have failed are ignored."""
+        """Take a rank's report; ignore reports of failed rounds."""
         key = (report.rank, report.task_id)
         if key not in self._waiting:
             return
@@ -179,7 +180,7 @@ class Migration:
                 transfer.expected = report.checksum
 
     def _begin_round(self, layer: int) -> None:
-        """Start a layer's next round; experts that only go are a commit by itself."""
+        """Start a layer's next round. If experts only leave, commit at once."""
         slots_WS = self.placement.slots[layer]
         changes = next_round(slots_WS, self._wanted[layer], self._num_slots)
         if changes is None:
@@ -203,7 +204,7 @@ class Migration:
         return _Transfer(rank, slot, expert, leaving, task, (holder, witness))
 
     def _send_next(self) -> None:
-        """Give every rank that waits for nothing as much work as its budget allows: copies first."""
+        """Give every rank without an open task as much work as its budget allows, copies first."""
         busy = {rank for rank, _ in self._waiting}
         left = [0 if rank in busy else max(1, self._budget()) for rank in range(self.placement.num_ranks)]
         transfers = [(going, transfer) for going in self._rounds.values() for transfer in going.transfers]
@@ -251,7 +252,7 @@ class Migration:
         self.placement = Placement(slots, before.num_experts, before.layer_ids, before.version + 1)
 
     def _fail(self, going: _Round, why: str) -> None:
-        """Roll a round back: nothing was committed, so it is enough to forget it. It will be tried again."""
+        """Roll a round back. Nothing was committed, so it is enough to delete it; a later round tries again."""
         logger.warning("a migration was rolled back: %s", why)
         self.report.failures.append(why)
         self._waiting -= going.keys

@@ -1,4 +1,4 @@
-"""Which experts of a layer move together, so that every expert has a slot at any time. No torch.
+"""Which experts of a layer move together, so that every expert always has a slot. No torch.
 
 Shape suffixes: W ranks, S slots per rank, E logical experts.
 """
@@ -12,22 +12,22 @@ import numpy.typing as npt
 
 from moe_runtime.balancer.placement import EMPTY
 
-Change = tuple[int, int, int]  # rank, expert that comes, expert that leaves; EMPTY for none
+Change = tuple[int, int, int]  # rank, expert that arrives, expert that leaves; EMPTY for none
 
 
 def next_round(
     slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_], num_slots_W: Sequence[int]
 ) -> list[Change] | None:
-    """The changes of the next round on the way to `wanted_WE`; None when there is nothing, or nothing possible, left.
+    """The changes of the next migration round towards `wanted_WE`; None if no change is left, or none is possible.
 
-    On a rank at most one expert comes, into an empty slot, and at most one leaves; then the rank has an empty slot
-    again. An expert leaves only where another rank keeps it or gets it in the same round, so experts that change places
-    move together. Experts that only leave go in a round of their own at the end.
+    On each rank at most one expert arrives, into an empty slot, and at most one leaves. Afterwards the rank has an
+    empty slot again. An expert leaves a rank only if another rank keeps it or gets it in the same round. So experts
+    that change places move together. Experts that only leave do so in a separate round at the end.
 
     Args:
         slots_WS: the expert in each slot, EMPTY for none.
-        wanted_WE: which rank shall hold which expert; every expert at least one.
-        num_slots_W: slots that each rank has, one more at least than experts that it holds or shall hold.
+        wanted_WE: which rank must hold which expert; every expert has at least one rank.
+        num_slots_W: slots of each rank, at least one more than the experts that it holds or must hold.
     """
     return _Round(slots_WS, wanted_WE, num_slots_W).plan()
 
@@ -41,7 +41,7 @@ class _Round:
         wanted = [set(np.nonzero(row)[0].tolist()) for row in wanted_WE]
         self.coming = [sorted(want - held) for want, held in zip(wanted, self.holds, strict=True)]
         self.leaving = [sorted(held - want) for want, held in zip(wanted, self.holds, strict=True)]
-        self.changes: dict[int, tuple[int, int]] = {}  # rank -> expert that comes, expert that leaves
+        self.changes: dict[int, tuple[int, int]] = {}  # rank -> expert that arrives, expert that leaves
 
     def plan(self) -> list[Change] | None:
         for rank, experts in enumerate(self.coming):
@@ -53,7 +53,7 @@ class _Round:
         return [(rank, *change) for rank, change in sorted(self.changes.items())] or None
 
     def _bring(self, rank: int, expert: int) -> bool:
-        """Have an expert come to a rank, with whatever changes on other ranks that needs; False if it cannot."""
+        """Plan the arrival of an expert on a rank, and the changes elsewhere that it needs; False if impossible."""
         if rank in self.changes:
             return self.changes[rank][0] == expert
         before = dict(self.changes)
@@ -68,7 +68,7 @@ class _Round:
         return False
 
     def _is_kept(self, expert: int) -> bool:
-        """Whether some rank has the expert after the round as planned so far."""
+        """Whether some rank has the expert after the changes planned so far."""
         for rank, held in enumerate(self.holds):
             comes, leaves = self.changes.get(rank, (EMPTY, EMPTY))
             if comes == expert or (expert in held and leaves != expert):
@@ -76,11 +76,11 @@ class _Round:
         return False
 
     def _bring_elsewhere(self, expert: int) -> bool:
-        """Have an expert come to one of the ranks that shall get it."""
+        """Plan the arrival of an expert on one of the ranks that must get it."""
         return any(expert in coming and self._bring(rank, expert) for rank, coming in enumerate(self.coming))
 
     def _clear(self) -> None:
-        """Let experts go that nobody wants there: one a rank, as long as each is kept elsewhere."""
+        """Plan the removal of one unwanted expert per rank, if another rank keeps the expert."""
         for rank, experts in enumerate(self.leaving):
             for expert in experts:
                 self.changes[rank] = (EMPTY, expert)

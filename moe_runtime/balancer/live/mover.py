@@ -1,4 +1,4 @@
-"""Carries a change of the placement out: one migration at a time, under a budget of bytes between steps. No torch."""
+"""Carries out changes of the placement: one migration at a time, with a budget of bytes between steps. No torch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_runtime.wire.messages import SlotReport
 
 logger = logging.getLogger(__name__)
 
-FIRST_COPY_RATE = 5e8  # bytes per second, until a copy was measured
-COPY_SHARE, LEAST_COPY = 0.15, 256 << 10  # of a step's time, unless it is a few bytes
+FIRST_COPY_RATE = 5e8  # bytes per second, until a copy has been measured
+COPY_SHARE, LEAST_COPY = 0.15, 256 << 10  # share of a step's time; bytes that are always allowed
 IDLE_COPY = 64 << 20
 REPORT_TIMEOUT = 120.0
 
 
 @dataclass
 class Rebalance:
-    """A change of the placement that was asked for, or that the balancer decided on.
+    """A change of the placement that a user requested, or that the balancer decided on.
 
-    `moves` and what follows is filled in when it is `done`; with `dry_run` it is done at once, and nothing has moved.
+    `moves` and the fields after it are filled in when it is `done`. With `dry_run` it is done at once, without moves.
     """
 
     dry_run: bool
@@ -48,14 +48,14 @@ class Mover:
     """Moves experts between slots.
 
     Args:
-        executor: its ranks.
-        num_slots: slots of each rank in a layer; one is empty but while an expert moves.
-        expert_bytes: of one expert's weights.
-        bytes_per_step: that a rank may copy between two steps; None: a share of a step's time.
+        executor: runs the engine's ranks.
+        num_slots: slots of each rank in a layer. One slot stays empty except during a move.
+        expert_bytes: bytes of one expert's weights.
+        bytes_per_step: bytes that a rank may copy between two steps; None: a share of a step's time.
 
     Attributes:
         moves, copied_bytes, rollbacks: since the start.
-        copy_rate: bytes per second, as measured last.
+        copy_rate: bytes per second, from the last measurement.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Mover:
         return self._migration is not None
 
     def start(self, placement: Placement, target: Placement, rebalance: Rebalance) -> None:
-        """Begin to move experts from one placement to another; `rebalance` is filled in when that has ended."""
+        """Start moving experts from one placement to another; `rebalance` is filled in when the migration ends."""
         assert self._migration is None
         self._rebalance = rebalance
         self._migration = Migration(
@@ -92,16 +92,16 @@ class Mover:
         )
 
     def take(self, report: SlotReport) -> None:
-        """A rank's report; of what is no longer under way, it is ignored."""
+        """Take a rank's report; without a running migration, ignore it."""
         if self._migration is not None:
             self._migration.take(report)
 
     def tick(self, step_seconds: float, idle: bool) -> Placement | None:
-        """Get on, once between two steps; the placement if it has changed.
+        """Continue, once between two steps. Returns the placement if it has changed.
 
         Args:
-            step_seconds: of a step of late.
-            idle: nobody waits for a step.
+            step_seconds: recent mean duration of a step.
+            idle: no request waits for a step.
         """
         assert self._migration is not None
         if idle:
@@ -113,7 +113,7 @@ class Mover:
         return self._migration.placement if self._migration.tick() else None
 
     def take_finished(self) -> Rebalance | None:
-        """What was moved, once, when a migration has ended; all but the balancedness after it."""
+        """Once after a migration has ended, its result, without the balancedness after it; else None."""
         if self._migration is None or not self._migration.done:
             return None
         assert self._rebalance is not None

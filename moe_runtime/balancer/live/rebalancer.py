@@ -2,7 +2,7 @@
 
 `load_monitor.py` watches the load, `mover.py` carries moves out, `replica_table.py` shares tokens among replicas.
 
-The engine hands every plan through `prepare` and calls `tick` between steps; all waiting is done by others.
+The engine passes every plan through `prepare` and calls `tick` between steps. No call here blocks.
 
 Shape suffixes: L MoE layers, W ranks, E logical experts.
 """
@@ -38,19 +38,20 @@ Floats = npt.NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 
-HORIZON_SECONDS = 60.0  # within which a move must pay back, at most
-FAST_INTERVALS, SLOW_INTERVALS = 2, 20  # time constants of the averages, in looks at the load
-ROUTE_STEPS = 8  # steps between two looks at how replicas share their tokens
-MEASURE_EVERY = 8  # steps; so often ranks time their experts
+HORIZON_SECONDS = 60.0  # the longest time in which a move must pay back
+FAST_INTERVALS, SLOW_INTERVALS = 2, 20  # time constants of the averages, in balance intervals
+ROUTE_STEPS = 8  # steps between two checks of how replicas share their tokens
+MEASURE_EVERY = 8  # ranks time their experts once in this many steps
 KEPT_DECISIONS = 200
 
 
 @dataclass(frozen=True)
 class BalancerStats:
-    """Counts since the start, and of late: mean rank load / max rank load, and rows that a rank's experts compute.
+    """Counts since the start, and figures of the recent load.
 
-    `balancedness_slow` is the same of the slow average of the load: where it is near 1 and `balancedness` is not, the
-    load has just changed, or a burst is passing.
+    `balancedness` is mean rank load / max rank load of the fast average. `balancedness_slow` is the same of the slow
+    average. If it is near 1 and `balancedness` is not, the load has just changed, or a burst is passing.
+    `rank_rows_per_step` are the rows that each rank's experts compute.
     """
 
     placement_version: int
@@ -68,11 +69,11 @@ class Rebalancer:
 
     Args:
         config, model: as for the engine.
-        executor: its ranks.
+        executor: runs the engine's ranks.
 
     Attributes:
         placement: where the experts are.
-        decisions: the last ones of the balancer, newest last, as plain figures.
+        decisions: the balancer's latest decisions, newest last, as plain figures.
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, executor: Executor) -> None:
@@ -85,23 +86,23 @@ class Rebalancer:
         shape = (self.placement.num_layers, self.placement.num_experts)
         interval = config.balance_interval
         self._monitor = LoadMonitor(executor, shape, FAST_INTERVALS * interval, SLOW_INTERVALS * interval)
-        self._looked = self._monitor.total  # as of the last look
-        self._known_LE = np.zeros(shape)  # rows per step of late, as of then
-        self._began = 0.0  # seconds, on the monitor's clock: since then this load, and nobody told to move
+        self._looked = self._monitor.total  # at the last look
+        self._known_LE = np.zeros(shape)  # recent rows per step, at the last look
+        self._began = 0.0  # seconds on the monitor's clock: the load last changed, or experts last moved
         self._shifts = ShiftDetector(SLOW_INTERVALS)
         self._payback = Payback()
         self._mover = Mover(executor, self._num_slots, self._expert_bytes, config.migration_bytes_per_step)
         self._replica_tables = ReplicaTables(self.placement)
-        # of each rank in each layer, by the averages; worked out anew where one of them changes
+        # load of each rank in each layer by the averages; recomputed when an average or the placement changes
         self._fast_LW, self._slow_LW = np.zeros((2, shape[0], self._num_ranks))
 
     @property
     def is_migrating(self) -> bool:
-        """Whether experts are on their way, so that `tick` must be called also without steps."""
+        """Whether experts are moving, so that `tick` must be called even without steps."""
         return self._mover.is_moving
 
     def stats(self) -> BalancerStats:
-        """Figures since the start and of late; cheap."""
+        """Counts since the start and recent figures; cheap."""
         return BalancerStats(
             placement_version=self.placement.version,
             moves=self._mover.moves,
@@ -114,7 +115,7 @@ class Rebalancer:
         )
 
     def prepare(self, plan: StepPlan) -> StepPlan:
-        """The plan with the replica choices that are new, and whether to measure."""
+        """The plan, completed with new replica choices and with whether ranks measure this step."""
         self._monitor.note_plan(plan)
         news = self._replica_tables.take_news()
         if news is not None:
@@ -126,13 +127,13 @@ class Rebalancer:
         return replace(plan, measure=measure)
 
     def note(self, results: list[RankResult]) -> None:
-        """Take in what ranks measured in a step."""
+        """Record what ranks measured in a step."""
         self._monitor.note_results(results)
 
     def tick(self, idle: bool = False) -> None:
-        """Between two steps: take reports in, get on with a migration, and now and then look at the load.
+        """Work between two steps: take reports, continue a migration, and look at the load once in an interval.
 
-        Without requests (`idle`) copies delay nobody, and go on in large pieces.
+        Without requests (`idle`), copies delay no request, so ranks copy in large pieces.
         """
         self._take_reports()
         if self._mover.is_moving:
@@ -144,7 +145,7 @@ class Rebalancer:
             self._monitor.ask()
 
     def begin(self, dry_run: bool = False) -> Rebalance:
-        """Plan by the load of late and, unless `dry_run`, start moving.
+        """Plan for the recent load and, unless `dry_run`, start moving.
 
         Raises:
             ValueError: there is one rank, or a migration is under way.
@@ -163,8 +164,8 @@ class Rebalancer:
         return rebalance
 
     def take_counts(self, counts_W2LE: Ints) -> None:
-        """Counts that somebody has fetched after all steps; `Executor.expert_counts`."""
-        self._take_reports()  # of counts that were asked for before
+        """Take counts that `Executor.expert_counts` returned after all steps."""
+        self._take_reports()  # of counts that were requested earlier
         if (window := self._monitor.take_counts(counts_W2LE)) is not None:
             self._replica_tables.weigh(window.counts_W2LE.sum(axis=1))
         self._weigh()
@@ -175,7 +176,7 @@ class Rebalancer:
 
     @property
     def _steps_between_counts(self) -> float:
-        """Few where replicas share tokens by them, more where only the balancer watches, no end where nobody does."""
+        """Few if replicas share tokens by the counts, more if only the balancer uses them, infinite if nothing does."""
         interval = self._config.balance_interval
         if self._replica_tables.has_replicas:
             return min(ROUTE_STEPS, interval)
@@ -189,7 +190,7 @@ class Rebalancer:
                 self._replica_tables.weigh(window.counts_W2LE.sum(axis=1))
 
     def _look(self) -> None:
-        """Once in an interval: whether the load is a new one, how even it is, and whether experts should move."""
+        """Once in an interval: check whether the load is new, how even it is, and whether experts should move."""
         before, self._looked = self._looked, self._monitor.total
         window = self._looked.since(before)
         shift = self._shifts.compare(self._known_LE, window.counts_W2LE.sum(axis=(0, 1)))
@@ -203,15 +204,16 @@ class Rebalancer:
         self._known_LE = self._rows()
 
     def _decide(self, window: Window, shift: Shift) -> None:
-        """Weigh a plan, and carry it out where it pays back.
+        """Evaluate a plan, and carry it out if it pays back.
 
-        The plan is made for the load as of the last look, and its saving is that on the steps since then, which it does
-        not know: on those it was made for it would promise too much, for it fits their noise as well.
+        The plan is made for the load up to the last look. Its saving is computed on the steps since then, which the
+        plan has not seen. On the steps it was made for, the saving would look too large, because the plan also fits
+        their noise.
 
-        The horizon is as long as there has been this load and nobody was told to move, a minute at most: so experts
-        move once as much could have been saved as the margin wants. Whatever comes next, what is lost by waiting and by
-        moving in vain is at most 1 + margin times the least that anybody could lose who knew it (the ski rental
-        problem; Karlin et al. 1988).
+        The horizon is the time since the load changed or experts last moved, capped at 60 s. So experts move once the
+        plan could already have saved what the margin asks for. Whatever load follows, waiting and useless moves
+        together cost at most 1 + margin times the least possible cost with the future known (the ski rental problem;
+        Karlin et al. 1988).
         """
         if self._config.balance == "eplb":
             rows_LE = self._rows()
@@ -237,7 +239,7 @@ class Rebalancer:
             self._start(decision.plan, self._rebalance(decision.plan, self._rows()))
 
     def _start(self, plan: Plan, rebalance: Rebalance) -> None:
-        """Tell experts to move."""
+        """Start the moves of a plan."""
         self._began = self._monitor.total.seconds
         self._mover.start(self.placement, plan.placement, rebalance)
 
@@ -254,7 +256,7 @@ class Rebalancer:
         logger.log(logging.INFO if decision.moves_experts else logging.DEBUG, "balancer: %s", figures)
 
     def _rows(self) -> Floats:
-        """Rows per step, layer and expert of late, of both phases."""
+        """Recent rows per step, layer and expert, both phases together."""
         rows_LE: Floats = self._monitor.averages.fast.sum(axis=0)
         return rows_LE
 
@@ -263,7 +265,7 @@ class Rebalancer:
         return Rebalance(dry_run, before, after, len(plan.moves))
 
     def _plan(self, rows_LE: Floats) -> Plan:
-        """A plan from here, for all slots but the shadows."""
+        """A plan from the current placement, for all slots except the shadow slots."""
         num_slots = [count - 1 for count in self._num_slots]
         current = self.placement.in_slots(num_slots)
         if self._config.balance == "eplb":
@@ -271,7 +273,7 @@ class Rebalancer:
         return plan_placement(rows_LE, self._num_ranks, num_slots, current)
 
     def _move(self, idle: bool) -> None:
-        """Get on with a migration."""
+        """Continue a migration."""
         placement = self._mover.tick(self._monitor.step_seconds, idle)
         if placement is not None:
             self.placement = placement
@@ -282,7 +284,7 @@ class Rebalancer:
                 self.decisions[-1]["outcome"] = rebalance.to_dict()
 
     def _weigh(self, layers: npt.NDArray[np.intp] | slice = slice(None)) -> None:
-        """The load of each rank, after the averages or the placement of layers has changed."""
+        """Recompute the load of each rank, after the averages or the placement of layers has changed."""
         slots_LWS, averages = self.placement.slots[layers], self._monitor.averages
         self._fast_LW[layers] = rank_loads(averages.fast.sum(axis=0)[layers], slots_LWS)
         self._slow_LW[layers] = rank_loads(averages.slow.sum(axis=0)[layers], slots_LWS)

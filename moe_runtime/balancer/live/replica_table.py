@@ -1,4 +1,4 @@
-"""Which slots a rank's tokens take: tables worked out from the placement and the last counts, sent where they changed.
+"""Which slots a rank's tokens take: tables computed from the placement and the last counts, sent when they change.
 
 Shape suffixes: L MoE layers, V ranks that send, W ranks that compute, E logical experts, H experts with replicas,
 J replicas, S slots per rank, P entries of a table.
@@ -17,9 +17,9 @@ from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.split import split_tokens
 from moe_runtime.wire.messages import REPLICA_TURNS, ReplicaChoice
 
-SLACK = 0.05  # of the least possible load of the busiest rank: less is not worth new tables
-MAX_CELLS = 1 << 20  # of quotas at a time, 8 bytes each
-TABLES_A_STEP = 512  # worked out between two steps, or those of one layer
+SLACK = 0.05  # relative to the least possible load of the busiest rank: a smaller gain is not worth new tables
+MAX_CELLS = 1 << 20  # quotas computed at a time, 8 bytes each
+TABLES_A_STEP = 512  # tables computed between two steps; one layer may exceed it
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -27,12 +27,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass
 class _Told:
-    """What the ranks were told of a layer's experts.
+    """What the front has sent to the ranks about a layer's experts.
 
     Attributes:
         hosts_EW: 1 where a rank has an expert, 0 elsewhere.
-        expert_H: those with replicas, ascending.
-        slot_HJ: their global slots, EMPTY behind the last.
+        expert_H: experts with replicas, ascending.
+        slot_HJ: their global slots, EMPTY after the last.
         table_VHP: each rank's tables.
         part_VHJ: the part of each rank's tokens that goes to each replica.
     """
@@ -44,7 +44,7 @@ class _Told:
     part_VHJ: Floats
 
     def rank_load(self, count_VE: npt.NDArray[np.integer], max_slots: int) -> Floats:
-        """float64 [W]: tokens that ranks compute if these were sent."""
+        """float64 [W]: tokens that each rank computes if ranks send `count_VE`."""
         count_E = count_VE.sum(axis=0).astype(np.float64)
         count_E[self.expert_H] = 0
         sent_HJ = np.einsum("vh,vhj->hj", count_VE[:, self.expert_H], self.part_VHJ)
@@ -56,10 +56,10 @@ class _Told:
 
 
 class ReplicaTables:
-    """What every rank has been told, and what it must be told next.
+    """The replica tables that the ranks have, and the changes that the front must send next.
 
     Args:
-        placement: with which the ranks began; they send each expert's tokens to its first slot.
+        placement: the ranks' initial placement; ranks initially send each expert's tokens to its first slot.
     """
 
     def __init__(self, placement: Placement) -> None:
@@ -67,29 +67,29 @@ class ReplicaTables:
         self._counts_VLE: npt.NDArray[np.integer] = np.zeros(
             (placement.num_ranks, placement.num_layers, placement.num_experts), np.int64
         )
-        self._single_LE: Ints = placement.first_slot.astype(np.int64)  # EMPTY where tables were told
-        self._told: dict[int, _Told] = {}  # by layer, of those with replicas
-        self._due: dict[int, bool] = {}  # layers, and whether they get new tables whatever their load is
+        self._single_LE: Ints = placement.first_slot.astype(np.int64)  # EMPTY where ranks have tables
+        self._told: dict[int, _Told] = {}  # by layer, only layers with replicas
+        self._due: dict[int, bool] = {}  # layer -> whether it gets new tables whatever its load is
         self._news: list[list[ReplicaChoice]] = [[] for _ in range(placement.num_ranks)]
         self._tell(range(placement.num_layers))
 
     @property
     def has_replicas(self) -> bool:
-        """Whether any expert has, so that counts matter."""
+        """Whether any expert has replicas, so that counts matter."""
         return bool(self._told)
 
     def place(self, placement: Placement) -> npt.NDArray[np.intp]:
-        """ReplicaTables to other slots; what is new waits for the next plan. The layers that have changed."""
+        """Follow a new placement; the next plan carries the changes. Returns the layers that have changed."""
         changed: npt.NDArray[np.intp] = (placement.slots != self._placement.slots).any(axis=(1, 2)).nonzero()[0]
         self._placement = placement
         self._tell(changed.tolist())
         return changed
 
     def weigh(self, counts_VLE: npt.NDArray[np.integer]) -> None:
-        """Take in new counts. Layers whose busiest rank has more than SLACK above the mean are due, the worst first.
+        """Take new counts. Layers whose busiest rank is more than SLACK above the mean become due, the worst first.
 
         Args:
-            counts_VLE: tokens that each rank has had for each expert of late.
+            counts_VLE: recent tokens of each rank for each expert.
         """
         self._counts_VLE = counts_VLE
         excess = {layer: self._excess(layer) for layer in self._told}
@@ -98,33 +98,33 @@ class ReplicaTables:
         self._due = wanted | {layer: True for layer, is_certain in self._due.items() if is_certain}
 
     def refresh(self) -> None:
-        """All layers with replicas are due, for the best balance and for most tokens at home."""
+        """Make all layers with replicas due, for the best balance and for the most tokens on their own rank."""
         self._due |= dict.fromkeys(self._told, True)
 
     def advance(self) -> None:
-        """Between two steps: new tables for layers that are due, as many as are soon worked out.
+        """Between two steps, compute new tables for some of the layers that are due, so that it takes little time.
 
-        What was only due because of its load gets none where SLACK above the least possible would not be saved.
+        A layer that is due only because of its load is skipped unless it is more than SLACK above the least possible.
         """
         chosen, num_tables = [], 0
         while self._due and num_tables < TABLES_A_STEP:
             layer = next(iter(self._due))
             is_certain = self._due.pop(layer)
-            if layer in self._told:  # it may have changed since
+            if layer in self._told:  # its replicas may have gone since
                 num_tables += self._told[layer].table_VHP[..., 0].size
                 if is_certain or self._is_worth_it(layer):
                     chosen.append(layer)
         self._tell(chosen)
 
     def take_news(self) -> list[list[ReplicaChoice]] | None:
-        """The replica choices that each rank must be told with the next plan; None if there are none."""
+        """The replica choices that each rank gets with the next plan; None if there are none."""
         if not any(self._news):
             return None
         news, self._news = self._news, [[] for _ in self._news]
         return news
 
     def _excess(self, layer: int) -> float:
-        """The busiest rank's tokens over those of the mean rank."""
+        """Tokens of the busiest rank / mean over ranks."""
         load_W = self._told[layer].rank_load(self._counts_VLE[:, layer], self._placement.max_slots)
         return float(load_W.max() / (load_W.mean() or 1.0))
 
@@ -134,7 +134,7 @@ class ReplicaTables:
         return self._excess(layer) * float(least_W.mean()) > (1 + SLACK) * float(least_W.max())
 
     def _tell(self, layers: Iterable[int]) -> None:
-        """Work out the tables of layers; what ranks do not know is news."""
+        """Compute the tables of layers; what differs from the ranks' tables becomes news."""
         replicated: list[tuple[int, Ints, Ints]] = []  # layer, slots, experts with replicas
         counts, shares, slots = [], [], []
         for layer in layers:
@@ -197,7 +197,7 @@ class ReplicaTables:
 
 
 def _tables(count_VH: npt.NDArray[np.integer], share_HW: Floats, slot_HW: Ints) -> npt.NDArray[np.int32]:
-    """int32 [V, H, P]: every rank's table of every row; rows in pieces, for quotas are of ranks by ranks."""
+    """int32 [V, H, P]: every rank's table of every row; rows are split, as each row has V x W quotas."""
     num_ranks, num_rows = count_VH.shape
     table_VHP = np.empty((num_ranks, num_rows, REPLICA_TURNS), np.int32)
     piece = max(1, MAX_CELLS // num_ranks**2)
