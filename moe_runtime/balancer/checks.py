@@ -1,4 +1,4 @@
-"""Loads and speeds as callers give them, checked and made arrays of float64 of a known size.
+"""Checks loads and speeds from callers, and converts them to float64 arrays of a known scale.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks."""
 
@@ -35,7 +35,7 @@ def check_speed(rank_speed: npt.ArrayLike | None, num_ranks: int) -> Floats:
     """[W], relative speeds with a mean of 1.
 
     Raises:
-        ValueError: not one number per rank, or one that is not finite and above 0.
+        ValueError: not one number per rank, or a number that is not finite and above 0.
     """
     if rank_speed is None:
         return np.ones(num_ranks)
@@ -50,14 +50,14 @@ def check_speed(rank_speed: npt.ArrayLike | None, num_ranks: int) -> Floats:
 
 
 def relative(load: Floats) -> Floats:
-    """Loads divided by the largest, so that sums neither overflow nor vanish; what is negligible becomes 0."""
+    """Loads divided by the largest, so that sums neither overflow nor underflow; negligible loads become 0."""
     relative_load = load / (load.max() or 1.0)
     relative_load[relative_load < NEGLIGIBLE] = 0
     return relative_load
 
 
 def in_mean_ranks(load_LE: Floats, num_ranks: int) -> Floats:
-    """[L, E]: loads in units of a layer's mean load per rank; a layer without load as if all were even."""
+    """[L, E]: loads in units of a layer's mean load per rank; a layer without load counts as even."""
     relative_LE = np.stack([relative(load_E) if load_E.any() else np.ones_like(load_E) for load_E in load_LE])
     mean_ranks_LE: Floats = relative_LE * (num_ranks / relative_LE.sum(axis=1, keepdims=True))
     return mean_ranks_LE

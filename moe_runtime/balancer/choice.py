@@ -1,10 +1,10 @@
-"""Which replica computes a (token, k): shares become quotas, quotas become tables, and a step only looks things up.
+"""Which replica computes a (token, k): shares become quotas, quotas become tables, and a step only looks up tables.
 
-From how many tokens each rank sent to each expert in the last steps that were counted follow quotas: whole tokens, that
-add up to the shares of `split_tokens` over all ranks, and keep tokens on their own rank as far as these shares allow.
-The table of a rank interleaves its quotas. Its i-th token for an expert takes entry i (modulo the table's length), so
-no step needs a collective for it. A token of another rank never matters, nor does anything but its number among the
-rank's tokens for the expert; and which replica computes it does not change the token.
+Quotas are computed from the tokens that each rank sent to each expert in the last counted steps. They are whole tokens
+that add up to the shares of `split_tokens` over all ranks. They keep tokens on their own rank as far as these shares
+allow. The table of a rank interleaves its quotas. The rank's i-th token for an expert takes entry i (modulo the table's
+length), so no step needs a collective for it. The choice depends only on the token's number among the rank's tokens
+for the expert, never on other ranks' tokens. Which replica computes a token does not change its result.
 
 Shape suffixes: E logical experts (rows are independent: the experts of several layers may be stacked), V ranks that
 send, W ranks that compute, P entries of the table, H experts with replicas, J replicas, T tokens, K experts per token.
@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 
 def whole_shares(share_EW: Floats, count_E: Ints) -> Ints:
-    """int64 [E, W]: shares of whole tokens by largest remainders; a row adds up to its count. Ties go to low ranks."""
+    """int64 [E, W]: shares in whole tokens by largest remainders; a row adds up to its count. Ties go to low ranks."""
     exact_EW = share_EW * count_E[:, None]
     floor_EW = np.floor(exact_EW + 1e-9)
     place_EW = np.argsort(floor_EW - exact_EW, axis=1, kind="stable").argsort(axis=1)
@@ -33,16 +33,16 @@ def whole_shares(share_EW: Floats, count_E: Ints) -> Ints:
 def quotas(count_VE: npt.NDArray[np.integer], share_EW: Floats) -> Ints:
     """How many of each rank's tokens for each expert go to each rank.
 
-    What a rank's own replica may take stays there, first. What is left is laid out in order of the ranks that send and
-    of those that have room, and each part goes where it comes to lie.
+    First, tokens stay on their own rank as far as its replica's share allows. The remaining tokens, ordered by sending
+    rank, then fill the remaining shares, ordered by receiving rank.
 
     Args:
         count_VE: [V, E], tokens per rank and expert in the last steps.
         share_EW: [E, W], each replica's share of its expert's tokens.
 
     Returns:
-        int64 [V, E, W]. Over the last axis they add up to `count_VE`; over the first, to the shares of all tokens in
-        whole tokens (`whole_shares`).
+        int64 [V, E, W]. The sum over the last axis is `count_VE`; the sum over the first is `whole_shares` of all
+        tokens.
     """
     sent_VE = count_VE.astype(np.int64)
     room_EW = whole_shares(share_EW, sent_VE.sum(axis=0))
@@ -62,17 +62,17 @@ def replica_table(
 ) -> npt.NDArray[np.int32]:
     """A rank's replicas in the order in which its tokens for an expert take them.
 
-    Replica j of quota q_j of q tokens has its m-th turn at time (m + 1/2) q / q_j; the table is the turns in order, the
-    rank's own replica first among equals. So q tokens give each replica exactly its quota where q is at most
-    `length`, and so do 2q, 3q ... up to there; any number n of tokens gives a replica n q_j / q, to within one for two
-    replicas (with more, two at most), plus as much for each time that the table is gone through.
-    An expert of which the rank had no token goes by the shares, from a place that differs from rank to rank.
+    Replica j with quota q_j of q tokens has its m-th turn at time (m + 1/2) q / q_j. The table holds the turns in order
+    of time; at equal times the rank's own replica comes first. So q tokens give each replica exactly its quota if q is
+    at most `length`; so do 2q, 3q ... tokens up to `length`. Any number n of tokens gives a replica n q_j / q, to
+    within one for two replicas (at most two for more), plus the same deviation for each full pass through the table.
+    For an expert of which the rank had no token, the table follows the shares, and its start differs between ranks.
 
     Args:
-        quota_EW: [E, W], the rank's own part of `quotas`.
+        quota_EW: [E, W], this rank's part of `quotas`.
         share_EW: [E, W], from `split_tokens`.
         slot_EW: [E, W], the global slot of each expert on each rank, -1 where it has none.
-        rank: whose table it is.
+        rank: the rank that uses the table.
         length: P, a power of two.
 
     Returns:
@@ -84,7 +84,7 @@ def replica_table(
     if length < 1 or length & (length - 1):
         raise ValueError(f"length: {length} is not allowed; it must be a power of two")
     num_ranks = slot_EW.shape[1]
-    # columns in the order rank, rank + 1, ..., around: what decides among equals
+    # columns in the cyclic order rank, rank + 1, ...: it breaks ties
     ranks = (np.arange(num_ranks) + rank) % num_ranks
     slot_EW, quota_EW, share_EW = slot_EW[:, ranks], quota_EW[:, ranks], share_EW[:, ranks]
     table_EP = np.repeat(slot_EW.max(axis=1).astype(np.int32)[:, None], length, axis=1)
@@ -117,9 +117,9 @@ def slots_by_rank(slots_WS: npt.NDArray[np.integer], num_experts: int) -> Ints:
 
 
 def choose_slots(table_EP: npt.NDArray[np.int32], experts_TK: npt.NDArray[np.integer]) -> npt.NDArray[np.int32]:
-    """int32 [T, K]: the global slot of each (token, k); what the sparse block does on the device, in numpy.
+    """int32 [T, K]: the global slot of each (token, k). This is the sparse block's choice on the device, in numpy.
 
-    A (token, k) is numbered among those of its expert in the order of rows, then of k.
+    The (token, k) of an expert are numbered by row, then by k.
     """
     experts = experts_TK.ravel()
     order = np.argsort(experts, kind="stable")

@@ -1,8 +1,8 @@
 """How long a sparse layer takes under a placement, fitted from measured steps.
 
 A layer takes as long as its slowest rank. A rank must read the weights of every slot that has a token in the step, and
-compute every row: few rows (decode) cost the reading, many (prefill) the computing. So a second replica of an expert
-that has few rows in a step is read as well, and may cost more than it saves.
+compute every row. With few rows (decode) the reading takes the time, with many (prefill) the computing. If an expert
+has few rows in a step, a second replica is read as well, and may cost more than it saves.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank, N measured steps, C coefficients.
 """
@@ -39,17 +39,18 @@ class LayerTime:
 
     @classmethod
     def fit(cls, touched: npt.ArrayLike, rows: npt.ArrayLike, seconds: npt.ArrayLike) -> LayerTime:
-        """The times that explain measured layers best: least squares, none of them negative.
+        """The times that fit measured layers best: least squares, none of them negative.
 
-        Which rank was the slowest follows from the times, and they from it: both are found in turn.
+        The times determine which rank was the slowest, and the slowest ranks determine the times. The two are computed
+        alternately.
 
         Args:
-            touched: [N, W], slots with at least one row, per layer measured and rank.
+            touched: [N, W], slots with at least one row, per measured layer and rank.
             rows: [N, W], rows.
             seconds: [N], how long the layer took.
 
         Raises:
-            ValueError: shapes that do not fit, or values that are negative or not finite.
+            ValueError: shapes that do not match, or values that are negative or not finite.
         """
         touched_NW = check_load("touched", touched, ("layers measured", "ranks"))
         rows_NW = check_load("rows", rows, ("layers measured", "ranks"))
@@ -72,9 +73,9 @@ class LayerTime:
         return cls(per_slot, per_row, fixed)
 
     def seconds(self, rows_E: Floats, slots_WS: npt.NDArray[np.integer], rank_speed: npt.ArrayLike | None) -> float:
-        """A layer's expected time with `rows_E` rows per expert in a step, shared as `split_tokens` does.
+        """A layer's expected time with `rows_E` rows per expert in a step, shared by `split_tokens`.
 
-        A slot that expects m rows has one with probability 1 - exp(-m) (they come one by one, and many may).
+        A slot with m expected rows has at least one row with probability 1 - exp(-m) (Poisson distribution).
         """
         rows_EW = split_tokens(rows_E, slots_WS, rank_speed) * rows_E[:, None]
         time_W = -np.expm1(-rows_EW).sum(axis=0) * self.seconds_per_slot + rows_EW.sum(axis=0) * self.seconds_per_row
@@ -98,7 +99,7 @@ class LayerTime:
 
 
 def least_squares(terms_NC: Floats, seconds_N: Floats) -> tuple[float, ...]:
-    """Non-negative least squares, by trying every set of terms: there must be but a few of them."""
+    """Non-negative least squares, by trying every set of terms; there must be only a few terms."""
     num_terms = terms_NC.shape[1]
     scale_C = np.where(terms_NC.max(axis=0) > 0, terms_NC.max(axis=0), 1)
     best, least = np.zeros(num_terms), float((seconds_N**2).sum())

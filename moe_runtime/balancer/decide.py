@@ -1,4 +1,4 @@
-"""Whether to move experts now: only where that pays back.
+"""Decides whether to move experts now: only if that pays back.
 
 Shape suffixes: L MoE layers, W ranks, E logical experts.
 """
@@ -24,11 +24,11 @@ Reason = Literal["pays back", "no load", "balanced", "new load", "nothing to mov
 
 @dataclass(frozen=True)
 class Demand:
-    """What is expected of the steps of one phase within the horizon.
+    """The expected steps of one phase within the horizon.
 
     Attributes:
         rows: float [L, E], rows per layer and expert in one step.
-        num_steps: such steps within the horizon.
+        num_steps: steps of this phase within the horizon.
     """
 
     rows: npt.NDArray[np.float64]
@@ -37,9 +37,9 @@ class Demand:
 
 @dataclass(frozen=True)
 class MoveCost:
-    """What moves cost: bytes over the bandwidth measured on a rank, and a time in which nothing else runs.
+    """What moves cost: bytes / bandwidth measured on a rank, plus a time in which nothing else runs.
 
-    Ranks copy side by side, and all wait for the one that has most to copy.
+    Ranks copy in parallel, and all wait for the rank that copies most.
     """
 
     bytes_per_move: int
@@ -55,31 +55,31 @@ class MoveCost:
             raise ValueError(f"stall_seconds: {self.stall_seconds} is not allowed; it must be finite and at least 0")
 
     def seconds(self, moves: Iterable[Move]) -> float:
-        """Of all of them together."""
+        """The cost of all moves together."""
         most = max(Counter(move.rank for move in moves).values(), default=0)
         return most * self.bytes_per_move / self.bytes_per_second + self.stall_seconds
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision and the figures that led to it; those that were not needed are None.
+    """A decision and the figures that led to it; figures that were not needed are None.
 
     Attributes:
-        moves_experts: whether `plan` is to be carried out.
-        reason: "pays back" where it is; else what stood against it. "slower": the layers would take longer, because
-            more slots would be read; no replica is better. "new load": it has just begun or changed, and it is too
-            early to tell whether it stays.
+        moves_experts: whether `plan` must be carried out.
+        reason: "pays back" if so, else the reason against it. "slower": the layers would take longer, because ranks
+            would read more slots. "new load": the load has just begun or changed, and it is too early to tell whether
+            it stays.
         at: time of the decision, on the clock of the `Payback`.
-        balancedness: of the demand under the present placement, mean rank load / max rank load over all layers.
+        balancedness: of the demand under the current placement, mean rank load / max rank load over all layers.
         planned_balancedness: the same under the plan.
         num_moves, num_bytes: of the plan.
-        cost_seconds: of carrying it out.
-        saving_seconds: what it saves within the horizon; below 0 where it costs.
-        margin: the saving had to be so many times the cost.
+        cost_seconds: what carrying out the plan costs.
+        saving_seconds: what the plan saves within the horizon; below 0 if steps take longer.
+        margin: the least allowed saving / cost.
         horizon_steps: steps within the horizon, of all phases.
-        sparse_seconds: of all sparse layers and all steps within the horizon, present placement.
+        sparse_seconds: time of all sparse layers in all steps within the horizon, under the current placement.
         planned_sparse_seconds: the same under the plan.
-        plan: the plan; not among the figures of `to_dict`.
+        plan: the plan; `to_dict` leaves it out.
     """
 
     moves_experts: bool
@@ -103,12 +103,12 @@ class Decision:
 
 
 class Payback:
-    """Decides when experts move, with a band of balancedness in which nothing begins.
+    """Decides when experts move, with hysteresis: between the two thresholds of balancedness, no balancing starts.
 
     Args:
-        margin: a saving within the horizon must be so many times the cost.
-        start_below: balancing begins when the balancedness falls below this,
-        stop_above: and goes on, plan after plan, until it is above this.
+        margin: the saving within the horizon must be more than this many times the cost.
+        start_below: balancing starts when the balancedness falls below this.
+        stop_above: balancing continues, plan after plan, until the balancedness reaches this.
         clock: seconds, monotonic.
 
     Raises:
@@ -145,15 +145,15 @@ class Payback:
         rank_speed: npt.ArrayLike | None = None,
         is_new: bool = False,
     ) -> Decision:
-        """Decide on what `make_plan` plans, which is called only where no cheaper reason stands against moving.
+        """Decide whether to move experts; `make_plan` is called only if no cheaper check is against moving.
 
         Args:
             current: where the experts are.
-            make_plan: a plan that starts from `current`.
+            make_plan: returns a plan that starts from `current`.
             demand: by phase.
             layer_time: fitted from measured steps.
             move_cost: of the plan's moves.
-            rank_speed: [W], how fast each rank is beside the others; None: all alike.
+            rank_speed: [W], relative speed of each rank; None: all equal.
             is_new: the load has just begun or changed.
         """
         now = self._clock()
@@ -205,11 +205,11 @@ class Payback:
 
 
 def balancedness(load_LW: npt.NDArray[np.float64], rank_speed: npt.ArrayLike | None = None) -> float:
-    """Mean rank load / max rank load over all layers, which run one after the other: both are summed over them.
+    """Mean rank load / max rank load. Layers run one after the other, so both are summed over all layers.
 
     Args:
-        load_LW: `split.rank_loads`.
-        rank_speed: [W], by which loads are divided; None: all alike.
+        load_LW: from `split.rank_loads`.
+        rank_speed: [W], loads are divided by it; None: all equal.
     """
     speed_W = np.ones(load_LW.shape[1]) if rank_speed is None else np.asarray(rank_speed, np.float64)
     most = float((load_LW / speed_W).max(axis=1).sum())

@@ -1,8 +1,8 @@
 """DeepSeek's published expert-parallel load balancer (EPLB), as the baseline that plans are compared with.
 
-Its global policy: each spare slot goes to the expert with the most load per replica; the replicas, heaviest first,
-go to the rank with the least load that has a free slot. It knows nothing of what is where, nor of ranks' speeds.
-Published for ranks with the same number of slots, it is here the same for any: a rank leaves when its own are full.
+Its global policy: each spare slot goes to the expert with the most load per replica. The replicas, heaviest first,
+go to the rank with the least load that has a free slot. It ignores the current placement and the ranks' speeds. The
+published version needs the same number of slots on all ranks. This one allows any: a rank drops out when it is full.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank.
 """
@@ -26,9 +26,9 @@ def plan_eplb(
 ) -> Plan:
     """Place experts as EPLB does (github.com/deepseek-ai/EPLB, `rebalance_experts` with one group and one node).
 
-    Arguments, result and errors are those of `plan_placement`, without its limits on moves. Two replicas that EPLB puts
-    on one rank serve as one, so the second slot stays empty. `current` decides only which slots of a rank the experts
-    take: those that stay on it stay where they are.
+    Arguments, result and errors are those of `plan_placement`, without its limits on moves. Two replicas of an expert
+    that EPLB puts on one rank work as one, so the second slot stays empty. `current` only decides which slots of a
+    rank the experts take: experts that stay on a rank keep their slots.
     """
     load_LE = check_load("load", load, ("layers", "experts"))
     num_slots_W = check_slots(num_ranks, slots_per_rank, load_LE.shape[1])

@@ -31,7 +31,7 @@ class HotExpert(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ExpertCounts:
-    """The counts of an `ExpertLoad`, without its files and pictures; see there."""
+    """The counts of an `ExpertLoad`, without its files and pictures; see `ExpertLoad`."""
 
     tokens: Mapping[str, npt.NDArray[np.int64]]
     layer_ids: tuple[int, ...]
@@ -78,9 +78,9 @@ class ExpertCounts:
         return self.tokens[phase]
 
     def num_tokens(self, phase: str | None = None) -> int | None:
-        """Tokens that went through the layers; None where the counts do not tell it.
+        """Tokens that went through the layers; None if the counts do not show it.
 
-        They do where `top_k` is known and each token used that many experts in each layer.
+        The counts show it if `top_k` is known and each token used that many experts in each layer.
         """
         rows_L = self.counts(phase).sum(axis=1)
         if self.top_k is None or (rows_L != rows_L[0]).any() or rows_L[0] % self.top_k:
@@ -109,7 +109,7 @@ class ExpertCounts:
     def hottest(self, n: int, phase: str | None = None) -> list[HotExpert]:
         """The `n` experts with the most token rows over all layers, most first; experts without tokens are left out.
 
-        `layer` is the layer's index in the model. Equal counts come in order of layer and expert.
+        `layer` is the layer's index in the model. Equal counts are sorted by layer and expert.
         """
         counts_LE = self.counts(phase)
         rows_L = counts_LE.sum(axis=1)
@@ -122,10 +122,10 @@ class ExpertCounts:
         ]
 
     def __sub__(self, earlier: ExpertCounts) -> Self:
-        """The load of the window from `earlier` until now, with the placement of now.
+        """The load of the window from `earlier` to this load, with this load's placement.
 
         Raises:
-            ValueError: the two are not of the same layers and experts, or `earlier` is not the earlier one.
+            ValueError: the layers or experts of the two differ, or `earlier` is not the earlier one.
         """
         if (self.layer_ids, self.num_experts) != (earlier.layer_ids, earlier.num_experts):
             raise ValueError(
@@ -149,7 +149,7 @@ class ExpertCounts:
     def to_dict(self) -> dict[str, Any]:
         """The load as plain lists and numbers: the JSON file and the answer of `GET /experts/load`.
 
-        `balancedness`, `hottest` and `num_tokens` follow from the rest and are there for readers; each has the keys
+        `balancedness`, `hottest` and `num_tokens` are computed from the rest, for convenience. Each has the keys
         "prefill", "decode" and "total".
         """
         by_phase: dict[str, str | None] = {**{phase: phase for phase in PHASES}, "total": None}

@@ -1,11 +1,12 @@
-"""The best way to share tokens among replicas: a small maximum flow, with the cut that proves it.
+"""The best way to share tokens among replicas: a small maximum flow, with the cut that proves it optimal.
 
-Each expert's tokens may go to any rank that holds it. What is wanted is the least M such that every rank r gets at most
-M * speed_r. By the duality of flows and cuts that is the maximum over sets R of ranks of
+Each expert's tokens may go to any rank that holds it. The goal is the least M such that every rank r gets at most
+M * speed_r. By the duality of flows and cuts, M is the maximum over sets R of ranks of
 
     (load of the experts that only ranks in R hold) / (sum of the speeds in R),
 
-so a set that reaches the M of a flow proves both. Only experts with replicas are variables; there are few of them.
+so a set that reaches the M of a flow proves that both are optimal. Only experts with replicas are variables; there are
+few of them.
 
 Shape suffixes: W ranks, H experts that have replicas.
 """
@@ -20,7 +21,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-TOLERANCE = 1e-9  # relative, of the level; what is claimed to be exact is exact to this
+TOLERANCE = 1e-9  # relative error of the level; "exact" results are exact to this
 FULL = 1e-12  # a rank this close to its limit has no room
 GROUND = 1e-10
 
@@ -32,7 +33,7 @@ class Flow:
     Attributes:
         level: the least possible maximum over ranks of load / speed.
         sent_HW: how much of each replicated expert's load goes to each rank.
-        busiest_W: a set of ranks that no way of sharing brings below `level`.
+        busiest_W: a set of ranks that no sharing can bring below `level`.
     """
 
     level: float
@@ -41,18 +42,18 @@ class Flow:
 
 
 def balance(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floats, known: Flow | None = None) -> Flow:
-    """Share the loads `weight_H` among their hosts, on top of what the ranks have anyway, at the least maximum.
+    """Share the loads `weight_H` among their hosts, in addition to the fixed loads, with the least maximum.
 
-    Newton's method on the level (Dinkelbach 1967; Radzik 1998): from a lower bound, augmenting paths relieve the ranks
-    above it; where they cannot, the ranks reached are a cut, whose level is the next bound. Starting near the solution
-    (currents in a network whose conductances are the loads) leaves few paths to be found.
+    Newton's method on the level (Dinkelbach 1967; Radzik 1998): starting from a lower bound, augmenting paths relieve
+    the ranks above it. If they cannot, the ranks reached are a cut, whose level is the next bound. The start is near
+    the solution (currents in a network whose conductances are the loads), so few paths remain to be found.
 
     Args:
         fixed_W: load of the experts that only one rank holds.
         speed_W: above 0.
         weight_H: load of each expert that has replicas.
         hosts_HW: 1 on the ranks that hold it, 0 on others.
-        known: a way of sharing to start from, with a level that no way can be below and the set that proves it.
+        known: a sharing to start from, with a lower bound of the level and the set that proves this bound.
     """
     sent_HW = _currents(fixed_W, speed_W, weight_H, hosts_HW) if known is None else known.sent_HW
     load_W = fixed_W + np.ones(len(weight_H)) @ sent_HW  # a product with ones is the fastest sum
@@ -79,7 +80,7 @@ def balance(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floats
 def _levels_of_busiest(
     order_W: npt.NDArray[np.intp], fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floats
 ) -> Floats:
-    """Lower bounds of the level: the cuts that are the first 1, 2, ... W ranks of an order."""
+    """Lower bounds of the level: the cuts that consist of the first 1, 2, ... W ranks of an order."""
     place_W = np.empty_like(order_W)
     place_W[order_W] = np.arange(len(order_W))
     held_within_W = fixed_W[order_W]
@@ -91,9 +92,9 @@ def _levels_of_busiest(
 
 
 def _currents(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floats) -> Floats:
-    """Even shares, changed as currents would flow from ranks above the mean to those below; none falls below nothing.
+    """Even shares, changed like currents that flow from ranks above the mean to ranks below it; no share is negative.
 
-    Currents in a network can be had from one linear system, whose matrix is the network's Laplacian.
+    One linear system gives the currents; its matrix is the network's Laplacian.
     """
     num_ranks, num_experts = len(fixed_W), len(weight_H)
     ones_H, ones_W = np.ones(num_experts), np.ones(num_ranks)
@@ -105,7 +106,7 @@ def _currents(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floa
     if mean_through == 0:
         return even_HW
     laplacian_WW = hosts_HW.T @ -even_HW
-    # potentials have no origin of their own; the ground is for parts of the network that are not connected
+    # potentials are only known up to a constant; the ground is for parts of the network that are not connected
     laplacian_WW += mean_through / num_ranks
     laplacian_WW.flat[:: num_ranks + 1] += through_W + GROUND * mean_through
     potential_W = np.linalg.solve(laplacian_WW, load_W - speed_W * ((load_W @ ones_W) / (speed_W @ ones_W)))
@@ -113,7 +114,7 @@ def _currents(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floa
     sent_HW -= possible_HW * potential_W
     np.maximum(sent_HW, 0, out=sent_HW)
     total_H = sent_HW @ ones_W
-    if not total_H.all():  # nothing to send, or lost in rounding
+    if not total_H.all():  # an expert has no load, or rounding lost it
         none_H = total_H == 0
         sent_HW[none_H] = even_HW[none_H]
         total_H[none_H] = np.where(weight_H[none_H] > 0, weight_H[none_H], 1)
@@ -122,7 +123,7 @@ def _currents(fixed_W: Floats, speed_W: Floats, weight_H: Floats, hosts_HW: Floa
 
 
 class _Network:
-    """The flow as plain lists, which are faster than arrays for paths of a few steps."""
+    """The flow as plain lists, which are faster than arrays for paths of few steps."""
 
     def __init__(self, speed_W: Floats, sent_HW: Floats, load_W: Floats, hosts_HW: Floats) -> None:
         self.shape = hosts_HW.shape
@@ -141,7 +142,7 @@ class _Network:
         return sent_HW
 
     def relieve(self, above: list[int], level: float) -> tuple[float, list[int]]:
-        """Bring ranks down to the level, which rises where it must; returns it, and the last cut that raised it."""
+        """Bring ranks down to the level, raising it if necessary; returns it, and the last cut that raised it."""
         speed, load = self.speed, self.load
         cut: list[int] = []
         for source in above:
@@ -154,16 +155,16 @@ class _Network:
         return level, cut
 
     def _spread(self, source: int, level: float) -> tuple[list[int], bool]:
-        """Send load of `source` to every rank with room that it reaches, the nearest first, until it is at the level.
+        """Send load from `source` to every rank with room that it reaches, nearest first, until it is at the level.
 
-        A rank is reached by moving load of an expert to it from another that is. Returns those reached, all of them if
-        nothing could be sent, and whether anything was.
+        A rank is reached if load of an expert can move to it from a reached rank. Returns the ranks reached (all
+        reachable ranks if nothing could be sent), and whether any load was sent.
         """
         speed, load, sent, experts_of = self.speed, self.load, self.sent, self.experts_of
-        step_to = {source: (-1, -1)}  # rank -> (the one before, expert)
+        step_to = {source: (-1, -1)}  # rank -> (previous rank, expert)
         reached, has_sent = [source], False
         room = level * (1 - FULL)
-        for here in reached:  # grows while it is walked: breadth first
+        for here in reached:  # the loop appends to it: breadth-first search
             least = FULL * level * speed[here]
             for e in experts_of[here]:
                 sent_e = sent[e]
@@ -179,9 +180,9 @@ class _Network:
         return reached, has_sent
 
     def _send(self, source: int, target: int, step_to: dict[int, tuple[int, int]], level: float) -> bool:
-        """As much load as the source has too much, the target has room for, and the steps between let through.
+        """Send the source's excess load, limited by the target's room and by each step of the path.
 
-        False if a step lets nothing through any more.
+        False if a step can carry no more load.
         """
         speed, load, sent = self.speed, self.load, self.sent
         amount = min(load[source] - level * speed[source], level * speed[target] - load[target])

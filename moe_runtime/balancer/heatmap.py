@@ -1,7 +1,7 @@
 """The picture of an expert load: PNG and SVG.
 
-One panel per phase. A row is a layer; a column is a slot, grouped by rank (an expert where there is no placement).
-Above the cells stand the ranks' loads, beside them the balancedness of each layer; the hottest experts are named among
+One panel per phase. A row is a layer. A column is a slot, grouped by rank (an expert if there is no placement). The
+ranks' loads are above the cells, and the balancedness of each layer is beside them. The hottest experts are named in
 the cells and listed below.
 """
 
@@ -26,12 +26,12 @@ from moe_runtime.balancer.heatmap_panel import NUM_NAMED, Colours, Columns, Pane
 WIDTH, DPI = 9.0, 200
 MARGIN = 0.22
 HEADER = 0.66
-BETWEEN = 0.3  # of tables, and of panels side by side
-BENEATH = 0.12  # of panels one above the other
+BETWEEN = 0.3  # gap between tables, and between panels side by side
+BENEATH = 0.12  # gap between panels one above the other
 TABLE_ROW = 0.165
 MAX_COLUMNS_BESIDE = 48  # with more, the panels stand one above the other
-MAX_RATIO = 16.0  # the colours end there at the latest
-BALANCED_AT = 0.2  # of the way along the colours
+MAX_RATIO = 16.0  # the largest ratio at which the colours may end
+BALANCED_AT = 0.2  # where ratio 1.0 lies on the colour scale
 
 
 def draw(load: ExpertCounts, format: str) -> bytes:
@@ -57,7 +57,7 @@ def draw(load: ExpertCounts, format: str) -> bytes:
 
 
 def draw_pair(before: ExpertCounts, after: ExpertCounts) -> bytes:
-    """Two loads of one model in one PNG, the earlier above; `after` may go on counting where `before` was taken.
+    """Two loads of one model in one PNG, the earlier above; `after` may include the counts of `before`.
 
     Raises:
         ValueError: they are of different models.
@@ -79,9 +79,9 @@ def _cells_height(num_layers: int, beside: bool) -> float:
 
 
 def _colours(ratios: Sequence[npt.NDArray[np.float64]]) -> Colours:
-    """From 0 to a power of two, so that pictures share few scales; 1.0 has the same colour in all of them.
+    """The scale from 0 to a power of two, so that pictures share few scales; 1.0 has the same colour in all of them.
 
-    Magma runs from light to dark, without its black end, on which no outline shows.
+    Magma runs from light to dark, without its black end, on which outlines are invisible.
     """
     peak = max(float(ratio[np.isfinite(ratio)].max(initial=0.0)) for ratio in ratios)
     top = 4.0
@@ -116,7 +116,7 @@ def _draw_header(page: Page, load: ExpertCounts, colours: Colours, replicated: b
 
 
 def _draw_table(page: Page, load: ExpertCounts, phase: str, left: float, top: float, width: float) -> None:
-    """The hottest experts in words: layer, expert, ranks, tokens, share of the layer, multiple of the layer's mean."""
+    """The table of the hottest experts: layer, expert, ranks, tokens, share of the layer, multiple of its mean."""
     hottest = load.hottest(NUM_NAMED, phase)
     if not hottest:
         return

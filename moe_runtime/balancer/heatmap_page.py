@@ -1,4 +1,4 @@
-"""What the heatmap is drawn with: a page measured in inches, boxes on it, and where labels find room."""
+"""Drawing tools of the heatmap: a page measured in inches, boxes on it, and free places for labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DIGIT = 0.0602  # inches that a digit takes in SMALL
 
 
 class Page:
-    """A figure on which things are placed in inches from its top left corner."""
+    """A figure whose parts are placed in inches from its top left corner."""
 
     def __init__(self, width: float, height: float, dpi: int) -> None:
         self.width, self.height = width, height
@@ -39,7 +39,7 @@ class Page:
         return axes
 
     def text(self, left: float, top: float, text: str, size: float = TEXT, color: str = INK, **style: Any) -> Text:
-        # a model's name may hold dollar signs, which are not mathematics
+        # dollar signs in a model's name must not start a formula
         style = {"va": "top", "size": size, "color": color, "parse_math": False, **style}
         return self.figure.text(left / self.width, 1 - top / self.height, text, **style)
 
@@ -78,7 +78,7 @@ class Box:
 
 
 def free_box(cell: Box, width: float, height: float, inside: Box, taken: Sequence[Box]) -> Box:
-    """A place for a label near a cell: the nearest of some around it that is inside and overlaps no other."""
+    """A place for a label near a cell: the nearest candidate that lies in `inside` and overlaps no box of `taken`."""
     x, y = cell.middle
     for distance in (0.12, 0.22, 0.34, 0.48, 0.64):
         for turn in (1, -1, 3, -3, 0, 4, 2, -2):
@@ -93,7 +93,7 @@ def free_box(cell: Box, width: float, height: float, inside: Box, taken: Sequenc
 def ticks(
     numbers: Iterable[int], places: npt.NDArray[Any], spacing: float, room: float, steps: Sequence[int]
 ) -> list[int]:
-    """Indices to be labelled: the numbers that a round step divides, each label with its room."""
+    """Indices to label: those of multiples of a round step, such that each label has enough room."""
     step = next((step for step in steps if step * spacing >= room), steps[-1])
     kept: list[int] = []
     for index, number in enumerate(numbers):

@@ -1,6 +1,6 @@
 """One panel of the heatmap: the cells of a phase, the ranks' loads above them, the layers' balancedness beside them.
 
-All measures are inches from the top left corner, fixed here, so that nothing depends on an automatic layout.
+All sizes are fixed here in inches from the top left corner, so the picture does not depend on automatic layout.
 Shape suffixes: L MoE layers, E logical experts, W ranks, C columns of the picture.
 """
 
@@ -39,7 +39,7 @@ LEFT = 0.42  # layer numbers and their name
 BALANCE_GAP, BALANCE = 0.12, 0.56
 BELOW = 0.42  # expert numbers and their name
 NUM_NAMED = 5
-MAX_VECTOR_CELLS = 2000  # beyond it an SVG holds them as a bitmap
+MAX_VECTOR_CELLS = 2000  # with more cells, an SVG holds them as a bitmap
 
 LAYER_STEPS = (1, 2, 5, 10, 20, 50, 100)
 EXPERT_STEPS = tuple(2**power for power in range(12))
@@ -48,7 +48,7 @@ IN_CELL: dict[str, Any] = {"size": SMALL - 0.6, "ha": "center", "va": "center_ba
 
 @dataclass(frozen=True)
 class Colours:
-    """From a ratio to a colour; `top` is the ratio at which the colours end."""
+    """Maps a ratio to a colour; `top` is the ratio at which the colour scale ends."""
 
     norm: Normalize
     map: Colormap
@@ -88,7 +88,7 @@ class Columns:
 
     @property
     def is_same_in_all_layers(self) -> npt.NDArray[np.bool_]:
-        """bool [C]: whether a column holds one expert, whose number its axis can tell."""
+        """bool [C]: whether a column holds the same expert in all layers, so that the axis can show its number."""
         same_C: npt.NDArray[np.bool_] = (self.expert_LC == self.expert_LC[0]).all(axis=0)
         return same_C
 
@@ -99,7 +99,7 @@ class Columns:
         return several_LC & (self.expert_LC >= 0)
 
     def ratios(self, load: ExpertCounts, phase: str) -> npt.NDArray[np.float64]:
-        """float64 [L, C]: token rows of a slot / mean of the layer's experts, NaN without slot or tokens."""
+        """float64 [L, C]: token rows of a slot / mean of the layer's experts; NaN without an expert or tokens."""
         counts_LE = load.counts(phase)
         mean_L1 = counts_LE.mean(axis=1, keepdims=True)
         unknown_LE = np.full(counts_LE.shape, np.nan)
@@ -110,7 +110,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Panel:
-    """Where and what to draw; `left`, `top`, `width` are of the whole panel, `cells_height` of its cells alone."""
+    """Where and what to draw; `left`, `top`, `width` are of the whole panel, `cells_height` is of the cells only."""
 
     page: Page
     load: ExpertCounts
@@ -149,7 +149,7 @@ class Panel:
     def draw(self) -> None:
         tokens = self.load.num_tokens(self.phase)
         rows = int(self.load.counts(self.phase).sum())
-        # a token without a known k may have used any number of experts
+        # without a known k, a token may have used any number of experts
         amount = f"{tokens:,} tokens" if tokens is not None else f"{rows:,} token-expert pairs"
         title = self.page.text(self.cells_left, self.top, self.phase.capitalize(), 9.5, weight="bold")
         axes = self.page.canvas(self.cells_left, self.cells_top, self.cells_width, self.cells_height)
@@ -172,7 +172,7 @@ class Panel:
     def _draw_cells(self, axes: Axes, ratio_LC: npt.NDArray[np.float64]) -> None:
         num_layers = self.load.num_layers
         many = ratio_LC.size > MAX_VECTOR_CELLS
-        # tiles with a white joint where they are large enough for one
+        # white lines between the cells if these are large enough
         joint = 0.5 if min(self.column, self.row) > 0.06 else 0
         edge_L = np.arange(num_layers + 1) * self.row
         for rank in np.unique(self.columns.rank_C):
@@ -196,9 +196,9 @@ class Panel:
         axes.add_collection(PolyCollection(list(corners), fc="white", ec=INK, linewidth=4 * leg, rasterized=many))
 
     def _name_experts(self, axes: Axes, ratio_LC: npt.NDArray[np.float64]) -> None:
-        """Outline the hottest experts and name them in their cells, or beside the first where the name does not fit.
+        """Outline the hottest experts and name them in their cells, or beside the first cell if a name does not fit.
 
-        In a column whose expert differs between layers, each cell with room gets its number.
+        In a column whose expert differs between layers, each cell that is large enough shows its expert's number.
         """
         same_C = self.columns.is_same_in_all_layers
         hottest = {(hot.layer, hot.expert) for hot in self.load.hottest(NUM_NAMED, self.phase)}

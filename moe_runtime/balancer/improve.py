@@ -1,11 +1,12 @@
-"""A layer's placement, made better by few moves.
+"""Improves a layer's placement by few moves.
 
 The level of a layer (the busiest rank's load / speed under the best shares) is the maximum over sets of ranks of the
-load that cannot leave the set (`flow.py`). So a step must let load out of the busiest set: by a replica outside it, in
-the place of one that is not needed, or by an exchange. Each set found so far bounds from below what a step can reach;
-the step with the least bound is tried, which either proves it the best or finds a new set.
+load that cannot leave the set (`flow.py`). So a step must let load leave the busiest set: by a replica outside the set,
+in the slot of a replica that is not needed, or by an exchange of two experts. Each set found so far gives a lower bound
+of the level after a step. The step with the least bound is tried: either it is proved the best, or a new set is found.
 
-Shape suffixes: E logical experts, W ranks, S slots per rank, K sets of ranks, A experts that want out, P places.
+Shape suffixes: E logical experts, W ranks, S slots per rank, K sets of ranks, A experts that must leave the busiest
+set, P places.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ Ints = npt.NDArray[np.int64]
 Change = tuple[int, int, int]  # rank, slot, the expert that it gets
 
 NUM_HOT = 4  # experts of the busiest set that are tried
-NUM_PLACES = 16  # slots outside it that are tried for a replica
-NUM_EXCHANGE_RANKS = 4  # ranks outside it that are tried for an exchange
+NUM_PLACES = 16  # slots outside the busiest set that are tried for a replica
+NUM_EXCHANGE_RANKS = 4  # ranks outside the busiest set that are tried for an exchange
 NUM_TRIALS = 2  # exact evaluations for a step
-NEARLY_EVEN = 1.03  # a level above which it is worth to look twice for a step
+NEARLY_EVEN = 1.03  # above this level it is worth searching twice for a step
 MAX_CUTS = 32  # sets remembered, besides the single ranks
-MAX_BOUNDS = 24  # of them all, those that bound the steps: the ones with the highest levels
-MAX_IDLE_STEPS = 3  # without a gain, because several sets are at the same level
-CROWDED = 1e-3  # weight of what only decides between equal bounds
-GOOD = 0.01  # a replica that gains this much is taken without a look at exchanges
+MAX_BOUNDS = 24  # sets used as bounds of the steps: those with the highest levels
+MAX_IDLE_STEPS = 3  # steps without a gain, because several sets are at the same level
+CROWDED = 1e-3  # weight of the term that breaks ties between equal bounds
+GOOD = 0.01  # a replica that gains this much is taken without trying exchanges
 
 
 @dataclass(frozen=True)
 class Step:
-    """Slots that get another expert, and the flow that follows."""
+    """Slots that get another expert, and the resulting flow."""
 
     changes: tuple[Change, ...]
     flow: Flow
@@ -44,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Improvement:
-    """Changes that belong together, and what they take off the level, in loads of the mean rank."""
+    """Changes that belong together, and how much they lower the level, in units of the mean rank's load."""
 
     changes: tuple[Change, ...]
     gain: float
@@ -58,8 +59,8 @@ class Improvement:
 class Candidates:
     """Steps to try: each expert of A to each place of P that `allowed_AP` lets it take.
 
-    The expert that yields its place goes where the other comes from; where `from_A` is -1, there is no exchange: the
-    one stays where it is, besides, and the other loses a replica.
+    In an exchange, the expert of the place moves to `from_A`, where the incoming expert was. If `from_A` is -1, there
+    is no exchange: the incoming expert also stays where it is, and the expert of the place loses a replica.
     """
 
     expert_A: Ints
@@ -85,7 +86,7 @@ class Layer:
         self.slots_WS = slots_WS
         self.speed_W = speed_W
         self.usable_WS = np.arange(max_slots) < num_slots_W[:, None]
-        # the last row is that of expert -1, an empty slot, which has no load
+        # the last row is for expert -1, an empty slot, which has no load
         self.load_E = np.append(load_E, 0.0)
         self.hosts_EW = np.zeros((len(self.load_E), num_ranks))
         rank, slot = (slots_WS != EMPTY).nonzero()
@@ -105,7 +106,7 @@ class Layer:
             self.slots_WS[rank, slot] = expert
 
     def best_step(self) -> Step | None:
-        """The step that lowers the level most for its moves, or at least lets load out of the busiest set; or None."""
+        """The step that lowers the level most per move, or at least lets load leave the busiest set; or None."""
         self._remember(self.flow)
         outside_E = self.hosts_EW @ (1.0 - self.flow.busiest_W)
         inside = ((outside_E == 0) & (self.load_E > 0)).nonzero()[0]
@@ -138,7 +139,7 @@ class Layer:
         return hosts_EW
 
     def _flow_after(self, changes: tuple[Change, ...], bound: tuple[float, Bools]) -> Flow:
-        """The best flow after a step, from the present one and a bound of the level with the set that proves it."""
+        """The best flow after a step, starting from the current flow and a proved bound of the level with its set."""
         hosts_EW = self._hosts_after(changes)
         sent_EW = self.sent_EW.copy()
         for rank, slot, _ in changes:
@@ -153,7 +154,7 @@ class Layer:
             self.cuts_KW = np.concatenate([self.cuts_KW[-MAX_CUTS + 1 :], flow.busiest_W[None]])
 
     def _highest_cuts(self) -> Floats:
-        """[K, W]: the sets with the highest levels, of single ranks and those remembered; MAX_BOUNDS at most."""
+        """[K, W]: among single ranks and remembered sets, those with the highest levels; MAX_BOUNDS at most."""
         num_ranks = len(self.speed_W)
         single_W = (self.load_E * (self.count_E == 1)) @ self.hosts_EW / self.speed_W
         held_K = ((1 - self.cuts_KW) @ self.hosts_EW.T == 0) @ self.load_E
@@ -166,11 +167,11 @@ class Layer:
         return cuts_KW
 
     def _replications(self, hot_A: Ints) -> Candidates:
-        """Replicas outside the busiest set, in empty slots and in those of experts that have others."""
+        """Replicas outside the busiest set, in empty slots and in slots of experts that have other replicas."""
         yields_W = self.count_E[self.slots_WS] > 1
         yields_W |= self.usable_WS & (self.slots_WS == EMPTY)
         to, slot = (yields_W & ~self.flow.busiest_W[:, None]).nonzero()
-        # a place is good where little load is left once its expert has gone
+        # a place is good if its rank has little load left after its expert has gone
         left = self.level_W[to] - self.sent_EW[self.slots_WS[to, slot], to] / self.speed_W[to]
         best_P = np.argsort(left, kind="stable")[:NUM_PLACES]
         to_P, slot_P = to[best_P], slot[best_P]
@@ -178,7 +179,7 @@ class Layer:
         return Candidates(hot_A, np.full(len(hot_A), -1), self.slots_WS[to_P, slot_P], to_P, slot_P, allowed_AP)
 
     def _exchanges(self, hot_A: Ints) -> Candidates:
-        """Experts of the busiest set for ones with less load on the lightest ranks outside it."""
+        """Exchanges of experts of the busiest set for experts with less load on the lightest ranks outside it."""
         lightest = np.where(self.flow.busiest_W, np.inf, self.level_W).argsort(kind="stable")[:NUM_EXCHANGE_RANKS]
         lightest = lightest[~self.flow.busiest_W[lightest]]
         row, slot_P = (self.slots_WS[lightest] != EMPTY).nonzero()
@@ -192,12 +193,12 @@ class Layer:
         return Candidates(expert_A, from_A, yields_P, to_P, slot_P, allowed_AP)
 
     def _best(self, candidates: Candidates) -> Step | None:
-        """The candidate with the lowest level, as far as a few trials in order of their bounds can tell."""
+        """The candidate with the lowest level, among a few that are tried in order of their bounds."""
         if not candidates.allowed_AP.any():
             return None
         cuts_KW = self._highest_cuts()
         bound_KAP = self._bounds(cuts_KW, candidates)
-        # of equal bounds the one that leaves the least above the mean, in all sets together
+        # among equal bounds, prefer the least load above the mean in all sets together
         crowded_AP = CROWDED * (np.maximum(bound_KAP - 1, 0) ** 2).mean(axis=0)
         crowded_AP[~candidates.allowed_AP] = np.inf
         best: Step | None = None
@@ -222,13 +223,13 @@ class Layer:
 
     def _bounds(self, cuts_KW: Floats, candidates: Candidates) -> Floats:
         """[K, A, P]: the levels of sets after each candidate."""
-        outside_KE = (1 - cuts_KW) @ self.hosts_EW.T  # how many of an expert's ranks are outside the set
+        outside_KE = (1 - cuts_KW) @ self.hosts_EW.T  # number of an expert's ranks outside the set
         within_KE = (outside_KE == 0) * self.load_E
         held_K, speed_K = within_KE @ np.ones(len(self.load_E)), cuts_KW @ self.speed_W
         outside_KW = 1 - cuts_KW
         to_KP = outside_KW[:, candidates.to_P]
         from_KA = np.where(candidates.from_A < 0, 0, outside_KW[:, candidates.from_A])
-        more_KAP = to_KP[:, None, :] - from_KA[:, :, None]  # ranks outside for the one, fewer for the other
+        more_KAP = to_KP[:, None, :] - from_KA[:, :, None]  # ranks outside: one expert gains, the other loses
         held_KAP: Floats = (outside_KE[:, candidates.expert_A, None] + more_KAP == 0) * self.load_E[
             candidates.expert_A
         ][:, None]
@@ -248,9 +249,9 @@ class Layer:
 
 
 def improvements(layer: Layer, least_gain: float) -> Iterator[Improvement]:
-    """The ways to lower a layer's level, one after the other, each worth at least `least_gain` a move.
+    """Improvements of a layer's level, one after the other, each gaining at least `least_gain` per move.
 
-    `layer` has the changes of what was yielded, and perhaps more after the last.
+    `layer` has the changes of all improvements yielded; after the last, it may have more.
     """
     while layer.level > 1 + least_gain:
         start = layer.level
@@ -258,7 +259,7 @@ def improvements(layer: Layer, least_gain: float) -> Iterator[Improvement]:
         for _ in range(MAX_IDLE_STEPS):
             step = layer.best_step()
             if step is None and layer.level > NEARLY_EVEN:
-                step = layer.best_step()  # the sets found in vain lead to other candidates
+                step = layer.best_step()  # the sets found in the failed search lead to other candidates
             if step is None:
                 return
             layer.apply(step)

@@ -26,7 +26,7 @@ LOADED = ("json", *DECODERS)
 
 
 class ExpertLoad(ExpertCounts):
-    """Token rows per MoE layer and logical expert, counted apart for prefill and decode.
+    """Token rows per MoE layer and logical expert, counted separately for prefill and decode.
 
     A token that uses k experts counts once for each of them, so a layer's counts add up to k times its tokens.
     In all methods `phase` is "prefill", "decode", or None for their sum. The arrays are read-only.
@@ -34,20 +34,20 @@ class ExpertLoad(ExpertCounts):
     Attributes:
         tokens: "prefill" and "decode" -> int64 [L, E].
         layer_ids: the layers' indices in the model, ascending.
-        placement: where the experts sat while this was counted; None leaves each expert to be a rank of its own.
+        placement: where the experts were while tokens were counted; None: each expert counts as a rank of its own.
         model: name shown in pictures and files.
         top_k: experts per token of the model, if known.
 
     Raises:
-        ValueError: shapes that do not fit each other, negative counts, or another phase.
+        ValueError: shapes that do not match, negative counts, or another phase.
     """
 
     @classmethod
     def from_dict(cls, data: object) -> ExpertLoad:
-        """The load that `to_dict` described; what follows from the counts is not read.
+        """The load that `to_dict` described; fields computed from the counts are ignored.
 
         Raises:
-            ValueError: another format, or a field that is missing or wrong.
+            ValueError: another format, or a missing or wrong field.
         """
         data = require_format(data, FORMAT, FORMAT_VERSION)
         phases = field(data, "phases", Mapping)
@@ -69,13 +69,13 @@ class ExpertLoad(ExpertCounts):
         if format not in SAVED:
             raise ValueError(f"format: {format!r} is not allowed; it must be one of {', '.join(SAVED)}")
         if format in PICTURES:
-            from moe_runtime.balancer import heatmap  # matplotlib only where a picture is drawn
+            from moe_runtime.balancer import heatmap  # imports matplotlib, which only pictures need
 
             return heatmap.draw(self, format)
         return ENCODERS[format](self)
 
     def save(self, path: str | Path) -> None:
-        """Write the load as what the suffix says: .png, .svg, .html, .csv, .json or .npz.
+        """Write the load in the format of the suffix: .png, .svg, .html, .csv, .json or .npz.
 
         Raises:
             ValueError: another suffix.
@@ -87,7 +87,7 @@ class ExpertLoad(ExpertCounts):
         """Read what `save` wrote as .json, .npz or .csv; the result equals what was saved.
 
         Raises:
-            ValueError: another suffix, or a file that is foreign or damaged; the message names it and what is wrong.
+            ValueError: another suffix, or a file that is no load or is damaged; the message names file and fault.
             OSError: it cannot be read.
         """
         format = _format_of(path, LOADED)

@@ -1,4 +1,4 @@
-"""An expert load as a CSV table that spreadsheets open and that reads back exactly.
+"""An expert load as a CSV table, which spreadsheets can open and which reads back exactly.
 
 Rows of metadata, whose first cell starts with `#`, stand above one row per phase, layer and expert.
 Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank.
@@ -26,7 +26,7 @@ Cells = dict[tuple[str, int, int], tuple[int, tuple[tuple[int, int], ...]]]
 
 
 def to_csv(load: ExpertCounts) -> bytes:
-    """The columns `ranks` and `slots` list, separated by blanks, the ranks of an expert and its slot within each."""
+    """The table. Columns `ranks` and `slots` list an expert's ranks and its slot on each, separated by blanks."""
     placement = load.placement
     metadata: dict[str, object] = {
         "format": FORMAT,
@@ -59,7 +59,7 @@ def _places(placement: Placement) -> dict[tuple[int, int], list[tuple[str, str]]
 
 
 def from_csv(path: Path) -> dict[str, Any]:
-    """The arguments of the `ExpertLoad` in the file; ValueError where it is foreign or damaged."""
+    """The arguments of the `ExpertLoad` in the file; ValueError if the file is no expert load or is damaged."""
     try:
         rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]
     except csv.Error as error:
@@ -72,7 +72,7 @@ def from_csv(path: Path) -> dict[str, Any]:
     cells = _cells(table[1:])
     layer_ids = tuple(sorted({layer for _, layer, _ in cells}))
     experts = range(max((expert for _, _, expert in cells), default=-1) + 1)
-    # keys are distinct and within these bounds, so that their number tells whether all are there
+    # keys are distinct and within these bounds, so their number shows whether all are present
     if not cells or len(cells) != len(PHASES) * len(layer_ids) * len(experts):
         raise ValueError("the table must have one row for each phase, layer and expert")
     return {

@@ -26,7 +26,7 @@ def to_json(load: ExpertCounts) -> bytes:
 
 
 def to_html(load: ExpertCounts) -> bytes:
-    """The page of `heatmap.html` with the load's JSON inside; it needs no other file and makes no request."""
+    """The page `heatmap.html` with the load's JSON inside; it needs no other file and sends no requests."""
     page = resources.files("moe_runtime.balancer").joinpath("heatmap.html").read_text(encoding="utf-8")
     before, after = page.split(HTML_DATA_MARK)
     # json.dumps leaves only ASCII; without < and > nothing in it can end the script element
@@ -53,7 +53,7 @@ def to_npz(load: ExpertCounts) -> bytes:
 
 
 def from_npz(path: Path) -> dict[str, Any]:
-    """The arguments of the `ExpertLoad` in the file; ValueError where it is foreign or damaged."""
+    """The arguments of the `ExpertLoad` in the file; ValueError if the file is no expert load or is damaged."""
     arrays, metadata = read_npz(path, ("layer_ids", *PHASES))
     metadata = require_format(metadata, FORMAT, FORMAT_VERSION)
     tokens = {phase: arrays[phase] for phase in PHASES}

@@ -1,4 +1,4 @@
-"""A layer's placement from nothing: how many replicas each expert gets, and where the slots' experts go.
+"""A layer's placement from scratch: how many replicas each expert gets, and which slots they take.
 
 Shape suffixes: E logical experts, W ranks, S slots per rank.
 """
@@ -17,16 +17,16 @@ Ints = npt.NDArray[np.int64]
 
 
 def pack_layer(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Ints:
-    """Fill all slots of a layer: the hottest experts get replicas, and replicas tie the ranks together in one ring.
+    """Fill all slots of a layer: the hottest experts get replicas, and the replicas connect the ranks in one ring.
 
-    Each replicated expert covers as many ranks in a row as it has replicas, and the next one starts where it ends. Load
-    that drifts later can then flow from any rank to any other through the shares of replicas, where pairs of ranks
-    with the same two experts could only help each other. Hot and less hot ones alternate. The other experts go, largest
-    first, to the lightest rank with a free slot (LPT, Graham 1969).
+    Each replicated expert covers as many consecutive ranks as it has replicas, and the next expert starts where it
+    ends. If the load drifts later, the shares of replicas can then move load from any rank to any other. Pairs of ranks
+    with the same two experts could only help each other. Hot and less hot experts alternate on the ring. The other
+    experts go, largest first, to the lightest rank with a free slot (LPT, Graham 1969).
 
     Args:
         load_E: tokens per expert, not all 0.
-        num_slots_W: slots of each rank, at least as many in all as there are experts.
+        num_slots_W: slots of each rank; in total at least one per expert.
         speed_W: relative speeds.
 
     Returns:
@@ -65,9 +65,9 @@ def pack_layer(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Ints:
 
 
 def pack_heaviest_first(load_E: Floats, num_slots_W: Ints) -> Ints:
-    """Each spare slot to the expert with the most load per replica; replicas, heaviest first, to the lightest rank.
+    """Each spare slot goes to the expert with most load per replica; replicas, heaviest first, to the lightest rank.
 
-    Two replicas that come to one rank serve as one, so the second slot is left empty (`eplb.py`).
+    Two replicas of an expert on one rank work as one, so the second slot is left empty (`eplb.py`).
 
     Returns:
         int64 [W, S], S the largest number of slots.
@@ -90,7 +90,7 @@ def pack_heaviest_first(load_E: Floats, num_slots_W: Ints) -> Ints:
 
 
 def _put_back(lightest: list[tuple[float, int]], load: float, free: int) -> None:
-    """The first rank of a heap has another load now; without a free slot it leaves the heap."""
+    """Update the load of the heap's first rank; without a free slot the rank leaves the heap."""
     if free:
         heapq.heapreplace(lightest, (load, lightest[0][1]))
     else:
@@ -98,7 +98,7 @@ def _put_back(lightest: list[tuple[float, int]], load: float, free: int) -> None
 
 
 def num_replicas(load_E: Floats, num_slots: int, num_ranks: int) -> Ints:
-    """int64 [E]: one slot each, and each spare one to the expert with the most load per replica, at most one a rank."""
+    """int64 [E]: one slot each. Each spare slot goes to the expert with most load per replica, at most one per rank."""
     count_E = np.ones(len(load_E), np.int64)
     part_E = load_E.astype(np.float64)
     for _ in range(min(num_slots, len(load_E) * num_ranks) - len(load_E)):
@@ -109,13 +109,13 @@ def num_replicas(load_E: Floats, num_slots: int, num_ranks: int) -> Ints:
 
 
 def _by_load(load_E: Floats, experts: Ints) -> list[int]:
-    """Most load first; equal ones by number."""
+    """Experts with the most load first; equal loads by expert number."""
     order: list[int] = experts[np.argsort(-load_E[experts], kind="stable")].tolist()
     return order
 
 
 def _alternate(order: list[int]) -> list[int]:
-    """First, last, second, last but one, ... so that neighbours have about the same load together."""
+    """First, last, second, last but one, ... so that each pair of neighbours has about the same load."""
     half = (len(order) + 1) // 2
     return [expert for pair in zip(order[:half], [*reversed(order[half:]), -1], strict=False) for expert in pair][
         : len(order)
@@ -123,7 +123,7 @@ def _alternate(order: list[int]) -> list[int]:
 
 
 def fill_slots(slots_WS: Ints, num_slots_W: Ints, load_E: Floats) -> Ints:
-    """Replicas in slots that were left free, each time of the expert with most load per replica that the rank lacks."""
+    """Fill free slots with replicas: each gets the expert with most load per replica that its rank does not hold."""
     filled_WS = slots_WS.copy()
     usable_WS = np.arange(slots_WS.shape[1]) < num_slots_W[:, None]
     count_E = np.bincount(slots_WS[slots_WS != EMPTY], minlength=len(load_E))

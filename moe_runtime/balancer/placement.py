@@ -1,4 +1,4 @@
-"""Which logical expert sits in which slot of which rank, and the file that says so.
+"""Which logical expert is in which slot of which rank, and the placement file.
 
 Shape suffixes: L MoE layers, W ranks, S slots per rank, E logical experts.
 """
@@ -26,13 +26,13 @@ class Placement:
     """The logical expert in every slot, per MoE layer.
 
     An expert may have slots on several ranks (replicas), never two on one rank. Ranks may have different numbers of
-    slots; what is missing up to the largest number is empty. The arrays are read-only.
+    slots; missing slots up to the largest number count as empty. The arrays are read-only.
 
     Attributes:
         slots: int32 [L, W, S], the logical expert in each slot, -1 where the slot is empty.
         num_experts: logical experts per layer, E.
         layer_ids: the layers' indices in the model, ascending (a model's dense layers have none here).
-        version: grows with every change while serving.
+        version: increases with every change while serving.
 
     Raises:
         ValueError: an expert without a slot, twice on a rank or out of range; the message names layer, rank and expert.
@@ -86,12 +86,12 @@ class Placement:
 
     @classmethod
     def even(cls, layers: int | Sequence[int], num_experts: int, num_ranks: int) -> Placement:
-        """Experts in order over the ranks, as even as possible; the first ranks get one more where it does not divide.
+        """Experts in order over the ranks, as evenly as possible; the first ranks get one more if there is a remainder.
 
         `layers` is the number of MoE layers, or their indices in the model.
 
         Raises:
-            ValueError: no layers, no experts, or a rank that would get no expert.
+            ValueError: no layers, no experts, or a rank without an expert.
         """
         if num_experts < 1:
             raise ValueError(f"num_experts: {num_experts} is not allowed; it must be at least 1")
@@ -106,9 +106,9 @@ class Placement:
         return cls(np.broadcast_to(slots_WS, (len(layer_ids), *slots_WS.shape)), num_experts, layer_ids)
 
     def in_slots(self, num_slots: int | Sequence[int]) -> Placement:
-        """The same in so many slots on every rank, or on each: more are empty at the end.
+        """The same placement with `num_slots` slots on every rank (or one number per rank). Added slots are empty.
 
-        On a rank that has an expert in a slot which is no more, the layer's experts close up in order.
+        If a removed slot holds an expert, the experts of that rank and layer move up, in order, without gaps.
 
         Raises:
             ValueError: a rank holds more experts.
@@ -180,7 +180,7 @@ class Placement:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The placement as plain lists and numbers: the contents of its file, and the answer of the HTTP route."""
+        """The placement as plain lists and numbers: the contents of its file, and the answer of the HTTP endpoint."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -201,7 +201,7 @@ class Placement:
         """The placement that `to_dict` described; `slots` may come in any order.
 
         Raises:
-            ValueError: another format, a field that is missing or wrong, or no valid placement.
+            ValueError: another format, a missing or wrong field, or no valid placement.
         """
         data = require_format(data, FORMAT, FORMAT_VERSION)
         num_ranks, max_slots = field(data, "num_ranks", int), field(data, "max_slots", int)
@@ -236,7 +236,7 @@ class Placement:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is foreign or damaged; the message names it and what is wrong.
+            ValueError: the file is no placement or is damaged; the message names the file and the fault.
             OSError: it cannot be read.
         """
         try:
@@ -246,7 +246,7 @@ class Placement:
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int | None) -> tuple[int, ...]:
-    """`layer_ids` as a tuple of ints, if they are ascending and `num_layers` many (any number where None).
+    """`layer_ids` as a tuple of ints, if they are ascending and there are `num_layers` of them (None: any number).
 
     Raises:
         ValueError: they are not.

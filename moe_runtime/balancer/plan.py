@@ -19,14 +19,14 @@ from moe_runtime.balancer.pack import fill_slots, pack_heaviest_first, pack_laye
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.resize import resize_layer
 
-LEAST_GAIN = 0.005  # of a mean rank's load, per move: less is not worth copying an expert
-LEAST_GAIN_AT_FIRST = 1e-4  # where all slots are filled anyway
+LEAST_GAIN = 0.005  # relative to the mean rank load, per move: less is not worth copying an expert
+LEAST_GAIN_AT_FIRST = 1e-4  # the same without a current placement, as all slots must be filled anyway
 MAX_IMPROVEMENTS_AT_FIRST = 8  # per layer
 
 
 @dataclass(frozen=True)
 class Move:
-    """An expert's weights to be copied into a slot; `layer` counts MoE layers from 0."""
+    """A copy of an expert's weights into a slot; `layer` counts MoE layers from 0."""
 
     layer: int
     rank: int
@@ -36,13 +36,13 @@ class Move:
 
 @dataclass(frozen=True)
 class Plan:
-    """A placement and what it takes to get there.
+    """A placement and the moves that lead to it.
 
     Attributes:
-        placement: where the experts are to be. Those that stay on a rank stay in their slots.
-        moves: one per slot whose expert its rank did not hold before, in order of layer, rank and slot.
+        placement: where the experts must be. Experts that stay on a rank stay in their slots.
+        moves: one per slot with an expert that its rank did not hold before, in order of layer, rank and slot.
         balancedness: float64 [L], mean rank load / max rank load (each divided by the rank's speed) under the load
-            that was planned for, tokens shared as `split_tokens` does.
+            that was planned for; `split_tokens` shares the tokens.
     """
 
     placement: Placement
@@ -58,25 +58,25 @@ def plan_placement(
     rank_speed: npt.ArrayLike | None = None,
     max_moves: int | None = None,
 ) -> Plan:
-    """Place experts so that the busiest rank of each layer is as light as can be; spare slots hold replicas.
+    """Place experts so that the busiest rank of each layer has the least possible load; spare slots hold replicas.
 
-    Without `current` all slots are filled (`pack.py`). With it, the moves that lower the busiest rank most are chosen
-    one by one over all layers (`improve.py`), as long as each is worth half a percent of a rank's load: a replica of a
-    hot expert takes the slot of one that is needed no more, or two experts change places. The result depends on
-    nothing but the arguments.
+    Without `current`, all slots are filled (`pack.py`). With it, the moves that lower the busiest rank's load most are
+    chosen one by one over all layers (`improve.py`), as long as each gains half a percent of a rank's load. A move
+    puts a replica of a hot expert into the slot of a replica that is no longer needed, or two experts change places.
+    The result depends only on the arguments.
 
     Args:
-        load: [L, E], tokens per layer and logical expert, in any unit; a layer of zeros is planned for as if even.
+        load: [L, E], tokens per layer and logical expert, in any unit; a layer of zeros counts as an even load.
         num_ranks: W.
         slots_per_rank: slots of every rank, or one number per rank; together at least E.
-        current: where the experts are now. Its ranks may have other numbers of slots than planned for: new ones
-            are filled where that is worth it, and what sits in those given up moves, if it must.
-        rank_speed: [W], how fast each rank is beside the others; None: all alike.
-        max_moves: at most so many moves, over all layers; needs `current`.
+        current: where the experts are now. Its ranks may have other numbers of slots than planned for. New slots
+            are filled if that is worth it. An expert in a removed slot moves if it has no other replica.
+        rank_speed: [W], relative speed of each rank; None: all equal.
+        max_moves: the largest number of moves, over all layers; needs `current`.
 
     Raises:
         ValueError: loads or speeds that are negative or not finite, too few slots, a `current` of another model or
-            number of ranks, or `max_moves` below what slots given up make necessary.
+            number of ranks, or `max_moves` below the number of moves that removed slots make necessary.
     """
     load_LE = check_load("load", load, ("layers", "experts"))
     num_layers, num_experts = load_LE.shape
@@ -111,7 +111,7 @@ def plan_placement(
 
 
 def moves_between(before: Placement | None, slots_LWS: npt.NDArray[np.integer]) -> tuple[Move, ...]:
-    """One move per slot whose expert its rank did not hold before; all that are not empty where `before` is None."""
+    """One move per slot with an expert that its rank did not hold before; if `before` is None, per filled slot."""
     layer, rank, slot = (slots_LWS != EMPTY).nonzero()
     expert = slots_LWS[layer, rank, slot]
     if before is not None:
@@ -122,7 +122,7 @@ def moves_between(before: Placement | None, slots_LWS: npt.NDArray[np.integer]) 
 
 
 def keep_slots(slots_LWS: Ints, current: Placement, num_slots_W: Ints) -> Ints:
-    """The same experts on the same ranks, each in the slot that it has now if it has one; the others in between."""
+    """The same experts on the same ranks. An expert that has a slot there keeps it; others take the free slots."""
     kept_LWS = slots_LWS.copy()
     for layer, rank in np.ndindex(slots_LWS.shape[:2]):
         now = current.slots[layer, rank, : num_slots_W[rank]].tolist()
@@ -174,7 +174,7 @@ def _check_current(current: Placement | None, max_moves: int | None, shape: tupl
 
 
 def _pack_best(load_E: Floats, num_slots_W: Ints, speed_W: Floats) -> Layer:
-    """Packed around the ring, or heaviest first where that is better: with few slots the ring may not come out even."""
+    """The better of `pack_layer` (ring) and `pack_heaviest_first`: with few slots the ring may be uneven."""
     ring = Layer(load_E, pack_layer(load_E, num_slots_W, speed_W), num_slots_W, speed_W)
     if ring.level <= 1 + LEAST_GAIN_AT_FIRST:
         return ring
@@ -188,7 +188,7 @@ def _apply(slots_WS: npt.NDArray[np.integer], improvement: Improvement) -> None:
 
 
 def _improve_all(layers: list[Layer], planned_LWS: Ints) -> Floats:
-    """Improve every layer by itself, as far as it goes; float64 [L], the levels reached."""
+    """Improve every layer separately, as far as possible; float64 [L], the levels reached."""
     level_L = np.array([layer.level for layer in layers])
     for number, layer in enumerate(layers):
         steps = improvements(layer, LEAST_GAIN_AT_FIRST)
@@ -199,7 +199,7 @@ def _improve_all(layers: list[Layer], planned_LWS: Ints) -> Floats:
 
 
 def _improve_best(layers: list[Layer], planned_LWS: Ints, weight_L: Floats, budget: int) -> Floats:
-    """Spend moves where they gain most, over all layers; float64 [L], the levels reached."""
+    """Make the moves that gain most, over all layers; float64 [L], the levels reached."""
     level_L = np.array([layer.level for layer in layers])
     queue: list[tuple[float, int, Improvement, Iterator[Improvement]]] = []
 

@@ -1,4 +1,4 @@
-"""A layer's slots on ranks that get more slots, or give some up.
+"""A layer's slots when ranks get more or fewer slots.
 
 Shape suffixes: E logical experts, W ranks, S slots per rank.
 """
@@ -15,10 +15,11 @@ Ints = npt.NDArray[np.int64]
 
 
 def resize_layer(slots_WS: npt.NDArray[np.integer], load_E: Floats, num_slots_W: Ints) -> Ints:
-    """The same experts in slots of which there are now `num_slots_W`; those that had no replica elsewhere find a place.
+    """The same experts in `num_slots_W` slots; every expert keeps at least one slot.
 
-    Experts stay in their slots, or on their rank, where they can; else they go to the rank with the least load that has
-    an empty slot or one with a replica that can be spared. There must be at least as many slots as experts.
+    Experts stay in their slots, or on their rank, if possible. Otherwise an expert without another replica goes to the
+    least loaded rank that has an empty slot or a slot with a spare replica. There must be at least as many slots as
+    experts.
 
     Returns:
         int64 [W, S], S the largest number of slots.
@@ -46,7 +47,7 @@ def resize_layer(slots_WS: npt.NDArray[np.integer], load_E: Floats, num_slots_W:
 
 
 def _spare_position(slots_WS: Ints, num_slots_W: Ints, load_E: Floats, rank: int) -> int | None:
-    """An empty slot of a rank, or the one of its expert with the least load that has another replica; or None."""
+    """An empty slot of a rank, or the slot of its least loaded expert that has another replica; or None."""
     held = slots_WS[rank, : num_slots_W[rank]]
     if (held == EMPTY).any():
         return int((held == EMPTY).argmax())

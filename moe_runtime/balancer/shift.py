@@ -1,4 +1,4 @@
-"""Whether the load is another than it was: a distance between shares of experts, held against noise.
+"""Detects whether the load has changed: compares the distance between the experts' shares with noise.
 
 Shape suffixes: L MoE layers, E logical experts.
 """
@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-LEAST_SHIFT = 0.2  # of the rows with other experts; less is left to the averages
-TIMES_NOISE = 2.0  # a shift is so many times as far as noise goes
+LEAST_SHIFT = 0.2  # part of the rows that go to other experts; the averages follow smaller changes
+TIMES_NOISE = 2.0  # a shift is more than this many times the noise
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far the newest load is from the one that was known.
+    """How far the newest load is from the known load.
 
     Attributes:
-        distance: 0 to 1, the part of the rows that are with other experts.
-        limit: what is further than this is another load.
+        distance: 0 to 1, the part of the rows that go to other experts.
+        limit: a larger distance means a new load.
     """
 
     distance: float
@@ -30,19 +30,19 @@ class Shift:
 
     @property
     def is_new(self) -> bool:
-        """Whether the load has just begun, or is another than it was."""
+        """Whether the load has just begun or changed."""
         return self.distance > self.limit
 
 
 class ShiftDetector:
-    """Tells new load from noise.
+    """Distinguishes a new load from noise.
 
-    The noise is the larger of two: what sampling alone would give, were every row drawn by itself, and the mean
-    distance of late. The second covers what the first does not know: rows of a request come together, and some loads
-    jump all the time, which is then their nature and no shift.
+    The noise is the larger of two values: the distance expected from sampling if rows were independent, and the recent
+    mean distance. The second covers what the first ignores: rows of one request are correlated, and some loads change
+    all the time. A change that is usual for a load is not a shift.
 
     Args:
-        memory: comparisons after which the mean distance has forgotten.
+        memory: time constant of the mean distance, in comparisons.
     """
 
     def __init__(self, memory: float) -> None:
@@ -53,11 +53,11 @@ class ShiftDetector:
         self._num_compared = 0
 
     def compare(self, known_LE: npt.NDArray[np.floating], rows_LE: npt.NDArray[np.number]) -> Shift:
-        """Hold the newest load against the known one, of which only the shares within a layer count.
+        """Compare the newest load with the known load; only the shares within a layer count.
 
         Args:
-            known_LE: load so far, in any unit; zeros where none is known, and then any load is new.
-            rows_LE: rows counted since. Zeros are not new.
+            known_LE: load so far, in any unit. All zeros: no load is known, and any load is new.
+            rows_LE: rows counted since. All zeros: not a new load.
         """
         if not rows_LE.any():
             return Shift(0.0, LEAST_SHIFT)
@@ -66,19 +66,19 @@ class ShiftDetector:
         distance, noise = distance_and_noise(known_LE, rows_LE)
         limit = max(LEAST_SHIFT, TIMES_NOISE * max(noise, self._usual))
         self._num_compared += 1
-        # as if there had been one comparison without a distance before, so that a first shift is not what is usual
+        # starts from one comparison with distance 0, so that a first shift does not count as usual
         self._usual += (distance - self._usual) / min(self._memory, self._num_compared + 1)
         return Shift(distance, limit)
 
 
 def distance_and_noise(known_LE: npt.NDArray[np.floating], rows_LE: npt.NDArray[np.number]) -> tuple[float, float]:
-    """The total variation distance between the shares of experts, and the mean one of samples of the same load.
+    """The total variation distance between the experts' shares, and its mean for samples of the same load.
 
-    Both are half the sum over experts of |difference of shares|, means over layers, weighted by rows. A share p of n
-    rows, each drawn by itself, differs from p by sqrt(2 / pi x p (1 - p) / n) in the mean.
+    Both are half the sum over experts of |difference of shares|, averaged over layers, weighted by rows. If n rows are
+    drawn independently, a share p differs from p by sqrt(2 / pi x p (1 - p) / n) on average.
 
     Args:
-        known_LE: load in any unit, not all zeros. A layer of zeros is as far as can be.
+        known_LE: load in any unit, not all zeros. A layer of zeros has the largest distance.
         rows_LE: rows counted, not all zeros.
     """
     rows_L = rows_LE.sum(axis=1)

@@ -1,4 +1,4 @@
-"""How an expert's tokens are shared among its replicas, and the load of each rank that follows.
+"""How an expert's tokens are shared among its replicas, and the resulting load of each rank.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks, S slots per rank, H experts that have replicas.
 """
@@ -18,18 +18,18 @@ from moe_runtime.balancer.placement import EMPTY
 def split_tokens(
     load_layer: npt.ArrayLike, slots_layer: npt.ArrayLike, rank_speed: npt.ArrayLike | None = None
 ) -> Floats:
-    """The share of each expert's tokens that each rank's replica takes, so that the busiest rank is as light as can be.
+    """The share of each expert's tokens that each rank's replica takes, with the least load on the busiest rank.
 
-    The maximum over ranks of load / speed is the least possible (to 1e-9 of it); see `flow.py` for the method. The
-    result depends on nothing but the arguments.
+    The maximum over ranks of load / speed is the least possible (to a relative 1e-9); see `flow.py` for the method. The
+    result depends only on the arguments.
 
     Args:
         load_layer: [E], tokens per logical expert, in any unit.
         slots_layer: integers [W, S], the logical expert in each slot, -1 where it is empty.
-        rank_speed: [W], how fast each rank is beside the others; None: all alike.
+        rank_speed: [W], relative speed of each rank; None: all equal.
 
     Returns:
-        float64 [E, W]. A row adds up to 1 and is 0 on ranks without the expert; without tokens it is even.
+        float64 [E, W]. A row adds up to 1 and is 0 on ranks without the expert. Without tokens the shares are even.
 
     Raises:
         ValueError: loads or speeds that are not finite or negative, an expert without a slot, wrong shapes.
@@ -62,7 +62,7 @@ def split_tokens(
 def rank_loads(
     load_LE: npt.NDArray[Any], slots_LWS: npt.NDArray[np.integer], rank_speed: npt.ArrayLike | None = None
 ) -> Floats:
-    """float64 [L, W]: the load of each rank in each layer, tokens shared as `split_tokens` does.
+    """float64 [L, W]: the load of each rank in each layer, if tokens are shared by `split_tokens`.
 
     Arguments and errors are those of `split_tokens`, for several layers.
     """
@@ -78,7 +78,7 @@ def _pairs(
     """The expert and the rank of every slot that is not empty, and the number of each expert's slots.
 
     Raises:
-        ValueError: a number that is no expert, or an expert without a slot.
+        ValueError: a number that is not an expert, or an expert without a slot.
     """
     rank_N, slot_N = (slots_WS != EMPTY).nonzero()
     expert_N = slots_WS[rank_N, slot_N].astype(np.intp)

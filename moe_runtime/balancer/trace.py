@@ -1,4 +1,4 @@
-"""Which experts each token used, step by step: what a planner replays.
+"""Which experts each token used, step by step; the planner replays it.
 
 Shape suffixes: T tokens of all steps, L sparse layers, K experts per token, E logical experts.
 """
@@ -20,7 +20,7 @@ from moe_runtime.system.npz import read_npz
 
 FORMAT = "moe_runtime.routing_trace"
 FORMAT_VERSION = 1
-UNUSED = 0xFFFF  # a place whose expert the token did not use
+UNUSED = 0xFFFF  # an unused entry: the token used fewer than K experts
 MAX_EXPERTS = UNUSED
 ARRAYS = ("experts", "step", "rank", "is_decode")
 
@@ -29,14 +29,13 @@ ARRAYS = ("experts", "step", "rank", "is_decode")
 class RoutingTrace:
     """The experts of every token that went through the model, in order of steps.
 
-    A row is a token that was computed: what a preempted sequence computes again stands here again. The arrays are
-    read-only.
+    A row is a computed token. Tokens that a preempted sequence computes again appear again. The arrays are read-only.
 
     Attributes:
         experts: uint16 [T, L, K], logical experts, best first; `UNUSED` where a token used fewer than K.
         step: int32 [T], number of the step, never falling.
         rank: uint16 [T], rank on which the token's sequence lives.
-        is_decode: bool [T]; the others are of prompts.
+        is_decode: bool [T]; False: a token of a prompt.
         num_experts: logical experts of a layer, E.
         layer_ids: the sparse layers' indices in the model, ascending.
         model: name shown in pictures and files.
@@ -87,7 +86,7 @@ class RoutingTrace:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks on which tokens lived; those behind the last that had one are not known here."""
+        """Ranks up to the last one that had a token; the trace does not know of ranks after it."""
         return int(self.rank.max()) + 1 if len(self.rank) else 0
 
     @property
@@ -125,7 +124,7 @@ class RoutingTrace:
         """The trace that `save` wrote.
 
         Raises:
-            ValueError: the file is not there, is something else, damaged, or of a version that cannot be read.
+            ValueError: the file does not exist, is not a trace, is damaged, or has a version that cannot be read.
         """
         try:
             arrays, metadata = read_npz(Path(path), (*ARRAYS, "layer_ids"))
@@ -144,7 +143,7 @@ class RoutingTrace:
 
 
 def _array(name: str, value: object, dtype: type[np.generic], ndim: int) -> npt.NDArray[Any]:
-    """A read-only array; values that the type cannot hold are refused, never wrapped."""
+    """A read-only array; a value that the type cannot hold is an error, and never wraps around."""
     array = np.asarray(value)
     if array.ndim != ndim:
         raise ValueError(f"{name}: shape {array.shape} is not allowed; it must have {ndim} dimensions")
