@@ -1,1 +1,1 @@
-"""What a placement, a rank more or other hardware will bring, predicted before anything runs; docs/planner.md."""
+"""Predicts the effect of a placement, of more ranks or of other hardware before anything runs; docs/planner.md."""

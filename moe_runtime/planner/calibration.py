@@ -1,4 +1,4 @@
-"""Finds routing policies for a mean number of experts per token, and measures what they cost against the full model.
+"""Finds expert policies for a mean number of experts per token, and measures their loss against the full model.
 
 Shape suffixes: T tokens, D hidden, V vocabulary, E logical experts, K experts per token, L sparse layers,
 N computations.
@@ -41,15 +41,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a policy does on held-out text.
+    """Results of a policy on held-out text.
 
     Attributes:
         text: name of the held-out text; "all" for all together.
-        kind, scope, target_k: of the candidate; "full" for the model's own routing.
+        kind, scope, target_k: of the candidate; "full": no policy, the model's own top k.
         mean_k: experts that a token really used, mean over tokens and layers.
         perplexity: of the next token.
         kl: mean divergence in nats of the next token's distribution from the full model's.
-        policy: its values.
+        policy: the policy's values.
     """
 
     text: str
@@ -64,11 +64,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Observed:
-    """What the gates and experts of the full model did on calibration text, in each sparse layer.
+    """Gate and expert outputs of the full model on calibration text, in each sparse layer.
 
     Attributes:
-        logits_LTE: of the gate, float32.
-        experts_LTK: chosen, best first.
+        logits_LTE: gate logits, float32.
+        experts_LTK: chosen experts, best first.
         energy_LTK: share of each in the squared norms of the token's weighted expert rows; sums to 1 over K.
     """
 
@@ -78,7 +78,7 @@ class Observed:
 
 
 class Blocks:
-    """Runs blocks of text through one rank's model, each as a sequence of its own."""
+    """Runs blocks of text through one rank's model, each block as a separate sequence."""
 
     def __init__(self, worker: Worker, model: ModelConfig) -> None:
         self.worker, self.model = worker, model
@@ -99,7 +99,7 @@ class Blocks:
         )
 
     def log_probs(self, token_ids: Sequence[int], policy: ExpertPolicy | None) -> tuple[Tensor, float]:
-        """`[T, V]` of the next token, and the mean number of experts used."""
+        """Log-probabilities `[T, V]` of the next token, and the mean number of experts used."""
         num_layers, top_k = len(self.model.moe_layers), self.model.moe.top_k
         device, count = self.worker.device, len(token_ids)
         chosen_LTK = torch.empty(num_layers, count, top_k, dtype=torch.int16, device=device)
@@ -112,7 +112,7 @@ class Blocks:
         return self.worker.model.logits(hidden_TD).log_softmax(-1), mean_k
 
     def observe(self, token_ids: Sequence[int]) -> Observed:
-        """Run a block as the model is, layer by layer, and keep what gates chose and experts gave."""
+        """Run a block through the unchanged model, layer by layer, and record gate choices and expert outputs."""
         model, cache = self.worker.model, self.worker.cache
         batch = self.batch(len(token_ids), None)
         step = model.attention_step(batch, model.rope)
@@ -138,10 +138,10 @@ class Blocks:
 
 
 def fit_temperature(logits_TE: Tensor, experts_TK: Tensor, energy_TK: Tensor) -> float:
-    """The temperature at which the softmax over a token's chosen experts best tells the share of each in the output.
+    """The temperature at which the softmax over a token's chosen experts best predicts their shares of the output.
 
-    Shares are those of the norms of weighted expert rows. It minimises the mean cross-entropy from them, which is
-    convex in 1 / temperature.
+    The shares are `energy_TK`, from the norms of weighted expert rows. The temperature minimises the mean cross-entropy
+    to these shares, which is convex in 1 / temperature.
     """
     z_TK = logits_TE.gather(1, experts_TK).double()
     z_TK = z_TK - z_TK.mean(1, keepdim=True)
@@ -159,7 +159,7 @@ def fit_temperature(logits_TE: Tensor, experts_TK: Tensor, energy_TK: Tensor) ->
 def find_candidates(
     observed: Observed, model: ModelConfig, mean_k: Sequence[float], temperature: tuple[float, ...] | None
 ) -> list[Candidate]:
-    """Policies of every kind for each mean number of experts, by what gates did on calibration text."""
+    """Policies of every kind for each mean number of experts, fitted to the gates' outputs on calibration text."""
     logits_LTE = observed.logits_LTE
     if temperature is not None:
         logits_LTE = logits_LTE / torch.tensor(temperature, device=logits_LTE.device)[:, None, None]
@@ -171,7 +171,7 @@ def find_candidates(
         share = target / model.moe.top_k
         if float(target).is_integer():
             found.append(Candidate("top_k", "global", target, ExpertPolicy(top_k=int(target))))
-        top_p = 10**-DIGITS - _largest(-mass_before_LTK.flatten(), share)  # a mass is kept below it
+        top_p = 10**-DIGITS - _largest(-mass_before_LTK.flatten(), share)  # keeps an expert if the mass is below top_p
         policy = ExpertPolicy(top_p=_rounded(min(top_p, 1.0)), temperature=temperature)
         found.append(Candidate("top_p", "global", target, policy))
         policy = ExpertPolicy(threshold=_rounded(_largest(ratio_LTK.flatten(), share)), temperature=temperature)
@@ -183,7 +183,7 @@ def find_candidates(
 
 
 def _largest(values: Tensor, share: float) -> float:
-    """The value that so large a share of the values reaches."""
+    """The value that the given share of the values reaches."""
     count = min(max(round(share * len(values)), 1), len(values))
     return float(values.kthvalue(len(values) - count + 1).values)
 
@@ -193,9 +193,9 @@ def _rounded(value: float) -> float:
 
 
 def _thresholds_per_layer(ratio_LTK: Tensor, energy_LTK: Tensor, share: float) -> list[float]:
-    """A threshold for each layer, which together keep so large a share of all choices and drop little energy.
+    """A threshold for each layer; together they keep `share` of all choices and drop little energy.
 
-    Every layer begins with one expert per token; step by step the one that gains most from more choices gets them.
+    Every layer starts with one expert per token. In each step, the layer that gains most from more choices gets them.
     """
     num_layers, _, top_k = ratio_LTK.shape
     kept_G = torch.linspace(1 / top_k, 1.0, GRID, dtype=torch.float64)
@@ -224,7 +224,7 @@ def measure(
 ) -> list[Measured]:
     """Perplexity and divergence from the full model of each candidate, the full model first.
 
-    They come for all texts together, then for each of them where there are several.
+    The results are for all texts together; with several texts, those of each text follow.
     """
     rows = [Candidate("full", "global", float(blocks.model.moe.top_k), ExpertPolicy()), *candidates]
     sums = {
@@ -249,7 +249,7 @@ def measure(
 
 
 def _sums(blocks: Blocks, text: Sequence[int], rows: Sequence[Candidate], progress: Callable[[], object]) -> Tensor:
-    """Of a block, for each row: loss, divergence from the first row, experts used, tokens, tokens predicted."""
+    """Sums over a block, for each row: loss, divergence from the first row, experts used, tokens, tokens predicted."""
     target_T1 = torch.tensor(text[1:], device=blocks.worker.device)[:, None]
     whole_TV: Tensor | None = None
     found = []
@@ -274,7 +274,7 @@ def calibrate(
     mean_k: Sequence[float],
     progress: Callable[[], object],
 ) -> tuple[PolicyCalibration, list[Measured]]:
-    """Find policies on blocks of calibration text and measure them on held-out blocks, which come by text.
+    """Find policies on blocks of calibration text and measure them on held-out blocks, given per text.
 
     "balanced" and "fast" become the policies that diverge least from the full model at the largest and at the smallest
     of `mean_k`. Calls `progress` after each run of a block.

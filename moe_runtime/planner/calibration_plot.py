@@ -1,4 +1,4 @@
-"""The picture of a calibration: loss over the mean number of experts, each adaptive policy beside fixed k."""
+"""The picture of a calibration: loss over the mean number of experts, for adaptive policies and fixed k."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE, DPI = (9.0, 3.9), 150
 
 
 def draw(title: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG with two panels, divergence from the full model and perplexity, of the rows of a calibration."""
+    """A PNG with two panels from the rows of a calibration: divergence from the full model, and perplexity."""
     rows = [row for row in rows if row["text"] == "all"]
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     figure.suptitle(title, fontsize=10)

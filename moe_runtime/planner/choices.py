@@ -1,4 +1,4 @@
-"""Every choice that is asked about, and the one to take."""
+"""Predicts all requested choices, and recommends one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from moe_runtime.planner.routing import Routing
 from moe_runtime.planner.shape import ModelShape
 
 MAX_RANKS = 4096
-NEGLIGIBLE_GAIN = 0.01  # what a dearer choice must bring at least
+NEGLIGIBLE_GAIN = 0.01  # a choice with more ranks, slots or sequences must gain more than this
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A number of ranks, of redundant slots and of sequences, and what is expected of it.
+    """A number of ranks, of redundant slots and of sequences, and its prediction.
 
     Attributes:
-        redundant: slots per rank and layer beside those for one copy of every expert.
+        redundant: slots per rank and layer in addition to those for one copy of every expert.
         batch: sequences per rank.
     """
 
@@ -70,10 +70,10 @@ def evaluate(
 
 
 def recommend(choices: Sequence[Choice], max_step_seconds: float | None = None) -> Choice | None:
-    """The choice with most tokens per second and rank, among those that fit and whose step is short enough.
+    """The choice with the most tokens per second and rank, among those that fit and whose step is short enough.
 
-    Of choices within a hundredth of the best, the one with fewest ranks, redundant slots and sequences. None if there
-    is no choice left.
+    Among choices within 1% of the best, it takes the one with the fewest ranks, then redundant slots, then sequences.
+    None if no choice is left.
     """
     allowed = [
         choice

@@ -1,7 +1,7 @@
-"""What dispatch and combine of a layer take: the rows of the busiest rank over its links.
+"""How long dispatch and combine of a layer take: the rows of the busiest rank / the bandwidth of its links.
 
-Ranks with cores copy rows within a node themselves, one after the other: on the way out a rank writes those for others
-and takes all that it computes with, its own too; on the way back it writes all that it has computed.
+On nodes with cores, the ranks copy rows themselves, one after the other. In dispatch, a rank writes the rows for other
+ranks, and copies all rows that it computes, its own included. In combine, it writes all rows that it has computed.
 
 Shape suffixes: E logical experts, W ranks, N nodes.
 """
@@ -38,8 +38,8 @@ def exchange_seconds(
     node_W = np.arange(num_ranks) // hardware.ranks_per_node
     node_NW = node_W == np.arange(node_W[-1] + 1)[:, None]
     pairs_W = rows_W / tokens_W.sum()
-    once_W = np.minimum(routing.hits(layer, share_EW), pairs_W)  # what is expected may exceed what a step has
-    per_token_W = {"expert": pairs_W, "rank": once_W, "node": once_W}  # "node" between nodes: see below
+    once_W = np.minimum(routing.hits(layer, share_EW), pairs_W)  # an expected value may exceed the step's own rows
+    per_token_W = {"expert": pairs_W, "rank": once_W, "node": once_W}  # "node" applies between nodes: see below
     node_hits_N = (
         routing.hits(layer, share_EW @ node_NW.T) if "node" in (hardware.rows_out, hardware.rows_back) else None
     )
@@ -51,7 +51,7 @@ def exchange_seconds(
         far_tokens_W = tokens_W.sum() - tokens_N[node_W]
         near_in_W = hits_W * (tokens_N[node_W] - tokens_W)
         near_out_W = tokens_W * (inside_N[node_W] - hits_W)
-        if rule == "node":  # once to one rank of the node, which hands it on
+        if rule == "node":  # once to one rank of the node, which forwards it
             assert node_hits_N is not None
             size_N = node_NW.sum(axis=1)
             far_in_W = (node_hits_N / size_N)[node_W] * far_tokens_W

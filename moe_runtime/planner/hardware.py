@@ -1,7 +1,7 @@
 """Hardware as the planner sees it: a small YAML or JSON file of rates and overheads, each with its source.
 
-A rank is a device of its own (a GPU), or a share of the cores of its node (`cores`). Rates of nodes with cores are
-tables over the number of cores that are at work; those of devices have the one entry 1.
+A rank is one device (a GPU), or a share of the cores of its node (`cores`). For nodes with cores, rates are tables over
+the number of working cores. For devices, the tables have the single entry 1.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ COPIES = ("expert", "rank", "node")
 
 @dataclass(frozen=True)
 class Link:
-    """The way between two ranks.
+    """The link between two ranks.
 
     Attributes:
         bandwidth: bytes per second of one rank in one direction.
-        latency: seconds that an exchange takes however little it carries.
+        latency: seconds that even the smallest exchange takes.
     """
 
     bandwidth: float
@@ -35,22 +35,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds that a step takes beside its reading, computing and sending.
+    """Seconds that a step takes in addition to its reading, computing and sending.
 
-    What the interpreter does (`step`, `step_ranks`) is given as it is while caches hold it, and takes `cold_factor`
-    times as long where weights have passed through them meanwhile.
+    The interpreter's work (`step`, `step_ranks`) is the time with warm caches. It takes `cold_factor` times as long
+    after weights have passed through the caches.
 
     Attributes:
-        step: of a step with one rank.
-        step_ranks: of a step with several.
+        step: per step with one rank.
+        step_ranks: per step with several ranks.
         step_row: per sequence of the busiest rank in a step: sampling, bookkeeping.
-        layer: of a layer: norms, threads that begin and end together.
+        layer: per layer: norms, starting and joining threads.
         layer_row: per token of the busiest rank and layer, whatever its size: rotation, gate, grouping.
-        layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer pass over.
+        layer_byte: on one core, per byte of rows that the norms and the weighted sum of a layer read or write.
         slot: per expert that has rows, in each layer.
         expert_byte: on one core, per byte of an expert's rows: gathering, activation and writing, beyond its products.
-        wait: processor time of a rank without sequences for each exchange, where ranks take turns on cores: it looks
-            out for the others.
+        wait: processor time per exchange of a rank without sequences, if ranks take turns on cores: it polls for the
+            others.
     """
 
     step: float
@@ -66,29 +66,30 @@ class Overheads:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Rates of what a rank runs on.
+    """Rates of the hardware of a rank.
 
     Attributes:
         name: shown in reports.
-        cores: of a node, shared by its ranks; None where each rank has a device.
-        ranks_per_node: devices of a node, or most ranks that its cores are shared by; others are behind `inter_node`.
+        cores: of a node, shared by its ranks; None if each rank has a device.
+        ranks_per_node: devices of a node, or most ranks that share its cores; others are reached over `inter_node`.
         memory_bytes: of a device, or of a node with cores.
-        reserved_bytes: of each rank, beside weights and pages.
-        weight_bytes: per dtype, bytes that a weight takes as kernels hold it; where it is not named, the dtype's size.
-        memory_bandwidth: bytes of weights read per second by cores at work, in products of one row.
-        expert_bandwidth: share of it at which experts' weights are read.
-        matrix_rate: per dtype, operations per second of large products by cores at work.
+        reserved_bytes: of each rank, in addition to weights and pages.
+        weight_bytes: per dtype, bytes per weight as kernels store it; for other dtypes, the dtype's size.
+        memory_bandwidth: bytes of weights read per second by number of working cores, in products of one row.
+        expert_bandwidth: share of `memory_bandwidth` at which experts' weights are read.
+        matrix_rate: per dtype, operations per second of large products by number of working cores.
         efficiency: per dtype, share of `matrix_rate` by rows of a product.
         attention_bandwidth: share of `memory_bandwidth` at which attention reads keys and values.
         attention_rate: share of `matrix_rate` in `attention_dtype` at which attention computes.
-        attention_dtype: what attention computes in, whatever the weights are.
+        attention_dtype: dtype in which attention computes, whatever the weights' dtype.
         output_multiple: outputs of a matrix are rounded up to a multiple of it.
         intra_node, inter_node: links.
-        rows_out, rows_back: a token's row travels once per "expert", "rank" or "node" that it goes to, or comes from.
-        overlap: 1, or 2 where two halves of a batch take turns in computing and sending.
-        cold_factor: how many times as long what the interpreter does takes, by bytes that the node's cores have read
-            since it did the same before.
-        overheads: the rest.
+        rows_out, rows_back: a token's row travels once per "expert", "rank" or "node", in dispatch and on the return
+            path.
+        overlap: 1, or 2 if two halves of a batch take turns in computing and sending.
+        cold_factor: slowdown factor of the interpreter's work, by bytes that the node's cores have read since it last
+            did the same work.
+        overheads: all other time of a step.
         sources: of each value, by its path in the file.
     """
 
@@ -116,28 +117,28 @@ class Hardware:
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def cores_per_rank(self, num_ranks: int) -> float:
-        """Cores of each of so many ranks of a node; below 1 where ranks take turns, and 1 for devices."""
+        """Cores of each rank if a node has `num_ranks`; below 1 if ranks take turns, and 1 for devices."""
         return 1.0 if self.cores is None else self.cores / min(num_ranks, self.ranks_per_node)
 
     def turns(self, active: int) -> float:
-        """How many times as long ranks of a node take that share fewer cores than they are; at least 1."""
+        """The slowdown factor of ranks that share fewer cores than there are ranks; at least 1."""
         return 1.0 if self.cores is None else max(1.0, active / self.cores)
 
     def stored_bytes(self, matrices: Sequence[Matrix]) -> float:
-        """Of weights as kernels hold them."""
+        """Bytes of weights as kernels store them."""
         sizes = ITEMSIZE | dict(self.weight_bytes)
         return sum((matrix.parameters * sizes[matrix.dtype] for matrix in matrices), 0.0)
 
     def cold(self, nbytes: float) -> float:
-        """How many times as long the interpreter takes where so many bytes were read since it did the same before."""
+        """The slowdown factor of the interpreter if `nbytes` were read since it last did the same work."""
         return interpolate(self.cold_factor, nbytes)
 
     def bandwidth(self, num_ranks: int, active: int) -> float:
-        """Bytes per second that each of `active` ranks of a node reads at once, with so many ranks on all nodes."""
+        """Bytes per second that each rank reads while `active` ranks of a node work; `num_ranks` is of all nodes."""
         return self._rate(self.memory_bandwidth, num_ranks, active)
 
     def rate(self, dtype: str, num_ranks: int, active: int) -> float:
-        """Operations per second in large products of each of `active` ranks of a node."""
+        """Operations per second of each rank in large products while `active` ranks of a node work."""
         return self._rate(self.table_of(self.matrix_rate, dtype), num_ranks, active)
 
     def _rate(self, table: Table, num_ranks: int, active: int) -> float:
@@ -148,7 +149,7 @@ class Hardware:
         return min(interpolate(table, own), interpolate(table, working) / (working / own))
 
     def at_pace(self, read: float, rate: float) -> Hardware:
-        """The profile at shares of its bandwidth, for what is read or copied, and of its matrix rate, for the rest."""
+        """The profile with reading and copying scaled by `read`, and all other work by `rate`."""
 
         def scaled(table: Table, factor: float) -> Table:
             return tuple((cores, value * factor) for cores, value in table)
@@ -173,7 +174,7 @@ class Hardware:
         return tables[dtype]
 
     def efficiency_of(self, dtype: str, rows: Floats) -> Floats:
-        """Share of the full rate that products with so many rows reach."""
+        """Share of the full rate that products with `rows` rows reach."""
         table = self.table_of(self.efficiency, dtype)
         known = np.log2([row for row, _ in table])
         found: Floats = np.exp2(np.interp(np.log2(np.maximum(rows, 1e-9)), known, np.log2([y for _, y in table])))
@@ -181,5 +182,5 @@ class Hardware:
 
 
 def interpolate(table: Table, x: float) -> float:
-    """Linear between the entries, level beyond them."""
+    """Linear between the entries, constant beyond them."""
     return float(np.interp(x, [entry[0] for entry in table], [entry[1] for entry in table]))

@@ -48,7 +48,7 @@ def load_hardware(name: str) -> Hardware:
 
 
 def parse_hardware(text: str, where: str) -> Hardware:
-    """The profile in a YAML (or JSON) text; `where` it is from, for errors.
+    """The profile in a YAML (or JSON) text; `where` names its source in errors.
 
     Raises:
         ValueError: as `load_hardware`.
@@ -66,7 +66,7 @@ def parse_hardware(text: str, where: str) -> Hardware:
 
 
 def _parse_json_or_yaml(text: str) -> Any:
-    """JSON is not quite YAML: 1e-05 would be a text there."""
+    """Try JSON first: not all JSON is valid YAML, which would read 1e-05 as a string."""
     import yaml
 
     try:
@@ -76,10 +76,10 @@ def _parse_json_or_yaml(text: str) -> Any:
 
 
 def save_hardware(hardware: Hardware, path: Path) -> None:
-    """Write the profile, as JSON where the name ends so, else as YAML.
+    """Write the profile as JSON or YAML, according to the suffix.
 
     Raises:
-        ValueError: the suffix is another.
+        ValueError: another suffix.
     """
     import yaml
 
@@ -93,7 +93,7 @@ def save_hardware(hardware: Hardware, path: Path) -> None:
 
 
 def hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
-    """What `parse_hardware` reads."""
+    """The profile in the form that `parse_hardware` reads."""
 
     def entry(where: str, value: Any) -> dict[str, Any]:
         return {"value": value, "source": hardware.sources.get(where, "")}
@@ -119,7 +119,7 @@ def hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
 
 
 class _Reader:
-    """A profile's content, read field by field, so that what is missing, unknown or wrong is named."""
+    """Reads a profile's content field by field, so that errors name missing, unknown and wrong fields."""
 
     def __init__(self, content: object) -> None:
         if not isinstance(content, Mapping):
@@ -212,7 +212,7 @@ def _numbers(
 
 
 def _weight_bytes(reader: _Reader) -> dict[str, float]:
-    """By dtype; may be left out."""
+    """Bytes per weight by dtype; the field is optional."""
     name = "weight_bytes"
     section = reader.section(name) if name in reader.content else {}
     return {
@@ -230,7 +230,7 @@ def _tables(reader: _Reader, name: str) -> dict[str, Table]:
 
 
 def _table(where: str, value: object, zero: bool = False) -> Table:
-    """A number, or a mapping of numbers (`zero`: or of 0) to numbers, by rising keys."""
+    """A number, or a mapping from positive numbers (`zero`: or 0) to numbers, sorted by key."""
     if not isinstance(value, Mapping):
         return ((1.0, _number(where, value)),)
     if not value:

@@ -1,4 +1,4 @@
-"""This machine's hardware profile, measured: cores, native kernels, and the engine's own overheads."""
+"""Measures this machine's hardware profile: cores, native kernels, and the engine's own overheads."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from moe_runtime.planner.probe import Probe, fit, with_overheads
 if TYPE_CHECKING:
     from moe_runtime.kernels.cpu.native import Kernels
 
-PROBE_ROUNDS = 4  # of short runs, for each round of the kernels
+PROBE_ROUNDS = 4  # rounds of short engine runs per round of the kernels
 PROBE_LAYERS = (2, 12)
 PROBE_BATCHES = (2, 32)
-PROBE_KEYS = 32  # in the middle of a run
+PROBE_KEYS = 32  # keys per sequence in the middle of a run
 PROBE_PROMPT = 512
-# With bytes of each: a step reads several times what caches hold, or they would give back some of what it reads again.
+# (layers, bytes of each): a step reads several times the size of the caches, else they would serve a part of it.
 STREAMING_LAYERS = ((4, 39 << 20), (40, 15 << 18))
-STREAMING_COLD = (4, 96 << 20)  # so that each layer finds nothing in the caches
-STREAMING_TOKENS = 16  # few: what is measured around a run must tell what it had
+STREAMING_COLD = (4, 96 << 20)  # so large that no layer finds anything in the caches
+STREAMING_TOKENS = 16  # few, so that the pace measured around a run is also that of the run
 TURNS_RANKS, TURNS_CORES = 4, 2
 
 
 def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> Hardware:
-    """The profile of this machine's cores, those that this process may use. Takes about two minutes.
+    """The profile of the cores that this process may use. Takes about two minutes.
 
-    A shared machine is faster in one second than in the next, so every figure is the median of so many rounds (steps of
-    the engine: of four times as many, short ones), each of which measures all of them.
+    The speed of a shared machine changes from second to second. So every figure is the median of `rounds` rounds (for
+    steps of the engine: four times as many short ones), and each round measures all figures.
 
     Args:
         name: for reports.
-        say: told what is being measured.
+        say: called with a line about what is being measured.
 
     Raises:
         ValueError: there are no native CPU kernels.
@@ -138,23 +138,23 @@ def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[st
 
 
 def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
-    """Fit what steps of the probe models take beside their work."""
-    # What grows with rows shows with models that caches hold: their steps are short.
+    """Fit the overheads: what steps of the probe models take in addition to their work."""
+    # Overheads per row are measured with models that fit into the caches, because their steps are short.
     cached = replace(hardware, memory_bandwidth=((1.0, math.inf),))
     works = [Workload("decode", batch, PROBE_KEYS) for batch in PROBE_BATCHES]
     found = probe.steps([Variant(1, layers) for layers in PROBE_LAYERS], works)
     fitted = fit(cached, found, ("step", "step_row", "layer", "layer_row"))
     hardware = with_overheads(hardware, step_row=fitted["step_row"], layer_row=fitted["layer_row"])
 
-    # The rest as it is behind weights that stream through the caches.
+    # The other overheads are measured with weights that stream through the caches.
     variants = [streaming(ep_size, *layers) for ep_size in (1, 2) for layers in STREAMING_LAYERS]
     works = [Workload("decode", 2, PROBE_KEYS)]
     found = probe.steps([*variants, streaming(2, *STREAMING_COLD)], works, STREAMING_TOKENS)
-    one_stream = replace(hardware, expert_bandwidth=1.0)  # all experts are used, and lie side by side
+    one_stream = replace(hardware, expert_bandwidth=1.0)  # all experts are used, and are contiguous in memory
     fitted = fit(one_stream, found, ("step", "layer", "step_ranks", "latency"))
     hardware = with_overheads(hardware, **fitted)
 
-    # One rank computes the same on all cores: the difference is what is sent.
+    # One rank computes the same on all cores, so the difference is the time of sending.
     layers = max(PROBE_LAYERS)
     variants = [Variant(ep_size, layers, SENDING) for ep_size in (1, 2)]
     alone, both = probe.steps(variants, [Workload("prefill", 2, PROBE_PROMPT)])
@@ -190,7 +190,7 @@ def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:
 
 @contextlib.contextmanager
 def _cores(most: int) -> Iterator[None]:
-    """This process, and those that it starts, on so many of its cores."""
+    """Restrict this process, and processes that it starts, to `most` of its cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:most])
     try:
@@ -200,12 +200,12 @@ def _cores(most: int) -> Iterator[None]:
 
 
 def table_of(figures: Mapping[tuple[str, int], float], name: str) -> Table:
-    """The figures of one name, by their number."""
+    """The figures of one name, sorted by number."""
     return tuple(sorted((float(number), value) for (what, number), value in figures.items() if what == name))
 
 
 def efficiency_of(seconds: Table) -> Table:
-    """Share of the best rate by rows, from seconds by rows; more rows never take less."""
+    """Share of the best rate by rows, from seconds by rows; assumes that more rows never take less time."""
     rows = [row for row, _ in seconds]
     rising = list(itertools.accumulate((spent for _, spent in seconds), max))
     best = max(row / spent for row, spent in zip(rows, rising, strict=True))
@@ -213,6 +213,6 @@ def efficiency_of(seconds: Table) -> Table:
 
 
 def cold_factor_of(seconds: Table) -> Table:
-    """How many times as long, from seconds by bytes; more bytes never less."""
+    """The slowdown factor by bytes read, from seconds by bytes; assumes that it never falls with more bytes."""
     rising = itertools.accumulate((spent for _, spent in seconds), max)
     return tuple((nbytes, spent / seconds[0][1]) for (nbytes, _), spent in zip(seconds, rising, strict=True))

@@ -1,4 +1,4 @@
-"""Steps of the real engine, timed: for what a step takes beside its work, and to check predictions against."""
+"""Times steps of the real engine, to fit a step's overheads and to check predictions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 WARM_STEPS = 3
 PROBE_DECODE_PROMPT = 8
 PROBE_PAGES_BYTES = 128 << 20
-PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hold it
+PROBE: dict[str, Any] = {  # a qwen3_moe whose steps are nearly all overhead: it fits into the caches
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "torch_dtype": "bfloat16",
@@ -44,20 +44,20 @@ PROBE: dict[str, Any] = {  # a qwen3_moe that is nearly all overhead: caches hol
     "tie_word_embeddings": True,
     "eos_token_id": 0,
 }
-# Changes that send many rows, and evenly: every token uses every expert.
+# Changes that make ranks send many rows, evenly: every token uses every expert.
 SENDING: dict[str, Any] = {"hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 16}
-# Attention that takes longer than ranks without a sequence look out for the others before they sleep.
+# Attention takes longer than ranks without a sequence poll for the others before they sleep.
 WAITING: dict[str, int] = {"num_attention_heads": 32, "num_key_value_heads": 8}
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Of one generation.
+    """Times of one generation.
 
     Attributes:
-        prefill: seconds from handing over all prompts until each has its first token.
-        decode: median seconds between the ends of steps, the first few left out.
-        prefill_busy, decode_busy: the processor time of all ranks in that; None where the rank is in this process.
+        prefill: seconds from submitting all prompts until each has its first token.
+        decode: median seconds between the ends of steps, without the first few.
+        prefill_busy, decode_busy: processor time of all ranks in the same; None if the rank is in this process.
     """
 
     prefill: float
@@ -74,7 +74,7 @@ class StepTimer:
         self._ids = map(str, itertools.count())
 
     def run(self, prompts: Sequence[list[int]], new_tokens: int) -> StepTimes:
-        """One generation of all prompts at once, each with so many new tokens."""
+        """Time one generation of all prompts together, each with `new_tokens` new tokens."""
         assert new_tokens > WARM_STEPS + 1
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         pids = [rank.pid for rank in self.engine.executor.ranks]
@@ -111,12 +111,12 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
-        """Of the checkpoint."""
+        """The checkpoint's `config.json`."""
         return {**PROBE, "num_hidden_layers": self.num_layers, **self.changes}
 
 
 def streaming(ep_size: int, num_layers: int, layer_bytes: int, **changes: int) -> Variant:
-    """A probe model with so many bytes of experts in a layer, about, in bfloat16; every token uses every expert."""
+    """A probe model with about `layer_bytes` of experts per layer, in bfloat16; every token uses every expert."""
     hidden, experts = 512, 4
     inner = layer_bytes // (experts * 3 * hidden * 2) // 64 * 64
     sizes = {"hidden_size": hidden, "num_experts": experts, "num_experts_per_tok": experts}
@@ -131,14 +131,14 @@ def probe_steps(
     rounds: int,
     between: Callable[[], float],
 ) -> list[list[list[tuple[StepTimes, float]]]]:
-    """Steps of each probe model, for each number of sequences and length of prompts, in each round.
+    """Step times of each probe model, for each case (number of sequences, length of prompts), in each round.
 
-    All models run in each round, so that a change of the machine's pace meets all alike.
+    All models run in each round, so that a change of the machine's pace affects all of them.
 
     Args:
-        folder: for a folder of each model.
-        new_tokens: of a sequence in a run.
-        between: measured before and after each run; the mean of both is given beside the times.
+        folder: gets a folder for each model.
+        new_tokens: new tokens of a sequence in a run.
+        between: called before and after each run; the mean of the two values is returned with the times.
     """
     from moe_runtime.build import build_engine
 
@@ -177,7 +177,7 @@ def probe_steps(
 
 
 def _cpu_seconds(pids: Sequence[int]) -> float:
-    """Processor time of processes so far, all their threads, from the scheduler's own count in nanoseconds."""
+    """Processor time of processes so far, of all their threads, from the scheduler's count in nanoseconds."""
     total = 0
     for pid in pids:
         for task in Path(f"/proc/{pid}/task").iterdir():

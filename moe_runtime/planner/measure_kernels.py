@@ -1,6 +1,6 @@
-"""What this machine's cores reach with the native kernels: reading, products, experts, attention. Needs torch.
+"""Measures rates of this machine's cores with the native kernels: reading, products, experts, attention. Needs torch.
 
-Weights lie in more memory than caches hold and are used in turn, as a model's are.
+Weights take more memory than the caches hold and are used in turn, as in a model.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BEYOND_CACHES = 256 << 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 64, 128, 512)
 OUTPUTS, INPUTS = 2048, 1024
-STREAM_OUTPUTS = 32768  # a product so long that its beginning and end do not count
+STREAM_OUTPUTS = 32768  # a product so long that its start and end are negligible
 EXPERTS, HIDDEN, INNER = 64, 1024, 512  # large experts, of which every other one is used
 SLOTS, SLOT_HIDDEN, SLOT_INNER = 32, 576, 64  # small ones
-SLOT_ROWS = 128  # of each expert, where their products take longer than reading them
+SLOT_ROWS = 128  # rows of each expert; their products take longer than reading the weights
 SUM_TOKENS, SUM_TOP_K, SUM_HIDDEN = 256, 8, 1024
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 16, 4, 64, 16
 DECODE_SEQUENCES, DECODE_KEYS, PROMPT = 32, 1024, 1024
@@ -35,7 +35,7 @@ BUDGET = 0.06  # seconds of calls for a figure, and at least three calls
 
 
 class KernelBench:
-    """Holds what is read and multiplied, and measures it as often as asked."""
+    """Holds the data that is read and multiplied, and measures on request."""
 
     def __init__(self, kernels: Kernels, cores: int) -> None:
         self._kernels = kernels
@@ -53,18 +53,19 @@ class KernelBench:
     def figures(self) -> dict[tuple[str, int], float]:
         """One round of all figures, by name and number.
 
-        "read" (bytes/s of weights in products of one row) and "rate DTYPE" (operations/s of a large product) by
-        threads; "rows DTYPE" (seconds of a product on one thread, where reading hinders computing least) by rows;
-        "calls" (seconds of what the interpreter does) by bytes read before. With number 0: with all threads in
-        bfloat16 "experts" (bytes/s of large experts with a row each), "decode" (bytes/s of keys and values) and
-        "prompt" (operations/s) of attention; on one thread "slot" (seconds that each of many small experts with a row
-        takes beyond its bytes), "expert byte" (seconds per byte of their rows that a call with many takes beyond its
-        operations), "layer byte" (seconds per byte of rows that norms and the weighted sum pass over) and "copy"
-        (bytes/s); and "weight DTYPE" (bytes that kernels hold a weight in).
+        By number of threads: "read" (bytes/s of weights in products of one row), "rate DTYPE" (operations/s of a large
+        product). By rows: "rows DTYPE" (seconds of a product on one thread, where reading slows computing least). By
+        bytes read before: "calls" (seconds of the interpreter's work).
+
+        With number 0, on all threads in bfloat16: "experts" (bytes/s of large experts with a row each), "decode"
+        (bytes/s of keys and values in attention), "prompt" (operations/s of attention). With number 0, on one thread:
+        "slot" (seconds that each of many small experts with a row takes beyond reading), "expert byte" (seconds per
+        byte of expert rows that a call with many rows takes beyond its operations), "layer byte" (seconds per byte of
+        rows in norms and the weighted sum), "copy" (bytes/s). Also "weight DTYPE" (stored bytes per weight).
         """
         kernels, found = self._kernels, {}
         before, torch_threads = kernels.num_threads, torch.get_num_threads()
-        torch.set_num_threads(1)  # its threads would spin on cores that are measured
+        torch.set_num_threads(1)  # torch's threads would spin on cores that are measured
         try:
             for count in self._threads:
                 kernels.set_threads(count)
@@ -106,7 +107,7 @@ class KernelBench:
 
 
 class Stream:
-    """Products of one row with weights that no cache holds, one after the other: what they reach is the bandwidth."""
+    """Products of one row with weights that no cache holds, one after the other; they measure the bandwidth."""
 
     def __init__(self, kernels: Kernels) -> None:
         weight = torch.randn(STREAM_OUTPUTS, INPUTS).bfloat16()
@@ -115,13 +116,13 @@ class Stream:
         self._x = torch.randn(1, INPUTS).bfloat16()
 
     def bandwidth(self) -> float:
-        """Bytes/s of weights, as kernels hold them, with the threads that are set."""
+        """Bytes/s of weights as the kernels store them, with the current number of threads."""
         turns = itertools.cycle(self._linears)
         return self._linears[0].nbytes / median_seconds(partial(_call_next, turns, self._x))
 
 
 class Calls:
-    """What the interpreter does in a layer: a few calls of torch and of native kernels, over next to no data."""
+    """The interpreter's work in a layer: a few calls of torch and of native kernels, with almost no data."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -140,7 +141,7 @@ class Calls:
         self._kernels.add_rms_norm(out_TD, self._residual, self._norm, 1e-6)
 
     def seconds_after(self, nbytes: int) -> float:
-        """The median time of the calls, so many bytes having been read since the last."""
+        """The median time of the calls, if `nbytes` bytes are read before each."""
         count = nbytes // self._data.itemsize
         starts = itertools.cycle(range(0, max(len(self._data) - count, 0) + 1, max(count, 1)))
         samples: list[float] = []
@@ -156,10 +157,10 @@ class Calls:
 
 
 class Passes:
-    """What passes over rows between the products of a layer, in bfloat16: the weighted sum, and two norms.
+    """The operations on rows between the products of a layer, in bfloat16: the weighted sum, and two norms.
 
     Attributes:
-        nbytes: of the rows, each as often as it is read or written, but for the sum's.
+        nbytes: bytes of the rows, counted once per read or write, except the rows that the sum writes.
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -182,7 +183,7 @@ class AttentionProbe:
 
     Attributes:
         nbytes: keys and values of a call.
-        flops: operations of a call; what is masked does not count.
+        flops: operations of a call, without masked ones.
     """
 
     def __init__(self, kernels: Kernels, queries: list[int], keys: list[int]) -> None:
@@ -214,7 +215,7 @@ def make_experts(kernels: Kernels, slots: int, hidden: int, inner: int) -> Packe
 
 
 def experts_seconds(experts: list[PackedExperts], rows: int, every: int = 1) -> float:
-    """Seconds of a call in which every slot, or every other one, has so many rows; layers take turns."""
+    """Seconds of a call in which every slot (or each `every`-th) has `rows` rows; layers take turns."""
     counts = torch.zeros(experts[0].num_slots, dtype=torch.int64)
     counts[::every] = rows
     x = torch.randn(int(counts.sum()), experts[0].hidden_size).bfloat16()
@@ -223,7 +224,7 @@ def experts_seconds(experts: list[PackedExperts], rows: int, every: int = 1) -> 
 
 
 def median_seconds(call: Callable[[], object]) -> float:
-    """The median time of a call; the first does not count."""
+    """The median time of a call, without the first."""
     call()
     samples: list[float] = []
     while len(samples) < 3 or sum(samples) < BUDGET:

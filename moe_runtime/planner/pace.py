@@ -1,7 +1,7 @@
-"""How fast the machine is at the moment, beside what its profile says. Needs torch.
+"""How fast the machine is at the moment, relative to its profile. Needs torch.
 
-A shared machine reads and multiplies at other rates in one second than in the next. So what is measured at one time is
-compared with what is predicted for the rates of that time; within a tenth of a second they change little.
+On a shared machine, the rates of reading and multiplying change from second to second. So a measurement is compared
+with the prediction for the rates at that time. Within a tenth of a second the rates change little.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_runtime.planner.measure_kernels import INPUTS, OUTPUTS, ROWS, Stream, m
 
 
 class Pace:
-    """What all cores read and multiply at the moment, as shares of what a profile says."""
+    """Current rates of reading and multiplying on all cores, as shares of the profile's rates."""
 
     def __init__(self, kernels: Kernels, hardware: Hardware) -> None:
         self._kernels, self._hardware = kernels, hardware
@@ -43,7 +43,7 @@ class Pace:
     @contextmanager
     def _all_cores(self) -> Iterator[None]:
         threads, torch_threads = self._kernels.num_threads, torch.get_num_threads()
-        torch.set_num_threads(1)  # its threads would spin on cores that are measured
+        torch.set_num_threads(1)  # torch's threads would spin on cores that are measured
         self._kernels.set_threads(self._hardware.cores or 1)
         try:
             yield

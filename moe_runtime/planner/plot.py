@@ -1,4 +1,4 @@
-"""The picture of a plan: what a rank brings against how long a step takes, what a step consists of, memory."""
+"""The picture of a plan: throughput per rank over a step's time, the parts of a step, and memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE, DPI = (13.0, 4.8), 150
 
 
 def draw(found: Mapping[str, Any]) -> bytes:
-    """A PNG of what `report.to_dict` gives."""
+    """A PNG of the result of `report.to_dict`."""
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     title = (
         f"{found['model']} on {found['hardware']['name']}, {found['phase']}, {found['context_len']} tokens of context"

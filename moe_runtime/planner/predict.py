@@ -1,4 +1,4 @@
-"""How long a step takes, and what a rank holds, for a model's shape, hardware, placement and routing.
+"""Predicts a step's time and a rank's memory for a model's shape, hardware, placement and routing.
 
 docs/planner.md has the formulas. Shape suffixes: L layers, E logical experts, W ranks, S slots per rank.
 """
@@ -24,7 +24,7 @@ from moe_runtime.planner.sharing import counts_up_to, ending_times
 Floats = npt.NDArray[np.float64]
 Phase = Literal["prefill", "decode"]
 
-NUM_STEPS = 4  # steps that are drawn and averaged
+NUM_STEPS = 4  # number of random steps that are averaged
 NORM_PASSES = 8  # over a token's row in a layer: two norms read a block's rows and the residual rows, and write both
 
 
@@ -34,7 +34,7 @@ class Workload:
 
     Attributes:
         phase: one token of each sequence ("decode"), or whole prompts ("prefill").
-        sequences: on all ranks together, spread evenly.
+        sequences: number on all ranks together, spread evenly.
         length: keys of each sequence, or tokens of each prompt.
 
     Raises:
@@ -59,7 +59,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank: all but the routed experts, its slots, pages of its sequences, and what else it needs."""
+    """Bytes of a rank: dense weights, expert slots, pages of its sequences, and what else it needs."""
 
     dense: float
     experts: float
@@ -73,16 +73,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is expected of a choice.
+    """The predicted figures of a choice.
 
     Attributes:
         parts: seconds of a step by part: attention, kv, dense, experts, exchange, head, overhead. They add up to the
-            step; with two halves that take turns, `exchange` is what computing does not hide.
-        busy_seconds: of all ranks together, without waiting for each other; with cores, sending is among it.
-        tokens: of a step.
+            step. If two half batches take turns, `exchange` is only the time that computing does not hide.
+        busy_seconds: of all ranks together, without waiting for each other; on nodes with cores, it includes sending.
+        tokens: tokens of a step.
         balancedness: mean over layers and steps of mean rank rows / max rank rows.
-        rank_memory: of the fullest rank.
-        fits: whether ranks find room.
+        rank_memory: of the rank with the most sequences.
+        fits: whether the memory is sufficient.
     """
 
     parts: dict[str, float]
@@ -103,7 +103,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Rates:
-    """Of each rank, while so many work at once."""
+    """Rates of each rank while `active` ranks of a node work at once."""
 
     hardware: Hardware
     num_ranks: int
@@ -115,13 +115,13 @@ class _Rates:
 
     @property
     def own_cores(self) -> float:
-        """Of a rank while it is at work."""
+        """Cores of a rank while it works."""
         return max(self.hardware.cores_per_rank(self.num_ranks), 1.0)
 
     def products(self, matrices: Sequence[Matrix], rows: Floats, share: float = 1.0) -> Floats:
-        """Seconds of products with so many rows, each as long as its weights are read or its operations take.
+        """Seconds of products with `rows` rows; a product takes the longer of reading its weights and computing.
 
-        `share` of the bandwidth is what reading gets.
+        Reading gets `share` of the bandwidth.
         """
         total = np.zeros_like(rows)
         for matrix in matrices:
@@ -134,7 +134,7 @@ class _Rates:
         return total
 
     def attention(self, shape: ModelShape, work: Workload, sequences_W: Floats) -> Floats:
-        """Seconds of a layer's attention proper, keys and values read or multiplied."""
+        """Seconds of a layer's attention without its projections: reading or multiplying keys and values."""
         hardware, keys = self.hardware, min(work.length, shape.sliding_window or work.length)
         if work.phase == "decode":
             pairs, flops = float(keys), shape.decode_flops_per_key
@@ -150,10 +150,10 @@ class _Rates:
 def predict(
     shape: ModelShape, hardware: Hardware, placement: Placement, routing: Routing, work: Workload
 ) -> Prediction:
-    """A step with this placement.
+    """Predict a step with this placement.
 
     Args:
-        placement: of the layers that `routing` has; they stand for all of `shape`'s sparse layers.
+        placement: of the layers that `routing` has; they represent all of `shape`'s sparse layers.
 
     Raises:
         ValueError: a placement of other experts or layers, or a dtype that the hardware has no rates for.
@@ -185,7 +185,7 @@ def predict(
     cold = hardware.cold(nbytes * on_node / num_ranks)
     step = (over.step if num_ranks == 1 else over.step_ranks) * cold
     head_W = rates.products((shape.head,), sequences_W)
-    passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row for each k
+    passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row per k
     bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
     own_W = halves * (shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W)
     own_W = own_W + over.step_row * sequences_W
@@ -198,7 +198,7 @@ def predict(
     parts["head"] = alone * float(head_W.max())
     parts["overhead"] = step + turns * float(own_W.max())
     busy_W = halves * (sum(layers_W.values()) + sparse.experts_W) + head_W + own_W
-    if hardware.cores is not None:  # sending is work of the rank's own cores
+    if hardware.cores is not None:  # the rank's own cores do the sending
         busy_W = busy_W + halves * sparse.exchange
     if turns > 1:
         busy_W = busy_W + (sequences_W == 0) * 2 * shape.num_sparse_layers * over.wait
@@ -215,9 +215,9 @@ def predict(
 
 @dataclass(frozen=True)
 class _Sparse:
-    """Of all sparse layers: seconds of each rank's experts, of the slowest rank's in each layer, of sending.
+    """Seconds of all sparse layers: each rank's experts, the slowest rank's experts summed over layers, sending.
 
-    `bytes_read` are those of one layer's experts that have rows, of all ranks.
+    `bytes_read`: weight bytes of one layer's experts that have rows, on all ranks.
     """
 
     experts_W: Floats
@@ -244,7 +244,7 @@ def _sparse_layers(
             slowest += float(seconds_W.max())
             used += float((rows_EW > 0).sum())
             balancedness += float(rows_W.mean() / rows_W.max()) if rows_W.any() else 1.0
-            if num_ranks > 1 and draw == 0:  # it varies little
+            if num_ranks > 1 and draw == 0:  # one draw is enough: it varies little
                 exchange += NUM_STEPS * exchange_seconds(shape, hardware, routing, layer, share_EW, rows_W, tokens_W)
     samples = placement.num_layers * NUM_STEPS
     scale = shape.num_sparse_layers / samples
@@ -258,7 +258,7 @@ def _sparse_layers(
 
 
 def _experts_seconds(shape: ModelShape, hardware: Hardware, rows_EW: Floats) -> Floats:
-    """Seconds in which each rank's experts have computed their rows, all beginning at once: `[W]`."""
+    """Seconds until each rank's experts have computed their rows, if all ranks start together: `[W]`."""
     over, num_ranks = hardware.overheads, rows_EW.shape[1]
     on_node = min(num_ranks, hardware.ranks_per_node)
 
@@ -280,14 +280,14 @@ def _experts_seconds(shape: ModelShape, hardware: Hardware, rows_EW: Floats) -> 
 def _bytes_read(
     shape: ModelShape, hardware: Hardware, work: Workload, sequences_W: Floats, expert_bytes: float
 ) -> float:
-    """What all ranks together read in a step. `expert_bytes` are those of a sparse layer's experts."""
+    """Bytes that all ranks together read in a step; `expert_bytes`: read of the experts of one sparse layer."""
     at_work = float((sequences_W > 0).sum())
     pages = shape.num_layers * work.sequences * work.length * shape.kv_bytes
     return at_work * hardware.stored_bytes(shape.dense) + shape.num_sparse_layers * expert_bytes + pages
 
 
 def _memory(shape: ModelShape, hardware: Hardware, placement: Placement, work: Workload, sequences: float) -> Memory:
-    slots = placement.max_slots + (placement.num_ranks > 1)  # one more to copy into
+    slots = placement.max_slots + (placement.num_ranks > 1)  # plus the shadow slot
     return Memory(
         dense=hardware.stored_bytes(shape.dense) + shape.embedding_bytes,
         experts=shape.num_sparse_layers * slots * hardware.stored_bytes(shape.expert),

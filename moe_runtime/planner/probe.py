@@ -1,4 +1,4 @@
-"""Steps of small models beside what is predicted of them: what they take longer are overheads."""
+"""Compares steps of small models with their predictions; the additional time is overhead."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moe_runtime.planner.shape import ModelShape
 if TYPE_CHECKING:
     from moe_runtime.planner.pace import Pace
 
-TOKENS = 48  # of a sequence in a run
+TOKENS = 48  # new tokens of a sequence in a run
 
 
 def with_overheads(hardware: Hardware, **seconds: float) -> Hardware:
-    """The profile with these overheads; "latency" is that within a node."""
+    """The profile with these overheads; "latency" is the link latency within a node."""
     latency = seconds.pop("latency", hardware.intra_node.latency)
     return replace(
         hardware,
@@ -36,10 +36,10 @@ def with_overheads(hardware: Hardware, **seconds: float) -> Hardware:
 
 @dataclass(frozen=True)
 class ProbedStep:
-    """What a step of a probe model took in each round, with even routing.
+    """Times of a probe model's step in each round, with an even load.
 
     Attributes:
-        runs: times, and the machine's share of the profile's bandwidth meanwhile.
+        runs: times, and the machine's bandwidth at that time as a share of the profile's.
     """
 
     variant: Variant
@@ -48,13 +48,13 @@ class ProbedStep:
     runs: Sequence[tuple[StepTimes, float]]
 
     def predict(self, hardware: Hardware, read: float = 1.0) -> Prediction:
-        """The same step, at a share of the bandwidth."""
+        """The prediction for this step, with the bandwidth multiplied by `read`."""
         routing = LoadRouting.assume("uniform", self.shape.num_experts, self.shape.top_k)
         placement = Placement.even(ASSUMED_LAYERS, self.shape.num_experts, self.variant.ep_size)
         return predict(self.shape, hardware.at_pace(read, 1.0), placement, routing, self.work)
 
     def spare(self, hardware: Hardware, what: Literal["decode", "prefill", "busy"]) -> list[float]:
-        """Seconds beyond the prediction, in each round."""
+        """Measured minus predicted seconds, in each round."""
 
         def beyond(times: StepTimes, read: float) -> float:
             predicted = self.predict(hardware, read)
@@ -68,7 +68,7 @@ class ProbedStep:
 
 @dataclass(frozen=True)
 class Probe:
-    """Runs small models; `say` is told what is being measured."""
+    """Runs small models; `say` is called with a line about what is being measured."""
 
     folder: Path
     rounds: int
@@ -76,7 +76,7 @@ class Probe:
     pace: Pace
 
     def steps(self, variants: Sequence[Variant], works: Sequence[Workload], tokens: int = TOKENS) -> list[ProbedStep]:
-        """A step of each model with each work; runs have so many tokens."""
+        """A step of each model with each workload; a run has `tokens` new tokens per sequence."""
         from moe_runtime.models.registry import read_model_config
 
         for variant in variants:
@@ -95,12 +95,12 @@ class Probe:
 
 
 def fit(hardware: Hardware, found: Sequence[ProbedStep], names: Sequence[str]) -> dict[str, float]:
-    """Seconds of overheads, none negative, with which steps are predicted as they were measured.
+    """Non-negative overheads in seconds that fit predictions to the measured steps.
 
-    Least squares, relative to each step's time; predictions are linear in overheads.
+    Least squares, relative to each step's time; predictions are linear in the overheads.
 
     Args:
-        names: of overheads that are 0 in `hardware`, or "latency".
+        names: overheads that are 0 in `hardware`, or "latency".
     """
     terms, spare = [], []
     for step in found:

@@ -36,7 +36,7 @@ def to_dict(
     """All figures, as JSON can hold them: seconds and bytes.
 
     Args:
-        routing: where the tokens' experts are from, in words.
+        routing: the source of the tokens' experts, in words.
         best: the recommendation; None if no choice is allowed.
     """
     return {
@@ -69,7 +69,7 @@ def _entry(choice: Choice) -> dict[str, Any]:
 
 
 def to_text(found: dict[str, Any]) -> str:
-    """The figures of `to_dict` to read."""
+    """The figures of `to_dict` as text."""
     rows = [HEADER, *(_row(entry) for entry in found["choices"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,4 +1,4 @@
-"""Where a step's tokens go: from a recorded trace, or from loads that are measured or assumed.
+"""Which experts a step's tokens use: from a recorded trace, or from measured or assumed loads.
 
 Shape suffixes: T tokens, L layers, E logical experts, K experts per token, W ranks (or groups of them).
 """
@@ -17,36 +17,37 @@ from moe_runtime.balancer.trace import UNUSED, RoutingTrace
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-MAX_LAYERS = 16  # of a model, spread evenly, that stand for all
-ASSUMED_LAYERS = 4  # layers with an assumed load differ by chance only
+MAX_LAYERS = 16  # layers of a model, spread evenly, that represent all
+ASSUMED_LAYERS = 4  # few are enough: layers with an assumed load differ only by chance
 SPREAD_TOKENS = 256
 
 
 class Routing(Protocol):
-    """What the prediction asks; layers are those that stand for all."""
+    """What the prediction needs; the layers are those that represent all."""
 
     @property
     def plan_load(self) -> Floats:
         """[L, E]: the loads that placements are planned for."""
 
     def counts(self, layer: int, num_tokens: int, draw: int) -> Ints:
-        """int64 [E]: rows of each expert in a step with so many tokens; `draw` numbers the steps."""
+        """int64 [E]: rows of each expert in a step with `num_tokens` tokens; `draw` numbers the steps."""
 
     def hits(self, layer: int, share_EW: Floats) -> Floats:
-        """[W]: how probable it is that a token sends a row to each group, which has these shares of the experts."""
+        """[W]: the probability that a token sends a row to each group of ranks; groups have these shares of experts."""
 
 
 class LoadRouting:
-    """Every token uses each expert with its own probability, by chance: to about K of them.
+    """Every token uses each expert at random, with the expert's own probability: about K experts per token.
 
-    An expert with share p of the load is among a token's K with probability 1 - exp(-p * s), where s is such that these
-    add up to K: what K draws without replacement tend to with many experts (Rosen 1972, successive sampling).
+    An expert with share p of the load is among a token's K with probability 1 - exp(-p * s). The value s is such that
+    these probabilities add up to K. This is the limit of K draws without replacement with many experts (Rosen 1972,
+    successive sampling).
 
     Args:
-        load_LE: tokens per layer and expert, in any unit. With `exact` a layer's row is taken for these probabilities
-            in some unit: counts of a model in which every token used K experts.
+        load_LE: tokens per layer and expert, in any unit. With `exact`, a layer's row is proportional to these
+            probabilities: it has the counts of a model in which every token used K experts.
         top_k: K.
-        seed: of the draws.
+        seed: of the random draws.
     """
 
     def __init__(self, load_LE: npt.ArrayLike, top_k: int, *, exact: bool = False, seed: int = 0) -> None:
@@ -63,7 +64,7 @@ class LoadRouting:
 
     @classmethod
     def assume(cls, what: str, num_experts: int, top_k: int, seed: int = 0) -> LoadRouting:
-        """Loads by name: "uniform", or "zipf:X", the n-th hottest expert with 1 / n ** X of the hottest's.
+        """Loads by name: "uniform", or "zipf:X" (the n-th hottest expert has 1 / n ** X of the hottest's load).
 
         Raises:
             ValueError: neither.
@@ -94,13 +95,13 @@ class LoadRouting:
 
 
 class TraceRouting:
-    """Tokens of one phase as they were recorded: placements are planned for the first half and meet the second.
+    """Recorded tokens of one phase: placements are planned for the first half, and steps use the second.
 
-    A step takes consecutive tokens of the second half, beginning at places spread over it, and goes on at its
-    beginning where it ends.
+    A step takes consecutive tokens of the second half. Its start differs per draw, spread over the half. At the end of
+    the half it continues at the beginning of the half.
 
     Args:
-        trace: what was recorded.
+        trace: the recorded trace.
         phase: "prefill" or "decode".
 
     Raises:
@@ -121,7 +122,7 @@ class TraceRouting:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that steps are made of."""
+        """Number of tokens that steps are taken from."""
         return len(self._experts_TLK)
 
     @property
@@ -148,12 +149,12 @@ class TraceRouting:
 
 
 def chosen_layers(num_layers: int) -> npt.NDArray[np.intp]:
-    """Indices of the layers that stand for all."""
+    """Indices of the layers that represent all."""
     return np.unique(np.linspace(0, num_layers - 1, min(num_layers, MAX_LAYERS)).astype(np.intp))
 
 
 def _inclusion(load_E: Floats, top_k: int) -> Floats:
-    """[E]: 1 - exp(-p s), adding up to K; an expert without load has a millionth of the mean."""
+    """[E]: 1 - exp(-p s), adding up to K; an expert without load counts with a millionth of the mean load."""
     share_E = np.maximum(load_E / (load_E.mean() or 1.0), 1e-6)
     if top_k == len(share_E):
         return np.ones_like(share_E)
@@ -168,7 +169,7 @@ def _inclusion(load_E: Floats, top_k: int) -> Floats:
 
 
 def _scaled(load_E: Floats, top_k: int) -> Floats:
-    """[E]: in proportion, adding up to K, none above 1."""
+    """[E]: probabilities in proportion to the load, adding up to K, none above 1."""
     if not load_E.any():
         return np.full_like(load_E, top_k / len(load_E))
     found: Floats = np.minimum(load_E * (top_k / load_E.sum()), 1.0)

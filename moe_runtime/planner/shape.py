@@ -1,4 +1,4 @@
-"""The sizes of a model that its speed depends on; also of models that the runtime does not serve.
+"""The sizes of a model that determine its speed; also for models that the runtime cannot serve.
 
 Formulas use D hidden, V vocabulary, F intermediate, H query heads, G key/value heads, d head dim.
 """
@@ -15,7 +15,7 @@ from moe_runtime.system.files import parse_json, read_text
 
 DTYPES = ("float32", "bfloat16", "float8")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
-INTEGERS = {  # of a file, with the least that is allowed
+INTEGERS = {  # fields of a file, with the least allowed value
     "vocab_size": 2,
     "hidden_size": 1,
     "num_layers": 1,
@@ -52,24 +52,24 @@ Matrices = tuple[Matrix, ...]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a step of a model reads, computes and sends; norms and biases are left out.
+    """What a step of a model reads, computes and sends, without norms and biases.
 
     Attributes:
         name: shown in reports.
-        num_layers, num_sparse_layers: the others have `dense_mlp` instead of experts.
-        num_experts, top_k: per sparse layer, and per token of it.
+        num_layers, num_sparse_layers: all layers, and layers with experts; the others have `dense_mlp`.
+        num_experts, top_k: experts per sparse layer, and experts per token in it.
         attention: projections of a layer.
-        dense_mlp: of a layer without experts.
+        dense_mlp: matrices of a layer without experts.
         shared: experts of a sparse layer that every token uses.
-        gate: its gate.
+        gate: the gate of a sparse layer.
         expert: one routed expert.
-        head: rows to logits.
-        embedding_bytes: of the table of tokens; 0 where it is the head.
-        kv_bytes: of the keys and values of one token in one layer.
-        sliding_window: most keys that a token sees, or None.
+        head: maps rows to logits.
+        embedding_bytes: bytes of the embedding table; 0 if it is tied to the head.
+        kv_bytes: bytes of the keys and values of one token in one layer.
+        sliding_window: the largest number of keys that a token sees, or None.
         decode_flops_per_key, prefill_flops_per_key: operations of one query token with one key and value, in one layer,
-            when tokens come one by one, and in prompts.
-        bytes_out, bytes_back: of a token's row on its way to an expert's rank, and of an expert's row on its way back.
+            in decode and in prompts.
+        bytes_out, bytes_back: bytes of a token's row to an expert's rank, and of an expert's row on the return path.
     """
 
     name: str
@@ -93,7 +93,7 @@ class ModelShape:
 
     @property
     def dense(self) -> Matrices:
-        """What every rank holds: all but the routed experts and the table of tokens."""
+        """Matrices that every rank holds: all except the routed experts and the embedding table."""
         sparse, without = self.num_sparse_layers, self.num_layers - self.num_sparse_layers
         return (
             *(self.num_layers * self.attention),
@@ -106,7 +106,7 @@ class ModelShape:
     def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
         """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
         hidden, moe = config.hidden_size, config.moe
-        (attention,) = {layer.attention for layer in config.layers}  # the planner knows one kind of attention a model
+        (attention,) = {layer.attention for layer in config.layers}  # only one kind of attention per model is supported
         query, key_value = attention.query_size, attention.kv_size
         flops = 4 * query  # one product with the key, one with the value
         item = ITEMSIZE[dtype]
@@ -137,7 +137,7 @@ class ModelShape:
         """The shape that a JSON file of sizes describes; docs/planner.md lists its fields.
 
         Raises:
-            ValueError: no such file, or a field that is missing, unknown or wrong.
+            ValueError: no such file, or a missing, unknown or wrong field.
         """
         try:
             return cls.parse(parse_json(read_text(path)))
@@ -148,7 +148,7 @@ class ModelShape:
 
     @classmethod
     def parse(cls, content: object) -> ModelShape:
-        """As `load`, from the file's value."""
+        """As `load`, from the file's parsed content."""
         if not isinstance(content, Mapping):
             raise ValueError(f"a {type(content).__name__} is not allowed; it must be an object of sizes")
         unknown = sorted(set(content) - {*INTEGERS, *OTHERS, "sliding_window"})

@@ -1,4 +1,4 @@
-"""Ranks of a node that begin at once and share its memory: those that still work get on faster once others have ended.
+"""Ranks of a node that start together and share its bandwidth: when a rank ends, the remaining ones get faster.
 
 Shape suffixes: W ranks, C numbers of ranks.
 """
@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def counts_up_to(most: int) -> list[int]:
-    """Numbers of ranks for which to know how fast they are: powers of two, and the largest."""
+    """Numbers of ranks whose speed is computed: powers of two, and the largest number."""
     return [*(1 << power for power in range((most - 1).bit_length())), most]
 
 
@@ -23,9 +23,9 @@ def ending_times(counts: Sequence[int], seconds_CW: Floats) -> Floats:
 
     Args:
         counts: numbers of ranks that work at once, ascending, from 1 to all.
-        seconds_CW: what each rank would take if always so many worked; straight between them. 0: it has no work.
+        seconds_CW: each rank's time if this number of ranks always worked; linear between the numbers. 0: no work.
     """
-    left_W = (seconds_CW[-1] > 0).astype(np.float64)  # share of its work
+    left_W = (seconds_CW[-1] > 0).astype(np.float64)  # share of its work that is left
     ends_W: Floats = np.zeros_like(left_W)
     now = 0.0
     while (works_W := left_W > 0).any():
