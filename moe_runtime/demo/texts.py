@@ -163,12 +163,12 @@ def _answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questi
     return texts
 
 
-def token_blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], num_pages: int) -> Tensor:
-    """Blocks of token ids (num_pages, BLOCK) from shuffled documents, at most two blocks' tokens from each."""
+def token_blocks(tokenizer: PreTrainedTokenizerBase, documents: list[str], num_blocks: int) -> Tensor:
+    """Blocks of token ids (num_blocks, BLOCK) from shuffled documents, at most two blocks' tokens from each."""
     documents = random.Random(0).sample(documents, len(documents))
     ids: list[int] = []
     for text in documents:
         ids += tokenizer(text[: 12 * BLOCK])["input_ids"][: 2 * BLOCK]
-        if len(ids) >= num_pages * BLOCK:
-            return torch.tensor(ids[: num_pages * BLOCK]).view(num_pages, BLOCK)
-    raise ValueError(f"documents: {len(ids)} tokens, {num_pages * BLOCK} needed")
+        if len(ids) >= num_blocks * BLOCK:
+            return torch.tensor(ids[: num_blocks * BLOCK]).view(num_blocks, BLOCK)
+    raise ValueError(f"documents: {len(ids)} tokens, {num_blocks * BLOCK} needed")
