@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: `ensure_venv [extra]` makes .venv at the root if there is none, and installs what
-# pyproject.toml asks for if that has changed. Sets PY to the environment's python.
+# Sourced by the other scripts: `ensure_venv [extra]` makes .venv at the root if there is none, and installs the
+# requirements of pyproject.toml if they have changed. Sets PY to the environment's python.
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit
 # The root holds links named `kernels`, `serve`, ...; nothing may import them as top-level packages.
@@ -12,7 +12,7 @@ ensure_venv() {
   local extra=${1:-} stamp
   stamp=".venv/.installed-${extra:-base}"
   if [ -x "$PY" ] && cat pyproject.toml constraints.txt | cmp -s - "$stamp"; then return; fi
-  # Without its pip the environment is half-made: an earlier run was interrupted.
+  # An environment without pip is incomplete: an earlier run was interrupted.
   if ! "$PY" -m pip show pip > /dev/null 2>&1; then make_venv; fi
   rm -f "$stamp"
   install_packages "$extra"
@@ -29,9 +29,9 @@ make_venv() {
   "$python" -m venv --clear .venv || exit
 }
 
-# PyPI's torch for Linux is the CUDA build, several gigabytes. Without an NVIDIA driver torch is taken from the index of
-# CPU builds, by itself: with both indexes in one call, pip might take any package from either. Who has told pip where
-# packages come from is not overruled.
+# PyPI's torch for Linux is the CUDA build, several gigabytes. Without an NVIDIA driver, torch comes from the index of
+# CPU builds, in a call of its own: with both indexes in one call, pip might take any package from either. If pip's
+# settings already name a package source, they are respected.
 install_packages() {
   local extra=$1 start=$SECONDS
   : > "$pip_log"
@@ -46,11 +46,11 @@ install_packages() {
 
 has_nvidia_driver() { [ -e /dev/nvidiactl ] || [ -e /proc/driver/nvidia/version ]; }
 
-# Whether pip's files or PIP_* variables say where packages come from; `pip config list` shows both, as section.key='value'.
+# Whether pip's files or PIP_* variables name a package source; `pip config list` shows both, as section.key='value'.
 pip_has_index() {
   local config
   config=$("$PY" -m pip config list) || exit
-  grep -Eq "\.(index-url|pypi-url|extra-index-url|find-links|no-index)=.{3,}" <<< "$config" # ='' is as good as unset
+  grep -Eq "\.(index-url|pypi-url|extra-index-url|find-links|no-index)=.{3,}" <<< "$config" # ='' counts as unset
 }
 
 pip_install() {

@@ -1,19 +1,19 @@
-"""What balancing buys while serving: one skewed traffic after another, with the balancer off, `eplb`, and `auto`.
+"""Measures the gain of balancing while serving: two kinds of skewed traffic, with the balancer `off`, `eplb`, `auto`.
 
-Prompts of the bench model are made of few token ids, those of the demo model are texts of two kinds; in the middle the
-traffic changes from one half of the ids, or kind, to the other. So few experts are hot, and the placement to start with
-has the hot half of every layer on the lower ranks: what an operator meets whose placement was made for other traffic.
-Prefill-heavy, so that a layer takes as long as its busiest rank computes. Two ranks on two cores have a core each. With
-more ranks than cores the system shares the cores among them: rows and busy (CPU) time per rank tell of balance there,
-tokens per second do not.
+The bench model's prompts consist of few token ids, the demo model's are texts of two kinds. In the middle, the traffic
+changes from one half of the ids (or one kind) to the other. So few experts are hot. The initial placement has the hot
+half of every layer on the lower ranks, like a placement made for other traffic. The traffic is prefill-heavy, so that a
+layer takes as long as its busiest rank computes. Two ranks on two cores have a core each. With more ranks than cores,
+the system shares the cores among the ranks. Then rows and busy (CPU) time per rank show the balance, tokens per second
+do not.
 
-Every way is a run of its own, on the same prompts; `off`, which nothing changes but the machine, is run for half as
-long before the others and again after them. `--ways off` measures only that and keeps what the folder has of the
-others.
+Each balancer setting is a separate run on the same prompts. Only the machine changes the result of `off`; it runs for
+half as long before the others and again after them. `--ways off` measures only `off` and keeps the folder's results of
+the others.
 
     python scripts/bench_balance.py MODEL --seconds 100 --out benchmarks/balance/2-ranks
 
-takes 11 minutes: 200 seconds of each way, and some seconds for each start.
+takes 11 minutes: 200 seconds per setting, and some seconds for each start.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from moe_runtime.types.sampling_params import SamplingParams
 WAYS = ("off", "eplb", "auto")
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 4
 PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-# EPLB plans anew at every look, so it must have the time to make its moves before the next one.
+# EPLB makes a new plan in every interval, so the interval must be long enough for its moves.
 INTERVAL = {"off": 10, "eplb": 80, "auto": 10}
-STEPS_A_SAMPLE = 10  # of rows and busy time
-NEARLY_EVEN = 1.1  # max/mean rows over ranks, of which the table says how long it took to get there
+STEPS_A_SAMPLE = 10  # steps between two samples of rows and busy time
+NEARLY_EVEN = 1.1  # max/mean rows over ranks; the table shows how long it took to reach it
 PROGRESS_SECONDS = 10.0
 
 Floats = npt.NDArray[np.float64]
@@ -55,10 +55,10 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One step: when it ended, the tokens since the step before, how long it was awaited, and whether experts moved.
+    """One step: its end, the tokens since the previous step, the time spent waiting for it, and whether experts moved.
 
-    Every few steps also `rows`, those of the busiest rank of each layer since the last time, of the next busiest, and
-    so on, summed over layers; and `busy`, the CPU seconds of each rank since then.
+    Every few steps it also has figures since the last such step. `rows` are those of each layer's busiest rank, of the
+    next busiest, and so on, summed over layers; `busy` are the CPU seconds of each rank.
     """
 
     at: float
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """The samples of both kinds of traffic, of so many seconds each, and what the balancer decided."""
+    """The samples of both kinds of traffic, `seconds` of each, and the balancer's decisions."""
 
     seconds: float
     samples: list[Sample]
@@ -82,7 +82,7 @@ class Run:
         return cls(run["seconds"], [Sample(**sample) for sample in run["samples"]], run["decisions"])
 
     def part(self, begin: float, end: float | None = None) -> list[tuple[float, Sample]]:
-        """Steps that ended between two times, in lengths of a traffic, with the seconds since the step before."""
+        """Steps that ended between two times (1 is the length of one traffic), with the seconds since the last step."""
         begin, end = begin * self.seconds, (begin + 1 if end is None else end) * self.seconds
         seconds = np.diff([0.0] + [sample.at for sample in self.samples]).tolist()
         steps = zip(seconds, self.samples, strict=True)
@@ -90,7 +90,7 @@ class Run:
 
 
 class Traffic:
-    """Prompts of two kinds, the same for every way."""
+    """Prompts of two kinds, the same for every balancer setting."""
 
     def __init__(self, vocab_size: int, hot_tokens: int, tokenizer: Tokenizer | None) -> None:
         self._random = np.random.default_rng(1)
@@ -175,7 +175,7 @@ def make_traffic(options: argparse.Namespace, engine: Engine) -> Traffic:
 
 
 def adverse_placement(options: argparse.Namespace, file: Path) -> Path:
-    """Serve both kinds of traffic for a moment, and put each layer's hottest experts together on the lower ranks."""
+    """Serve both kinds of traffic briefly, and put each layer's hottest experts together on the lower ranks."""
     engine = make_engine(options, "off", None)
     try:
         traffic = make_traffic(options, engine)
@@ -224,7 +224,7 @@ def run(options: argparse.Namespace, way: str, placement: Path) -> Run:
                 if len(samples) % STEPS_A_SAMPLE == 0:
                     counts_before, busy_before = counts_LE, busy_W
                     counts_LE, busy_W = engine.expert_load().total, cpu_seconds(pids)
-                    # a layer waits for its busiest rank, whichever that is
+                    # a layer waits for its busiest rank, which may be any rank
                     rows_LW = np.sort(rank_loads(counts_LE - counts_before, engine.placement().slots))
                     rows = rows_LW.sum(axis=0)[::-1].round().tolist()
                     busy = (busy_W - busy_before).round(2).tolist()
@@ -251,7 +251,7 @@ def print_decisions(engine: Engine) -> None:
 
 
 def cpu_seconds(pids: list[int]) -> Floats:
-    """float64 [W]: what processes have computed so far, all their threads."""
+    """float64 [W]: CPU time of processes so far, of all their threads."""
     ticks = os.sysconf("SC_CLK_TCK")
     found = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
     return np.array([(int(fields[11]) + int(fields[12])) / ticks for fields in found])
@@ -276,7 +276,7 @@ def table_of(ways: dict[str, list[Run]], setting: dict[str, Any]) -> str:
             of_traffic = [run.part(kind) for run in runs]
             late = [step for run in runs for step in run.part(kind + 2 / 3, kind + 1)]
             rates = [rate([step for steps in of_traffic for step in steps]), rate(late)]
-            if way == "off":  # it is steady, so all of it is the best measure of what it does at any time
+            if way == "off":  # `off` is steady, so its whole run is the best measure for any time
                 base, rates = rates[0], [rates[0]] * 2
             cells = []
             for value in rates:
@@ -297,7 +297,7 @@ def rate(steps: list[tuple[float, Sample]]) -> float:
 
 
 def even_after(run: Run, kind: int) -> str:
-    """Seconds of a traffic before its rows were nearly even; the first sample is of the one before as well."""
+    """Seconds until the rows of a traffic were nearly even; the first sample includes the traffic before it."""
     measured = [s for _, s in run.part(kind) if s.rows][1:]
     return next((f"{s.at - kind * run.seconds:.0f}" for s in measured if max_over_mean([s.rows]) <= NEARLY_EVEN), "")
 
@@ -321,7 +321,7 @@ def plot(ways: dict[str, list[Run]], file: Path) -> None:
     seconds = max(run.seconds for runs in ways.values() for run in runs)
     for number, (way, runs) in enumerate(ways.items()):
         for repeat, run in enumerate(runs):
-            # runs of half the length are drawn one in each half of either traffic
+            # the two runs of half the length are drawn in the first and second half of each traffic
             shift = [(kind * seconds + repeat * run.seconds) - kind * run.seconds for kind in range(2)]
             for kind in range(2):
                 steps = run.part(kind)

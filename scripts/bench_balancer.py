@@ -1,12 +1,12 @@
 """Compare placement policies on loads: none (experts in order), `eplb`, and `plan_placement` with a few moves.
 
-All of them share tokens among replicas as `split_tokens` does. The loads are synthetic (256 experts a layer on 32 ranks
-of 9 slots) and recorded (the demo model's 30 layers of 32 experts, on 8 ranks of 5 slots). Balancedness depends on
-nothing but the seed and the recorded counts; times (`--times`) are worth something on a quiet machine only.
+All of them share tokens among replicas by `split_tokens`. The loads are synthetic (256 experts per layer on 32 ranks of
+9 slots) and recorded (the demo model's 30 layers of 32 experts, on 8 ranks of 5 slots). Balancedness depends only on
+the seed and the recorded counts. Times (`--times`) are only meaningful on a quiet machine.
 
     python scripts/bench_balancer.py                   # tables, benchmarks/balancer/quality.json and balancer.png
     python scripts/bench_balancer.py --times           # and times of planning and sharing
-    python scripts/bench_balancer.py --record          # first route texts through the demo model again
+    python scripts/bench_balancer.py --record          # first run texts through the demo model again
 
 Shape suffixes: L layers, E experts, N windows of time.
 """
@@ -44,13 +44,13 @@ ROUTE_SHAPES = {  # layers, experts, ranks, slots of a rank, rows of a rank in a
     "48 layers, 128 experts, 4 ranks": (48, 128, 4, 33, 256),
     "58 layers, 256 experts, 32 ranks": (58, 256, 32, 9, 256),
 }
-MOVES = 4  # a layer
-ROUNDS = 8  # of measuring times
+MOVES = 4  # per layer
+ROUNDS = 8  # rounds of time measurements
 NUM_WINDOWS = 16
-DRIFT = 0.4  # between planning and measuring
+DRIFT = 0.4  # log-normal drift of the load between planning and measuring
 DRIFT_A_WINDOW = 0.2
 BURST_STAYS = 0.7
-NUM_TOKENS = 4096  # of each kind of text
+NUM_TOKENS = 4096  # tokens of each kind of text
 
 LABELS = {
     "none": "experts in order",
@@ -63,7 +63,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Setting:
-    """A load over time, [N, L, E], and where it is to be placed."""
+    """A load over time, [N, L, E], and the ranks and slots to place it on."""
 
     name: str
     load_NLE: Floats
@@ -73,7 +73,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Quality:
-    """Balancedness, mean over the layers (in brackets in the table: of the worst layer)."""
+    """Balancedness, mean over the layers (in brackets in the table: the worst layer)."""
 
     load: str
     planned: dict[str, float]
@@ -89,7 +89,7 @@ def balancedness(load_LE: Floats, placement: Placement) -> Floats:
 
 
 def compare(setting: Setting) -> Quality:
-    """Plan on the first window, measure on it and on the second, replan there."""
+    """Plan on the first window, measure on it and on the second, then replan on the second."""
     load_LE, later_LE = setting.load_NLE[:2]
     num_layers = len(load_LE)
     size = (setting.num_ranks, setting.num_slots)
@@ -112,7 +112,7 @@ def compare(setting: Setting) -> Quality:
 
 
 def follow(setting: Setting) -> dict[str, list[float]]:
-    """Balancedness in every window under placements that were planned on the window before."""
+    """Balancedness in every window under placements planned on the previous window."""
     size = (setting.num_ranks, setting.num_slots)
     first_LE = setting.load_NLE[0]
     even = Placement.even(len(first_LE), first_LE.shape[1], setting.num_ranks)
@@ -138,7 +138,7 @@ def synthetic_settings() -> list[Setting]:
 
 
 def synthetic_series() -> list[Setting]:
-    """For `follow`: loads that wander; the bursts of the bursty one end and others begin."""
+    """For `follow`: loads that drift; in the bursty load, bursts end and others begin."""
     settings = []
     for number, (name, make) in enumerate(SYNTHETIC.items()):
         rng = np.random.default_rng([SEED, number, 1])
@@ -165,7 +165,7 @@ def _bursts(rng: np.random.Generator) -> list[Floats]:
 
 
 def recorded_settings() -> list[Setting]:
-    """The demo model's routing, one kind of text after the other."""
+    """The demo model's recorded loads, one kind of text after the other."""
     with np.load(RECORDED) as file:
         return [
             Setting(
@@ -179,7 +179,7 @@ def recorded_settings() -> list[Setting]:
 
 
 def record() -> None:
-    """Route texts of different kinds through the demo model, and keep how many tokens each expert got."""
+    """Run texts of different kinds through the demo model, and save how many tokens each expert got."""
     from transformers import AutoTokenizer
 
     from moe_runtime import LLM, SamplingParams
@@ -213,9 +213,9 @@ def record() -> None:
 
 
 def times() -> dict[str, dict[str, float]]:
-    """Milliseconds a layer, medians over layers of the best of ROUNDS: of sharing, planning, and replanning.
+    """Milliseconds per layer of sharing, planning and replanning: the best of ROUNDS, medians over layers.
 
-    Each round measures all loads, so that a slow moment of the machine is not all that is seen of one.
+    Each round measures all loads, so that a slow moment of the machine does not affect all rounds of one load.
     """
     measured: dict[tuple[str, str], Callable[[int], object]] = {}
     for setting in synthetic_settings():
@@ -244,7 +244,7 @@ def times() -> dict[str, dict[str, float]]:
 
 
 def large_times() -> dict[str, dict[str, float]]:
-    """Milliseconds a layer of planning for many ranks: 256 experts in 320 slots, medians of 3 loads of 2 layers."""
+    """Milliseconds per layer of planning for many ranks: 256 experts in 320 slots, medians of 3 loads of 2 layers."""
     table: dict[str, dict[str, float]] = {}
     for num_ranks in LARGE_RANKS:
         num_slots = [LARGE_SLOTS // num_ranks + (rank < LARGE_SLOTS % num_ranks) for rank in range(num_ranks)]
@@ -266,7 +266,7 @@ def large_times() -> dict[str, dict[str, float]]:
 
 
 def route_times() -> dict[str, dict[str, float]]:
-    """What replica choice costs the front between steps, in milliseconds, and how many replica_tables it has to tell.
+    """Milliseconds that replica choice costs the front between steps, and the number of replica tables to send.
 
     Zipf loads, each rank with its own drift; the counts of ROUTE_STEPS steps are drawn anew each time.
     """
@@ -297,7 +297,7 @@ def route_times() -> dict[str, dict[str, float]]:
 
 
 def at_home() -> dict[str, float]:
-    """The part of replicated experts' tokens that stay on their rank if it has a replica: ours, and by shares alone."""
+    """The part of tokens that stay on their rank if it has a replica of their expert: ours, and by shares alone."""
     rng = np.random.default_rng(SEED)
     ours = shares = total = 0.0
     load_LE = np.stack([SYNTHETIC["zipf"](rng, NUM_EXPERTS) for _ in range(NUM_LAYERS)])

@@ -1,9 +1,9 @@
-"""Time the native CPU kernels against their floor and beside torch's operations, at one model's shapes.
+"""Time the native CPU kernels at one model's shapes, and compare them with their floor and with torch's operations.
 
-The floor of an operation is what it must read over the measured read bandwidth, or what it must multiply over the
-measured rate of torch's large matrix product, whichever takes longer. Floor, kernel and torch are measured in turn, so
-that all see the same state of a shared machine; medians are reported. Weights alternate between enough copies that no
-cache holds them.
+The floor of an operation is the longer of two times: bytes it must read / measured read bandwidth, and operations it
+must do / measured rate of torch's large matrix product. Floor, kernel and torch are measured in turn, so that all see
+the same state of a shared machine; medians are reported. Weights alternate between so many copies that no cache holds
+them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Result:
 
 
 class Floor:
-    """Read bandwidth and matrix product rate of `threads` threads, measured whenever asked."""
+    """Read bandwidth and matrix product rate of `threads` threads, measured on request."""
 
     def __init__(self, kernels: native.Kernels) -> None:
         self.kernels = kernels
@@ -84,7 +84,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def seconds_each(call: Callable[[int], object], once_s: float, budget_s: float) -> float:
-    """Mean time of as many calls as fit into the budget."""
+    """Mean time of a call, over as many calls as fit into the budget."""
     count = max(1, min(200, int(budget_s / once_s)))
     start = time.perf_counter()
     for index in range(count):

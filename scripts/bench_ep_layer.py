@@ -1,13 +1,13 @@
-"""Time one expert-parallel layer, forward only: `deepspeed.moe.layer.MoE` beside ours with each dispatcher.
+"""Time one expert-parallel layer, forward only: `deepspeed.moe.layer.MoE` and ours with each dispatcher.
 
 Both have the same weights, and their outputs are compared: in float32, and in bfloat16 before every timing. Ranks are
 processes over gloo with a share of the cores each. A call takes as long as its slowest rank. DeepSpeed, ours and the
 floor are measured in turn; medians are reported, and ratios are taken pair by pair. Calls alternate between two layers
 and several inputs, so that no cache holds the weights. With one rank, ours is the block of a single rank ("local").
 
-The floor is what ours must read (experts that any token chose, as they are packed, and the router) over the read
-bandwidth, or what must be multiplied over the rate of torch's large product, whichever takes longer; for all ranks
-together, and for the busiest rank with the rates that it has alone. What travels between ranks is not in it.
+The floor is the longer of two times: bytes that ours must read (packed experts that any token chose, and the gate) /
+read bandwidth, and operations / rate of torch's large product. It is computed for all ranks together, and for the
+busiest rank with the rates that it has alone. Communication between ranks is not included.
 
 Needs the extra `deepspeed`: `pip install -e .[deepspeed]`, then `python scripts/bench_ep_layer.py`.
 """
@@ -38,7 +38,7 @@ from torch import Tensor
 from moe_runtime.cluster.host import divide_cores
 from moe_runtime.kernels.cpu import native
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
 from ep_layer.report import Result, draw, line, machine, table
 from ep_layer.sides import (
     PEER_TIMEOUT,
@@ -57,7 +57,7 @@ CHECKED_TOKENS, TOLERANCE = (1, 5, 96), {torch.float32: 1e-5, torch.bfloat16: 2e
 
 
 class Floor:
-    """Read bandwidth and product rate, of all ranks at once and of one alone, measured whenever asked."""
+    """Read bandwidth and product rate, of all ranks at once and of one alone, measured on request."""
 
     def __init__(self, kernels: native.Kernels) -> None:
         self.kernels = kernels
@@ -105,7 +105,7 @@ def compare(theirs: Call, ours: dict[str, Call], dtype: torch.dtype, what: str) 
 
 
 def check(shape: Shape, kernels: native.Kernels) -> None:
-    """Outputs in float32, for both routings and a few sizes."""
+    """Compare outputs in float32, for both load distributions and a few sizes."""
     theirs, ours = DeepSpeedSide(shape, torch.float32), OurSide(shape, torch.float32, kernels, max(CHECKED_TOKENS))
     for routing, tokens in itertools.product(ROUTINGS, CHECKED_TOKENS):
         theirs.route(routing)
@@ -146,7 +146,7 @@ def measure(shape: Shape, options: argparse.Namespace, kernels: native.Kernels) 
 
 @torch.no_grad()  # in inference mode torch copies the weights of experts that get views, as DeepSpeed's do
 def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) -> None:
-    """One rank's process; rank 0 leaves the results in a file of `folder`."""
+    """One rank's process; rank 0 writes the results to a file in `folder`."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ["LOCAL_RANK"] = str(rank)
     share = divide_cores(sorted(os.sched_getaffinity(0)), ranks)[rank]
@@ -155,7 +155,7 @@ def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) ->
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=PEER_TIMEOUT))
     import deepspeed
 
-    # Compiled on first use, for half a minute, and nothing here calls it.
+    # Compiling this op on first use takes half a minute, and nothing here calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     torch.set_num_threads(len(share))

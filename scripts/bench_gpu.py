@@ -1,16 +1,16 @@
-"""Check and time the GPU path on one GPU, in under nine minutes; needs torch, triton and transformers alone.
+"""Check and time the GPU path on one GPU, in under nine minutes; needs only torch, triton and transformers.
 
-1. Every op against a float64 reference, with poisoned outputs.
-2. Times of the expert MLP, attention and the ops between, for the layer shapes of four open models, beside torch's own
-   ways and beside two floors: bytes over the measured copy rate, products over the measured matrix rate.
-3. Whole-model tokens per second beside transformers, in processes of their own.
+1. Check every op against a float64 reference, with poisoned outputs.
+2. Time the expert MLP, attention and the ops between, for the layer shapes of four open models. Compare them with
+   torch's own ops and with two floors: bytes / measured copy rate, operations / measured matrix rate.
+3. Measure whole-model tokens per second, and those of transformers, in separate processes.
 
-Results go to a folder: `bench_gpu.md` (printed last, too), `bench_gpu.json`, and `bench_gpu.png` where matplotlib is
-installed. Fails if a check does. What the time did not suffice for is named.
+Results go to a folder: `bench_gpu.md` (also printed last), `bench_gpu.json`, and `bench_gpu.png` if matplotlib is
+installed. Fails if a check fails. The report names what was skipped for lack of time.
 
     python scripts/bench_gpu.py [--out FOLDER] [--cpu]
 
-`--cpu` does all of it on the CPU in small, with the torch forms: it checks the script, and its times mean nothing.
+`--cpu` does all of it on the CPU in small sizes, with the torch forms. It checks the script; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 
 from moe_runtime.kernels import ops
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
 from gpu_bench import timings
 from gpu_bench.checks import Check, check_all
 from gpu_bench.model import ENGINES
@@ -41,13 +41,13 @@ from gpu_bench.shapes import SHAPES, SMALL_SHAPES, SMALL_TOKENS, TOKENS
 from gpu_bench.timings import Clock, Row
 
 BUDGET_S = 8.5 * 60
-MODEL_S = 75.0  # kept for each whole-model process
+MODEL_S = 75.0  # seconds reserved for each whole-model process
 MEMORY_SHARE = 0.35  # of the GPU's memory, for one layer's experts
 SCRIPTS = Path(__file__).parent
 
 
 class Budget:
-    """Seconds that are left, and the names of what they did not suffice for."""
+    """The remaining seconds, and the names of what was skipped for lack of time."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -58,7 +58,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def spend(self, name: str, rows: Iterator[Row], keep: float) -> list[Row]:
-        """Rows until the budget is down to `keep` seconds."""
+        """Take rows until only `keep` seconds of the budget are left."""
         found: list[Row] = []
         while self.left > keep:
             row = next(rows, None)
@@ -87,7 +87,7 @@ def time_ops(budget: Budget, device: torch.device, keep: float) -> tuple[list[Ro
         ("prefill attention", lambda: timings.prefill_attention(qwen, (40,) if small else (2048, 8192), clock)),
         ("small ops", lambda: timings.small_ops(gpt_oss, (1, 9) if small else (1, 32, 4096), clock)),
     ]
-    # Attention and the small ops take seconds; experts take what is left.
+    # Attention and the small ops take seconds; experts get the remaining time.
     rows: list[Row] = []
     for name, make in parts[len(shapes) :] + parts[: len(shapes)]:
         rows += budget.spend(name, make(), keep)
@@ -98,7 +98,7 @@ def time_ops(budget: Budget, device: torch.device, keep: float) -> tuple[list[Ro
 
 
 def time_models(budget: Budget, device: torch.device) -> list[dict[str, Any]]:
-    """Both engines on each model, and last what batch invariance and running without graphs cost."""
+    """Both engines on each model, then the cost of batch invariance and of running without graphs."""
     small = device.type != "cuda"
     shapes = ("tiny",) if small else ("bench", "qwen3-30b-a3b-6-layers")
     runs = [(shape, engine) for shape in shapes for engine in ("ours", "transformers")]
@@ -108,7 +108,7 @@ def time_models(budget: Budget, device: torch.device) -> list[dict[str, Any]]:
     for shape, engine in runs:
         name = f"{shape} with {engine}"
         command = [sys.executable, "-m", "gpu_bench.model", engine, shape, "--device", device.type, *sizes]
-        # The child finds this folder by PYTHONPATH, and the package wherever this process does.
+        # The child finds this folder and the package by PYTHONPATH.
         path = os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])
         try:
             child = subprocess.run(
@@ -195,7 +195,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what the results depend on."""
+    """Versions of the software that the results depend on."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "transformers"):
         if importlib.util.find_spec(name):

@@ -1,11 +1,12 @@
-"""What fewer experts per token cost and buy, on the demo model.
+"""Measures the quality and the speed of the demo model with fewer experts per token.
 
     python scripts/bench_routing.py --quality   # texts from Debian packages; minutes on two cores
-    python scripts/bench_routing.py --speed     # tokens/s at batch 1, 8 and 32; worth something on a quiet machine only
+    python scripts/bench_routing.py --speed     # tokens/s at batch 1, 8 and 32; only meaningful on a quiet machine
 
 `--quality` runs `moe-runtime calibrate` on held-out texts of three kinds, and writes the calibration that ships with
 the demo (moe_runtime/demo/routing_calibration.json) and benchmarks/routing/quality.png. `--speed` needs that
-calibration and writes benchmarks/routing/speed.json; ways take turns, and the median of the rounds counts.
+calibration and writes benchmarks/routing/speed.json. Settings are measured in turn, and the median of the rounds
+counts.
 """
 
 from __future__ import annotations

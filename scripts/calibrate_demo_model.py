@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes the demo model's artifact: carves every FFN layer of the dense model, fits the routers, measures the result.
+"""Makes the demo model's artifact: carves every FFN layer of the dense model, fits the gates, measures the result.
 
 Run once by the maintainer, from the repository root, on a Debian system with a network:
 
@@ -111,7 +111,7 @@ def capture_ffn_inputs(model: LlamaForCausalLM, blocks: Tensor) -> list[Tensor]:
 
 @torch.inference_mode()
 def carve(dense: DenseModel, inputs: list[Tensor]) -> Carving:
-    """Shared neurons, experts and routers of all layers from the inputs of their FFNs."""
+    """Shared neurons, experts and gates of all layers from the inputs of their FFNs."""
     generator = torch.Generator().manual_seed(0)
     shared, experts, routers, biases = [], [], [], []
     for layer, x_TD in enumerate(tqdm(inputs, desc="carving", unit="layer")):

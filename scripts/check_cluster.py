@@ -1,9 +1,9 @@
-"""Check several GPUs before anything is served on them: links, collectives, one layer of experts.
+"""Check several GPUs before serving on them: links, collectives, one layer of experts.
 
     torchrun --nproc-per-node 8 scripts/check_cluster.py [--out FOLDER]
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 scripts/check_cluster.py
 
-Prints tables and, last, verdicts: what is as expected, what to look at, what is wrong. `--out` also takes
+Prints tables and, last, verdicts: what is as expected, what to look at, what is wrong. With `--out`, it also writes
 `check_cluster.md` and `check_cluster.json`. Exits with 1 if something is wrong. `--device cpu` does the same over gloo.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
 from cluster.measure import (
     Cluster,
     CollectiveTime,

@@ -1,7 +1,8 @@
 """Compile every shipped form of the Triton kernels for each generation of chip, without a GPU, and check the result.
 
-Registers and spills are what ptxas reports for the very binary that would be loaded. Fails if a kernel spills
-registers, asks for more shared memory than a chip has, or misses the tensor cores of its generation. Measures no times.
+Registers and spills are those that ptxas reports for the binary that would run. The check fails if a kernel spills
+registers, needs more shared memory than a chip has, or does not use its generation's tensor cores. No times are
+measured.
 
     python scripts/check_kernels.py [--json | --write docs/kernels.md] [--one-tile] [--only NAME]
 """
@@ -26,7 +27,7 @@ from moe_runtime.kernels.torch_ops import Scoring
 from moe_runtime.kernels.triton import attention, decode_attention, gate, group, grouped_gemm, norms, rotary, tiles
 
 # Compute capability -> shared memory of one program, bytes, and the tensor-core instruction of its generation.
-# The form of 8.0 also stands for 8.6, 8.9 and 12.0, whose tensor cores are used in the same way.
+# The form of 8.0 also represents 8.6, 8.9 and 12.0, whose tensor cores are used in the same way.
 CHIPS = {80: (163 * 1024, "mma.sync"), 90: (227 * 1024, "wgmma"), 100: (227 * 1024, "tcgen05.mma")}
 MIN_ROWS_OF_NEW_TENSOR_CORES = 64  # wgmma and tcgen05 multiply at least 64 rows; fewer go through mma.sync
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -44,8 +45,8 @@ class Form:
     types: dict[str, str]
     meta: dict[str, int]
     uses_tensor_cores: bool = False
-    needed_shared: int = 0  # by the tile table; a chip with less is never given this form
-    chips: tuple[int, ...] = (80, 90, 100)  # those whose wrapper chooses this form
+    needed_shared: int = 0  # by the tile table; a chip with less never gets this form
+    chips: tuple[int, ...] = (80, 90, 100)  # chips for which the wrapper chooses this form
 
     @property
     def constants(self) -> dict[str, int | None]:
@@ -60,7 +61,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one form became on one chip, and what is wrong with it."""
+    """The compilation result of one form on one chip, and its problems."""
 
     form: str
     chip: str
@@ -72,7 +73,7 @@ class Report:
 
 
 def types_of(kernel: triton.JITFunction, meta: dict[str, int], **pointers: str) -> dict[str, str]:
-    """Argument types: the named pointers, every other number that is no constant an int32."""
+    """Argument types: those of the named pointers; every other argument that is no constant is an int32."""
     constant = set(meta) | {name for name in kernel.arg_names if name.isupper() or name.endswith("_ptr")}
     floats = {name: "fp32" for name in ("eps", "scale") if name in kernel.arg_names}
     return dict.fromkeys((n for n in kernel.arg_names if n not in constant), "i32") | floats | pointers
@@ -227,7 +228,7 @@ def compile_form(form: Form, capability: int) -> Report:
     """Compile for a chip, as a launch with shapes divisible by 16 would."""
     names = form.kernel.arg_names
     signature = {name: form.types.get(name, "constexpr") for name in names}
-    # Of numbers that are no shape the compiler knows nothing.
+    # The compiler knows no divisibility of arguments that are not shapes.
     shapes = ("_ptr", "_features", "_stride", "_size", "hidden")
     divisible = [i for i, name in enumerate(names) if name.endswith(shapes) and name in form.types]
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
@@ -256,7 +257,7 @@ def compile_form(form: Form, capability: int) -> Report:
 
 
 def find_problems(form: Form, report: Report, shared_limit: int, tensor_core: str) -> list[str]:
-    """What makes this form unfit to ship."""
+    """The problems that make this form unfit to ship."""
     problems = []
     if report.num_spill_bytes:
         problems.append(f"spills {report.num_spill_bytes} bytes")
@@ -273,7 +274,7 @@ def find_problems(form: Form, report: Report, shared_limit: int, tensor_core: st
 
 
 def is_offered(form: Form, capability: int) -> bool:
-    """Whether a wrapper ever gives this form to a chip."""
+    """Whether a wrapper ever chooses this form on a chip."""
     return capability in form.chips and form.needed_shared <= CHIPS[capability][0]
 
 
@@ -296,7 +297,7 @@ def table(reports: list[Report]) -> str:
 
 
 def write_table(page: Path, text: str) -> None:
-    """Put the table between the marks of a page."""
+    """Write the table between the markers of a page."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -316,7 +317,7 @@ def main() -> int:
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set; the interpreter and the compiler exclude each other")
-    triton.knobs.compilation.always_compile = True  # a cached kernel has no log of ptxas
+    triton.knobs.compilation.always_compile = True  # a cached kernel has no ptxas log
     triton.knobs.nvidia.dump_ptxas_log = True
 
     forms = [form for form in (one_tile_forms() if args.one_tile else all_forms()) if form.name.startswith(args.only)]

@@ -1,11 +1,10 @@
-"""Peak memory of all ranks together, from their start to their last token, against what they must hold.
+"""Compares the peak memory of all ranks, from their start to their last token, with what they must hold.
 
     python scripts/check_memory.py MODEL --ep-size 1 2 4
 
-What they must hold is their weights, in the layout that the kernels read, and the KV cache asked for; a slot that is
-empty is nothing to hold. Memory is the proportional set size (PSS), so that pages that ranks share count once; this
-process, which ranks answer to, counts with one rank only, where it is that rank. The prompts fill the KV cache to its
-last page.
+They must hold their weights, in the layout of the kernels, and the requested KV cache; empty slots do not count. Memory
+is the proportional set size (PSS), so that memory pages shared by ranks count once. This process, the front, counts
+only with one rank, because then it is the rank. The prompts fill the KV cache to its last page.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from moe_runtime.memory.budget import holds_codes
 from moe_runtime.memory.model_size import expert_bytes
 
 ALLOWED = 1.1
-PERIOD = 0.05  # seconds between two looks
+PERIOD = 0.05  # seconds between two samples
 PROMPT_TOKENS, OUTPUT_TOKENS = 1008, 16
 
 
 class Watch:
-    """The highest sum of the PSS of this process's descendants, or of itself too, seen so far."""
+    """The highest total PSS so far of this process's descendants, optionally including itself."""
 
     def __init__(self, includes_self: bool) -> None:
         self.peak = 0
@@ -46,7 +45,7 @@ class Watch:
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that this one has started, and those that they have."""
+    """Processes that this one has started, and their descendants."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, read(path).split()):
@@ -68,7 +67,7 @@ def read(path: Path) -> str:
 
 
 def measure(model: str, ep_size: int, sequences: int, max_tokens: int) -> tuple[int, int, int]:
-    """Bytes: peak, weights, KV cache; of all ranks."""
+    """Bytes of all ranks: peak, weights, KV cache."""
     watch = Watch(includes_self=ep_size == 1)
     length = PROMPT_TOKENS + OUTPUT_TOKENS
     with LLM(

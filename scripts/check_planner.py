@@ -1,13 +1,13 @@
-"""Beside each other: steps that the planner predicts for this machine, and steps that the engine takes.
+"""Compares the planner's predictions for this machine with measured steps of the engine.
 
 Measures this machine's hardware profile, then runs the engine on the demo and on the bench model with 1, 2 and 4 ranks:
-decoding with 1, 8 and 32 sequences, and prompts. Predictions get the loads that the gate really gave. With 1 and 2
-ranks the time of a step is compared; with more ranks than cores, which take turns, the processor time of all ranks.
-What is beyond 20 percent is marked; the exit code is 1 then.
+decoding with 1, 8 and 32 sequences, and prompts. Predictions use the loads that the gate really produced. With 1 and 2
+ranks, the time of a step is compared. With more ranks than cores, ranks take turns, and the processor time of all ranks
+is compared. Errors above 20 percent are marked, and the exit code is then 1.
 
-A shared machine reads and multiplies at other rates in one second than in the next. So both are measured before and
-after each run, which is short, and the prediction for that run gets the profile at these rates; the median of the runs'
-ratios counts. A run is repeated when the machine was much slower before or after it: others were at work then.
+On a shared machine, the rates of reading and multiplying change from second to second. So both rates are measured
+before and after each short run, and the prediction for that run uses the profile at these rates. The median of the
+runs' ratios counts. A run is repeated if the machine was much slower before or after it, because of other work.
 
 Run it on a machine that does nothing else: python scripts/check_planner.py
 """
@@ -42,7 +42,7 @@ HEAD = (
     "| model | ranks | phase | sequences | length | what | predicted ms | measured ms | error | pace | most of it |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
-LEAST_PACE, MOST_RUNS = 0.85, 3  # share of the matrix rate; runs for each that is wanted
+LEAST_PACE, MOST_RUNS = 0.85, 3  # share of the matrix rate; runs allowed per run that counts
 PROMPT = 32  # tokens, before decoding
 PREFILLS: tuple[tuple[Phase, int, int], ...] = (("prefill", 1, 512), ("prefill", 4, 512))  # sequences, tokens of each
 
@@ -55,8 +55,8 @@ class Row:
         what: "step" (wall clock) or "busy" (processor time of all ranks).
         error: the median of the runs' predicted / measured, less 1.
         pace: the machine's matrix rate in these runs, as a share of the profile's; the median.
-        runs: that count.
-        disturbed: runs that do not, because the pace was low or changed; or that do, where too few others were.
+        runs: number of runs that count.
+        disturbed: runs with a low or changing pace. They do not count unless there are too few others.
         parts: of the prediction.
     """
 
@@ -79,13 +79,13 @@ Pair = tuple[tuple[float, float], tuple[float, float]]
 
 
 def at(hardware: Hardware, paces: Pair) -> Hardware:
-    """The profile at the mean of paces."""
+    """The profile at the mean of the paces."""
     read, rate = np.mean(paces, axis=0).tolist()
     return hardware.at_pace(read, rate)
 
 
 def even(paces: Pair) -> bool:
-    """Whether the machine computed before and after a run as the profile says, about."""
+    """Whether the machine's rate before and after a run was about that of the profile."""
     rates = [rate for _, rate in paces]
     return min(rates) > LEAST_PACE and min(rates) > LEAST_PACE * max(rates)
 
@@ -153,7 +153,7 @@ def check(model: str, ranks: int, hardware: Hardware, pace: Pace, options: argpa
 
 
 def case(row: Row) -> tuple[str | int, ...]:
-    """What a row is a comparison of."""
+    """The case that a row compares."""
     return row.model, row.ranks, row.phase, row.sequences, row.length
 
 
@@ -170,7 +170,7 @@ def line(row: Row) -> str:
 
 
 def write(rows: Sequence[Row], hardware: Hardware, folder: Path) -> int:
-    """Write check.json and check.md, and print how many are near enough; returns 1 where not all are."""
+    """Write check.json and check.md, and print how many rows are within the limit; returns 1 unless all are."""
     beyond = [row for row in rows if abs(row.error) > ALLOWED]
     title = f"{len(rows) - len(beyond)} of {len(rows)} within {ALLOWED:.0%}"
     print(f"\n{title}")

@@ -1,7 +1,7 @@
-"""Step times of two checkouts of this repository, in turn, so that what else the machine does hits both alike.
+"""Compares step times of two checkouts of this repository, measured in turn, so that other work affects both equally.
 
-Each checkout gets a process with its moe_runtime, which loads the model once as a single rank. Then it measures when it
-is told to, while the other one waits: decode steps of several batches, and one long prompt in one step.
+Each checkout gets a process with its moe_runtime, which loads the model once as a single rank. The processes measure in
+turn, while the other one waits: decode steps of several batches, and one long prompt in one step.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ END_DEADLINE = 30.0
 
 
 def serve(pipe: Connection, model: str, steps: int) -> None:
-    """Be the process of one checkout: load the model, then answer each batch with a time in milliseconds."""
-    # An installed checkout would lend the modules that this one does not have.
+    """Run the process of one checkout: load the model, then answer each batch with a time in milliseconds."""
+    # Without this, modules missing here would come from an installed checkout.
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
     from moe_runtime import SamplingParams
     from moe_runtime.build import build_engine
 
     try:
         from moe_runtime.config.engine import EngineConfig
-    except ModuleNotFoundError:  # before the modules moved into rooms
+    except ModuleNotFoundError:  # a checkout from before the modules moved into rooms
         from moe_runtime.config import EngineConfig
 
     config = EngineConfig(
@@ -61,7 +61,7 @@ def serve(pipe: Connection, model: str, steps: int) -> None:
 
 
 def measure(engine: Any, params: Any, batch: int, steps: int) -> float:
-    """Milliseconds of a decode step of `batch` sequences, the median of `steps`; 0 is for the long prompt."""
+    """Milliseconds of a decode step of `batch` sequences, the median of `steps`; batch 0 is the long prompt."""
     rng = random.Random(batch)
     length, num_new = (PROMPT_TOKENS, steps + 1) if batch else (LONG_PROMPT, 1)
     for index in range(batch or 1):
@@ -83,7 +83,7 @@ class Checkout:
 
     Raises:
         TimeoutError: it did not answer in time.
-        EOFError: it has ended; what went wrong is on its stderr.
+        EOFError: it has ended; its stderr shows the cause.
     """
 
     def __init__(self, tree: Path, model: str, steps: int) -> None:
@@ -119,7 +119,7 @@ class Checkout:
 
 
 def bench_model() -> str:
-    """The folder of the model of `make_bench_model.py`, which is beside this script; written if it is not there."""
+    """The folder of the model of `make_bench_model.py` (in this script's folder); written if it does not exist."""
     script = Path(__file__).with_name("make_bench_model.py")
     environment = os.environ | {"PYTHONPATH": str(script.parents[1]), "PYTHONSAFEPATH": "1"}
     return subprocess.run(
@@ -128,7 +128,7 @@ def bench_model() -> str:
 
 
 def row(workload: str, old: Sequence[float], new: Sequence[float]) -> str:
-    """The table's row: medians, and median and quartiles of the ratios of the pairs."""
+    """A row of the table: medians, and median and quartiles of the ratios of the pairs."""
     ratios = [n / o for o, n in zip(old, new, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return (

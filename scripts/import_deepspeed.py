@@ -1,7 +1,7 @@
-"""Turn a DeepSpeed-MoE checkpoint into a Hugging Face one: safetensors files with the names of its family.
+"""Convert a DeepSpeed-MoE checkpoint to a Hugging Face one: safetensors files with the tensor names of its family.
 
-The family is the `model_type` of the config.json beside the checkpoint. Tensors keep their dtype. What else a model
-needs (configuration, tokenizer) is copied.
+The family is the `model_type` of the config.json in the checkpoint's folder. Tensors keep their dtype. The other files
+of a model (configuration, tokenizer) are copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def convert(checkpoint: Path, output: Path, max_shard_bytes: int) -> int:
     """Write the checkpoint into the new folder `output`, in files of at most `max_shard_bytes`; returns how many.
 
     Raises:
-        ValueError: there is no such checkpoint, it is not whole, or `output` exists.
+        ValueError: there is no such checkpoint, it is incomplete, or `output` exists.
     """
     config = read_model_config(checkpoint)
     files = DeepSpeedFiles.find(checkpoint)
@@ -42,7 +42,7 @@ def convert(checkpoint: Path, output: Path, max_shard_bytes: int) -> int:
             for file in checkpoint.glob(pattern):
                 shutil.copy(file, output)
     except BaseException:
-        shutil.rmtree(output)  # never half a checkpoint
+        shutil.rmtree(output)  # never leave an incomplete checkpoint
         raise
     return num_shards
 
@@ -71,7 +71,7 @@ def _write(shard: dict[str, Tensor], output: Path, index: int) -> list[str]:
 
 
 def _write_index(output: Path, shards: list[list[str]], total: int) -> None:
-    """Give the files their names, which tell how many there are, and list what is where."""
+    """Give the files their names, which contain the number of files, and write the index of tensors."""
     if len(shards) == 1:
         (output / "0.safetensors").rename(output / "model.safetensors")
         return

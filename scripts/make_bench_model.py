@@ -2,8 +2,8 @@
 
 `bench` is small enough for any machine (1.31 B parameters, 2.6 GB in bfloat16); `--gguf` writes the same weights for
 llama.cpp too. `olmoe` is the shape of OLMoE-1B-7B (6.9 B parameters) and gets a `config.json` only; its weights come
-from `load_format="dummy"`. Folders lie in the cache (`$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`,
-else `~/.cache/moe-runtime`). What is whole is not written again.
+from `load_format="dummy"`. Folders are in the cache (`$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`,
+else `~/.cache/moe-runtime`). Complete files are not written again.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from moe_runtime.system.cache_folder import default_cache_dir
 
 SEED = 0
 STD = 0.02
-NORM_STD = 0.1  # around 1, so that a norm left out shows
+NORM_STD = 0.1  # around 1, so that a missing norm is noticed
 STD_OF = {
-    "model.embed_tokens.weight": 0.3,  # as much as attention adds: a prompt's tokens then spread over the experts
-    "lm_head.weight": 0.1,  # logits spread like those of a trained model (deviation about 3): errors show
+    "model.embed_tokens.weight": 0.3,  # about what attention adds, so that a prompt's tokens spread over the experts
+    "lm_head.weight": 0.1,  # logits spread as in a trained model (deviation about 3), so errors are visible
 }
 WEIGHTS, GGUF_FILE = "model.safetensors", "model-bf16.gguf"
 
@@ -122,7 +122,7 @@ def ensure_bench_model(shape: str, folder: Path | None = None) -> Path:
 
 
 def ensure_gguf(folder: Path) -> Path:
-    """The model of a folder that `ensure_bench_model` made as a GGUF file without a tokenizer, bit by bit."""
+    """A folder's model from `ensure_bench_model` as a GGUF file without a tokenizer; the weights have the same bits."""
     path = folder / GGUF_FILE
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -132,7 +132,7 @@ def ensure_gguf(folder: Path) -> Path:
 
 
 def _recipe(shape: Shape) -> str:
-    """What the weights are made from; stands in their file."""
+    """A description of how the weights are made; it is stored in their file."""
     return json.dumps(vars(shape) | {"seed": SEED, "std": STD, "norm_std": NORM_STD, "std_of": STD_OF})
 
 
@@ -181,7 +181,7 @@ def _write_gguf(config: dict[str, int], weights: Path, path: Path) -> None:
     with safe_open(weights, framework="pt") as source:
 
         def add(name: str, tensor: Tensor) -> None:
-            # llama.cpp wants norms and routers in float32; from bfloat16 that is exact.
+            # llama.cpp needs norms and gates in float32; the conversion from bfloat16 is exact.
             if tensor.ndim == 1 or "ffn_gate_inp" in name:
                 writer.add_tensor(name, tensor.float().numpy())
             else:

@@ -1,8 +1,9 @@
-"""Predict DeepSeek-V3's decoding and prompts on H800 nodes, beside what has been published of them.
+"""Predict DeepSeek-V3's decoding and prompts on H800 nodes, and compare with published figures.
 
-Three ways of sending rows on the same hardware: this runtime's; DeepEP's low-latency kernels, for decoding (each row to
-its expert's rank, nothing deduplicated, two half batches taking turns); and its normal kernels, for prompts (a row once
-to each node, handed on over NVLink, two halves as well). Writes a table and JSON to benchmarks/planner.
+There are three ways of sending rows on the same hardware. One is this runtime's. For decoding, DeepEP's low-latency
+kernels send each row to its expert's rank without deduplication, and two half batches take turns. For prompts, DeepEP's
+normal kernels send a row once to each node, which forwards it over NVLink; two half batches take turns as well. Writes
+a table and JSON to benchmarks/planner.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How much of a decode step is spent outside the native kernels, and where: wall time, one rank, in process.
+"""Measures how much of a decode step is spent outside the native kernels: wall time, one rank, in this process.
 
-Every call of the native library is timed, the layers from their begin to their end, for they run while the next step is
-planned; the rest of a step is Python and torch. `--functions` shows where that goes.
+Every call of the native library is timed. The layers are timed from start to end, because they run while the next step
+is planned. The rest of a step is Python and torch; `--functions` shows the time per function.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PROMPT_TOKENS = 128
 
 
 class TimedLibrary:
-    """The native library, with the time in which it ran since `take` was called last."""
+    """The native library, with the time that it ran since the last call of `take`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._seconds, self._calls = 0.0, 0
-        self._layers_since: float | None = None  # while layers run beside Python
+        self._layers_since: float | None = None  # set while layers run in parallel with Python
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._library, name)
@@ -63,7 +63,7 @@ class TimedLibrary:
 
 
 def decode(engine: Engine, library: TimedLibrary, batch: int, steps: int, profile: cProfile.Profile | None) -> str:
-    """Prefill `batch` prompts, then decode; the table's row, of medians over the steps."""
+    """Prefill `batch` prompts, then decode; returns the table's row, with medians over the steps."""
     params = SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)
     for index in range(batch):
         prompt = [random.randrange(engine.model_config.vocab_size) for _ in range(PROMPT_TOKENS)]

@@ -1,6 +1,6 @@
-"""The main job: two ranks under torchrun serve the demo model; prompts go in, answers and a heatmap come out.
+"""Runs the demo: two ranks under torchrun serve the demo model, answer prompts, and draw a heatmap.
 
-Run it with `scripts/demo`. Leaves no process behind, also on Ctrl-C or when a step fails.
+Run it with `scripts/demo`. It leaves no process running, even on Ctrl-C or when a step fails.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument("--heatmap", type=Path, default=Path("heatmap.png"), help="where to write it")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where the caller's shell has them ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # even if the caller's shell ignores them
         signal.signal(number, _interrupt)
     started = time.monotonic()
     try:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 class DemoError(RuntimeError):
-    """A step did not work; the message says which."""
+    """A step failed; the message names it."""
 
 
 def say(text: str) -> None:
@@ -66,13 +66,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def serving(num_ranks: int) -> Iterator[str]:
-    """Start the server under torchrun and wait until it is ready; end it whatever happens."""
+    """Start the server under torchrun and wait until it is ready; end it in every case."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     command += ["-m", "moe_runtime", "serve", "demo", "--port", str(port)]
     say(f"torchrun {' '.join(command[3:])}")
-    # A session of its own: Ctrl-C reaches this script alone, which then ends the server in order.
+    # With a session of its own, Ctrl-C reaches only this script, which then stops the server cleanly.
     server = subprocess.Popen(command, start_new_session=True)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -108,9 +108,9 @@ def stop(server: subprocess.Popen[bytes], url: str) -> None:
 
 
 def end(server: subprocess.Popen[bytes], url: str) -> None:
-    """End a server that still runs, after an interruption or a failure: ask the front, then torchrun, then kill."""
+    """End a server after an interruption or a failure: signal the front, then torchrun, then kill."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it is ending; nothing may be left behind for a second Ctrl-C
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the cleanup
     for ask_to_end in (
         lambda: os.kill(json.loads(fetch(f"{url}/health"))["pid"], signal.SIGTERM),
         lambda: os.killpg(server.pid, signal.SIGTERM),
