@@ -23,12 +23,12 @@ from moe_runtime.all2all.padded import make_padded
 from moe_runtime.kernels import ops
 
 REPEATS = 9
-MATRIX = {"cuda": 8192, "cpu": 512}  # size of the product that tells how fast a rank computes
+MATRIX = {"cuda": 8192, "cpu": 512}  # size of the product that measures a rank's speed
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank is. `peers` are the ranks of its host whose memory its device reaches directly, itself not."""
+    """Facts about one rank. `peers` are the other ranks of its host whose memory its device can access directly."""
 
     rank: int
     host: str
@@ -50,7 +50,7 @@ class Link:
 
 @dataclass(frozen=True)
 class CollectiveTime:
-    """The slowest rank's median time of a collective; every rank sends `nbytes` in all."""
+    """The slowest rank's median time of a collective; every rank sends `nbytes` in total."""
 
     name: str
     nbytes: int
@@ -62,7 +62,7 @@ class CollectiveTime:
 class LayerTime:
     """The slowest rank's median time of dispatch, experts and combine, and the largest error of any rank.
 
-    `error` is relative to the largest output; None where it was not checked.
+    `error` is relative to the largest output; None if it was not checked.
     """
 
     dispatcher: str
@@ -82,11 +82,11 @@ class LayerShape:
 
 
 class Cluster:
-    """This rank among all.
+    """This rank's view of the group of ranks.
 
     Args:
         device: of this rank.
-        repeats: runs of which the median counts.
+        repeats: number of runs; the median counts.
     """
 
     def __init__(self, device: torch.device, repeats: int = REPEATS) -> None:
@@ -103,7 +103,7 @@ class Cluster:
         return values
 
     def us(self, call: Callable[[], object], *, alone: bool = False) -> float:
-        """Median microseconds of a call, the first two not counted; all ranks begin each together, unless `alone`."""
+        """Median microseconds of a call, without the first two; all ranks start each call together, unless `alone`."""
         times = []
         for _ in range(self.repeats + 2):
             self._synchronize()
@@ -149,7 +149,7 @@ def measure_ranks(cluster: Cluster) -> list[RankFacts]:
 
 
 def measure_links(cluster: Cluster, nbytes: int) -> list[Link]:
-    """All pairs: in round `d` every rank sends to the one `d` places on, and receives from the one `d` places back."""
+    """All pairs: in turn `d` every rank sends to the rank `d` places ahead, and receives from the rank `d` back."""
     W, rank = cluster.num_ranks, cluster.rank
     out, into = torch.empty(2, nbytes, dtype=torch.uint8, device=cluster.device)
     found = []
@@ -166,7 +166,7 @@ def measure_links(cluster: Cluster, nbytes: int) -> list[Link]:
 
 
 def measure_collectives(cluster: Cluster, sizes: list[int]) -> Iterator[CollectiveTime]:
-    """All-to-all and all-gather, as dispatchers use them, for bytes that a rank sends in all."""
+    """All-to-all and all-gather, as dispatchers use them; sizes are the bytes that a rank sends in total."""
     W = cluster.num_ranks
     for nbytes in sizes:
         part = max(1, nbytes // W)
@@ -181,14 +181,14 @@ def measure_collectives(cluster: Cluster, sizes: list[int]) -> Iterator[Collecti
         def gather(gathered: Tensor = gathered, own: Tensor = own) -> None:
             all_gather(gathered, own)
 
-        # Bytes that leave each rank: its own part stays, and a gathered row goes to every other rank.
+        # Bytes that leave each rank: its own part stays; all_gather sends a row to every other rank.
         for name, call, sent in (("all_to_all", to_all, (W - 1) * part), ("all_gather", gather, (W - 1) * nbytes)):
             us = max(cluster.gather(cluster.us(call)))
             yield CollectiveTime(name, nbytes, us, sent / us * 1e6)
 
 
 def measure_layer(cluster: Cluster, shape: LayerShape, tokens: list[int], check_tokens: int) -> Iterator[LayerTime]:
-    """Every dispatcher for numbers of tokens on each rank, routed at random; checked up to `check_tokens`."""
+    """Every dispatcher for numbers of tokens on each rank, with random experts; checked up to `check_tokens`."""
     device, W, S = cluster.device, cluster.num_ranks, shape.experts_per_rank
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     weights = [expert_weights(cluster.rank * S + slot, shape, dtype, device) for slot in range(S)]

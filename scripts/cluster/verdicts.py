@@ -1,5 +1,5 @@
-"""What `check_cluster.py` makes of its measurements: "ok", "look" where something is slower than it should be, "wrong"
-where it must not be used so."""
+"""Verdicts of `check_cluster.py` on its measurements: "ok", "look" (slower than it should be), "wrong" (must not be
+used like this)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Literal
 from cluster.measure import CollectiveTime, LayerTime, Link, RankFacts
 from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 
-SLOW_LINK = 0.5  # of the median of its kind, within a host or between hosts
-SLOW_RANK = 1.2  # times the median of the matrix product
-LOW_SHARE = 0.5  # of what the slowest link carries, in the largest all-to-all
+SLOW_LINK = 0.5  # share of the median bandwidth of its kind, within a host or between hosts
+SLOW_RANK = 1.2  # times the median time of the matrix product
+LOW_SHARE = 0.5  # share of the slowest link's bandwidth, in the largest all-to-all
 LATENCY_US = {False: 100.0, True: 250.0}  # of the smallest collective between GPUs; True: between hosts
-WORTH = 1.3  # how much faster another dispatcher must be to be worth a word
+WORTH = 1.3  # another dispatcher must be this many times as fast to be mentioned
 TOLERANCE = {"cuda": 2e-2, "cpu": 1e-5}  # bfloat16 and float32
 
 
@@ -70,7 +70,7 @@ def judge_ranks(ranks: Sequence[RankFacts]) -> Iterator[Verdict]:
 
 
 def judge_links(device: str, ranks: Sequence[RankFacts], links: Sequence[Link]) -> Iterator[Verdict]:
-    """Direct access within a host, and no link much slower than the others of its kind."""
+    """Direct memory access within a host, and no link much slower than the others of its kind."""
     hosts = {rank.rank: rank.host for rank in ranks}
     if device == "cuda":
         apart = [
@@ -102,7 +102,7 @@ def judge_links(device: str, ranks: Sequence[RankFacts], links: Sequence[Link]) 
 def judge_collectives(
     device: str, ranks: Sequence[RankFacts], links: Sequence[Link], times: Sequence[CollectiveTime]
 ) -> Iterator[Verdict]:
-    """The latency of the smallest, and the share of the slowest link that the largest all-to-all reaches."""
+    """The latency of the smallest collective, and the share of the slowest link that the largest all-to-all reaches."""
     between_hosts = len({rank.host for rank in ranks}) > 1
     smallest = max((t for t in times if t.nbytes == min(t.nbytes for t in times)), key=lambda t: t.us)
     limit = LATENCY_US[between_hosts]
@@ -124,7 +124,7 @@ def judge_collectives(
 
 
 def judge_layers(device: str, layers: Sequence[LayerTime]) -> Iterator[Verdict]:
-    """Right results from every dispatcher, and whether `dispatcher="auto"` takes the fastest."""
+    """Correct results from every dispatcher, and whether `dispatcher="auto"` takes the fastest."""
     checked = [layer for layer in layers if layer.error is not None]
     bad = [layer for layer in checked if layer.error is not None and not layer.error <= TOLERANCE[device]]
     for layer in bad:

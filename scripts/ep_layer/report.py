@@ -49,7 +49,7 @@ def line(result: Result) -> str:
 
 
 def table(results: list[Result]) -> str:
-    """All results in Markdown; the last two columns are of the fastest dispatcher."""
+    """All results in Markdown; the last two columns are for the fastest dispatcher."""
     head = (
         "layer",
         "ranks",
@@ -65,7 +65,7 @@ def table(results: list[Result]) -> str:
 
 
 def machine(instruction_set: str) -> dict[str, object]:
-    """Where the figures come from."""
+    """The machine that the figures come from."""
     return {
         "machine": platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),

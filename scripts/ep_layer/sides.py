@@ -25,7 +25,7 @@ from moe_runtime.kernels.cpu.packed import PackedExperts
 from moe_runtime.layers.moe import part_size
 
 HIDDEN, LAYERS, INPUTS = 1024, 2, 8
-SHIFT = 8.0  # of all inputs along one direction, through which router weights set the load
+SHIFT = 8.0  # shift of all inputs along one direction, through which gate weights set the load
 PEER_TIMEOUT = 600.0  # seconds
 Call = Callable[[int], Tensor]
 
@@ -44,7 +44,7 @@ SHAPES = {"fine": Shape(64, 8, 512), "coarse": Shape(8, 2, 3584), "tiny": Shape(
 
 
 class SwiGLU(nn.Module):
-    """An expert as DeepSpeed takes it, with gate and up in one product."""
+    """An expert in DeepSpeed's form, with gate and up in one product."""
 
     def __init__(self, inner: int) -> None:
         super().__init__()
@@ -61,16 +61,16 @@ def normal(seed: int, *shape: int) -> Tensor:
 
 
 def expert_weights(shape: Shape, layer: int, expert: int) -> tuple[Tensor, Tensor]:
-    """`(w13_GD, w2_DF)`, the same for whoever asks."""
+    """`(w13_GD, w2_DF)`, the same on every rank and side."""
     seed = 1000 * layer + expert
     w2_DF = normal(seed + 500, HIDDEN, shape.inner) / shape.inner**0.5
     return normal(seed, 2 * shape.inner, HIDDEN) / HIDDEN**0.5, w2_DF
 
 
 def router_weight(shape: Shape, layer: int, routing: str) -> Tensor:
-    """`[E, D]`. Scores are normal; "skewed" adds the logarithm of Zipf's distribution, the experts in random order."""
+    """`[E, D]`: normal scores; "skewed" adds the logarithm of Zipf's distribution, with the experts in random order."""
     weight_ED = normal(layer, shape.experts, HIDDEN) / HIDDEN**0.5
-    weight_ED -= weight_ED.mean(1, keepdim=True)  # leaves the direction of the shift to the load
+    weight_ED -= weight_ED.mean(1, keepdim=True)  # so that only the load sets the direction of the shift
     if routing == "skewed":
         order_E = normal(layer + 77, shape.experts).argsort()
         weight_ED -= torch.log(1.0 + order_E)[:, None] / SHIFT / HIDDEN**0.5
@@ -119,7 +119,7 @@ class DeepSpeedSide:
 
 
 class OurSide:
-    """Layers of ours with the experts of this rank, and every way to run them."""
+    """Our layers with the experts of this rank, and every way to run them."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, kernels: native.Kernels, max_tokens: int) -> None:
         self.shape, self.dtype, self.kernels = shape, dtype, kernels
@@ -143,7 +143,7 @@ class OurSide:
         gate = native.gate_config(
             self.shape.experts, top_k=self.shape.top_k, scoring="softmax", normalize=self.shape.top_k > 1
         )
-        # Rounded as DeepSpeed's is, and multiplied in float32, as DeepSpeed does.
+        # Rounded like DeepSpeed's gate, and multiplied in float32 as DeepSpeed does.
         weights = [router_weight(self.shape, layer, routing).to(self.dtype).float() for layer in range(LAYERS)]
         self.routers = [GateCall(self.kernels, gate, weight_ED) for weight_ED in weights]
 
@@ -170,7 +170,7 @@ class OurSide:
         return way.combine(y_RD, sent, weights_TK)
 
     def work(self, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bytes that each rank must read and products that it must do, `[W]` each, as means over the inputs."""
+        """Bytes that each rank must read and operations that it must do, `[W]` each, as means over the inputs."""
         counts = torch.zeros(INPUTS, self.shape.experts, dtype=torch.int64)
         for index, x_TD in enumerate(inputs):
             experts_TK = self.routers[index % LAYERS](x_TD, 0)[1]

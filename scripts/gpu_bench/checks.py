@@ -1,4 +1,4 @@
-"""Every op of the face against a float64 reference, outputs poisoned: memory that a kernel allocates holds NaN."""
+"""Checks every op of the face against a float64 reference. Outputs are poisoned: new memory of a kernel holds NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_bench.shapes import Shape, group, route
 from moe_runtime.kernels import invariant_ops, ops
 from moe_runtime.kernels.attention import AttentionMetadata
 
-# Largest difference over the largest reference value. An op rounds its result, and at most two steps before it.
+# Largest difference / largest reference value. An op rounds its result and at most two intermediate results.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 PAGE = 16
 
@@ -37,7 +37,7 @@ class Check:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors without contents hold NaN (integers their largest value) instead of what lay there before."""
+    """Uninitialized new tensors hold NaN (integers their largest value) instead of old memory contents."""
     before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

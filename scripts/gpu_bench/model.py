@@ -1,9 +1,9 @@
-"""Whole-model tokens per second of one engine, as a process of its own: `python -m gpu_bench.model ENGINE SHAPE ...`.
+"""Whole-model tokens per second of one engine, as a separate process: `python -m gpu_bench.model ENGINE SHAPE ...`.
 
-`ours` is `LLM` with dummy weights; `ours-batch-invariant` and `ours-eager` are the same with `batch_invariant` and with
-`enforce_eager`, and show what the one costs and what graphs bring. `transformers` has random weights in the same shape
-and the fastest of its experts implementations. Prompts are random token ids, decoding is greedy. Prints one line of
-JSON.
+`ours` is `LLM` with dummy weights. `ours-batch-invariant` is the same with `batch_invariant`, and shows its cost.
+`ours-eager` is the same with `enforce_eager`, and shows the gain of graphs. `transformers` has random weights in the
+same shape and the fastest of its experts implementations. Prompts are random token ids, decoding is greedy. Prints one
+line of JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# Names are those of `config.json`; the layers are a part of the model's, so that random weights are made in time.
+# Names are those of `config.json`. Fewer layers than the model has, so that random weights are made in time.
 SHAPES: dict[str, dict[str, int]] = {
     "bench": {
         "num_hidden_layers": 12, "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4,
@@ -65,7 +65,7 @@ def config_of(shape: str) -> dict[str, Any]:
 
 
 def decode_bytes(shape: str, batch: int, context: int) -> float:
-    """Bytes that a decode step must read: attention, router, head, the experts a random batch uses, keys and values."""
+    """Bytes that a decode step must read: attention, gate, head, the experts a random batch uses, keys and values."""
     s = SHAPES[shape]
     D, d, E = s["hidden_size"], s["head_dim"], s["num_experts"]
     attention = D * d * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
@@ -136,7 +136,7 @@ class Transformers:
 
 
 def measure(engine: str, shape: str, device: str, batch: int, prompt: int, new_tokens: int, repeats: int) -> Any:
-    """Tokens per second of prefill and decode, medians; decode's time is what longer outputs take beside short ones."""
+    """Median tokens per second of prefill and decode; decode time is that of long outputs minus that of short ones."""
     length = prompt + new_tokens + 16
     made = (
         Transformers(shape, device, batch, length)

@@ -1,4 +1,4 @@
-"""Layer shapes of open models, and routings with a chosen imbalance."""
+"""Layer shapes of open models, and random experts per token with a chosen imbalance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """One sparse layer with its attention. `num_experts` are those held here, each token uses `top_k` of them."""
+    """One sparse layer with its attention. `num_experts` experts are held here; each token uses `top_k` of them."""
 
     name: str
     num_experts: int
@@ -23,11 +23,11 @@ class Shape:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert in 16 bits."""
+        """Bytes of one expert in 16 bits."""
         return 3 * self.hidden * self.intermediate * 2
 
     def within(self, nbytes: float) -> Shape:
-        """The same with as many experts as fit, halved until they do; its name says so."""
+        """The same shape with the number of experts halved until they fit; its name shows it."""
         count = self.num_experts
         while count * self.expert_bytes > nbytes and count > self.top_k:
             count = max(self.top_k, count // 2)
@@ -53,7 +53,7 @@ def route(shape: Shape, num_tokens: int, skew: str, device: torch.device, seed: 
     weight_E = torch.ones(shape.num_experts)
     if skew == "zipf":
         weight_E /= torch.arange(1, shape.num_experts + 1)
-    # The largest of exponential races won at these rates is a draw without replacement.
+    # The K first arrivals of exponential races at these rates are a draw without replacement.
     race_TE = torch.empty(num_tokens, shape.num_experts).exponential_(generator=generator) / weight_E
     return race_TE.topk(shape.top_k, dim=1, largest=False).indices.to(device)
 

@@ -1,6 +1,6 @@
-"""Times of the ops beside torch's ways and two floors: bytes over the copy rate, products over the matrix rate.
+"""Times of the ops, of torch's alternatives and of two floors: bytes / copy rate, operations / matrix rate.
 
-A time is the median of some runs, each between two events, with new inputs and the cache flushed before.
+A time is the median of several runs. Each run is timed between two events, with new inputs and a flushed cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Calls = dict[str, Callable[[int], object] | None]
 
 @dataclass(frozen=True)
 class Row:
-    """One case: microseconds of ours, of each alternative (`None` where it cannot run) and of both floors."""
+    """One case: microseconds of ours, of each alternative (`None` if it cannot run) and of both floors."""
 
     what: str
     shape: str
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass
 class Clock:
-    """Times calls on a device, and knows what it reaches at best."""
+    """Times calls on a device, and measures the device's best rates."""
 
     device: torch.device
     repeats: int
@@ -67,7 +67,7 @@ class Clock:
         self.flops_per_s = 2 * size**3 / self.us(lambda _: a @ b) * 1e6
 
     def us(self, call: Callable[[int], object]) -> float:
-        """Median microseconds of `call(i)`; the first two runs are not counted."""
+        """Median microseconds of `call(i)`, without the first two runs."""
         times = [self._once(call, run) for run in range(self.repeats + 2)]
         return statistics.median(times[2:])
 
@@ -148,7 +148,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def decode_attention(shape: Shape, cases: tuple[tuple[int, int], ...], clock: Clock) -> Iterator[Row]:
-    """One row per sequence, beside SDPA over keys that lie in order."""
+    """One row per sequence, compared with SDPA over contiguous keys."""
     H, G, d = shape.heads, shape.kv_heads, shape.head_size
     for batch, context in cases:
         pages = -(-context // PAGE)
@@ -175,7 +175,7 @@ def decode_attention(shape: Shape, cases: tuple[tuple[int, int], ...], clock: Cl
 
 
 def prefill_attention(shape: Shape, lengths: tuple[int, ...], clock: Clock) -> Iterator[Row]:
-    """A whole prompt, beside causal SDPA."""
+    """A whole prompt, compared with causal SDPA."""
     for length in lengths:
         yield clock.row(
             "prefill attention",
@@ -204,7 +204,7 @@ def _prefill_calls(shape: Shape, length: int, device: torch.device) -> Calls:
 
 
 def small_ops(shape: Shape, tokens: tuple[int, ...], clock: Clock) -> Iterator[Row]:
-    """What stands between the products; the alternatives are the torch twins."""
+    """The ops between the products; the alternatives are the torch twins."""
     for num_tokens in tokens:
         for name, calls, nbytes, flops in _small_cases(shape, num_tokens, clock.device):
             yield clock.row(name, shape.name, f"{num_tokens} tokens", calls, nbytes, flops)

@@ -1,7 +1,7 @@
-"""Measure moe_runtime beside llama.cpp, vLLM and transformers on the CPU, in one run. See docs/benchmarks.md.
+"""Compare moe_runtime with llama.cpp, vLLM and transformers on the CPU, in one run. See docs/benchmarks.md.
 
-Start it with scripts/bench_peers. The engines take turns, repetition by repetition, and what the machine can do is
-measured before and after each turn. The first run installs the other engines into .peers and makes the model.
+Start it with scripts/bench_peers. The engines take turns in each repetition, and the machine's rates are measured
+before and after each turn. The first run installs the other engines into .peers and makes the model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
 
     if options.only == "olmoe":
         cases = QUICK_OLMOE_CASES if options.quick else OLMOE_CASES
-        # Two copies of 14 GB don't fit beside each other everywhere.
+        # Not every machine has room for two copies of 14 GB.
         together = tuple((name,) for name in OURS if name in options.engines)
     else:
         cases = QUICK_CASES if options.quick else CASES

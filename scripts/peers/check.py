@@ -1,8 +1,8 @@
-"""Whether all engines hold the same weights: the same log-probabilities for the same tokens, within bfloat16.
+"""Checks that all engines hold the same weights: same log-probabilities for the same tokens, within bfloat16.
 
-An engine names the tokens of its choice at every position (the prompt's own and its best ones). The reference has the
-log-probabilities of all tokens, in float32. The divergence is that of the two distributions with all tokens that were
-not named taken as one.
+At every position, an engine reports some tokens (the prompt's own and its best ones). The reference has the
+log-probabilities of all tokens, in float32. The divergence of the two distributions treats all unreported tokens as
+one.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 TOP = 20  # best tokens per position; what all engines can give
-# bfloat16 itself gives about a tenth of it with transformers; other weights give hundreds of times as much.
+# With transformers, bfloat16 gives about a tenth of this limit; other weights give hundreds of times as much.
 MAX_MEAN_KL = 0.005
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of one engine with the reference: divergence in nats per position, and the named tokens' log-probabilities."""
+    """Agreement of an engine with the reference: divergence (nats per position), reported log-probabilities."""
 
     mean_kl: float
     max_kl: float

@@ -1,4 +1,4 @@
-"""Loads the engines, checks them against each other, and measures them in turn with the machine's floor beside each."""
+"""Loads the engines, checks them against each other, and measures in turn each engine and the machine's floor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OURS = ("ours", "ours-ep2")
 PEERS = ("llama.cpp", "vllm", "transformers")
 CHECK_PROMPTS, CHECK_LENGTH = 2, 32
 WARM_UP_TOKENS = 3
-ANSWER_DEADLINE_S = 1200.0  # compiling engines take minutes to load the first time
+ANSWER_DEADLINE_S = 1200.0  # engines that compile take minutes to load the first time
 
 
 class DisagreementError(RuntimeError):
@@ -36,7 +36,7 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """So many prompts of one length, and tokens to generate for each; 1 is prefill alone."""
+    """A number of prompts of one length, and tokens to generate for each; 1 token is prefill only."""
 
     batch: int
     length: int
@@ -53,8 +53,8 @@ class Plan:
 
     Attributes:
         shape: a name in `make_bench_model.SHAPES`.
-        together: engines that are loaded at the same time and measured in turn; groups follow each other.
-        logs: folder for what the engines print.
+        together: groups of engines that are loaded at the same time and measured in turn; groups run one by one.
+        logs: folder for the engines' output.
     """
 
     shape: str
@@ -69,7 +69,7 @@ class Plan:
 
 
 class Conductor:
-    """One run of a plan. `run` gives everything that was measured, as plain values for JSON."""
+    """One run of a plan. `run` returns all measurements, as plain values for JSON."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -86,7 +86,7 @@ class Conductor:
 
         Raises:
             DriverError: an engine failed.
-            DisagreementError: an engine's log-probabilities are not those of the reference.
+            DisagreementError: an engine's log-probabilities differ from the reference.
         """
         if "llama.cpp" in self.plan.engines:
             ensure_gguf(self.model)
@@ -116,7 +116,7 @@ class Conductor:
         }
 
     def _start(self, name: str) -> Driver:
-        """Start an engine's process; the first answer tells when it is ready."""
+        """Start an engine's process; its first answer means that it is ready."""
         module, arguments, variables = self._command(name)
         # transformers' environment serves the reference as well.
         home = "transformers" if name == "reference" else name
@@ -133,7 +133,7 @@ class Conductor:
         )
 
     def _command(self, name: str) -> tuple[str, list[str], dict[str, str]]:
-        """Module, arguments and variables of an engine."""
+        """Module, arguments and environment variables of an engine."""
         model, threads = str(self.model), str(self.threads)
         sequences = str(max(case.batch for case in self.plan.cases))
         length = str(max(case.length + case.new_tokens for case in self.plan.cases))
@@ -198,7 +198,7 @@ class Conductor:
         before = machine.call("measure")
         for repetition in range(self.plan.repetitions):
             names = list(drivers)
-            names = names[repetition % len(names) :] + names[: repetition % len(names)]  # nobody is always first
+            names = names[repetition % len(names) :] + names[: repetition % len(names)]  # no engine is always first
             for case in self.plan.cases:
                 prompts = self._prompts(f"repetition {repetition}", case.batch, case.length)
                 for name in names:
@@ -230,7 +230,7 @@ class Conductor:
         )
         found = [("prefill", case.batch * case.length, seconds["prefill_s"], case.batch * case.length / floor)]
         if case.new_tokens > 1:
-            # The token of the first of these steps sees the prompt and itself, that of the last new_tokens - 2 more.
+            # In the first of these steps a token sees the prompt and itself, in the last new_tokens - 2 more.
             context = case.length + case.new_tokens / 2
             step = decode_step_seconds(
                 self.sizes,
@@ -267,7 +267,7 @@ class Conductor:
 
 
 def vllm_variables() -> dict[str, str]:
-    """All cores for the model (by itself it leaves one to its scheduler), and a gibibyte for the keys and values."""
+    """All cores for the model (vLLM's default leaves one for its scheduler), and a gibibyte for keys and values."""
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     return {
         "VLLM_CPU_OMP_THREADS_BIND": cores,
@@ -278,5 +278,5 @@ def vllm_variables() -> dict[str, str]:
 
 
 def say(text: str) -> None:
-    """A line of progress, on stderr."""
+    """Print a line of progress to stderr."""
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The conductor's side of the protocol: engine processes that are asked one at a time and stand still meanwhile."""
+"""The conductor's side of the protocol: engine processes, of which one runs at a time while the others are stopped."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Driver:
         python: interpreter of the engine's environment.
         module, arguments: run as `python -m module arguments`.
         environment: variables beside the caller's own.
-        log: file for all that it prints.
-        deadline_s: for any answer, the first included, which comes when the engine is loaded.
+        log: file for the engine's output.
+        deadline_s: for every answer, including the first, which comes when the engine is loaded.
 
     Raises:
         DriverError: the engine does not start.
@@ -87,10 +87,10 @@ class Driver:
         return json.loads(answer)
 
     def close(self) -> None:
-        """End the process group: politely, then by force."""
+        """End the process group: by closing stdin, then by SIGKILL."""
         assert self._process.stdin is not None
         self._signal(signal.SIGCONT)
-        with suppress(BrokenPipeError):  # it has ended before
+        with suppress(BrokenPipeError):  # it has already ended
             self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_DEADLINE_S)

@@ -1,4 +1,4 @@
-"""The other engines' environments: a folder each below `.peers`, made once, from PyPI alone."""
+"""The other engines' environments: one folder each under `.peers`, made once, from PyPI only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FOLDER = ROOT / ".peers"
 
 @dataclass(frozen=True)
 class Environment:
-    """What pip is told.
+    """pip's inputs for an environment.
 
     Attributes:
         install: arguments of `pip install`, run at the root of the repository.
-        variables: for pip's process.
-        uninstall: packages that come along and don't work on a machine without a GPU or multimedia libraries.
+        variables: environment variables of pip's process.
+        uninstall: dependencies that don't work on a machine without a GPU or multimedia libraries.
     """
 
     install: tuple[str, ...]
@@ -39,10 +39,10 @@ ENVIRONMENTS = {
 
 
 def ensure_environment(name: str) -> Path:
-    """The interpreter of an engine's environment, installed first if it is not there or asks for something else now.
+    """The interpreter of an engine's environment; installs it first if it is missing or its requirements changed.
 
     Raises:
-        subprocess.CalledProcessError: pip failed; what it said is on stderr.
+        subprocess.CalledProcessError: pip failed; its output is on stderr.
     """
     wanted, folder = ENVIRONMENTS[name], FOLDER / name
     python, stamp = folder / "bin" / "python", folder / "installed"

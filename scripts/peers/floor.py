@@ -1,9 +1,9 @@
-"""The least time that a phase can take on this machine, from what must be read and multiplied. No torch, no processes.
+"""The least time that a phase can take on this machine, from its bytes and operations. No torch, no processes.
 
 A step must read the attention, norm and gate weights of every layer, the head, the experts that its tokens chose, and
-the keys and values so far; it can't do so faster than memory gives them. It must also multiply, and can't do so faster
-than a large matrix product runs. The longer of the two times is the floor. An engine's weights count in the bytes that
-it holds them in. Embedding rows, activations and whatever else is left out make the floor lower than what can be
+the keys and values so far. It can't read them faster than the memory bandwidth. It also can't multiply faster than a
+large matrix product runs. The longer of the two times is the floor. An engine's weights count with the bytes in which
+the engine stores them. Embedding rows, activations and other omitted work make the floor lower than what can be
 reached, never higher.
 """
 
@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = 2  # of a key or a value in bfloat16, and of a weight where an engine holds it as it is
+BYTES = 2  # of a key or a value in bfloat16, and of a weight that an engine stores unchanged
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured beside an engine: bytes and operations per second of all cores, and of one rank's share."""
+    """Rates measured together with an engine: bytes and operations per second of all cores, and of one rank's share."""
 
     bytes_per_s_all: float
     bytes_per_s_rank: float
@@ -27,7 +27,7 @@ class Rates:
 
     @classmethod
     def mean(cls, before: Mapping[str, float], after: Mapping[str, float]) -> Rates:
-        """Of two measurements, one on either side of what they are for."""
+        """The mean of two measurements, one before and one after an engine's turn."""
         return cls(**{name: (before[name] + after[name]) / 2 for name in before})
 
 
@@ -36,7 +36,7 @@ class Sizes:
     """Parameters of a model whose layers are all sparse.
 
     Attributes:
-        dense: attention, norms and routers of all layers, read by every step on each rank that has a sequence.
+        dense: attention, norms and gates of all layers, read by every step on each rank that has a sequence.
         head: read by every step, and multiplied once per sequence.
         expert: one expert of one layer.
         expert_rows: rows that one token sends to experts, over all layers.
@@ -69,7 +69,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Routing:
-    """Experts touched, or rows sent to them, summed over layers: of all ranks, and of each layer's busiest rank."""
+    """Touched experts, or rows sent to experts, summed over layers: of all ranks, and of each layer's busiest rank."""
 
     total: float
     largest: float
@@ -83,8 +83,8 @@ def decode_step_seconds(
     Args:
         touched: distinct experts of the step.
         context: keys per sequence, mean over the steps.
-        ranks: 1 uses all cores; more have a share each, and sequences are spread evenly.
-        weight_bytes: of a weight as the engine holds it.
+        ranks: 1 uses all cores; several have an equal share each, and sequences are spread evenly.
+        weight_bytes: bytes per weight as the engine stores it.
     """
     sequences = _spread(batch, ranks)
     weights = sizes.dense + sizes.head
@@ -159,7 +159,7 @@ def _floor(
 
 
 def _seconds(part: Routing, per_s_all: float, per_s_rank: float, ranks: int) -> float:
-    """The busiest rank can't pass its own rate, and all together can't pass the machine's."""
+    """The longer time: the busiest rank can't exceed its own rate, and all ranks can't exceed the machine's rate."""
     together = part.total / per_s_all
     return together if ranks == 1 else max(together, part.largest / per_s_rank)
 

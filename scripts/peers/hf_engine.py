@@ -1,7 +1,7 @@
 """transformers as a driver: `python -m peers.hf_engine MODEL DTYPE`. In float32 it is the reference for the check.
 
-The loop is what `generate` does for prompts of one length, without its overhead. transformers has several ways to run
-experts; a trial per case finds the best for each phase, and that one is measured.
+The loop does the same as `generate` for prompts of one length, without its overhead. transformers has several ways to
+run experts; a trial per case finds the fastest for each phase, which is then measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from peers.protocol import Stopwatch, serve, take_stdout
 
 Prompts = list[list[int]]
-# "batched_mm" copies the weights of every (token, expert) pair: seconds a step for more than one token.
+# "batched_mm" copies the weights of every (token, expert) pair: seconds per step for more than one token.
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 MOST_BATCHED_MM_TOKENS = 1
 TRIAL_ROUNDS, TRIAL_STEPS = 2, 3

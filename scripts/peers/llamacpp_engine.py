@@ -1,7 +1,7 @@
 """llama.cpp as a driver: `python -m peers.llamacpp_engine GGUF_FILE THREADS`.
 
-Through llama-cpp-python's C functions: one batch holds all sequences, as llama.cpp's own server and batched benchmark
-do it. Logits are computed for the last token of each prompt only.
+It uses llama-cpp-python's C functions. One batch holds all sequences, as in llama.cpp's own server and batched
+benchmark. Logits are computed only for the last token of each prompt.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy as np
 from peers.protocol import Stopwatch, serve, take_stdout
 
 Prompts = list[list[int]]
-N_BATCH = 4096  # tokens of a call
-N_UBATCH = 2048  # tokens that the kernels see at once
+N_BATCH = 4096  # tokens per call
+N_UBATCH = 2048  # tokens that the kernels process at once
 CONTEXT_STEP = 256
 
 
@@ -77,7 +77,7 @@ class LlamaCppEngine:
         return found
 
     def _decode(self, context: Any, rows: Iterable[tuple[int, int, int, bool]]) -> list[np.ndarray]:
-        """Run (token, position, sequence, wanted) rows; logits of those that are wanted, valid until the next call."""
+        """Run (token, position, sequence, wanted) rows; logits of the wanted rows, valid until the next call."""
         batch, wanted, count = self._batch, [], 0
         for count, (token, position, sequence, want) in enumerate(rows, start=1):
             index = count - 1
@@ -95,7 +95,7 @@ class LlamaCppEngine:
         return [np.ctypeslib.as_array(ctypes.cast(row, kind).contents) for row in logits]
 
     def _context_for(self, sequences: int, length: int) -> Any:
-        """An empty context for so many sequences of this length."""
+        """An empty context for `sequences` sequences of this length."""
         shape = (sequences, -(-length // CONTEXT_STEP) * CONTEXT_STEP)
         if shape != self._shape:
             if self._context is not None:

@@ -1,4 +1,4 @@
-"""What the machine can do at this moment, as a driver: `python -m peers.machine THREADS`."""
+"""The machine's current rates, as a driver: `python -m peers.machine THREADS`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Machine:
         self.packed = PackedLinear.pack(self.kernels, self.weight)
 
     def measure(self) -> dict[str, float]:
-        """Bytes and operations per second of all threads, and of the half that one of two ranks has."""
+        """Bytes and operations per second of all threads, and of half of them (one of two ranks)."""
         found = {}
         for name, threads in (("all", self.threads), ("rank", max(1, self.threads // 2))):
             self.kernels.set_threads(threads)
@@ -43,7 +43,7 @@ class Machine:
 
 
 def _rate(call: Callable[[], object]) -> float:
-    """Calls per second, after one that does not count."""
+    """Calls per second, after one warm-up call."""
     call()
     start, count = time.perf_counter(), 0
     while (spent := time.perf_counter() - start) < SECONDS:

@@ -44,9 +44,10 @@ class OursEngine:
         """Experts that each step touches, counted from the gate's own choices.
 
         Returns:
-            For one rank and for two, that have the halves of the experts: `total`, distinct experts summed over layers,
-            and `largest`, those of the rank with most of them in each layer. "decode": mean over steps (absent without
-            any). "prefill": as if all prompts went in one step; "rows": of rows, not experts, in the same.
+            For one rank, and for two that have half of the experts each: `total`, distinct experts summed over layers,
+            and `largest`, the same for the rank with most experts in each layer. "decode": mean over steps (absent
+            without decode steps). "prefill": as if all prompts were in one step. "rows": as "prefill", for rows instead
+            of experts.
         """
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         before = self._counts()
@@ -97,7 +98,7 @@ class OursEngine:
 
 
 def _by_rank(counts_SLE: np.ndarray, ranks: int) -> dict[str, float]:
-    """Sum over layers, mean over steps: of all experts, and of the rank with most in each layer."""
+    """Sum over layers, mean over steps: for all experts, and for the rank with the most in each layer."""
     parts = np.array_split(counts_SLE, ranks, axis=2)
     per_rank_SLW = np.stack([part.sum(axis=2) for part in parts], axis=2)
     total, largest = (x.sum(axis=1).mean() for x in (per_rank_SLW.sum(axis=2), per_rank_SLW.max(axis=2)))

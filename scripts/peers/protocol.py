@@ -16,7 +16,7 @@ Handler = Callable[..., Any]
 
 
 def take_stdout() -> TextIO:
-    """The stream for answers. What libraries print to stdout from now on goes to stderr."""
+    """The stream for answers. Later output of libraries to stdout goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return answers
@@ -36,8 +36,8 @@ def serve(answers: TextIO, handlers: dict[str, Handler]) -> None:
 class Stopwatch:
     """Times one generation of `num_prompts` sequences, all submitted now.
 
-    Prefill lasts until every sequence has its first token; decode from then to the end. Tokens that come before that
-    moment are part of neither rate's count, so an engine that mixes both phases in a step is not paid twice.
+    Prefill lasts until every sequence has its first token; decode lasts from then to the end. Second and later tokens
+    before that moment count in neither rate, so an engine that mixes both phases in a step has no advantage.
     """
 
     def __init__(self, num_prompts: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run says: a Markdown table and a plot from the plain values that `Conductor.run` gives."""
+"""The report of a run: a Markdown table and a plot from the result of `Conductor.run`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def markdown(results: dict[str, Any]) -> str:
 def phase_table(results: dict[str, Any], phase: str) -> str:
     """A row per case and engine; empty if nothing was measured.
 
-    Ratios are medians of ratios: of an engine to the floor measured beside it, and of ours to the engine in the same
+    Ratios are medians of ratios: an engine to the floor measured with it, and ours to the engine in the same
     repetition.
     """
     rows = [
@@ -64,7 +64,7 @@ def gain_over(results: dict[str, Any], phase: str, case: str, engine: str) -> fl
 
 
 def agreement_table(agreement: dict[str, Any]) -> str:
-    """Of every engine with the float32 reference."""
+    """Agreement of every engine with the float32 reference."""
     rows = [
         "| engine | mean KL to float32 | highest KL | root mean square error of log-probabilities | agrees |",
         "|---|---|---|---|---|",
@@ -78,7 +78,7 @@ def agreement_table(agreement: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of all engines with their spread, and above each a line at the floor that was measured beside it."""
+    """Bars of all engines with their spread; above each bar, a line at the floor measured with it."""
     import matplotlib
 
     matplotlib.use("Agg")
