@@ -1,4 +1,4 @@
-"""What the pages name is there: relative links, and paths of files."""
+"""Everything that the documentation names exists: relative links, and paths of files."""
 
 from __future__ import annotations
 

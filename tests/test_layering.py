@@ -1,4 +1,4 @@
-"""Rooms and the edges between them: who may import whom, no circles, and what must not be imported at all."""
+"""Rooms and the edges between them: allowed imports, no cycles, and modules that must not be imported at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--quick` runs is there, and touches every room."""
+"""The tests that `--quick` runs exist, and cover every room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padded dispatchers give the bits of the exact ones, and neither way waits for the device."""
+"""Padded dispatchers give the same bits as the exact ones, and neither direction waits for the device."""
 
 from __future__ import annotations
 

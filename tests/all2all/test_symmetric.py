@@ -1,6 +1,6 @@
-"""The shared-memory dispatcher: random sizes, one round and many, ranks that do not come, memory that is not there.
+"""The shared-memory dispatcher: random sizes, one and many dispatch rounds, missing ranks, missing memory.
 
-`test_dispatch.py` holds it, with the other dispatchers, against the slow reference.
+`test_dispatch.py` compares it, with the other dispatchers, with the slow reference.
 """
 
 from __future__ import annotations

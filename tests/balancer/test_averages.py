@@ -1,4 +1,4 @@
-"""Moving averages of the load: time constants, the beginning, gaps, and steps counted together."""
+"""Moving averages of the load: time constants, the first steps, gaps, and steps counted together."""
 
 import numpy as np
 import pytest

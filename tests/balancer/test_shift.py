@@ -1,4 +1,4 @@
-"""What counts as another load: distance, noise, and what is usual."""
+"""What counts as a new load: distance, noise, and the usual change."""
 
 import numpy as np
 import pytest

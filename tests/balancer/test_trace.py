@@ -1,4 +1,4 @@
-"""Routing traces: what they refuse, their counts, and their files."""
+"""Routing traces: refused values, counts, and files."""
 
 from __future__ import annotations
 

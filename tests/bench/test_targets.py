@@ -1,4 +1,4 @@
-"""The whole command, on engines of this process and on servers."""
+"""The whole bench command, on engines in this process and on servers."""
 
 from __future__ import annotations
 

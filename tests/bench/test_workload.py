@@ -1,4 +1,4 @@
-"""Lengths, options and the requests that they make."""
+"""Lengths, options and the resulting requests of a workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under `deepspeed --num_gpus N --module`: as under torchrun, over gloo on the CPU."""
+"""Start under `deepspeed --num_gpus N --module`: works as under torchrun, over gloo on the CPU."""
 
 from __future__ import annotations
 

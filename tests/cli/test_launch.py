@@ -1,4 +1,4 @@
-"""Sharing out the cores, the hosts of rank processes, and what torchrun's environment says."""
+"""Distribution of the cores, the hosts of rank processes, and the values of torchrun's environment."""
 
 from __future__ import annotations
 

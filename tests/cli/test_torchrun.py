@@ -1,4 +1,4 @@
-"""Under torchrun: hosts of one fake rank each, the first with the front; on one node, and on two played on this one."""
+"""Under torchrun: hosts of one fake rank each, the first with the front; on one node, and on two simulated nodes."""
 
 from __future__ import annotations
 

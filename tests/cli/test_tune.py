@@ -1,4 +1,4 @@
-"""`moe-runtime tune`, with a clock that runs no GPU."""
+"""`moe-runtime tune`, with a fake clock instead of a GPU."""
 
 from __future__ import annotations
 

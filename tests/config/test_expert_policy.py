@@ -1,4 +1,4 @@
-"""Policies: what users may write, what they mean for a model, and the file of a calibration."""
+"""Expert policies: allowed user input, meaning for a model, and the calibration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Capacity and load-aware routing through the engine: what is exact stays exact, what is not is counted."""
+"""Capacity and load-aware experts through the engine: exact results stay exact, changed experts are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies and routed experts through the engine: the same however requests run, and no neighbour notices."""
+"""Expert policies and routed experts through the engine: the same however requests run; others are not affected."""
 
 from __future__ import annotations
 

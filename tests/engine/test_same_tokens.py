@@ -1,4 +1,4 @@
-"""The same request gives the same tokens, whatever else runs and wherever: the promise of design, in float32."""
+"""The same request gives the same tokens, whatever else runs and on any rank: the guarantee of design, in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts in slots: what is loaded in pieces is computed as a whole, and a checksum tells any two contents apart."""
+"""Experts in slots: weights read in pieces compute as a whole, and checksums distinguish any two contents."""
 
 from __future__ import annotations
 

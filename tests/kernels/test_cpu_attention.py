@@ -1,4 +1,4 @@
-"""Native attention over the paged cache: against the torch twin, and the same bits however a prompt is cut."""
+"""Native attention over the paged cache: against the torch twin, and the same bits for any chunks of a prompt."""
 
 from __future__ import annotations
 

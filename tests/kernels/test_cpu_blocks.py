@@ -1,4 +1,4 @@
-"""The blocks of a layer as one native call each, against their parts in torch."""
+"""The blocks of a layer, one native call each, against the same operations in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All layers as one native call that runs beside its caller, against the blocks one by one, bit for bit."""
+"""All layers as one native call that runs in parallel with its caller, against single blocks, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiling the native kernels: once, by whoever comes first, and with one clear line where it can't be done."""
+"""Compiling the native kernels: once, by the first process that needs them; one clear line if it is not possible."""
 
 from __future__ import annotations
 

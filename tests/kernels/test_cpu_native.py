@@ -1,7 +1,7 @@
 """The native CPU kernels against their torch twins, on every instruction set that this machine has.
 
-float32 sums differ from torch's in their order only; bfloat16 results are one rounding of such a sum, so they differ by
-a unit in the last place (2^-8 of the value) plus what the twin's own roundings on the way leave.
+float32 sums differ from torch's only in their order. bfloat16 results are one rounding of such a sum. So they differ by
+a unit in the last place (2^-8 of the value) plus the error of the twin's own intermediate roundings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The face: what it offers, what it chooses, and what using it loads."""
+"""The face of the kernels: what it offers, what it chooses, and what its use imports."""
 
 import inspect
 import subprocess

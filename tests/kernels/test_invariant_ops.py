@@ -1,4 +1,4 @@
-"""The batch-invariant forms on the CPU: what their usual forms mean, and the same bits in any company."""
+"""The batch-invariant forms on the CPU: same meaning as the usual forms, and the same bits in any batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Triton attention, norms and rotary embedding against their twins: interpreted, and on a GPU where there is one."""
+"""Triton attention, norms and rotary embedding against their twins: interpreted, and on a GPU if there is one."""
 
 import pytest
 import torch

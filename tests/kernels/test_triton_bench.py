@@ -1,4 +1,4 @@
-"""The GPU benchmark checks itself without a GPU, and its checks find what is wrong."""
+"""The GPU benchmark checks itself without a GPU, and its checks find errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton ops of the sparse block against their twins: interpreted, and on a GPU where there is one."""
+"""The Triton ops of the sparse block against their twins: interpreted, and on a GPU if there is one."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Which tile a product takes: the model's choice, the tuner's file, and what wins."""
+"""Which tile a product takes: the model's choice, the tuner's file, and which of them wins."""
 
 import json
 

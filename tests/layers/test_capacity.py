@@ -1,4 +1,4 @@
-"""Capacity and load-aware routing of one rank against slow twins, and what they leave alone."""
+"""Capacity and load-aware experts of one rank against slow twins, and what they leave unchanged."""
 
 from __future__ import annotations
 

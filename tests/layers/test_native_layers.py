@@ -1,6 +1,6 @@
 """A sparse block of several ranks as one native call, against gate, dispatch, experts, combine and norm one by one.
 
-`test_same_tokens.py` and `models/test_same_bits.py` hold whole engines of one and of several ranks against each other.
+`test_same_tokens.py` and `models/test_same_bits.py` compare whole engines of one rank and of several ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work beside the main stream, on a GPU that only notes it: what must come after what, and what need not wait."""
+"""Work on the side stream, on a fake GPU that only records it: the required order, and work that need not wait."""
 
 from __future__ import annotations
 

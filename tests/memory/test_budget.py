@@ -1,4 +1,4 @@
-"""The memory of the ranks before anything is loaded."""
+"""The memory budget of the ranks before weights are read."""
 
 from __future__ import annotations
 

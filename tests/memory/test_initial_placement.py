@@ -1,4 +1,4 @@
-"""The placement that an engine begins with, on ranks that may have different numbers of slots."""
+"""The initial placement of an engine, on ranks that may have different numbers of slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes from the configuration alone, held against transformers' models and against loaded ranks."""
+"""Sizes from the configuration only, compared with transformers' models and with real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading `config.json`: old and new spellings, defaults, and what is refused by name."""
+"""Reading `config.json`: old and new spellings, defaults, and fields that are refused by name."""
 
 from __future__ import annotations
 

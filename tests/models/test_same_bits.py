@@ -1,5 +1,5 @@
 """A token's logits have the same bits in any batch, in any chunks, on any number of ranks: with native kernels, and
-with torch where `batch_invariant` asks for it."""
+with torch if `batch_invariant` is set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: temperatures and thresholds are what they claim, and the command writes what the engine reads."""
+"""Calibration: temperatures and thresholds are correct, and the command writes files that the engine can read."""
 
 from __future__ import annotations
 

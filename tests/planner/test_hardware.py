@@ -1,4 +1,4 @@
-"""Hardware profiles: the package's own, files, and files that are wrong."""
+"""Hardware profiles: the package's own profiles, valid files, and invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measuring this machine: that figures are sound, not what they are."""
+"""Measuring this machine: tests that figures are plausible, not their values."""
 
 from __future__ import annotations
 

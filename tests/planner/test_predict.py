@@ -1,4 +1,4 @@
-"""What must hold of any prediction, and a few that can be computed by hand."""
+"""Properties of all predictions, and a few predictions that can be computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's tokens go."""
+"""The planner's routings: which experts a step's tokens use."""
 
 from __future__ import annotations
 

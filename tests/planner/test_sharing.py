@@ -1,4 +1,4 @@
-"""When ranks end that share a node's memory."""
+"""End times of ranks that share a node's bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the benchmark beside other engines that need no engine: floors, the check, the stopwatch, the tables."""
+"""The parts of the benchmark against other engines that need no engine: floors, check, stopwatch, tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a cluster: over gloo with two ranks, and what it makes of measurements."""
+"""The check of a cluster: over gloo with two ranks, and its verdicts on measurements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of one layer beside DeepSpeed's: it compares the outputs, and its files hold every point."""
+"""The benchmark of one layer against DeepSpeed's: it compares the outputs, and its files contain every point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`scripts/_venv.sh` with a fake python, which writes down its arguments and plays what a test has laid out for pip."""
+"""`scripts/_venv.sh` with a fake python, which records its arguments and replays pip output prepared by a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What capacity and load-aware routing have changed: in `usage` on every route, and in the metrics."""
+"""Expert changes by capacity and by load: in `usage` on every endpoint, and in the metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`/generate` and what is shown of a server with a real model."""
+"""`/generate` and the status endpoints of a server with a real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routed experts in answers, in all shapes."""
+"""Routed experts in all kinds of answers."""
 
 from __future__ import annotations
 

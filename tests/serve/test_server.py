@@ -1,4 +1,4 @@
-"""A real server: in a thread for what happens on the socket, in a process for signals and exit codes."""
+"""A real server: in a thread to test the socket, in a process to test signals and exit codes."""
 
 import json
 import random

@@ -5,11 +5,11 @@ from hypothesis import settings
 
 from moe_runtime.balancer import ExpertLoad, Placement
 
-NO_DEADLINE = settings(deadline=None)  # a busy machine is no failure
+NO_DEADLINE = settings(deadline=None)  # a busy machine must not fail a test
 
 
 def random_placement(rng, layer_ids, num_experts, num_ranks, num_spare):
-    """Every expert somewhere; of the spare slots some hold replicas, some are empty; each layer differs."""
+    """Every expert has a slot; some spare slots hold replicas, some are empty; each layer differs."""
     num_ranks = min(num_ranks, num_experts)
     max_slots = -(-num_experts // num_ranks) + num_spare
     slots = np.full((len(layer_ids), num_ranks, max_slots), -1, np.int32)
@@ -23,7 +23,7 @@ def random_placement(rng, layer_ids, num_experts, num_ranks, num_spare):
 
 
 def random_load(seed, num_layers=4, num_experts=8, num_ranks=2, num_spare=0, top_k=2, num_tokens=(300, 40), **fields):
-    """Skewed counts as a router with fixed preferences gives them: each token uses `top_k` experts of each layer."""
+    """Skewed counts, as from a gate with fixed preferences: each token uses `top_k` experts of each layer."""
     rng = np.random.default_rng(seed)
     layer_ids = tuple(int(layer) for layer in np.cumsum(rng.integers(1, 3, num_layers)))
     preference = rng.normal(size=(num_layers, 1, num_experts)) * 1.5

@@ -1,4 +1,4 @@
-"""Fake engines that can be measured."""
+"""Fake engines for tests of the benchmark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from serve_fakes import FakeEngine
 
 
 class BenchEngine(FakeEngine):
-    """A fake engine with a vocabulary and all that a report says of an engine."""
+    """A fake engine with a vocabulary and everything that a report contains about an engine."""
 
     model_config = SimpleNamespace(vocab_size=1000)
 

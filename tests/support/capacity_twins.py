@@ -8,7 +8,7 @@ import torch
 
 
 def over_capacity(experts: list[list[int]], room: int) -> list[list[bool]]:
-    """Which assignments find their expert full: all first choices come first, then all second, and so on."""
+    """Which assignments exceed their expert's capacity: all first choices come first, then all second, and so on."""
     taken: dict[int, int] = {}
     over = [[False] * len(row) for row in experts]
     for k in range(len(experts[0]) if experts else 0):

@@ -1,4 +1,4 @@
-"""Ranks without a model that count random tokens per step, for tests of what the front does with counts."""
+"""Ranks without a model that count random tokens per step, for tests of how the front uses counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_runtime.wire.messages import Chunk, RankPlan, RankResult, SlotReport, S
 
 
 def plan_of(step: int, prefill: int = 5, decode: int = 2, num_ranks: int = 2) -> StepPlan:
-    """A step with so many prompt tokens and decode rows, on the last rank."""
+    """A step with `prefill` prompt tokens and `decode` decode rows, on the last rank."""
     chunks = [Chunk(seq_id, 7, 1, [], True) for seq_id in range(decode)]
     chunks += [Chunk(decode, 0, prefill, [], True)] if prefill else []
     works = [RankPlan() for _ in range(num_ranks - 1)] + [RankPlan(chunks=chunks, num_decode=decode)]
@@ -19,7 +19,7 @@ def plan_of(step: int, prefill: int = 5, decode: int = 2, num_ranks: int = 2) ->
 
 
 class CountingRanks:
-    """An `Executor` whose ranks answer when `reports` is called, as of when they were asked."""
+    """An `Executor` whose ranks answer when `reports` is called, with the counts at the time of the request."""
 
     max_inflight = 2
 
@@ -35,7 +35,7 @@ class CountingRanks:
         ]
 
     def run(self, note_plan: Callable[[StepPlan], object], num_steps: int) -> None:
-        """Steps that are planned and done."""
+        """Plan and run steps."""
         for step in range(num_steps):
             note_plan(plan_of(step, num_ranks=len(self.ranks)))
             self.counts += self.random.integers(0, 20, self.counts.shape)

@@ -1,4 +1,4 @@
-"""Operands of the native CPU kernels, and how near to its twin a result must be."""
+"""Operands of the native CPU kernels, and the tolerance between a kernel and its torch twin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 
 def assert_close(actual, expected, scale=1.0):
-    """Within `scale` times what rounding leaves, relative to the largest value."""
+    """Assert a difference within `scale` times the rounding error, relative to the largest value."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     if actual.numel():
         unit = 2e-6 if actual.dtype == torch.float32 else 2**-8

@@ -1,4 +1,4 @@
-"""Run as a script in a process that interprets Triton kernels: decode steps of one rank, under `NoSync`, as JSON.
+"""A script for a process that interprets Triton kernels: runs decode steps of one rank under `NoSync`, prints JSON.
 
 `decode_step.py MODEL usual` compares them with ordinary steps in torch, `decode_step.py MODEL invariant` with ordinary
 steps in Triton, both with `batch_invariant`.
@@ -29,7 +29,7 @@ PROMPTS = [[3, 4, 5], [7] * 17, [9, 8, 2, 1, 6, 4]]
 
 
 class Capture:
-    """Repeats the call, under the proof that it waits for nothing."""
+    """Repeats the call under `NoSync`, which proves that it never waits for the device."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -44,7 +44,7 @@ class Capture:
 
 
 def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Tokens of each prompt, and the logits of every decode step, in steps of a bucket or, with 0, ordinary ones."""
+    """Tokens of each prompt, and the logits of every decode step; steps use the bucket, or are ordinary if it is 0."""
     config = EngineConfig(
         str(path), dtype="float32", max_num_seqs=4, block_size=BLOCK, max_model_len=64, batch_invariant=batch_invariant
     )
@@ -74,7 +74,7 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
 
 
 def launches() -> list[str]:
-    """Names of the kernels that are launched from now on; grows."""
+    """A list that receives the names of all kernels launched from now on."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []

@@ -1,6 +1,6 @@
-"""What ranks do with a real DeepSpeed: train a small model, save it, answer with it; run one MoE layer.
+"""Functions for ranks with a real DeepSpeed: train a small model, save it, generate with it; run one MoE layer.
 
-Functions here run in a pool of their own, since deepspeed leaves process groups and settings behind.
+They run in a pool of their own, since deepspeed does not clean up its process groups and settings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 NUM_EXPERTS, INNER = 8, 24
 CONFIGS: dict[str, dict[str, Any]] = {
-    # Attribute names of experts as in Hugging Face, a dense layer between the sparse ones.
+    # The experts' attribute names are those of Hugging Face; a dense layer is between the sparse ones.
     "qwen3_moe": {
         "num_experts": NUM_EXPERTS,
         "num_experts_per_tok": 3,
@@ -114,14 +114,14 @@ def build_model(case: str, ep_size: int) -> nn.Module:
         if name.endswith("gate.wg.weight"):
             nn.init.normal_(tensor, std=0.8)  # clear choices, so that rounding does not flip an expert
         if ".deepspeed_experts." in name:
-            nn.init.normal_(tensor, std=0.2)  # deepspeed makes all experts copies of one
+            nn.init.normal_(tensor, std=0.2)  # deepspeed initializes all experts as copies of one
     return Wrapped(model) if case == "mixtral" else model
 
 
 def train_and_save(
     context: RankContext, case: str, seed: int, folder: Path, prompts: list[list[int]], num_tokens: int
 ) -> tuple[list[Tensor], list[list[int]]]:
-    """Three steps of training and a checkpoint; then logits of each prompt and what greedy decoding makes of it."""
+    """Train three steps and save a checkpoint; return the logits of each prompt, and its greedy output."""
     engine, config = _engine(context, case, seed)
     vocab = BASE["vocab_size"]
     for _ in range(3):
@@ -151,9 +151,9 @@ def _engine(context: RankContext, case: str, seed: int) -> tuple[Any, Any]:
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    # Compiled on first use, and nothing here calls it.
+    # deepspeed compiles this op on first use, and nothing here calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.manual_seed(seed + context.rank)  # the engine makes all but the experts equal
+    torch.manual_seed(seed + context.rank)  # the engine makes all weights except the experts equal
     deepspeed.init_distributed("gloo")
     model = build_model(case, context.num_ranks)
     config = model.lm.config if case == "mixtral" else model.config

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the dispatchers; here, so that the pool's processes can import it."""
+"""Functions for ranks in the tests of the dispatchers; in a module that the pool's processes can import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SLOTS, HIDDEN = 3, 8
 
 
 def expert(x_D: Tensor, slot: int) -> Tensor:
-    """A stand-in for an expert whose output tells the slot and depends on every input."""
+    """A stand-in for an expert whose output identifies the slot and depends on every input."""
     return (x_D.float() * (slot + 1) + x_D.float().flip(0).sin()).to(x_D.dtype)
 
 
@@ -42,7 +42,7 @@ def run_rank(context: RankContext, name: str, work: list[tuple[Tensor, Tensor, T
 def run_rank_in_rounds(
     context: RankContext, name: str, work: list[tuple[Tensor, Tensor, Tensor]], capacities: list[int]
 ) -> tuple[Tensor, list[list[int]]]:
-    """The sums, and what each slot here computed in each round."""
+    """The combined rows, and what each slot of this rank computed in each dispatch round."""
     x_TD, slot_TK, weights_TK = work[context.rank]
     way = make(context, name, x_TD.dtype)
     rounds, counts = [], []

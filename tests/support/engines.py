@@ -1,4 +1,4 @@
-"""Engines whose ranks are those of a pool, and what is run on them."""
+"""Engines whose ranks are those of a pool, and helpers to run requests on them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def possible(ways: dict[str, tuple[int, dict[str, Any]]]) -> dict[str, tuple[int, dict[str, Any]]]:
-    """The ways that this machine has: rows go through shared memory with native kernels alone."""
+    """The ways that this machine supports: sending rows through shared memory needs native kernels."""
     return {
         name: (ep_size, options)
         for name, (ep_size, options) in ways.items()
@@ -40,7 +40,7 @@ def possible(ways: dict[str, tuple[int, dict[str, Any]]]) -> dict[str, tuple[int
 
 
 def in_bytes(options: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The options of a way with the KV cache in bytes of this float32 model."""
+    """The options of a way, with the KV cache size converted from pages to bytes for this float32 model."""
     if "kv_cache_memory_bytes" not in options:
         return options
     c = model.config
@@ -50,7 +50,7 @@ def in_bytes(options: dict[str, Any], model: Any) -> dict[str, Any]:
 
 @contextmanager
 def pool_engine(pools: Pools, path: Path, ep_size: int, **options: Any) -> Iterator[Engine]:
-    """An engine on the CPU that takes and gives token ids."""
+    """An engine on the CPU, with token ids as input and output."""
     config = EngineConfig(str(path), ep_size=ep_size, skip_tokenizer_init=True, device="cpu", **options)
     made = build_engine(config, lambda config, model, where: PoolExecutor(pools(ep_size), config, model, where))
     try:
@@ -84,7 +84,7 @@ def tokens(deltas: list[OutputDelta]) -> list[int]:
 
 
 def logprobs(deltas: list[OutputDelta]) -> list[dict[int, float]]:
-    """Of each position, those that were asked for."""
+    """The requested log-probabilities of each position."""
     return [{t: e.logprob for t, e in position.items()} for delta in deltas for position in delta.logprobs or []]
 
 

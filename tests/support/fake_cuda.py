@@ -1,4 +1,4 @@
-"""A `torch.cuda` of streams, events and graphs that only notes what is asked of it, in order."""
+"""A fake `torch.cuda` with streams, events and graphs that only records the calls, in order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 
 class FakeCuda:
-    """Work that tests do themselves notes itself with `note`.
+    """Tests record their own work with `note`.
 
     Attributes:
-        log: what happened, in order of the calls.
-        before: for each work, what a GPU is sure to have done before it begins, by streams and what they wait for.
+        log: everything recorded, in order of the calls.
+        before: for each piece of work, the work that a GPU must have finished before, by stream order and waits.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:

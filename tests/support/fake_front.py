@@ -1,6 +1,6 @@
 """A front without an engine, over fake ranks: `python fake_front.py [--fail]`, alone with two ranks or under torchrun.
 
-It says when it is ready, and on SIGTERM or SIGINT runs one more step and stops.
+It prints when it is ready. On SIGTERM or SIGINT it runs one more step and stops.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run_front(config: EngineConfig, make_executor: MakeExecutor) -> int:
 def main() -> int:
     logging.basicConfig(level=logging.INFO)
     rank_group.HOST_SILENCE = 2.0
-    rank_group._open_store = lambda address: SimpleNamespace(port=1)  # fake ranks do not meet; this saves the import
+    rank_group._open_store = lambda address: SimpleNamespace(port=1)  # fake ranks need no store; saves the import
     print("process:", os.getpid())
     if not under_torchrun():
         return run_front(

@@ -1,7 +1,7 @@
 """A rank without torch or a model, for tests of the processes around it; `python fake_rank.py` instead of the worker.
 
-It does what the test writes into the plan's `dispatcher`, or, while it loads, into the configuration's `model`: a list
-of `rank:command` with the commands of `_obey`. Its samples prove which plan it got.
+A test controls it by a list of `rank:command`, with the commands of `_obey`. The list is in the plan's `dispatcher` or,
+during loading, in the configuration's `model`. The samples show which plan the rank got.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _obey(commands: str, rank: int) -> None:
 
 
 def model_config() -> ModelConfig:
-    """A configuration that says nothing in particular."""
+    """An arbitrary model configuration."""
     return ModelConfig(
         family="fake",
         vocab_size=10,

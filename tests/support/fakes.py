@@ -1,7 +1,7 @@
 """Ranks without a model, and small real tokenizers, for tests of the front.
 
-A fake rank keeps the rules of a real one and fails where a plan breaks them. It writes tokens to pages and reads its
-context back from them, so that a page in two hands gives wrong tokens.
+A fake rank has the rules of a real one and fails if a plan breaks them. It writes tokens to pages and reads its
+context back from them, so a page that two sequences use gives wrong tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def random_next_token(token_ids: list[int], seed: int) -> int:
 
 
 def fake_logprobs(token_ids: list[int], token_id: int, num_best: int) -> TokenLogprobs:
-    """Log-probabilities behind `token_ids`: some function of them."""
+    """Log-probabilities after `token_ids`: an arbitrary function of them."""
     values = [-1 - zlib.crc32(repr((token_ids, token)).encode()) / 2**32 for token in range(VOCAB_SIZE)]
     order = sorted(range(VOCAB_SIZE), key=lambda token: -values[token])
     listed = [token_id, *order[:num_best]]
@@ -59,7 +59,7 @@ def fake_logprobs(token_ids: list[int], token_id: int, num_best: int) -> TokenLo
 def generate_alone(
     prompt: list[int], params: SamplingParams, seed: int, max_model_len: int, next_token: NextToken = random_next_token
 ) -> tuple[list[int], str]:
-    """Output tokens and finish_reason of a request that has the machine for itself; no stop strings."""
+    """Output tokens and finish_reason of a request that runs alone; no stop strings."""
     token_ids = list(prompt)
     while True:
         token_ids.append(next_token(token_ids, seed))
@@ -116,7 +116,7 @@ class FakeRank:
     def take_in(self, new: NewSequence) -> None:
         assert new.seq_id not in self.sequences, "a sequence is taken in twice"
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
-        self.sequences[new.seq_id] = FakeSequence(  # not a copy: what is sampled must not reach the front this way
+        self.sequences[new.seq_id] = FakeSequence(  # no copy: tokens appended here must not reach the front
             new.token_ids, new.num_prompt_tokens, len(new.token_ids), new.params, new.seed
         )
 
@@ -163,7 +163,7 @@ class FakeRank:
 
 
 class MockExecutor:
-    """Runs plans on fake ranks, each when it is collected and just as it was submitted."""
+    """Runs plans on fake ranks; a plan runs when it is collected, exactly as it was submitted."""
 
     def __init__(
         self,
@@ -280,7 +280,7 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 
 
 def save_byte_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """Byte-level BPE as in Llama 3, Qwen, SmolLM: characters may be split over tokens."""
+    """Byte-level BPE as in Llama 3, Qwen, SmolLM: a character may be split over several tokens."""
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -295,7 +295,7 @@ def save_byte_tokenizer(path: Path, chat_template: str | None = CHAT_TEMPLATE) -
 
 
 def save_metaspace_tokenizer(path: Path) -> Tokenizer:
-    """As SentencePiece in Mixtral: a word carries its space, a text's first space is dropped, bytes are a fallback."""
+    """As SentencePiece in Mixtral: a word includes its space, a text's first space is dropped, bytes are a fallback."""
     words = sorted({word for text in TEXTS for word in text.split() if word.isascii()})
     pieces = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz,."]
     vocab = {piece: index for index, piece in enumerate(pieces)}

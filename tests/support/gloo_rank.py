@@ -1,4 +1,4 @@
-"""A rank that joins the real process group, for tests of the rendezvous: `python gloo_rank.py` for the worker."""
+"""A rank that joins the real process group, for tests of the rendezvous: `python gloo_rank.py` replaces the worker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GlooWorker:
         )
 
     def step(self, step: RankStep) -> RankResult:
-        """Sums `step * (rank + 1)` over the ranks; the rank that `dispatcher` names leaves without a word."""
+        """Sums `step * (rank + 1)` over the ranks; the rank that `dispatcher` names exits without a message."""
         import torch
         import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""Ranks on CPUs that run decode steps as GPUs do, in buckets; what is captured there is an ordinary call here."""
+"""Ranks on CPUs that run decode steps in buckets, as GPUs do; a captured graph is an ordinary call here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moe_runtime.worker import decode_graphs, worker
 
 
 def capture_as_call(run: Callable[[], None]) -> Callable[[], None]:
-    """What `decode_graphs.CudaCapture` does, without a GPU: the call itself repeats the call."""
+    """A replacement for `decode_graphs.CudaCapture` without a GPU: replaying the graph runs the call again."""
     return run
 
 
 @contextmanager
 def ranks_in_torch(pool: RankPool, *, buckets: bool) -> Iterator[None]:
-    """Workers that are made within run torch instead of native kernels, with or without buckets."""
+    """Workers created in this context run torch instead of native kernels, with or without buckets."""
     pool.run(_patch, buckets)
     try:
         yield

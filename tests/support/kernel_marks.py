@@ -1,4 +1,4 @@
-"""Marks for tests that need what not every machine has."""
+"""Marks for tests whose requirements not every machine meets."""
 
 from __future__ import annotations
 

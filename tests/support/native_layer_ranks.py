@@ -1,4 +1,4 @@
-"""What ranks do in the tests of native layers over shared memory; here, so that the pool's processes can import it."""
+"""Functions for ranks in the tests of native layers over shared memory; in a module that the pool can import."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EXPERTS, SLOTS, TOP_K, HIDDEN, INNER = 5, 5, 3, 72, 40
 def make_layer(
     context: RankContext, seed: int, dtype: torch.dtype, timeout: float = 30, **options: int
 ) -> NativeMoELayer:
-    """A layer whose experts have slots in turn, so that all have replicas. Each slot has weights of its own: a replica
-    is told from another."""
+    """A layer whose experts take slots in turn, so that all have replicas. Each slot has different weights, so that a
+    test can distinguish replicas."""
     torch.manual_seed(seed)  # the same weights everywhere
     kernels, num_slots = native.load(), context.num_ranks * SLOTS
     way = SymmetricDispatcher(
@@ -43,7 +43,7 @@ def make_layer(
 
 
 def run_steps(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: int, steps: int) -> list[int]:
-    """Steps of random sizes, many and none; returns those in which one call and many differ."""
+    """Steps of random sizes, including none; returns the steps in which one native call and several calls differ."""
     layer = make_layer(context, seed, dtype, max_bytes=max_bytes)
     same, different = random.Random(seed), []
     torch.manual_seed(seed + 1 + context.rank)
@@ -71,7 +71,7 @@ def run_steps(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: in
 
 
 def run_alone(context: RankContext, late_rank: int) -> str | None:
-    """What the ranks say when one of them stops before a block."""
+    """The ranks' errors when one of them stops before a block."""
     layer = make_layer(context, 0, torch.float32, timeout=0.3)
     if context.rank == late_rank:
         return None

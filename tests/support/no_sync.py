@@ -1,4 +1,4 @@
-"""Proof that nothing waits for the host: a mode under which every op that hands a tensor's contents to Python fails."""
+"""Proof that nothing waits for the device: a mode in which every op that gives a tensor's contents to Python fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What reads a number, or has a size that depends on the data.
+# Ops that read a number, or whose result has a size that depends on the data.
 WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique_dim", "_unique2", "equal", "is_nonzero"}
 READING = {Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy}
 
 
 class _NoReading(TorchFunctionMode):
-    """Fails at what reads a tensor of the CPU without an op."""
+    """Fails at functions that read a CPU tensor without an op."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

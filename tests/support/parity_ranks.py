@@ -1,4 +1,4 @@
-"""What the parity tests plan, and what they run on every rank of a pool; here, since ranks import it by name."""
+"""Plans of the parity tests, and what they run on every rank of a pool; a module, since ranks import it by name."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_steps(
     )
     logits: dict[int, list[Tensor]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_runtime.memory.budget, "EXPERT_ROWS", 8)  # so that large steps pass sparse layers in parts
+        patch.setattr(moe_runtime.memory.budget, "EXPERT_ROWS", 8)  # so that sparse layers process large steps in parts
         if not native:
             patch.setattr(moe_runtime.worker.rank_setup, "load_or_none", lambda: None)
         worker = Worker(
@@ -94,6 +94,6 @@ def run_steps(
 
 
 def gather(results: list[dict[int, list[Tensor]]], count: int) -> list[Tensor]:
-    """Logits of each of `count` sequences, from what `run_steps` gave on each rank."""
+    """Logits of each of `count` sequences, from the results of `run_steps` on each rank."""
     merged = {seq_id: torch.cat(parts) for part in results for seq_id, parts in part.items()}
     return [merged[seq_id] for seq_id in range(count)]

@@ -1,11 +1,11 @@
-"""Small layers, and a slow way to the best level, for the tests of planning."""
+"""Small layers, and a slow computation of the best level, for the tests of planning."""
 
 import numpy as np
 from hypothesis import strategies as st
 
 
 def least_level(load_E, slots_WS, speed_W):
-    """The least possible max of load / speed, by going through all sets of ranks (Hall's condition): few ranks only."""
+    """The least possible max of load / speed, by trying all sets of ranks (Hall's condition); for few ranks only."""
     num_ranks = len(slots_WS)
     hosts = [{rank for rank in range(num_ranks) if expert in slots_WS[rank]} for expert in range(len(load_E))]
     best = 0.0
@@ -18,7 +18,7 @@ def least_level(load_E, slots_WS, speed_W):
 
 @st.composite
 def layer_cases(draw, max_ranks=6, max_experts=12):
-    """(load, slots, speed): random loads (some zero, some equal, some of very different size), any valid slots."""
+    """(load, slots, speed): random loads (some zero, some equal, some of very different size), random valid slots."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = draw(st.integers(1, max_experts))

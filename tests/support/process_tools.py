@@ -1,4 +1,4 @@
-"""Waiting for processes and finding what they left, for tests that start some."""
+"""Waits for processes and finds those left running, for tests that start processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def eventually(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def running(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
+    """Whether a process runs; a zombie (ended, not yet reaped) does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -31,7 +31,7 @@ def running(pid: int) -> bool:
 
 
 class Script:
-    """A process in a session of its own, with its output in a file, and whatever it starts in turn."""
+    """A process in a session of its own, with its output in a file, and all processes that it starts."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self.mark = f"MOE_RUNTIME_TEST_MARK={uuid.uuid4()}"
@@ -73,7 +73,7 @@ class Script:
         return self.process.wait()
 
     def left(self) -> list[int]:
-        """Processes that run still, of all that this script started."""
+        """Processes started by this script that still run."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:

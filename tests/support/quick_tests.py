@@ -1,4 +1,4 @@
-"""What `--quick` runs: tests of every room that take little time, a real engine and a real server among them."""
+"""The tests that `--quick` runs: fast tests of every room, including a real engine and a real server."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ cli/test_main.py::test_serve_by_default
 
 
 def is_quick(name: str) -> bool:
-    """Whether a test, named by its path below `tests`, is one of them or a case of one."""
+    """Whether a test, named by its path below `tests`, is a quick test or a case of one."""
     return any(name == test or name.startswith((f"{test}::", f"{test}[")) for test in QUICK)

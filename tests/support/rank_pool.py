@@ -1,4 +1,4 @@
-"""A pool of rank processes for tests: any function on all ranks of a gloo group, or a whole engine over them."""
+"""A pool of rank processes for tests: runs any function on all ranks of a gloo group, or a whole engine over them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEADLINE = 120.0
 
 @dataclass
 class RankContext:
-    """What a function run in the pool gets first: its rank, the group, and a place to keep things between calls."""
+    """First argument of a function in the pool: its rank, the group, and storage that lasts between calls."""
 
     rank: int
     num_ranks: int
@@ -114,7 +114,7 @@ class PoolExecutor:
         self.pool = pool
         self.max_inflight = 2
         self.ranks: list[RankInfo] = pool.run(_make_worker, config, model_config, path)
-        self._calls: deque[str] = deque()  # that the ranks have not answered
+        self._calls: deque[str] = deque()  # calls that the ranks have not answered
         self._reports: list[CountsReport | SlotReport] = []
 
     def submit(self, plan: StepPlan) -> None:

@@ -1,4 +1,4 @@
-"""A server on a socket over a real engine with a tiny model and a real tokenizer, and what the model itself answers."""
+"""A server on a socket over a real engine with a tiny model and a real tokenizer, and the model's own outputs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RealServer:
     tokenizer: Tokenizer
 
     def exact_logprobs(self, token_ids: list[int]) -> torch.Tensor:
-        """transformers' log-probabilities `[T, V]` of what follows each token."""
+        """transformers' log-probabilities `[T, V]` of the token after each token."""
         with torch.no_grad():
             return self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """transformers' most likely tokens, one after the other, past the end of sequence too."""
+        """transformers' most likely tokens, one after the other, continuing after the end of sequence."""
         token_ids = list(prompt)
         for _ in range(count):
             token_ids.append(int(self.exact_logprobs(token_ids)[-1].argmax()))
@@ -38,7 +38,7 @@ class RealServer:
 
 
 def start_real_server(folder: Path) -> tuple[ServerThread, RealServer]:
-    """The server, to be entered, and the rest of what is known of it but for its address."""
+    """The server as a context manager, and its `RealServer`."""
     tokenizer = save_byte_tokenizer(folder)
     model = make_model("qwen3", vocab_size=tokenizer.vocab_size + len(tokenizer.special_ids), eos_token_id=0)
     save(model, folder)

@@ -1,4 +1,4 @@
-"""Faults for the ranks of a pool; here, since ranks import it by name."""
+"""Faults for the ranks of a pool; a module, since ranks import it by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_runtime.wire.messages import SlotTask
 
 
 def break_copies(context: RankContext, fault: str | None) -> None:
-    """From now on copies fail ("error"), or what was copied is damaged ("corrupt"); None heals it."""
+    """From now on copies fail ("error"), or copied weights are damaged ("corrupt"); None removes the fault."""
     tasks = context.kept["worker"].slot_tasks
     if fault is None:
         tasks.__dict__.pop("copy", None)

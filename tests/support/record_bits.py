@@ -1,11 +1,11 @@
-"""Records what engines compute, to the bit, so that two checkouts can be compared.
+"""Records the exact bits that engines compute, so that two checkouts can be compared.
 
     python tests/support/record_bits.py record --tree CHECKOUT a.npz
     python tests/support/record_bits.py compare a.npz b.npz
 
-`record` takes the moe_runtime of a checkout (default: this one), and tiny models of three families from a fixed seed.
+`record` uses the moe_runtime of a checkout (default: this one), and tiny models of three families from a fixed seed.
 It runs them on 1, 2 and 4 ranks, with native kernels and with torch, in float32 and bfloat16: whole, in chunks,
-preempted, with replicas and while experts move. It keeps each request's tokens and logits, and the counts of experts.
+preempted, with replicas and while experts move. It saves each request's tokens and logits, and the expert counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# What is taken of moe_runtime: its place, then the one that it had before the modules moved into rooms.
+# Names used of moe_runtime: the current module, then the module before the code moved into rooms.
 PLACES = {
     "build_engine": ("moe_runtime.build:build_engine",),
     "SamplingParams": ("moe_runtime:SamplingParams",),
@@ -45,18 +45,18 @@ PLACES = {
 SEED = 20240607
 MODEL_LEN, NEW_TOKENS, BLOCK = 64, 22, 8
 LENGTHS = (5, 20, 33, 40, 8, 12, 27, 1)
-NUM_BEST = 20  # log-probabilities with each token, the most that one may ask for: its row of logits is found by them
-MOVE_AT, LEAST_STEPS = 4, 4  # the step at which experts begin to move, and how many must run after the first has moved
+NUM_BEST = 20  # log-probabilities per token, the most that are allowed; they identify its row of logits
+MOVE_AT, LEAST_STEPS = 4, 4  # the step at which moves begin, and the steps that must run after the first move
 DEADLINE = 120.0  # seconds that the requests of an engine may take
-JOBS = 2  # engines at a time; most of the time goes to the start of their processes
+JOBS = 2  # engines at a time; most of the time is the start of their processes
 
-# family -> case of `tiny_models.py` and more settings, so that each family runs most of what it allows
+# family -> case of `tiny_models.py` and more settings, so that each family uses most of its features
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3 bias, tied", {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 7}),
     "mixtral": ("mixtral dynamic", {"sliding_window": 20}),
     "glm4_moe": ("glm4 groups", {"use_qk_norm": True}),
 }
-# engine -> options, and what is run on it in turn; `kv_cache_memory_bytes` is in pages of BLOCK tokens
+# engine -> options, and the phases run on it in turn; `kv_cache_memory_bytes` is in pages of BLOCK tokens
 WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "whole": ({}, ("whole", "moving")),
     "chunked": ({"max_num_batched_tokens": 7, "max_num_seqs": 5, "dispatcher": "all_gather"}, ("chunked",)),
@@ -79,14 +79,14 @@ Arrays = dict[str, np.ndarray]
 
 
 def find(name: str) -> Any:
-    """What stands under a name of PLACES, in the checkout that is on the path."""
+    """The object of a name in PLACES, from the checkout that is on the path."""
     for place in PLACES[name]:
         module, _, attribute = place.partition(":")
         try:
             found = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not module.startswith(error.name):
-                raise  # the module is there; something that it imports is not
+                raise  # the module exists, but something that it imports does not
             continue
         return getattr(found, attribute) if attribute else found
     raise ModuleNotFoundError(f"{name} is in none of {PLACES[name]}")
@@ -99,8 +99,8 @@ def require(condition: object, why: str) -> None:
 
 @contextmanager
 def hooks(kernels: str, folder: Path) -> Iterator[None]:
-    """In this process, and in what it forks: each process keeps its rows of logits in a file of the folder, with their
-    log-probabilities; and there are no native kernels where `kernels` is "torch"."""
+    """Hooks for this process and its forks: each process saves its rows of logits, with their log-probabilities, in a
+    file of the folder. If `kernels` is "torch", there are no native kernels."""
     decoder, setup = find("Decoder"), find("rank_setup")
     logits, load_or_none = decoder.logits, setup.load_or_none
 
@@ -120,7 +120,7 @@ def hooks(kernels: str, folder: Path) -> Iterator[None]:
 
 
 def take_rows(folder: Path, vocab: int) -> dict[tuple[float, ...], np.ndarray]:
-    """Rows of logits that all processes have kept since the last call, by their best log-probabilities."""
+    """Rows of logits that all processes have saved since the last call, by their best log-probabilities."""
     rows: dict[tuple[float, ...], np.ndarray] = {}
     for file in folder.iterdir():
         for logits_V, logprobs_V in np.fromfile(file, np.float32).reshape(-1, 2, vocab):
@@ -133,7 +133,7 @@ def take_rows(folder: Path, vocab: int) -> dict[tuple[float, ...], np.ndarray]:
 
 @dataclass(frozen=True)
 class Job:
-    """One engine: what it is, and the checkpoint that it runs."""
+    """One engine: its settings, and the checkpoint that it runs."""
 
     family: str
     dtype: str
@@ -152,13 +152,13 @@ class Job:
         return options
 
     def phases(self) -> list[str]:
-        """What is run and recorded. Nothing is promised of torch in bfloat16 when timing has a say."""
+        """The phases to run and record. Torch in bfloat16 guarantees nothing in phases that depend on timing."""
         phases = [phase for phase in WAYS[self.way][1] if self.ep_size > 1 or phase in STATIC]
         return [p for p in phases if p in STATIC or self.kernels == "native" or self.dtype == "float32"]
 
 
 def run_job(job: Job) -> Arrays:
-    """Start an engine, run its phases, and give what is to be compared."""
+    """Start an engine, run its phases, and return the arrays to compare."""
     found: Arrays = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -192,9 +192,9 @@ def run_job(job: Job) -> Arrays:
 def run_phase(engine: Any, job: Job, phase: str, folder: Path) -> Arrays:
     """Run all requests together; their tokens and logits, and the expert counts since the engine's start.
 
-    With replicas, or while experts move, it depends on when reports arrive which rank computes a row. Torch's sums have
-    other bits then; what it promises is greedy tokens in float32, so no more than that is recorded. Steps depend on the
-    requests alone, also what preempted sequences compute again. So counts are the same wherever choices of experts are.
+    With replicas, or while experts move, the arrival time of reports decides which rank computes a row. Torch's sums
+    then have other bits. Torch only guarantees greedy tokens in float32, so only these are recorded. Steps depend only
+    on the requests, including what preempted sequences compute again. So counts are equal if choices of experts are.
     """
     is_exact = job.kernels == "native" or phase in STATIC
     deltas = play(engine, job, "moving" in phase)
@@ -217,7 +217,7 @@ def run_phase(engine: Any, job: Job, phase: str, folder: Path) -> Arrays:
 
 
 def play(engine: Any, job: Job, moves: bool) -> dict[str, tuple[list[int], list[tuple[float, ...]]]]:
-    """Tokens of each request, and for each token the key of its row of logits; on the way experts move, if asked to."""
+    """Tokens of each request, and for each token the key of its row of logits; with `moves`, experts move meanwhile."""
     generator = torch.Generator().manual_seed(SEED)
     found: dict[str, tuple[list[int], list[tuple[float, ...]]]] = {}
     for index, (length, sampling) in enumerate(zip(LENGTHS, SAMPLING, strict=True)):
@@ -233,7 +233,7 @@ def play(engine: Any, job: Job, moves: bool) -> dict[str, tuple[list[int], list[
         if moves and num_steps == MOVE_AT:
             rebalance = engine.rebalance()
         if rebalance is not None and not rebalance.done:
-            time.sleep(0.005)  # so that experts arrive while there are steps
+            time.sleep(0.005)  # so that moves finish while steps are running
         if not engine.has_work:
             engine.tend()
             continue
@@ -252,7 +252,7 @@ def play(engine: Any, job: Job, moves: bool) -> dict[str, tuple[list[int], list[
 
 
 def make_jobs(folder: Path) -> tuple[list[Job], Arrays]:
-    """All engines; and sums over the checkpoints, so that other models are not taken for other results."""
+    """All engines, and sums over the checkpoints, so that a changed model is not mistaken for a changed result."""
     sys.path.append(str(Path(__file__).parent))
     from tiny_models import make_model, save
 
@@ -275,7 +275,7 @@ def make_jobs(folder: Path) -> tuple[list[Job], Arrays]:
 
 
 def record(tree: Path, out: Path) -> None:
-    """Record with the moe_runtime of `tree`; in a process that has it on its path, which this may have to become."""
+    """Record with the moe_runtime of `tree`; if it is not on this process's path, restart the process with it."""
     if os.environ.get("PYTHONPATH") != str(tree):
         environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1"}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)
@@ -283,7 +283,7 @@ def record(tree: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs, arrays = make_jobs(Path(folder))
         for job in jobs:
-            if job.ep_size == 1:  # in this process, where one at a time can be hooked
+            if job.ep_size == 1:  # in this process, where only one engine at a time can be hooked
                 arrays |= run_job(job)
         with ThreadPoolExecutor(JOBS) as pool:
             for found in pool.map(run_job, [job for job in jobs if job.ep_size > 1]):
@@ -296,7 +296,7 @@ def record(tree: Path, out: Path) -> None:
 
 
 def compare(a: Path, b: Path) -> int:
-    """Print every difference; the number of them."""
+    """Print every difference; returns their number."""
     with np.load(a) as ours, np.load(b) as theirs:
         names = sorted({*ours.files, *theirs.files})
         differences = [line for name in names if (line := difference(name, ours, theirs)) is not None]
@@ -306,7 +306,7 @@ def compare(a: Path, b: Path) -> int:
 
 
 def difference(name: str, ours: Any, theirs: Any) -> str | None:
-    """How an array differs, in a line; None if it is the same to the bit."""
+    """How an array differs, in one line; None if all bits are equal."""
     if name not in ours.files or name not in theirs.files:
         return f"{name}: only in the {'first' if name in ours.files else 'second'} file"
     a, b = ours[name], theirs[name]
@@ -321,13 +321,13 @@ def difference(name: str, ours: Any, theirs: Any) -> str | None:
 
 
 def main() -> None:
-    # An installed checkout would lend the modules that this one does not have.
+    # Without this, modules missing here would come from an installed checkout.
     sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-    if sys.argv[1:2] == ["ranks"]:  # be the ranks of an engine; the rest of the command line is theirs
+    if sys.argv[1:2] == ["ranks"]:  # run the ranks of an engine; they get the rest of the command line
         _, _, kernels, folder, *sys.argv[1:] = sys.argv
         with hooks(kernels, Path(folder)):
             find("rank_main")()
-        os._exit(0)  # to take the interpreter down takes longer than the requests
+        os._exit(0)  # a normal interpreter shutdown takes longer than the requests
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     recorder = commands.add_parser("record", help="run all engines and write what they give")

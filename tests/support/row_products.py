@@ -1,7 +1,7 @@
-"""Matrix products for Triton's interpreter of which each row is computed by itself.
+"""Matrix products for Triton's interpreter in which each row is computed independently.
 
-On a GPU the rows of a tile have nothing to do with each other. The interpreter multiplies with numpy, and numpy with a
-BLAS that promises no bits: a row's may depend on its neighbours, and do on some processors.
+On a GPU the rows of a tile are independent. The interpreter multiplies with numpy, and numpy with a BLAS that does not
+guarantee bits: those of a row may depend on the other rows, and on some processors they do.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def matmul(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
 
 
 def use_in_this_process() -> None:
-    """The interpreter calls it from now on."""
+    """Make the interpreter use `matmul` from now on."""
     np.matmul = matmul

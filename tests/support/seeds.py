@@ -1,4 +1,4 @@
-"""One seed for a whole run: every test's and every shared fixture's own seed follows from it and from its name."""
+"""One seed for a whole run: the seed of each test and shared fixture is computed from it and from the name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-_generators = random.Random()  # seeds of numpy generators that are given none; hypothesis resets the shared ones
+_generators = random.Random()  # seeds for numpy generators without a seed; hypothesis resets the shared generators
 _make_generator = np.random.default_rng
 
 
 def default_rng(seed: Any = None) -> np.random.Generator:
-    """As numpy's, but a generator without a seed of its own follows from the test's."""
+    """As numpy's, but a generator without a seed gets one from the test's seed."""
     return _make_generator(_generators.getrandbits(64) if seed is None else seed)
 
 
@@ -28,7 +28,7 @@ def seed_for(run_seed: int, name: str) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Everything that tests draw from: torch, numpy, random."""
+    """Seed all generators that tests draw from: torch, numpy, random."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -37,7 +37,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """What is drawn inside follows from `seed`, and what is drawn afterwards is as if nothing had been."""
+    """Draws inside depend on `seed`; draws afterwards are as if nothing had been drawn inside."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), _generators.getstate()
     seed_all(seed)
     try:

@@ -1,4 +1,4 @@
-"""Ways to reach the application in tests: in this loop, or over a socket from a server in a thread or a process."""
+"""Ways to reach the application in tests: in this event loop, or over a socket, with a server thread or process."""
 
 import asyncio
 import contextlib
@@ -77,7 +77,7 @@ class ServerThread:
         self.wait()
 
     def wait(self):
-        """Exit code and whether the engine's thread ended."""
+        """The exit code, and whether the engine's thread ended."""
         self._thread.join(DEADLINE)
         assert not self._thread.is_alive()
         return self.result
@@ -109,7 +109,7 @@ class ServerProcess:
         self.process.communicate()
 
     def ready_line(self):
-        """Waits for the line that says where it listens."""
+        """Waits for the line with the address of the server."""
         return self.process.stdout.readline()
 
     def url(self):

@@ -58,7 +58,7 @@ class FakeRequest:
 
 @dataclass
 class FakeEngine:
-    """`allow` steps only as often as it is released, if given; dies at step `die_at`; a step takes `step_seconds`.
+    """If given, each step needs one release of `allow`. It fails at step `die_at`; a step takes `step_seconds`.
 
     Each request has `expert_changes`.
     """
@@ -204,7 +204,7 @@ class FakeEngine:
 
 
 def fake_logprobs(token, num_best):
-    """The chosen token at rank 3 and the best ones, of which the third is the chosen one again."""
+    """The chosen token at rank 3, and the best ones; the third of these is again the chosen token."""
     best = itertools.islice(((token + 100 + rank, rank) for rank in itertools.count(1) if rank != 3), num_best)
     entries = {token: Logprob(-math.inf if token == 13 else -3.0, 3, f" {token}")}
     return entries | {other: Logprob(-float(rank), rank, f" {other}") for other, rank in best}

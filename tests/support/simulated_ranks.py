@@ -1,4 +1,4 @@
-"""Ranks whose layers take as long as their busiest rank computes, with a clock of their own and experts that move.
+"""Simulated ranks: a layer takes as long as its busiest rank computes; with a simulated clock and moving experts.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks, Q requests.
 """
@@ -24,22 +24,22 @@ from moe_runtime.wire.executor import CountsReport
 from moe_runtime.wire.messages import ExpertWork, RankResult, SlotReport, SlotTask
 
 NUM_RANKS, NUM_LAYERS, NUM_EXPERTS = 4, 3, 32
-INTERVAL = 10  # steps between two looks
+INTERVAL = 10  # balance interval in steps
 ROWS, REQUESTS = 1024, 8  # of a step
 SECONDS_PER_ROW = 1e-3
 
 
 class SimulatedRanks(CountingRanks):
-    """An `Executor` that serves as fast as its placement lets it. A rank that copies an expert holds all ranks up.
+    """An `Executor` whose speed depends on the placement. All ranks wait for a rank that copies an expert.
 
     Args:
         balance: of the rebalancer.
-        copy_seconds: to copy an expert.
+        copy_seconds: time to copy an expert.
 
     Attributes:
-        now: seconds of its clock.
-        seconds_copied: of these, those in which ranks waited for copies.
-        moved_at: looks after which experts were told to move.
+        now: seconds of the simulated clock.
+        seconds_copied: part of `now` in which ranks waited for copies.
+        moved_at: looks at the load after which the rebalancer started moves.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, copy_seconds: float, balance: str = "auto") -> None:
@@ -62,7 +62,7 @@ class SimulatedRanks(CountingRanks):
         return self.now
 
     def serve(self, share_LE: np.ndarray, num_looks: int) -> None:
-        """So many steps as the balancer has looks, with rows that come in requests of which each has its own experts.
+        """Run the steps of `num_looks` looks at the load; rows come in requests, each with its own experts.
 
         Args:
             share_LE: each expert's part of the rows.
@@ -76,13 +76,13 @@ class SimulatedRanks(CountingRanks):
                 self.moved_at.append(self.num_looks)
 
     def place_for(self, share_LE: np.ndarray) -> None:
-        """Experts are where they should be for a load, at no cost."""
+        """Place the experts for a load, at no cost."""
         current = self.rebalancer.placement
         plan = plan_placement(share_LE, NUM_RANKS, current.max_slots - 1, current.in_slots(current.max_slots - 1))
         self.rebalancer.placement = plan.placement.in_slots(current.max_slots)
 
     def balancedness(self, share_LE: np.ndarray) -> float:
-        """What the placement makes of a load."""
+        """The balancedness of a load under the current placement."""
         return balancedness(rank_loads(share_LE, self.rebalancer.placement.slots))
 
     def reports(self) -> list[CountsReport | SlotReport]:
@@ -122,7 +122,7 @@ class SimulatedRanks(CountingRanks):
         self.rebalancer.tick()
 
     def _work(self, rank: int, task: SlotTask) -> SlotReport:
-        """Copy an expert, or sum up the one that is there; sums are the experts' numbers."""
+        """Copy an expert, or compute the checksum of a slot; a checksum is the expert's number."""
         slot = (rank, task.layer, task.slot)
         if task.expert == EMPTY:
             expert = self._held.get(slot, int(self.rebalancer.placement.slots[task.layer, rank, task.slot]))

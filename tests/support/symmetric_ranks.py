@@ -1,4 +1,4 @@
-"""What ranks do in the tests of the shared-memory dispatcher; here, so that the pool's processes can import it."""
+"""Functions for ranks in the tests of the shared-memory dispatcher; in a module that the pool can import."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(group, dtype: torch.dtype = torch.float32, max_tokens: int = 64, timeou
 
 
 def experts(x_RD: Tensor, slot_R: Tensor) -> Tensor:
-    """Stand-ins whose rows tell their slot and depend on every input; the same bits one by one and all together."""
+    """Stand-in experts whose rows identify the slot and depend on every input; same bits alone and in a batch."""
     return x_RD * (slot_R[:, None] + 1).to(x_RD.dtype) + x_RD.flip(-1)
 
 
@@ -49,7 +49,7 @@ def expected(x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 
 def draw(tokens: int, num_ranks: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """A rank's tokens; their slots anywhere, or all on one rank; in both cases some dropped."""
+    """A rank's tokens, with slots on all ranks or on only one; in both cases some are dropped."""
     near = random.random() < 0.3
     first = random.randrange(num_ranks) * SLOTS if near else 0
     choices = SLOTS if near else num_ranks * SLOTS
@@ -59,7 +59,7 @@ def draw(tokens: int, num_ranks: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def run_many(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: int, steps: int) -> tuple[int, list[int]]:
-    """Steps of random sizes, some with a limit for each slot; returns the capacity and those whose result is wrong."""
+    """Steps of random sizes, some with a limit for each slot; returns the capacity and the steps with wrong results."""
     way = make(context.group, dtype, max_bytes=max_bytes)
     same, wrong = random.Random(seed), []
     random.seed(seed + context.rank)
@@ -100,7 +100,7 @@ def run_both(context: RankContext, seed: int, tokens_per_rank: list[int]) -> tup
 
 
 def run_shared_row(context: RankContext) -> tuple[list[int], list[int]]:
-    """All tokens of rank 0 go to all slots of rank 1, which has none."""
+    """All tokens of rank 0 go to all slots of rank 1, which has no tokens."""
     way = make(context.group)
     tokens = 5 if context.rank == 0 else 0
     slot_TK = torch.arange(SLOTS, 2 * SLOTS).expand(tokens, -1)
@@ -109,7 +109,7 @@ def run_shared_row(context: RankContext) -> tuple[list[int], list[int]]:
 
 
 def run_alone(context: RankContext, late_rank: int, both_dispatch: bool) -> str | None:
-    """What the ranks say when one of them stops, before `dispatch` or before `combine`."""
+    """The ranks' errors when one of them stops before `dispatch` or before `combine`."""
     way = make(context.group, timeout=0.3)
     x_TD, slot_TK, weights_TK = draw(4, context.num_ranks, torch.float32)
     tokens_per_rank = [4] * context.num_ranks
@@ -126,7 +126,7 @@ def run_alone(context: RankContext, late_rank: int, both_dispatch: bool) -> str 
 
 
 def be_killed(rank: int, store_path: str, answers: Connection) -> None:
-    """Rank 1 dies without a word after a step; rank 0 says what it sees."""
+    """Rank 1 is killed after a step; rank 0 reports the error that it gets."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo", store=dist.FileStore(store_path, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)

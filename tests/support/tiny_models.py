@@ -48,7 +48,7 @@ def rope(kind: str, **values: Any) -> dict[str, Any]:
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
-# name -> (family, settings); together they hold every feature that the three families allow.
+# name -> (family, settings); together they cover every feature of the three families.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3_moe", {}),
     "qwen3 normalised": ("qwen3_moe", {"norm_topk_prob": True, "rms_norm_eps": 1e-3}),

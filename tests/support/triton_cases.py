@@ -1,7 +1,7 @@
-"""Running cases of Triton kernels in the interpreter.
+"""Runs cases of Triton kernels in the interpreter.
 
-The interpreter is chosen before triton is imported and lasts for the process, so the cases run in a child: the test
-file itself, run as a script, which prints what went wrong with each case. On a GPU they run in the test process.
+The interpreter must be chosen before triton is imported, and then applies to the whole process. So the cases run in a
+child process: the test file as a script, which prints each case's failure. On a GPU they run in the test process.
 """
 
 import json
@@ -23,8 +23,8 @@ Case = Callable[[torch.device, torch.dtype], None]
 
 INTERPRETED_DTYPES = (torch.float32, torch.float16)  # the interpreter multiplies bfloat16 wrongly
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Largest difference of an output to the reference, over the largest output. Twin and kernel round the product and the
-# output to the dtype, half a unit in the last place each, and the rounded products are summed.
+# Largest difference from the reference / largest output. Twin and kernel round the product and the output to the dtype,
+# half a unit in the last place each, and the rounded products are summed.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -37,8 +37,8 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def run_cases(cases: Mapping[str, Case]) -> None:
-    """Print, as JSON, the traceback of each case, empty where it passed. The script's arguments are the seed and `both`
-    or `one`: of each case both dtypes, or one that is drawn, since the interpreter is slow."""
+    """Print, as JSON, the traceback of each case, empty if it passed. The script's arguments are the seed and `both`
+    or `one`: each case runs in both dtypes, or in a random one, since the interpreter is slow."""
     row_products.use_in_this_process()
     seed, num_dtypes = int(sys.argv[1]), {"both": 2, "one": 1}[sys.argv[2]]
     draw, errors = random.Random(seed), {}
@@ -54,7 +54,7 @@ def run_cases(cases: Mapping[str, Case]) -> None:
 
 
 def interpret(file: str, seed: int, num_dtypes: str) -> dict[str, str]:
-    """What `run_cases` prints in a process that interprets kernels and runs this test file."""
+    """The output of `run_cases` from a process that interprets kernels and runs this test file."""
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-W", "error", file, str(seed), num_dtypes]
     child = subprocess.run(command, env=env, cwd=Path(file).parent, capture_output=True, text=True)
@@ -64,8 +64,8 @@ def interpret(file: str, seed: int, num_dtypes: str) -> dict[str, str]:
 
 
 def kernel_tests(file: str, cases: Mapping[str, Case]) -> tuple[Any, Any, Any]:
-    """For a test file to bind as `interpreted`, `test_interpreted` and `test_on_gpu`: each case interpreted, all in one
-    child that the fixture runs, and each case on a GPU."""
+    """A test file binds the result as `interpreted`, `test_interpreted` and `test_on_gpu`. The fixture runs all cases
+    interpreted in one child process; the tests check each case interpreted, and on a GPU."""
 
     @pytest.fixture(scope="module")
     def interpreted(request: pytest.FixtureRequest) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How tests are shared out to the workers of a run."""
+"""How tests are distributed over the workers of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 class ByFile(LoadScopeScheduling):
-    """A file's tests go to one worker, which makes its fixtures once; those of all files with rank pools go to one."""
+    """A file's tests run on one worker, which makes its fixtures once; all files with rank pools share one worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]

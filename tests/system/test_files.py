@@ -1,4 +1,4 @@
-"""JSON and NPZ that this package writes, and what is said of everything else."""
+"""JSON and NPZ files of this package, and the errors for all other files."""
 
 from __future__ import annotations
 

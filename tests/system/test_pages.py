@@ -1,4 +1,4 @@
-"""Memory given back to the system: what was read of files goes and comes back, and neighbours keep what they hold."""
+"""Memory returned to the system: pages read from files are dropped and come back; adjacent memory is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie on disk: sharded, fused, tied, damaged; and each rank reads only its own experts."""
+"""Checkpoints on disk: sharded, fused, tied, damaged; and each rank reads only its own experts."""
 
 from __future__ import annotations
 

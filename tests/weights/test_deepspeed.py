@@ -1,4 +1,4 @@
-"""Checkpoints that a real DeepSpeed engine wrote: its own outputs at any number of ranks, and what is refused."""
+"""Checkpoints that a real DeepSpeed engine wrote: DeepSpeed's outputs on any number of ranks; refused checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our gate beside those of `deepspeed.moe.sharded_moe` on the same scores: the same experts, the same weights."""
+"""Our gate and those of `deepspeed.moe.sharded_moe` on the same scores: the same experts, the same weights."""
 
 from __future__ import annotations
 

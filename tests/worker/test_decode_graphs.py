@@ -1,4 +1,4 @@
-"""Decode steps in buckets give what ordinary steps give; on the CPU, where a captured step is an ordinary call."""
+"""Decode steps in buckets give the results of ordinary steps; on the CPU, a captured step is an ordinary call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole decode step as a GPU runs it, interpreted on the CPU, Triton forms and all: nothing waits for the host."""
+"""A whole decode step as on a GPU, interpreted on the CPU with the Triton forms: nothing waits for the device."""
 
 from __future__ import annotations
 

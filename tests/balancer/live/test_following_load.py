@@ -1,4 +1,4 @@
-"""How `auto` follows the load, on simulated ranks: load that stays, load that shifts, bursts in many rhythms."""
+"""How `auto` follows the load, on simulated ranks: constant loads, shifting loads, bursts of many lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Migrations: rounds keep every expert placed, only what was checked is committed, what fails is rolled back."""
+"""Migrations: rounds keep every expert placed, only checked copies are committed, failed rounds are rolled back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rebalancer over ranks that only count: when it looks, what it makes of counts, and what replicas follow."""
+"""The rebalancer over ranks that only count: when it checks the load, how it uses counts, and the replica choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts move while real ranks serve: the tokens stay the same, and what goes wrong is undone."""
+"""Experts move while real ranks serve: the tokens stay the same, and failed moves are undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replica tables: what ranks are told adds up to the best shares, is told once, and follows counts where it pays."""
+"""Replica tables: they add up to the best shares, are sent once, and follow the counts if that pays."""
 
 from __future__ import annotations
 

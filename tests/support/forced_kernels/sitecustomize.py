@@ -1,7 +1,7 @@
-"""Native kernels as a lesser processor has them, in every process that has this folder on its PYTHONPATH.
+"""Native kernels as on an older processor, in every process that has this folder on its PYTHONPATH.
 
-`MOE_RUNTIME_TEST_KERNELS` names the best instruction set that there is to be, or is `off`. Python imports this file as
-it starts, and nothing is changed until the runtime asks for the instruction sets.
+`MOE_RUNTIME_TEST_KERNELS` names the best instruction set to use, or is `off`. Python imports this file at its start.
+Nothing changes until the runtime asks for the instruction sets.
 """
 
 import importlib.abc
@@ -13,7 +13,7 @@ LIBRARY = "moe_runtime.kernels.cpu.library"
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Takes instruction sets away from the module that lists them, once it has been run."""
+    """Removes instruction sets from the module that lists them, after that module has been imported."""
 
     def __init__(self, best):
         self.best = best
