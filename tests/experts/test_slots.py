@@ -26,8 +26,8 @@ def test_slots_compute_the_experts_that_were_loaded(forms: Forms) -> None:
     for slot, parts in experts.items():
         for part, rows in parts.items():
             cut = int(torch.randint(1, len(rows), ()))
-            slots.load(slot, part, cut, rows[cut:])
-            slots.load(slot, part, 0, rows[:cut])
+            slots.put(slot, part, cut, rows[cut:])
+            slots.put(slot, part, 0, rows[:cut])
     assert all(tensor.isnan().all() for tensor in slots.stored(1))
     x_ND, row_R, counts_S = torch.randn(4, HIDDEN), torch.tensor([3, 0, 0, 2, 1]), torch.tensor([2, 0, 3])
     actual = slots(x_ND, row_R, counts_S)

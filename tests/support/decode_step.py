@@ -23,6 +23,7 @@ from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, RankStep
 from moe_runtime.worker import decode_graphs, worker
+from moe_runtime.worker.step_samples import sample_step
 
 BLOCK, STEPS = 8, 4
 PROMPTS = [[3, 4, 5], [7] * 17, [9, 8, 2, 1, 6, 4]]
@@ -41,6 +42,10 @@ class Capture:
                 run()
 
         return replay
+
+
+def best(logits_BV: torch.Tensor) -> list[int]:
+    return logits_BV.argmax(dim=-1).tolist()
 
 
 def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]], list[torch.Tensor]]:
@@ -68,7 +73,7 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
             prepared = rank.prepare(plan)
             hidden_TD = rank.launch(prepared)()
             logits.append(rank.model.logits(hidden_TD))
-            for sample in rank.sample(prepared, hidden_TD):
+            for sample in sample_step(prepared, hidden_TD, rank.model, best):
                 tokens[sample.seq_id].append(sample.token_id)
     return tokens, logits[1:]
 
