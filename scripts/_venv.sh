@@ -35,7 +35,9 @@ make_venv() {
 install_packages() {
   local extra=$1 start=$SECONDS
   : > "$pip_log"
-  if ! has_nvidia_driver && ! pip_has_index; then
+  if pip_has_index; then
+    echo "pip's own configuration says where packages come from; it is used as it is"
+  elif ! has_nvidia_driver; then
     echo "installing torch's CPU build into .venv (there is no NVIDIA driver) ..."
     pip_install --index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch
   fi

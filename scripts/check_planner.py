@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from make_bench_model import ensure_bench_model
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
@@ -36,6 +35,10 @@ from moe_runtime.planner.pace import Pace
 from moe_runtime.planner.predict import Phase, Workload, predict
 from moe_runtime.planner.routing import LoadRouting, chosen_layers
 from moe_runtime.planner.shape import ModelShape
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+
+from make_bench_model import ensure_bench_model
 
 ALLOWED = 0.2
 HEAD = (

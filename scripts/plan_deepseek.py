@@ -8,6 +8,7 @@ a table and JSON to benchmarks/planner.
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def row(phase: str, way: str, choice: Choice) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shape = ModelShape.load(FOLDER / "deepseek-v3.json")
     routing = LoadRouting.assume("uniform", shape.num_experts, shape.top_k)
     head = "phase | way | ranks | batch | balanced | attention | kv | dense | experts | exchange | head | overhead"

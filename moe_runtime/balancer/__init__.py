@@ -1,4 +1,4 @@
-"""Expert load, placement and planning; uses numpy and torch only, not the engine."""
+"""Expert load, placement and planning; uses numpy, neither torch nor the engine."""
 
 from moe_runtime.balancer.choice import choose_slots, quotas, replica_table, slots_by_rank
 from moe_runtime.balancer.cost import LayerTime

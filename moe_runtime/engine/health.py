@@ -26,16 +26,14 @@ def describe(
         "kernels": ranks[0].kernels,
         "dispatcher": config.dispatcher,
         "dispatchers": sorted(ranks[0].dispatchers),
-        "dispatcher_steps": stats.dispatcher_steps,
         "capacity_factor": config.capacity_factor,
         "overflow": config.overflow,
         "balance_epsilon": config.balance_epsilon,
-        "expert_changes": asdict(stats.expert_changes),
-        "extra_rounds": stats.extra_rounds,
         "block_size": config.block_size,
         "num_blocks": [rank.num_pages for rank in ranks],
         "vocab_size": model.vocab_size,
         "placement_invariance": _placement_invariance(config, ranks),
+        **stats.health_counts(),
     }
 
 

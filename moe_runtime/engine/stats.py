@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_runtime.types.outputs import ExpertChanges
@@ -35,3 +35,11 @@ class EngineStats:
     balancer: BalancerStats
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     extra_rounds: int = 0
+
+    def health_counts(self) -> dict[str, object]:
+        """The counts that `/health` shows."""
+        return {
+            "dispatcher_steps": self.dispatcher_steps,
+            "expert_changes": asdict(self.expert_changes),
+            "extra_rounds": self.extra_rounds,
+        }

@@ -1,1 +1,1 @@
-"""Torch twins and native kernels; use them through `moe_runtime.kernels.ops`."""
+"""Every op of the model: torch twins, Triton, native CPU kernels. `kernels.ops` is the face of torch and Triton."""

@@ -5,6 +5,7 @@
 | native | none | all on this rank | any | `WHOLE`: one native call |
 | native | none | on ranks that share memory | dispatcher "symmetric", not measured | `EXCHANGE`: one native call |
 | native | none | on ranks that share memory | measured, padded, or another dispatcher | `PARTS` |
+| native | none | on ranks that share no memory | any | `PARTS` |
 | native | some | anywhere | any | `PARTS`: gate, dispatch, experts, combine one by one |
 | torch | any | anywhere | any | `PARTS` |
 """

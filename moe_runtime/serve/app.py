@@ -78,6 +78,8 @@ def _add_health_routes(app: FastAPI, engine: AsyncEngine) -> None:
             body["reason"] = engine.reason
         if engine.info is not None:
             body |= engine.info.health
+        if engine.metrics.stats is not None:
+            body |= engine.metrics.stats.health_counts()
         return json_response(body, 503 if engine.state is State.DEAD else 200)
 
     @app.get("/ready")

@@ -30,6 +30,7 @@ def test_health_and_ready():
     assert (health["status"], health["pid"]) == ("ready", os.getpid())
     assert health["uptime_seconds"] >= 0
     assert {name: health[name] for name in FakeEngine().health()} == FakeEngine().health()
+    assert health["dispatcher_steps"] == FakeEngine().stats().dispatcher_steps, "counts are those of now"
     ready = get("/ready")
     assert (ready.status_code, ready.json()) == (200, {"status": "ready"})
 
