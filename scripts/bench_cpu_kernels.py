@@ -168,9 +168,9 @@ class SparseLayers:
                 for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
                     experts.put(slot, part, 0, rows)
             gate = native.gate_config(EXPERTS, top_k=TOP_K, scoring="softmax", normalize=True)
-            router_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
-            gate = GateCall(kernels, gate, router_weight)
-            self.weights.append((router_weight, w13, w2))
+            gate_weight = torch.randn(EXPERTS, HIDDEN).to(DTYPE) / 16
+            gate = GateCall(kernels, gate, gate_weight)
+            self.weights.append((gate_weight, w13, w2))
             self.blocks.append(SparseCall(gate, torch.arange(EXPERTS)[:, None], experts, None))
 
     def case(self, rows: int) -> Case:

@@ -113,7 +113,7 @@ def capture_ffn_inputs(model: LlamaForCausalLM, blocks: Tensor) -> list[Tensor]:
 def carve(dense: DenseModel, inputs: list[Tensor]) -> Carving:
     """Shared neurons, experts and gates of all layers from the inputs of their FFNs."""
     generator = torch.Generator().manual_seed(0)
-    shared, experts, routers, biases = [], [], [], []
+    shared, experts, gate_rows, biases = [], [], [], []
     for layer, x_TD in enumerate(tqdm(inputs, desc="carving", unit="layer")):
         gate_ND, up_ND, down_DN = (torch.from_numpy(weight) for weight in dense.ffn(layer))
         hidden_TN = F.silu(x_TD @ gate_ND.T) * (x_TD @ up_ND.T)
@@ -125,15 +125,15 @@ def carve(dense: DenseModel, inputs: list[Tensor]) -> Carving:
         points = fit.spectral_coordinates(importance_TN[:, routed_N])
         clusters = fit.balanced_clusters(points, NUM_EXPERTS, generator)
         experts_EF = routed_N[clusters.argsort(stable=True)].view(NUM_EXPERTS, -1)
-        router_ED, bias_E = fit.fit_router(x_TD, fit.expert_output_norms(hidden_TN, down_DN, experts_EF))
+        gate_ED, bias_E = fit.fit_gate(x_TD, fit.expert_output_norms(hidden_TN, down_DN, experts_EF))
         shared.append(shared_S)
         experts.append(experts_EF)
-        routers.append(router_ED)
+        gate_rows.append(gate_ED)
         biases.append(bias_E)
     return Carving(
         shared_LS=torch.stack(shared).numpy().astype(np.uint16),
         experts_LEF=torch.stack(experts).numpy().astype(np.uint16),
-        router_LED=torch.stack(routers).numpy().astype(np.float16),
+        gate_LED=torch.stack(gate_rows).numpy().astype(np.float16),
         bias_LE=torch.stack(biases).numpy().astype(np.float32),
         log2_scale=LOG2_SCALE,
         num_experts_per_tok=NUM_EXPERTS_PER_TOK,

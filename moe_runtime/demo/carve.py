@@ -21,13 +21,13 @@ from moe_runtime.demo.gguf_model import DenseModel, DenseSizes, FloatArray
 class Carving:
     """The calibrated artifact: which neurons belong to which expert, and the gates.
 
-    shared_LS, experts_LEF: indices of dense neurons. router_LED, bias_LE: rows of a linear score of the FFN's input,
+    shared_LS, experts_LEF: indices of dense neurons. gate_LED, bias_LE: rows of a linear score of the FFN's input,
     with a spread of 1 over the experts of a layer. The checkpoint's gate is `2 ** log2_scale` times that.
     """
 
     shared_LS: NDArray[np.uint16]
     experts_LEF: NDArray[np.uint16]
-    router_LED: NDArray[np.float16]
+    gate_LED: NDArray[np.float16]
     bias_LE: FloatArray
     log2_scale: int
     num_experts_per_tok: int
@@ -38,7 +38,7 @@ class Carving:
             return cls(
                 shared_LS=arrays["shared"],
                 experts_LEF=arrays["experts"],
-                router_LED=arrays["router"],
+                gate_LED=arrays["router"],
                 bias_LE=arrays["bias"],
                 log2_scale=int(arrays["log2_scale"]),
                 num_experts_per_tok=int(arrays["num_experts_per_tok"]),
@@ -49,7 +49,7 @@ class Carving:
             path,
             shared=self.shared_LS,
             experts=self.experts_LEF,
-            router=self.router_LED,
+            router=self.gate_LED,
             bias=self.bias_LE,
             log2_scale=self.log2_scale,
             num_experts_per_tok=self.num_experts_per_tok,
@@ -67,7 +67,7 @@ def carve_layer(dense: DenseModel, carving: Carving, layer: int) -> dict[str, Fl
         tensors[f"mlp.{part}.up_proj.weight"] = up_ND[neurons]
         tensors[f"mlp.{part}.down_proj.weight"] = np.ascontiguousarray(down_DN[:, neurons])
     scale = np.float32(2.0**carving.log2_scale)
-    tensors["mlp.gate.weight"] = carving.router_LED[layer].astype(np.float32) * scale
+    tensors["mlp.gate.weight"] = carving.gate_LED[layer].astype(np.float32) * scale
     # The bias is added after the sigmoid, whose slope at 0 is 1/4.
     tensors["mlp.gate.e_score_correction_bias"] = carving.bias_LE[layer] * scale / 4
     return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}

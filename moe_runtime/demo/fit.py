@@ -98,7 +98,7 @@ def expert_output_norms(hidden_TN: Tensor, down_DN: Tensor, experts_EF: Tensor) 
     return torch.stack(columns, dim=1).clamp(min=0).sqrt()
 
 
-def fit_router(x_TD: Tensor, norms_TE: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+def fit_gate(x_TD: Tensor, norms_TE: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Gate rows (E, D) and intercepts (E,) that predict which experts matter for a token, float64.
 
     Ridge regression from the standardised inputs to the output norms, each clipped at its 99th percentile. The

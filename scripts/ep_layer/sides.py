@@ -67,7 +67,7 @@ def expert_weights(shape: Shape, layer: int, expert: int) -> tuple[Tensor, Tenso
     return normal(seed, 2 * shape.inner, HIDDEN) / HIDDEN**0.5, w2_DF
 
 
-def router_weight(shape: Shape, layer: int, routing: str) -> Tensor:
+def gate_weight(shape: Shape, layer: int, routing: str) -> Tensor:
     """`[E, D]`: normal scores; "skewed" adds the logarithm of Zipf's distribution, with the experts in random order."""
     weight_ED = normal(layer, shape.experts, HIDDEN) / HIDDEN**0.5
     weight_ED -= weight_ED.mean(1, keepdim=True)  # so that only the load sets the direction of the shift
@@ -111,7 +111,7 @@ class DeepSpeedSide:
 
     def route(self, routing: str) -> None:
         for index, layer in enumerate(self.layers):
-            layer.deepspeed_moe.gate.wg.weight.data.copy_(router_weight(self.shape, index, routing))
+            layer.deepspeed_moe.gate.wg.weight.data.copy_(gate_weight(self.shape, index, routing))
 
     def call(self, inputs: list[Tensor], index: int) -> Tensor:
         out_TD: Tensor = self.layers[index % LAYERS](inputs[index % INPUTS])[0]
@@ -144,8 +144,8 @@ class OurSide:
             self.shape.experts, top_k=self.shape.top_k, scoring="softmax", normalize=self.shape.top_k > 1
         )
         # Rounded like DeepSpeed's gate, and multiplied in float32 as DeepSpeed does.
-        weights = [router_weight(self.shape, layer, routing).to(self.dtype).float() for layer in range(LAYERS)]
-        self.routers = [GateCall(self.kernels, gate, weight_ED) for weight_ED in weights]
+        weights = [gate_weight(self.shape, layer, routing).to(self.dtype).float() for layer in range(LAYERS)]
+        self.gates = [GateCall(self.kernels, gate, weight_ED) for weight_ED in weights]
 
     def calls(self, inputs: list[Tensor]) -> dict[str, Call]:
         slot_EP, shared = torch.arange(self.shape.experts)[:, None], self.ways.get("symmetric")
@@ -154,7 +154,7 @@ class OurSide:
             tokens_per_rank = [len(inputs[0])] * self.ranks
             exchange = shared.exchange
             step = shared.step(tokens_per_rank, part_size(tokens_per_rank, self.shape.experts, self.shape.top_k))
-        parts = zip(self.routers, self.experts, strict=True)
+        parts = zip(self.gates, self.experts, strict=True)
         blocks = [SparseCall(gate, slot_EP, experts, None, exchange=exchange) for gate, experts in parts]
         calls: dict[str, Call] = {name: partial(self._call, way, inputs) for name, way in self.ways.items()}
         calls["local" if step is None else "symmetric"] = lambda i: blocks[i % LAYERS](
@@ -164,7 +164,7 @@ class OurSide:
 
     def _call(self, way: Dispatcher, inputs: list[Tensor], index: int) -> Tensor:
         x_TD = inputs[index % INPUTS]
-        weights_TK, slots_TK, _ = self.routers[index % LAYERS](x_TD, 0)
+        weights_TK, slots_TK, _ = self.gates[index % LAYERS](x_TD, 0)
         sent = way.dispatch(x_TD, slots_TK, [len(x_TD)] * self.ranks)
         y_RD = self.experts[index % LAYERS](sent.x_ND, sent.row_R, sent.counts_S)
         return way.combine(y_RD, sent, weights_TK)
@@ -173,7 +173,7 @@ class OurSide:
         """Bytes that each rank must read and operations that it must do, `[W]` each, as means over the inputs."""
         counts = torch.zeros(INPUTS, self.shape.experts, dtype=torch.int64)
         for index, x_TD in enumerate(inputs):
-            experts_TK = self.routers[index % LAYERS](x_TD, 0)[1]
+            experts_TK = self.gates[index % LAYERS](x_TD, 0)[1]
             counts[index] = torch.bincount(experts_TK.flatten(), minlength=self.shape.experts)
         dist.all_reduce(counts)
         counts_IWS = counts.view(INPUTS, self.ranks, -1).double()

@@ -84,7 +84,7 @@ def test_artifact_is_small_and_partitions_the_neurons():
     for shared_S, experts_EF in zip(carving.shared_LS, carving.experts_LEF, strict=True):
         neurons = sorted([*shared_S.tolist(), *experts_EF.flatten().tolist()])
         assert neurons == list(range(1536))
-    assert carving.router_LED.shape == (num_layers, num_experts, 576)
+    assert carving.gate_LED.shape == (num_layers, num_experts, 576)
     assert carving.bias_LE.shape == (num_layers, num_experts)
     assert -6 <= carving.log2_scale <= -4
 
@@ -203,7 +203,7 @@ def test_all_experts_together_are_the_dense_model(
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     expected = load_dense(DenseModel(gguf_path))(input_ids=ids).logits[0]
     gates = [layer.mlp.gate for layer in model.model.layers]
-    routers = [gate.weight.clone() for gate in gates]
+    gate_rows = [gate.weight.clone() for gate in gates]
     default_k = gates[0].top_k
     for gate in gates:
         gate.top_k = gate.num_experts
@@ -211,8 +211,8 @@ def test_all_experts_together_are_the_dense_model(
     for gate in gates:
         gate.weight.zero_()  # 2 sigmoid(0) = 1 exactly
     ungated = model(input_ids=ids).logits[0]
-    for gate, router in zip(gates, routers, strict=True):
-        gate.weight.copy_(router)
+    for gate, rows in zip(gates, gate_rows, strict=True):
+        gate.weight.copy_(rows)
         gate.top_k = default_k
     assert (ungated - expected).abs().max() <= 1e-4 * expected.abs().max()
     divergence = torch.nn.functional.kl_div(
@@ -282,12 +282,12 @@ def test_clusters_are_balanced_and_alike_inside():
     assert alike(clusters_N) > max(alike(groups_N[torch.randperm(32)]) for _ in range(20))
 
 
-def test_router_finds_the_experts_that_matter():
+def test_gate_finds_the_experts_that_matter():
     x_TD = torch.randn(4000, 12) * torch.linspace(0.1, 10, 12) + 3
     truth_ED = torch.randn(6, 12) / torch.linspace(0.1, 10, 12)
     norms_TE = (x_TD @ truth_ED.T + 100).clamp(min=0)
-    router_ED, bias_E = fit.fit_router(x_TD, norms_TE)
-    scores_TE = x_TD.double() @ router_ED.T + bias_E
+    gate_ED, bias_E = fit.fit_gate(x_TD, norms_TE)
+    scores_TE = x_TD.double() @ gate_ED.T + bias_E
     assert torch.isclose(scores_TE.std(dim=1).mean(), torch.tensor(1.0, dtype=torch.float64))
     agree = (scores_TE.argmax(dim=1) == norms_TE.argmax(dim=1)).double().mean()
     assert agree > 0.95

@@ -24,7 +24,7 @@ CASES = ("qwen3 normalised", "glm4 groups")
 
 
 def skewed_model(case: str) -> Any:
-    """Its routers agree with each other: some experts are hot."""
+    """Its gates agree with each other: some experts are hot."""
     model = make_model(case)
     with torch.no_grad():
         for name, weight in model.named_parameters():
