@@ -68,10 +68,15 @@ def test_one_refused_request_stops_its_siblings():
 
 def test_closing_a_stream_frees_the_request_within_two_steps():
     async def scenario():
-        fake = FakeEngine(allow=threading.Semaphore(3))
+        fake = FakeEngine(allow=threading.Semaphore(0))
         async with started(fake) as engine:
-            stream = await engine.submit([AddRequest("gone", [1], LONG)])
-            other = await engine.submit([AddRequest("stays", [1], LONG)])
+            stream = await engine.submit([AddRequest("gone", [1], LONG)])  # the thread now waits inside a step
+            second = asyncio.create_task(engine.submit([AddRequest("stays", [1], LONG)]))
+            await asyncio.sleep(0)
+            fake.allow.release(
+                3
+            )  # not before: three quick steps would leave the thread in a fourth, deaf to the second
+            other = await second
             for _ in range(3):
                 await anext(stream)
             stream.close()
