@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.types.outputs import Completion, RequestOutput
+from moe_runtime.types.outputs import Completion, RequestOutput, request_output
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -160,22 +160,31 @@ class LLM:
     ) -> list[RequestOutput]:
         params = _params_per_prompt(sampling_params, len(prompts))
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))
+        choices = {
+            request_id: [f"{request_id}-{index}" for index in range(params[row].n)]
+            for row, request_id in enumerate(request_ids)
+        }
+        completions = {choice: Completion() for ids in choices.values() for choice in ids}
         try:
-            for index, request_id in enumerate(request_ids):
-                try:
-                    self._engine.add_request(request_id, prompts[index], params[index])
-                except ValueError as error:
-                    raise ValueError(f"prompts[{index}]: {error}" if len(prompts) > 1 else str(error)) from error
-            return self._finish(dict(zip(request_ids, prompts, strict=True)), use_tqdm)
+            for row, ids in enumerate(choices.values()):
+                for index, choice in enumerate(ids):
+                    try:
+                        self._engine.add_request(choice, prompts[row], params[row].choice(index))
+                    except ValueError as error:
+                        raise ValueError(f"prompts[{row}]: {error}" if len(prompts) > 1 else str(error)) from error
+            self._finish(completions, use_tqdm)
         finally:
-            for request_id in request_ids:  # left by an error or Ctrl-C; the engine ignores finished ones
-                self._engine.abort(request_id)
+            for choice in completions:  # left by an error or Ctrl-C; the engine ignores finished ones
+                self._engine.abort(choice)
+        return [
+            request_output(request_id, prompt if isinstance(prompt, str) else None, [completions[each] for each in ids])
+            for (request_id, ids), prompt in zip(choices.items(), prompts, strict=True)
+        ]
 
-    def _finish(self, prompts: dict[str, str | list[int]], use_tqdm: bool) -> list[RequestOutput]:
+    def _finish(self, completions: dict[str, Completion], use_tqdm: bool) -> None:
         """Step until all requests have ended."""
         from tqdm import tqdm
 
-        completions = {request_id: Completion() for request_id in prompts}
         num_tokens = num_finished = 0
         with tqdm(total=len(completions), unit="prompt", desc="generating", disable=not use_tqdm) as bar:
             while num_finished < len(completions):
@@ -190,10 +199,6 @@ class LLM:
                         num_finished += 1
                         bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
                         bar.update()
-        return [
-            completion.request_output(request_id, prompt if isinstance(prompt, str) else None)
-            for (request_id, completion), prompt in zip(completions.items(), prompts.values(), strict=True)
-        ]
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -88,6 +88,24 @@ def test_defaults_and_no_prompts(fake):
     assert 1 <= len(output.outputs[0].token_ids) <= 16
 
 
+def test_several_outputs_of_a_prompt(fake):
+    prompts = [[7, 8], [9]]
+    params = [SamplingParams(n=3, max_tokens=5, seed=11, prompt_logprobs=1), SamplingParams(max_tokens=5, seed=13)]
+    three, one = LLM("fake").generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    assert [output.index for output in three.outputs] == [0, 1, 2] and three.finished
+    for seed, output in zip((11, 12, 13), three.outputs, strict=True):
+        assert (output.token_ids, output.finish_reason) == generate_alone([7, 8], params[0], seed, 64)
+    assert len(three.prompt_logprobs) == 2 and one.prompt_logprobs is None
+    assert one.outputs[0].token_ids == generate_alone([9], params[1], 13, 64)[0]
+
+
+def test_logits_that_are_not_finite_are_told_and_lose_no_other_prompt(fake):
+    fake.engine_options |= {"next_token": lambda token_ids, seed: -1 if token_ids[:1] == [3] else 4}
+    good, bad = LLM("fake").generate([{"prompt_token_ids": [first]} for first in (5, 3)], GREEDY, use_tqdm=False)
+    assert (good.outputs[0].finish_reason, good.outputs[0].error) == ("length", None)
+    assert bad.outputs[0].finish_reason == "error" and "NaN or infinite" in bad.outputs[0].error
+
+
 def test_logprobs_are_gathered(fake):
     params = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=1)
     (output,) = LLM("fake").generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)

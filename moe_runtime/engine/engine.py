@@ -7,6 +7,7 @@ recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,17 @@ from moe_runtime.config.expert_policy import policies_of
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.engine.health import describe
 from moe_runtime.engine.intake import Intake
+from moe_runtime.engine.logprob_output import add_prompt_logprobs, position_logprobs
 from moe_runtime.engine.request import Request
+from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.engine.routed_output import add_routed, routed_output
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.engine.step_shapes import StepShapes
-from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta, PositionLogprobs
+from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import Executor
-from moe_runtime.wire.messages import PromptLogprobs, RankResult, Sample, StepPlan, TokenLogprobs
+from moe_runtime.wire.messages import RankResult, Sample, StepPlan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
     from moe_runtime.text.tokenizer import Tokenizer
+
+NOT_FINITE = "the model's logits after token {} are NaN or infinite; its weights may be damaged"
 
 
 class Engine:
@@ -69,8 +74,10 @@ class Engine:
         from moe_runtime.engine.trace_recorder import TraceRecorder
 
         self.rebalancer = Rebalancer(config, model_config, executor)
-        self._policies = policies_of(config, model_config)
-        self._intake = Intake(tokenizer, model_config.vocab_size, self.max_model_len, config.seed)
+        self.rules = RequestRules(
+            model_config.vocab_size, self.max_model_len, tokenizer is not None, policies_of(config, model_config)
+        )
+        self._intake = Intake(tokenizer, self.rules, config.seed)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
         self._changes_experts = config.limits is not None and config.limits.changes_experts
@@ -88,16 +95,20 @@ class Engine:
         self._expert_changes = ExpertChanges()
         self._extra_rounds = 0
 
-    def add_request(self, request_id: str, prompt: str | list[int], params: SamplingParams) -> None:
-        """Enqueue a request; `step` returns its tokens.
+    def add_request(
+        self, request_id: str, prompt: str | list[int], params: SamplingParams, shown_ids: Set[int] = frozenset()
+    ) -> None:
+        """Enqueue a request for one continuation; `step` returns its tokens.
+
+        Args:
+            shown_ids: special tokens that stay in the text in spite of `skip_special_tokens`.
 
         Raises:
             ValueError: the prompt or the parameters cannot be served. The request is not enqueued.
         """
         if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
             raise ValueError(f"request_id: {request_id!r} is in use")
-        params = replace(params, routing=self._policies.resolve(params.routing))
-        request = self._intake.request(request_id, self._num_requests, prompt, params)
+        request = self._intake.request(request_id, self._num_requests, prompt, params, shown_ids)
         self._num_requests += 1
         self._requests[request_id] = request
         self._by_seq_id[request.seq_id] = request
@@ -110,10 +121,7 @@ class Engine:
         """
         request = self._requests.get(request_id)
         if request is not None:
-            self._end(request, "abort")
-            logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
-            delta = request.delta([], logprobs, "abort", None)
-            self._ready.append(self._last_delta(request, delta))
+            self._ready.append(self._without_token(request, "abort"))
 
     @property
     def has_work(self) -> bool:
@@ -251,7 +259,7 @@ class Engine:
         # A request that is not found has ended or was aborted while this step was planned or ran.
         for found in result.prompt_logprobs:
             if (request := self._by_seq_id.get(found.seq_id)) is not None:
-                self._add_prompt_logprobs(request, found)
+                add_prompt_logprobs(request, found, self.tokenizer)
         self._add_expert_changes(result)
         for routed in result.routed_experts:
             if (request := self._by_seq_id.get(routed.seq_id)) is not None and request.params.return_routed_experts:
@@ -260,12 +268,6 @@ class Engine:
             if (request := self._by_seq_id.get(sample.seq_id)) is not None:
                 self._ready.append(self._add_token(request, sample))
 
-    def _add_prompt_logprobs(self, request: Request, found: PromptLogprobs) -> None:
-        assert request.prompt_logprobs is not None
-        num_known = len(request.prompt_logprobs) - found.start - 1  # a preempted prompt is prefilled again
-        assert num_known >= 0
-        request.prompt_logprobs += [self._position_logprobs(entry) for entry in found.entries[num_known:]]
-
     def _add_expert_changes(self, result: RankResult) -> None:
         for found in result.expert_changes:
             self._expert_changes += found.changes
@@ -273,6 +275,11 @@ class Engine:
                 request.expert_changes += found.changes
 
     def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
+        if sample.token_id < 0:
+            return self._without_token(request, "error", NOT_FINITE.format(len(request.token_ids)))
+        if request.params.max_tokens == 0:
+            self._prompt_tokens += request.num_prompt_tokens
+            return self._without_token(request, "length")
         finish_reason, stop_reason = request.append(sample.token_id, self.model_config.eos_token_ids)
         self._generation_tokens += 1
         if request.num_output_tokens == 1:
@@ -280,23 +287,22 @@ class Engine:
         logprobs = None
         if request.params.logprobs is not None:
             assert sample.logprobs is not None
-            logprobs = [self._position_logprobs(sample.logprobs)]
+            logprobs = [position_logprobs(sample.logprobs, self.tokenizer)]
         if finish_reason is not None:
             self._end(request, finish_reason)
         delta = request.delta([sample.token_id], logprobs, finish_reason, stop_reason)
         return delta if finish_reason is None else self._last_delta(request, delta)
 
+    def _without_token(self, request: Request, finish_reason: str, error: str | None = None) -> OutputDelta:
+        """End a request. Returns its last delta."""
+        self._end(request, finish_reason)
+        logprobs: list[PositionLogprobs] | None = None if request.params.logprobs is None else []
+        return self._last_delta(request, request.delta([], logprobs, finish_reason, error=error))
+
     def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
         """`delta` with the fields that only a request's last delta has."""
         changes = request.expert_changes if self._changes_experts else None
         return replace(delta, routed_experts=routed_output(request, self.model_config), expert_changes=changes)
-
-    def _position_logprobs(self, found: TokenLogprobs) -> PositionLogprobs:
-        decoded = self.tokenizer.token_text if self.tokenizer is not None else lambda token_id: None
-        return {
-            token_id: Logprob(logprob, rank, decoded(token_id))
-            for token_id, logprob, rank in zip(found.token_ids, found.logprobs, found.ranks, strict=True)
-        }
 
     def _end(self, request: Request, finish_reason: str) -> None:
         self._scheduler.remove(request)

@@ -87,6 +87,7 @@ class Request:
         self.token_ids.append(token_id)
         finish_reason: str | None = None
         stop_reason: int | str | None = None
+        may_stop = self.num_output_tokens > self.params.min_tokens
         if token_id in eos_token_ids and not self.params.ignore_eos:
             finish_reason = "stop"
         elif token_id in self.params.stop_token_ids:
@@ -95,7 +96,7 @@ class Request:
         if self.output_text is not None:
             hidden = finish_reason is not None and not self.params.include_stop_str_in_output
             last = is_full or finish_reason is not None
-            stop = self.output_text.append(None if hidden else token_id, last)
+            stop = self.output_text.append(None if hidden else token_id, last, may_stop)
             if stop is not None:
                 return "stop", stop
         return finish_reason or ("length" if is_full else None), stop_reason
@@ -105,7 +106,8 @@ class Request:
         token_ids: list[int],
         logprobs: list[PositionLogprobs] | None,
         finish_reason: str | None,
-        stop_reason: int | str | None,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
     ) -> OutputDelta:
         """The delta for the last `token_ids`, with the text that can no longer change."""
         is_first = self.num_output_tokens == len(token_ids)
@@ -120,4 +122,5 @@ class Request:
             num_output_tokens=self.num_output_tokens,
             prompt_token_ids=self.token_ids[: self.num_prompt_tokens] if is_first else None,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
+            error=error,
         )

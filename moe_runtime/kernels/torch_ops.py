@@ -168,6 +168,13 @@ def _mask_groups(choice_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor
     return choice_TgE.masked_fill(~kept_Tg[..., None], float("-inf")).flatten(1)
 
 
+def argmax(x_TV: Tensor) -> list[int]:
+    """Position of the largest value of each row, -1 for a row with a value that is NaN or infinite."""
+    best_T = x_TV.argmax(dim=-1)
+    tokens: list[int] = best_T.where(x_TV.sum(dim=-1, dtype=torch.float64).isfinite(), -1).tolist()
+    return tokens
+
+
 def group_by_slot(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Group rows by slot, keeping their order within a slot; rows of slot -1 are left out.
 

@@ -225,7 +225,7 @@ class Kit(Protocol):
         """The attention input that all layers of a step share."""
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
-        """The best token of each row."""
+        """The best token of each row, -1 for a row with a value that is NaN or infinite."""
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerRunner: ...
 

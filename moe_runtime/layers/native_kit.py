@@ -112,7 +112,6 @@ class NativeKit:
         return NativeStep(batch.attention, batch.cache_position_T, *angles)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
-        """The best token of each row."""
         return self.kernels.argmax(logits_BV)
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop | FusedLayers:

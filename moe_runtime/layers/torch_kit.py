@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
 from moe_runtime.config.model import AttentionConfig, MoEConfig
 from moe_runtime.experts.slots import ExpertSlots
-from moe_runtime.kernels import ops
+from moe_runtime.kernels import ops, torch_ops
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
@@ -98,8 +98,7 @@ class TorchKit:
         return AttentionStep(cos_Nr.to(self.dtype), sin_Nr.to(self.dtype), batch.cache_position_T, batch.attention)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
-        tokens: list[int] = logits_BV.argmax(dim=-1).tolist()
-        return tokens
+        return torch_ops.argmax(logits_BV)
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop:
         return LayerLoop(layers, cache)

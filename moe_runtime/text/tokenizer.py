@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids of the tokenizer; the model's vocabulary may be larger.
         special_ids: tokens that `skip_special_tokens` leaves out of the text.
+        eos_token_id: the tokenizer's own end of sequence; None if it names none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -26,6 +30,7 @@ class Tokenizer:
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
+        self.eos_token_id: int | None = tokenizer.eos_token_id
         self._token_texts: dict[int, str] = {}
         # A token decoded alone may lose its leading space, so it is decoded after this other one.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -54,12 +59,17 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds to a prompt.
 
+        A text that begins with the beginning of sequence, such as a rendered chat, does not get a second one.
+
         Raises:
             ValueError: the text is not valid Unicode.
         """
         if not is_unicode(text):
             raise ValueError("prompt: the text is not valid Unicode; it has half of a surrogate pair")
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        bos = self._tokenizer.bos_token_id
+        if add_special_tokens and bos is not None and token_ids[:2] == [bos, bos]:
+            return token_ids[text.startswith(self._tokenizer.bos_token) :]
         return token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -78,6 +88,35 @@ class Tokenizer:
             text = text.removeprefix(self._anchor_text)
             self._token_texts[token_id] = text
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that one token adds within a text. A character's bytes may be divided among tokens."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None or token_id in self._tokenizer.added_tokens_decoder:
+            return (token or "").encode()
+        if self._byte_of is not None and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's fallback
+            return bytes.fromhex(byte[1])
+        return self.token_text(token_id).encode()
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int] | None:
+        """The byte that each character of a token stands for, if the tokenizer works on bytes (GPT-2's BPE)."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None:
+            return None
+        decoder = json.loads(backend.decoder.__getstate__())
+        if "ByteLevel" not in [step["type"] for step in decoder.get("decoders", [decoder])]:
+            return None
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        hidden = [byte for byte in range(256) if byte not in shown]
+        return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+    @cached_property
+    def max_token_bytes(self) -> int:
+        """No token has more bytes of text than this."""
+        return max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
     @property
     def has_chat_template(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,11 +42,12 @@ class ExpertChanges:
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `finish_reason` is "stop" or "length". `stop_reason` is the stop string or stop id that ended the output, or None
-    for the model's own end of sequence. `routed_experts`, if asked for, holds the experts of every token that went
-    through the model: all tokens of prompt and output except the last. Its shape is [tokens, sparse layers, experts per
-    token], best first, in uint8 if that is large enough, else uint16. The type's largest value marks a dropped expert.
-    `expert_changes` counts the assignments that capacity limits and `balance_epsilon` have changed, if they are set.
+    `finish_reason` is "stop", "length", or "error" with the reason in `error`. `stop_reason` is the stop string or stop
+    id that ended the output, or None for the model's own end of sequence. `routed_experts`, if asked for, holds the
+    experts of every token that went through the model: all tokens of prompt and output except the last. Its shape is
+    [tokens, sparse layers, experts per token], best first, in uint8 if that is large enough, else uint16. The type's
+    largest value marks a dropped expert. `expert_changes` counts the assignments that capacity limits and
+    `balance_epsilon` have changed, if they are set.
     """
 
     index: int
@@ -56,11 +58,12 @@ class CompletionOutput:
     stop_reason: int | str | None
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
+    error: str | None = None
 
 
 @dataclass
 class RequestOutput:
-    """A prompt and its generated output. `prompt_logprobs[0]` is None: no token precedes the first one."""
+    """A prompt and its `n` outputs. `prompt_logprobs[0]` is None: no token precedes the first one."""
 
     request_id: str
     prompt: str | None
@@ -74,10 +77,10 @@ class RequestOutput:
 class OutputDelta:
     """The output that one engine step adds to one request.
 
-    The last delta of a request has a `finish_reason`: "stop", "length", or "abort". `text` may lag behind `token_ids`:
-    an incomplete character, or text that may become a stop string, is held back. The first delta has the prompt's
-    tokens, and their log-probabilities if asked for. The last has `routed_experts` and `expert_changes`; see
-    `CompletionOutput`.
+    The last delta of a request has a `finish_reason`: "stop", "length", "abort", or "error" with an `error`. `text` may
+    lag behind `token_ids`: an incomplete character, or text that may become a stop string, is held back. The first
+    delta has the prompt's tokens, and their log-probabilities if asked for. The last has `routed_experts` and
+    `expert_changes`; see `CompletionOutput`.
     """
 
     request_id: str
@@ -92,6 +95,7 @@ class OutputDelta:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
+    error: str | None = None
 
 
 @dataclass
@@ -108,6 +112,7 @@ class Completion:
     num_prompt_tokens: int = 0
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
+    error: str | None = None
 
     def add(self, delta: OutputDelta) -> None:
         """Add the next delta of the request."""
@@ -120,11 +125,12 @@ class Completion:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_prompt_tokens = delta.num_prompt_tokens
         self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
+        self.error = delta.error
 
-    def request_output(self, request_id: str, prompt: str | None) -> RequestOutput:
-        """The finished request as `LLM` returns it."""
-        output = CompletionOutput(
-            0,
+    def output(self, index: int) -> CompletionOutput:
+        """The finished request as the `index`-th continuation of its prompt."""
+        return CompletionOutput(
+            index,
             self.text,
             self.token_ids,
             self.logprobs,
@@ -132,12 +138,17 @@ class Completion:
             self.stop_reason,
             self.routed_experts,
             self.expert_changes,
+            self.error,
         )
-        return RequestOutput(
-            request_id=request_id,
-            prompt=prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[output],
-            finished=self.finish_reason is not None,
-            prompt_logprobs=self.prompt_logprobs,
-        )
+
+
+def request_output(request_id: str, prompt: str | None, choices: Sequence[Completion]) -> RequestOutput:
+    """The finished continuations of a prompt as `LLM` returns them."""
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_token_ids=choices[0].prompt_token_ids,
+        outputs=[choice.output(index) for index, choice in enumerate(choices)],
+        finished=all(choice.finish_reason is not None for choice in choices),
+        prompt_logprobs=choices[0].prompt_logprobs,
+    )

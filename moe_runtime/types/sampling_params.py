@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
+MAX_LOGIT_BIAS = 100.0  # OpenAI's limit
+LEAST_TEMPERATURE = 1e-5  # a lower one is greedy: float32 cannot hold logits divided by it
 MAX_INTEGER = 2**63 - 1  # the largest integer in a message between processes
 
 
@@ -18,14 +20,18 @@ class SamplingParams:
     """How to continue one prompt.
 
     Attributes:
-        max_tokens: maximum number of tokens to generate, at least 1; `None` means up to the end of the context.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        n: how many independent continuations to return, at least 1. The first uses `seed`, the i-th `seed + i`.
+        max_tokens: maximum number of tokens to generate; `None` means up to the end of the context. With 0 the prompt
+            only runs, for its log-probabilities.
+        min_tokens: the output cannot end before this many tokens, at most `max_tokens`.
+        temperature: 0 is greedy, and so is anything below 1e-5; otherwise logits are divided by it.
         top_p: keep the smallest set of tokens whose total probability reaches this, in (0, 1].
         top_k: keep this many of the best tokens; 0 or -1 keeps all.
         min_p: drop tokens below this share of the best token's probability, in [0, 1].
         repetition_penalty: divides positive and multiplies negative logits of tokens seen so far, above 0.
         presence_penalty, frequency_penalty: subtracted once / per occurrence in the output, in [-2, 2].
-        seed: the same seed gives the same tokens, whatever else runs; `None` draws a seed.
+        logit_bias: token id -> what is added to its logit, in [-100, 100].
+        seed: the same seed gives the same tokens, whatever else runs; `None` or -1 draws a seed.
         stop: strings that end the output; the output is cut before them.
         stop_token_ids: ids that end the output, in addition to the model's own end-of-sequence ids.
         ignore_eos: continue past the model's end-of-sequence ids.
@@ -43,7 +49,9 @@ class SamplingParams:
         ValueError: a value is out of range; the message names the field, the value and what is allowed.
     """
 
+    n: int = 1
     max_tokens: int | None = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -51,6 +59,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -76,15 +85,20 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0, False),
         ):
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high, open_low))
+        if self.seed == -1 and not isinstance(self.seed, bool):
+            object.__setattr__(self, "seed", None)
+        _check_integer("n", self.n, 1)
         _check_integer("top_k", self.top_k, -1)
         for name, low, high in (
-            ("max_tokens", 1, MAX_INTEGER),
+            ("max_tokens", 0, MAX_INTEGER),
             ("seed", 0, MAX_INTEGER),
             ("logprobs", 0, MAX_LOGPROBS),
             ("prompt_logprobs", 0, MAX_LOGPROBS),
         ):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), low, high)
+        _check_integer("min_tokens", self.min_tokens, 0, MAX_INTEGER if self.max_tokens is None else self.max_tokens)
+        object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "routing", parse_expert_policy(self.routing))
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_routed_experts"):
             if not isinstance(getattr(self, name), bool):
@@ -97,7 +111,14 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
+
+    def choice(self, index: int) -> SamplingParams:
+        """The parameters of the `index`-th of the `n` continuations. Only the first returns `prompt_logprobs`."""
+        if self.n == 1:
+            return self
+        seed = None if self.seed is None else (self.seed + index) % (MAX_INTEGER + 1)
+        return replace(self, n=1, seed=seed, prompt_logprobs=self.prompt_logprobs if index == 0 else None)
 
 
 def is_unicode(text: str) -> bool:
@@ -127,6 +148,16 @@ def _number(name: str, value: object, low: float, high: float | None, open_low: 
     else:
         allowed = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
     raise ValueError(f"{name}: {value!r} is not allowed; it must be a number {allowed}")
+
+
+def _bias(value: object) -> dict[int, float] | None:
+    if not value:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"logit_bias: {value!r} is not allowed; it must be an object from token ids to numbers")
+    for token in value:
+        _check_integer("logit_bias", token, 0)
+    return {token: _number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS, False) for token, bias in value.items()}
 
 
 def _check_integer(name: str, value: object, low: int, high: int = MAX_INTEGER) -> None:

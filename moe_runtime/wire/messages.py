@@ -169,7 +169,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Sample:
-    """The token that a rank sampled for a sequence."""
+    """The token that a rank sampled for a sequence; -1 if the model's logits are not finite."""
 
     seq_id: int
     token_id: int

@@ -6,7 +6,7 @@ Shape suffixes: B rows, V vocabulary, C candidates.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,11 @@ from torch import Tensor
 
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import TokenLogprobs
+
+# Logits stay finite: a penalty beyond these bounds has the same effect as the bound, and so has a temperature.
+PENALTIES = 1e-20, 1e20
+MAX_TEMPERATURE = 1e30
+BARRED = -1e30  # the logit of a token that must not be sampled: its probability is exactly 0
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,21 @@ class SamplingRow:
     num_prompt_tokens: int
 
 
-def sample(logits_BV: Tensor, rows: Sequence[SamplingRow], argmax: Callable[[Tensor], list[int]]) -> list[int]:
-    """One token per row of float32 logits; `argmax` gives the best token of each row.
+def sample(
+    logits_BV: Tensor,
+    rows: Sequence[SamplingRow],
+    argmax: Callable[[Tensor], list[int]],
+    eos_token_ids: Collection[int],
+) -> list[int]:
+    """One token per row of float32 logits, or -1 for a row with a logit that is NaN or infinite.
 
-    Penalties are applied first, then temperature, min-p, top-k and top-p. Each filter renormalises the remaining
-    probabilities, as in vLLM. Equal logits are ordered by token id.
+    `argmax` is `layers.kit.Kit.argmax`. The bias of logits comes first, then penalties, temperature, min-p, top-k and
+    top-p. Each filter renormalises the remaining probabilities, as in vLLM. Equal logits are ordered by token id.
+    Before `min_tokens`, no token is sampled that would end the output.
     """
-    logits_BV = _penalize(logits_BV, rows)
+    logits_BV = _adjust(logits_BV, rows, eos_token_ids)
     tokens = argmax(logits_BV)
-    drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
+    drawn = [index for index, row in enumerate(rows) if not row.params.greedy and tokens[index] >= 0]
     # There are two layouts of the candidates. A row's own parameters choose its layout, not those of other rows.
     for truncated in (False, True):
         which = [index for index in drawn if _truncates(rows[index].params) == truncated]
@@ -76,26 +87,50 @@ def uniform(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     return ((c0 << bits | c1) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _penalize(logits_BV: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    penalized = logits_BV
+def _adjust(logits_BV: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Collection[int]) -> Tensor:
+    """The logits with bias, penalties and barred tokens; a copy if any row has one of them."""
+    adjusted = logits_BV
     for index, row in enumerate(rows):
         params = row.params
-        repetition, presence, frequency = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-        if repetition == 1.0 and presence == 0.0 and frequency == 0.0:
+        penalizes = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+        barred = _barred(row, eos_token_ids, logits_BV.shape[1])
+        if not penalizes and not barred and not params.logit_bias:
             continue
-        if penalized is logits_BV:
-            penalized = logits_BV.clone()
-        logits_V = penalized[index]
-        if repetition != 1.0:
-            seen_C = torch.tensor(sorted(set(row.token_ids)), device=logits_V.device)
-            value_C = logits_V[seen_C]
-            logits_V[seen_C] = torch.where(value_C > 0, value_C / repetition, value_C * repetition)
-        counts = Counter(row.token_ids[row.num_prompt_tokens :])
-        if counts:
-            output_C = torch.tensor(list(counts), device=logits_V.device)
-            count_C = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
-            logits_V[output_C] -= presence + frequency * count_C
-    return penalized
+        if adjusted is logits_BV:
+            adjusted = logits_BV.clone()
+        logits_V = adjusted[index]
+        if params.logit_bias:
+            bias_C = torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+            logits_V[torch.tensor(list(params.logit_bias), device=logits_V.device)] += bias_C
+        if penalizes:
+            _penalize(logits_V, row)
+        if barred:
+            logits_V[torch.tensor(barred, device=logits_V.device)] = BARRED
+    return adjusted
+
+
+def _barred(row: SamplingRow, eos_token_ids: Collection[int], vocab_size: int) -> list[int]:
+    """Tokens that must not be sampled."""
+    params = row.params
+    if len(row.token_ids) - row.num_prompt_tokens >= params.min_tokens:
+        return []
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+    return [token for token in ends if token < vocab_size]
+
+
+def _penalize(logits_V: Tensor, row: SamplingRow) -> None:
+    """Apply the penalties of a row in place."""
+    params = row.params
+    if params.repetition_penalty != 1.0:
+        factor = min(max(params.repetition_penalty, PENALTIES[0]), PENALTIES[1])
+        seen_C = torch.tensor(sorted(set(row.token_ids)), device=logits_V.device)
+        value_C = logits_V[seen_C]
+        logits_V[seen_C] = torch.where(value_C > 0, value_C / factor, value_C * factor)
+    counts = Counter(row.token_ids[row.num_prompt_tokens :])
+    if counts:
+        output_C = torch.tensor(list(counts), device=logits_V.device)
+        count_C = torch.tensor(list(counts.values()), device=logits_V.device, dtype=logits_V.dtype)
+        logits_V[output_C] -= params.presence_penalty + params.frequency_penalty * count_C
 
 
 def _truncates(params: SamplingParams) -> bool:
@@ -109,7 +144,7 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplingRow], truncated: bool) -> li
     def column(values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
 
-    scaled_BV = logits_BV / column([p.temperature for p in params])
+    scaled_BV = logits_BV / column([min(p.temperature, MAX_TEMPERATURE) for p in params])
     token_BC = None
     if truncated:
         scaled_BV, token_BC = scaled_BV.sort(dim=-1, descending=True, stable=True)

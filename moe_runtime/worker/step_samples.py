@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D hidden, B rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -19,9 +19,16 @@ PROMPT_LOGPROB_ROWS = 256  # rows of logits at a time, so that long prompts do n
 
 
 def sample_step(
-    step: PreparedStep, hidden_TD: Tensor, model: Decoder, argmax: Callable[[Tensor], list[int]]
+    step: PreparedStep,
+    hidden_TD: Tensor,
+    model: Decoder,
+    argmax: Callable[[Tensor], list[int]],
+    eos_token_ids: Collection[int],
 ) -> list[Sample]:
-    """Sample a token for every chunk that asks for one, and append it to the chunk's sequence."""
+    """Sample a token for every chunk that asks for one, and append it to the chunk's sequence.
+
+    A sequence whose logits are not finite gets token 0: the front ends its request, but may have planned a next row.
+    """
     last: list[int] = []  # rows after which to sample
     seq_ids: list[int] = []
     sequences: list[Sequence] = []
@@ -37,15 +44,15 @@ def sample_step(
     # A step of only decode rows samples every row.
     logits_BV = model.logits(hidden_TD if len(last) == end else hidden_TD[torch.tensor(last, device=hidden_TD.device)])
     rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
-    tokens = sample(logits_BV, rows, argmax)
+    tokens = sample(logits_BV, rows, argmax, eos_token_ids)
     logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
     for num_best in {row.params.logprobs for row in rows} - {None}:
-        which = [index for index, row in enumerate(rows) if row.params.logprobs == num_best]
+        which = [index for index, row in enumerate(rows) if row.params.logprobs == num_best and tokens[index] >= 0]
         found = token_logprobs(logits_BV[which], [tokens[index] for index in which], num_best or 0)
         for index, entry in zip(which, found, strict=True):
             logprobs[index] = entry
     for sequence, token in zip(sequences, tokens, strict=True):
-        sequence.token_ids.append(token)
+        sequence.token_ids.append(max(token, 0))
     return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, strict=True)]
 
 

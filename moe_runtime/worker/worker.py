@@ -212,7 +212,7 @@ class Worker:
         step = running.step
         with self._torch_threads():
             hidden_TD = running.hidden()
-            samples = sample_step(step, hidden_TD, self.model, self._argmax)
+            samples = sample_step(step, hidden_TD, self.model, self._argmax, self._model_config.eos_token_ids)
             prompt_logprobs = find_prompt_logprobs(step, hidden_TD, self.model)
         seconds = step.seconds + time.perf_counter() - running.start
         routed = routed_experts(step, keep_all=self._keeps_experts)

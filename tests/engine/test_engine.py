@@ -132,13 +132,53 @@ def test_bad_prompts_are_refused_and_leave_nothing(prompt, message):
     assert len(drain(engine)["a"]) == 1
 
 
+def test_a_request_for_no_tokens_runs_its_prompt():
+    engine, _ = make_engine()
+    prompt = [5, 6, 7, 8] * 16  # as long as the context
+    engine.add_request("a", prompt, SamplingParams(max_tokens=0, prompt_logprobs=2, logprobs=1))
+    (delta,) = drain(engine)["a"]
+    assert (delta.finish_reason, delta.token_ids, delta.logprobs) == ("length", [], [])
+    assert (delta.num_prompt_tokens, delta.num_output_tokens, delta.prompt_token_ids) == (64, 0, prompt)
+    assert [entry is None for entry in delta.prompt_logprobs] == [True] + [False] * 63
+    assert (engine.stats().prompt_tokens, engine.stats().generation_tokens) == (64, 0)
+    with pytest.raises(ValueError, match=r"^prompt: 65 tokens, but max_model_len is 64$"):
+        engine.add_request("b", [*prompt, 5], SamplingParams(max_tokens=0))
+
+
+def test_logits_that_are_not_finite_end_one_request():
+    def next_token(token_ids, seed):
+        return -1 if token_ids[0] == 9 and len(token_ids) == 5 else 4
+
+    engine, executor = make_engine(next_token=next_token)
+    for name, first in (("good", 1), ("bad", 9), ("other", 2)):
+        engine.add_request(name, [first, 3], SamplingParams(max_tokens=6, logprobs=1))
+    deltas = drain(engine)
+    *before, last = deltas["bad"]
+    assert [delta.token_ids for delta in before] == [[4]] * 3
+    assert (last.finish_reason, last.token_ids, last.logprobs) == ("error", [], [])
+    assert last.error == "the model's logits after token 5 are NaN or infinite; its weights may be damaged"
+    for name in ("good", "other"):
+        assert [token for delta in deltas[name] for token in delta.token_ids] == [4] * 6
+        assert deltas[name][-1].finish_reason == "length"
+    assert engine.stats().finished == {"error": 1, "length": 2}
+    assert executor.num_sequences <= 3 and not engine.has_work
+
+
+def test_a_token_of_the_bias_must_exist():
+    engine, _ = make_engine()
+    with pytest.raises(
+        ValueError, match=r"^logit_bias: token id 50 is not allowed; it must be an integer from 0 to 49"
+    ):
+        engine.add_request("a", [1], SamplingParams(logit_bias={3: 1, 50: 2}))
+
+
 def test_bad_texts_are_refused(tokenizer):
     engine, _ = make_engine(tokenizer=tokenizer, vocab_size=300)
     with pytest.raises(ValueError, match=r"^prompt: it is empty"):
         engine.add_request("a", "", SamplingParams())
     with pytest.raises(ValueError, match=r"^prompt: the text is not valid Unicode"):
         engine.add_request("a", "half \ud83d", SamplingParams())
-    beyond = tokenizer.decode(list(range(300, tokenizer.vocab_size)))
+    beyond = tokenizer.decode([300, 301, 302])
     with pytest.raises(
         ValueError, match=r"^prompt: token id 3\d\d is not allowed; it must be an integer from 0 to 299$"
     ):

@@ -191,9 +191,16 @@ def test_argmax_is_the_first_largest(kernels, shape):
     x = torch.randn(shape).round(decimals=1)  # with equals
     expected = [row.tolist().index(max(row.tolist())) for row in x]
     assert kernels.argmax(x) == expected
-    if x.numel():
-        x[0] = -torch.inf
-        assert kernels.argmax(x)[0] == 0
+    assert torch_ops.argmax(x) == expected
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("size", [1, 7, 8192, 20001])
+def test_argmax_of_a_row_that_is_not_finite_is_minus_one(kernels, bad, size):
+    x = torch.randn(3, size)
+    x[1, torch.randint(size, ())] = bad
+    best = x.argmax(dim=1).tolist()
+    assert kernels.argmax(x) == torch_ops.argmax(x) == [best[0], -1, best[2]]
 
 
 @DTYPES

@@ -41,7 +41,7 @@ from moe_runtime.wire.messages import (
 VOCAB_SIZE = 50
 EOS = 0
 
-NextToken = Callable[[list[int], int], int]  # (all tokens before, seed) -> token
+NextToken = Callable[[list[int], int], int]  # (all tokens before, seed) -> token, or -1
 
 
 def random_next_token(token_ids: list[int], seed: int) -> int:
@@ -156,9 +156,10 @@ class FakeRank:
     def sample(self, seq_id: int, sequence: FakeSequence) -> Sample:
         context = self.context(seq_id, sequence.num_computed)
         token_id = self.next_token(context, sequence.seed)
-        assert self.config.max_model_len is None or len(context) < self.config.max_model_len
-        sequence.token_ids.append(token_id)
-        num_best = sequence.params.logprobs
+        room = (self.config.max_model_len or 2**30) - len(context)
+        assert room > 0 or (room == 0 and sequence.params.max_tokens == 0)
+        sequence.token_ids.append(max(token_id, 0))
+        num_best = None if token_id < 0 else sequence.params.logprobs
         return Sample(seq_id, token_id, None if num_best is None else fake_logprobs(context, token_id, num_best))
 
 

@@ -7,7 +7,7 @@ from fakes import TEXTS, save_byte_tokenizer, save_metaspace_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText
+from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText, StopMatcher
 from moe_runtime.text.tokenizer import Tokenizer
 
 SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer}
@@ -163,7 +163,57 @@ def test_stop_strings_over_token_borders(pieces, stop, include):
         candidates = [len(text) for text in stop] or [1]
         assert len("".join(pieces[: index + 1])) - len(released) < max(candidates), "more is withheld than need be"
     assert (released, found) == (expected, expected_stop)
-    assert output.text == expected
+
+
+@pytest.mark.parametrize("name", SAVE)
+@pytest.mark.parametrize("prompt", ["", "The sea", "🦀"])
+def test_bytes_that_are_no_text_flow(tokenizers, name, prompt):
+    """A model that says one lone byte for ever: text comes with every token, and the work for a token does not grow."""
+    tokenizer = tokenizers[name]
+    lone = tokenizer.encode("a🦀")[-1]
+    assert tokenizer.token_bytes(lone) == b"\x80"
+    sizes = []
+
+    def decode(token_ids: list[int]) -> str:
+        sizes.append(len(token_ids))
+        return tokenizer.decode(token_ids)
+
+    decoder = IncrementalDecoder(decode, tokenizer.encode(prompt))
+    pieces = [decoder.append(lone) for _ in range(500)]
+    assert all(pieces[4:]), "text is held back"
+    assert "".join(pieces) + decoder.flush() == "\ufffd" * 500
+    assert sum(sizes) < 30 * 500 and max(sizes) <= 20
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.binary(max_size=6) | st.sampled_from("aé🦀€").map(str.encode), max_size=30))
+def test_any_bytes_give_their_text(tokenizers, parts):
+    tokenizer = tokenizers["byte"]
+    data = b"".join(parts)
+    of_byte = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    decoder = make_decoder(tokenizer, tokenizer.encode("."))
+    pieces = [decoder.append(of_byte[bytes([byte])]) for byte in data]
+    assert "".join(pieces) + decoder.flush() == data.decode(errors="replace")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("ab", min_size=1, max_size=6), st.lists(st.text("ab", max_size=5), max_size=8))
+def test_a_matcher_knows_how_much_of_its_stop_string_there_is(stop, pieces):
+    matcher, text = StopMatcher(stop), ""
+    for piece in pieces:
+        end = matcher.append(piece)
+        found = (text + piece).find(stop)
+        assert end == (None if found < 0 else found + len(stop) - len(text))
+        if end is not None:
+            return
+        text += piece
+        assert matcher.num_matched == max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+
+
+def test_a_stop_string_may_not_begin_before_the_least_number_of_tokens():
+    output = OutputText(IncrementalDecoder(lambda ids: "".join("abcab"[i] for i in ids), []), ["ab"], False)
+    found = [output.append(i, last=i == 4, may_stop=i >= 1) for i in range(5)]
+    assert found == [None, None, None, None, "ab"] and output.release(finished=True) == "abc"
 
 
 def test_a_stop_string_within_a_real_tokenizers_text(tokenizers):

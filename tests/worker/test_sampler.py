@@ -10,15 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime.kernels import torch_ops
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.worker import sampler
 from moe_runtime.worker.sampler import SamplingRow, token_logprobs, uniform
 
 VOCAB = 53
+EOS = (3, 11)
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingRow]) -> list[int]:
-    return sampler.sample(logits, rows, lambda found: found.argmax(dim=-1).tolist())
+    return sampler.sample(logits, rows, torch_ops.argmax, EOS)
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:
@@ -54,12 +56,16 @@ def slow_probabilities(logits: np.ndarray, row: SamplingRow) -> np.ndarray:
     """What the parameters make of one row of logits, token by token."""
     p = row.params
     logits = logits.astype(np.float64).copy()
+    for token, bias in (p.logit_bias or {}).items():
+        logits[token] += bias
     for token in set(row.token_ids):
         logits[token] = (
             logits[token] / p.repetition_penalty if logits[token] > 0 else logits[token] * p.repetition_penalty
         )
     for token, count in Counter(row.token_ids[row.num_prompt_tokens :]).items():
         logits[token] -= p.presence_penalty + p.frequency_penalty * count
+    if len(row.token_ids) - row.num_prompt_tokens < p.min_tokens:
+        logits[[*p.stop_token_ids, *([] if p.ignore_eos else EOS)]] = -1e30
     if p.greedy:
         return np.eye(VOCAB)[logits.argmax()]
     order = np.argsort(-logits, kind="stable")
@@ -85,6 +91,10 @@ params = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.8]),
     presence_penalty=st.sampled_from([0.0, 1.5, -1.0]),
     frequency_penalty=st.sampled_from([0.0, 0.7]),
+    logit_bias=st.sampled_from([None, {3: 100.0}, {5: -100.0, 6: 2.5}, {11: 50.0, 20: 50.0}]),
+    min_tokens=st.sampled_from([0, 1, 5]),
+    stop_token_ids=st.sampled_from([(), (20,)]),
+    ignore_eos=st.booleans(),
 )
 
 
@@ -131,6 +141,45 @@ def test_frequencies_follow_the_probabilities(p: SamplingParams) -> None:
     degrees = max(int(likely.sum()) - 1, 1)
     chi2 = ((found - expected)[likely] ** 2 / expected[likely]).sum()
     assert chi2 < degrees + 4 * np.sqrt(2 * degrees) + 8
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        SamplingParams(temperature=temperature, repetition_penalty=repetition, top_p=top_p, min_tokens=min_tokens)
+        for temperature in (0.0, 1e-40, 1e-5, 1.0, 1e300)
+        for repetition in (1e-300, 1e-30, 1.0, 1e30, 1e300)
+        for top_p in (1.0, 0.5)
+        for min_tokens in (0, 9)
+    ],
+)
+def test_extreme_parameters_give_a_token_of_the_right_side(p: SamplingParams) -> None:
+    """A tiny penalty makes a seen token with a positive logit certain; a huge one makes it impossible."""
+    logits = torch.randn(1, VOCAB) + 3.0
+    logits[0, 4:7] = torch.tensor([2.0, 0.0, -1.0])
+    (token,) = sample(logits, [SamplingRow(p, 1, [4, 5, 6], 3)])
+    assert 0 <= token < VOCAB
+    if p.temperature <= 1.0:
+        if p.repetition_penalty < 1:
+            assert token == 4
+        elif p.repetition_penalty > 1:
+            assert token != 4
+        elif p.temperature < 1.0:
+            allowed = logits[0].clone()
+            if p.min_tokens:
+                allowed[list(EOS)] = -torch.inf
+            assert token == allowed.argmax()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_that_is_not_finite_has_no_token_and_the_others_theirs(bad: float) -> None:
+    logits = torch.randn(3, VOCAB)
+    rows = [SamplingRow(SamplingParams(temperature=t, top_p=0.9), 7, [1, 2], 1) for t in (0.0, 1.0, 1.0)]
+    expected = sample(logits, rows)
+    for index in range(3):
+        broken = logits.clone()
+        broken[index, int(torch.randint(VOCAB, ()))] = bad
+        assert sample(broken, rows) == [-1 if row == index else token for row, token in enumerate(expected)]
 
 
 def test_positions_of_one_seed_differ() -> None:

@@ -157,7 +157,8 @@ void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, 
   gate_rows(engine, *config, Policies{}, logits, rows, weights, experts);
 }
 
-// best[i] = position of the first largest value of row i, or 0 if all are NaN. Tasks share the blocks of a row.
+// best[i] = position of the first largest value of row i, or -1 if a value of the row is NaN or infinite. Tasks share
+// the blocks of a row.
 void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   constexpr int64_t kBlock = 8192;
   const std::lock_guard<std::mutex> lock(engine.pool.busy);
@@ -166,18 +167,23 @@ void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   engine.pool.run(rows * blocks, [&](int64_t task, int) {
     const int64_t first = task % blocks * kBlock, count = std::min(kBlock, size - first);
     const float* values = x + task / blocks * size + first;
-    Vec most = set1(kTaken);
+    Vec most = set1(kTaken), zeros = zero();  // a product of zero and what is not finite is NaN
     for_lanes(count, [&](int64_t i, int n) {
-      most = max(most, select_first(n, load_first(values + i, n), set1(kTaken)));
+      const Vec value = load_first(values + i, n);
+      most = max(most, select_first(n, value, set1(kTaken)));
+      zeros = fma(value, zero(), zeros);
     });
-    largest[task] = max(most);
+    largest[task] = max(most) + sum(zeros);
   });
   for (int64_t row = 0; row < rows; row++) {
     const float* maxima = largest + row * blocks;
+    if (std::any_of(maxima, maxima + blocks, [](float value) { return std::isnan(value); })) {
+      best[row] = -1;
+      continue;
+    }
     const int64_t block = std::max_element(maxima, maxima + blocks) - maxima;
     const float *values = x + row * size, *end = values + std::min(size, (block + 1) * kBlock);
-    const float* found = std::find(values + block * kBlock, end, maxima[block]);
-    best[row] = found == end ? 0 : found - values;
+    best[row] = std::find(values + block * kBlock, end, maxima[block]) - values;
   }
 }
 

@@ -238,7 +238,7 @@ class Kernels:
         return weights_TK, experts_TK
 
     def argmax(self, x_TV: Tensor) -> list[int]:
-        """Position of the largest float32 value of each row; of equal values the first."""
+        """See `torch_ops.argmax`; of equal values the first, in float32."""
         assert x_TV.dtype == torch.float32 and x_TV.ndim == 2 and x_TV.shape[1] > 0
         rows, size = x_TV.shape
         best = (ctypes.c_int64 * rows)()
