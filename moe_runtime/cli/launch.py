@@ -24,6 +24,7 @@ from moe_runtime.cluster.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Hos
 from moe_runtime.cluster.process_executor import ProcessExecutor
 from moe_runtime.cluster.rank_group import START_TIMEOUT, Site, socket_folder
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.wire.transport import Alive, Dealer, Hello, Stop, host_name
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "LOCAL_SIZE", "CROSS_SIZE"} <= os.environ.keys()
 
 
-def serve_torchrun(config: EngineConfig, host: str, port: int) -> int:
-    """`serve` under torchrun: host one rank; rank 0 also serves HTTP at `host` and `port`. Returns the exit code.
+def serve_torchrun(config: EngineConfig, server_config: ServerConfig) -> int:
+    """`serve` under torchrun: host one rank; rank 0 also serves HTTP. Returns the exit code.
 
     Raises:
         ValueError: `config.ep_size` is neither 1, its default, nor the number of torchrun's processes.
@@ -85,7 +86,7 @@ def serve_torchrun(config: EngineConfig, host: str, port: int) -> int:
         from moe_runtime.serve.server import run_server
 
         local_ranks = Torchrun.from_environment().local_world_size
-        return run_server(partial(build_engine, config, make_executor, local_ranks), host, port)
+        return run_server(partial(build_engine, config, make_executor, local_ranks), server_config)
 
     return run_torchrun(config, run_front)
 

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +19,6 @@ from moe_runtime.cli.heatmap import heatmap
 from moe_runtime.cli.inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.cli.plan import PlanOptions, ProfileOptions, plan, profile
 from moe_runtime.cli.tune import tune, tune_options
-from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import (
     MODEL,
@@ -32,31 +30,11 @@ from moe_runtime.config.options import (
     options_of,
     user_mistakes,
 )
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """The address of `serve`.
-
-    Attributes:
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-
-    Raises:
-        ValueError: a value has another type.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str) or not self.host:
-            raise ValueError(f"host: {self.host!r} is not allowed; it must be an address or name of this machine")
-        check_integer("port", self.port, 0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +137,7 @@ def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
         commands, "serve", "Serve a model over HTTP; also under torchrun, a rank per process.", _serve
     )
     _add_model(parser)
-    add_flags(parser.add_argument_group("server"), options_of(ServeOptions))
+    add_flags(parser.add_argument_group("server"), options_of(ServerConfig))
     add_flags(parser.add_argument_group("engine"), options_of(EngineConfig, exclude=("model",)))
 
 
@@ -251,18 +229,18 @@ def _serve(namespace: argparse.Namespace) -> int:
     from moe_runtime.cli.launch import Torchrun, serve_torchrun, under_torchrun
 
     with user_mistakes():
-        values = option_values(namespace, [*options_of(ServeOptions), *options_of(EngineConfig)])
-        address = ServeOptions(**only_fields(ServeOptions, values))
+        values = option_values(namespace, [*options_of(ServerConfig), *options_of(EngineConfig)])
+        server_config = ServerConfig(**only_fields(ServerConfig, values))
         if under_torchrun():
             values.setdefault("ep_size", Torchrun.from_environment().world_size)
         config = EngineConfig(**only_fields(EngineConfig, values))
     if under_torchrun():
         with user_mistakes():
-            return serve_torchrun(config, address.host, address.port)
+            return serve_torchrun(config, server_config)
     from moe_runtime.build import build_engine
     from moe_runtime.serve.server import run_server
 
-    return run_server(lambda: build_engine(config), address.host, address.port)
+    return run_server(lambda: build_engine(config), server_config)
 
 
 def _bench(namespace: argparse.Namespace) -> int:

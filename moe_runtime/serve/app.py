@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve import generate
 from moe_runtime.serve.async_engine import AsyncEngine, State
 from moe_runtime.serve.errors import ApiError, add_error_handlers, error_response, json_response
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
 
-MAX_BODY_BYTES = 32 * 2**20
 MEDIA_TYPES = {
     "png": "image/png",
     "svg": "image/svg+xml",
@@ -44,12 +44,13 @@ class RebalanceOptions(BaseModel):
     dry_run: bool = False
 
 
-def create_app(engine: AsyncEngine) -> FastAPI:
+def create_app(engine: AsyncEngine, server_config: ServerConfig) -> FastAPI:
     """The application for an engine. The caller starts and closes the engine."""
     app = FastAPI(title="moe_runtime", version=__version__)
     app.state.engine = engine
+    app.state.server_config = server_config
     app.state.started = time.time()
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, max_bytes=server_config.max_body_bytes)
     add_error_handlers(app)
     app.include_router(generate.router)
     app.include_router(routes.router)
@@ -139,18 +140,19 @@ def _add_expert_routes(app: FastAPI, engine: AsyncEngine) -> None:
 
 
 class BodyLimit:
-    """Refuses bodies of more than `MAX_BODY_BYTES` before they fill memory."""
+    """Refuses bodies of more than `max_bytes` before they fill memory."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
+        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        too_large = f"body: is too large; it must be at most {MAX_BODY_BYTES} bytes"
+        too_large = f"body: is too large; it must be at most {self._max_bytes} bytes"
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+        if length.isdigit() and int(length) > self._max_bytes:
             await error_response(413, too_large)(scope, receive, send)
             return
         num_bytes = 0
@@ -159,7 +161,7 @@ class BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > MAX_BODY_BYTES:
+            if num_bytes > self._max_bytes:
                 raise HTTPException(413, too_large)
             return message
 

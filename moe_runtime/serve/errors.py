@@ -1,20 +1,57 @@
-"""Errors as clients receive them: always `{"error": {"message", "type", "param", "code"}}`, with a one-line message."""
+"""Errors as clients receive them: always `{"error": {"message", "type", "param", "code"}}`, with a one-line message.
+
+`error_responses` describes them in `/openapi.json`.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from moe_runtime.serve.async_engine import UnavailableError
 
 MAX_SHOWN_INPUT = 80
+DESCRIPTIONS = {
+    400: "The body is not JSON, or a value is out of range.",
+    401: "The key is missing or unknown.",
+    403: "The client may not use this route.",
+    404: "There is nothing of this name here.",
+    408: "The body did not arrive in time.",
+    409: "The server's state does not allow it now.",
+    413: "The body is too large.",
+    422: "A field is unknown, missing or of another type.",
+    500: "The server has a fault.",
+    503: "The server cannot take or finish the request now.",
+    504: "The request took longer than it may.",
+}
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong: one line, the field if it is about one, and the status."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The argument `responses` of a route that may answer with these errors."""
+    return {status: {"model": ErrorBody, "description": DESCRIPTIONS[status]} for status in statuses}
 
 
 class ApiError(Exception):

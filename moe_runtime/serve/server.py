@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
 
@@ -29,7 +30,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 logger = logging.getLogger(__name__)
 
 
-def run_server(make_engine: Callable[[], Engine], host: str, port: int) -> int:
+def run_server(make_engine: Callable[[], Engine], config: ServerConfig) -> int:
     """Serve HTTP until a signal or a failure. Returns the process's exit code.
 
     The port is bound first. Then the engine's thread makes the engine, while `/ready` returns 503. After SIGTERM or
@@ -37,19 +38,18 @@ def run_server(make_engine: Callable[[], Engine], host: str, port: int) -> int:
 
     Args:
         make_engine: may raise ValueError for the user's mistakes, and RankError.
-        host: an address or name of this machine.
-        port: 0 takes a free one.
+        config: the server's options.
 
     Returns:
         0 after a clean stop, 1 if the engine failed, 2 for a mistake in the arguments or in what `make_engine` read.
     """
     try:
-        listener = bind(host, port)
+        listener = bind(config.host, config.port)
     except ValueError as error:
         _complain(str(error))
         return EXIT_USAGE
     with listener:
-        code, ended = asyncio.run(_serve_until_signal(make_engine, listener))
+        code, ended = asyncio.run(_serve_until_signal(make_engine, listener, config))
     if not ended:
         # The engine's thread is loading or inside a step. Python cannot end it, and must not finalise while it runs.
         sys.stdout.flush()
@@ -73,7 +73,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise ValueError(f"host: {host!r} is no address of this machine ({error.strerror or error})") from error
 
 
-async def serve(make_engine: Callable[[], Engine], listener: socket.socket, stop: asyncio.Event) -> tuple[int, bool]:
+async def serve(
+    make_engine: Callable[[], Engine], listener: socket.socket, stop: asyncio.Event, config: ServerConfig
+) -> tuple[int, bool]:
     """Serve until `stop` is set or the engine fails.
 
     Returns:
@@ -82,7 +84,7 @@ async def serve(make_engine: Callable[[], Engine], listener: socket.socket, stop
     engine = AsyncEngine(make_engine)
     web = _WebServer(
         uvicorn.Config(
-            create_app(engine),
+            create_app(engine, config),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -102,10 +104,12 @@ async def serve(make_engine: Callable[[], Engine], listener: socket.socket, stop
     return code, await engine.close(CLOSE_SECONDS)
 
 
-async def _serve_until_signal(make_engine: Callable[[], Engine], listener: socket.socket) -> tuple[int, bool]:
+async def _serve_until_signal(
+    make_engine: Callable[[], Engine], listener: socket.socket, config: ServerConfig
+) -> tuple[int, bool]:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
-        return await serve(make_engine, listener, stop)
+        return await serve(make_engine, listener, stop, config)
 
 
 async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -> int:

@@ -20,6 +20,7 @@ from process_tools import eventually, running
 from moe_runtime.cli.launch import run_torchrun, serve_torchrun, under_torchrun
 from moe_runtime.cluster.host import FrontAddress, Host, _environment, describe_exit, divide_cores
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.wire.transport import RankExited
 
 FRONT = FrontAddress("ipc:///nowhere/front", "127.0.0.1")
@@ -80,7 +81,7 @@ def test_torchrun_is_known_by_its_environment(torchrun):
 @pytest.mark.parametrize("ep_size", [3, 4])
 def test_another_ep_size_than_torchruns_is_refused(torchrun, ep_size):
     with pytest.raises(ValueError, match=rf"^ep_size: {ep_size} is not allowed under torchrun with 2 processes"):
-        serve_torchrun(EngineConfig(model="demo", ep_size=ep_size), "127.0.0.1", 8000)
+        serve_torchrun(EngineConfig(model="demo", ep_size=ep_size), ServerConfig())
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])

@@ -13,6 +13,7 @@ from serve_fakes import RANK_ERROR, FakeEngine
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError
@@ -47,6 +48,27 @@ ENGINE_FLAGS = {
     "record_trace": "trace.npz",
     "served_model_name": "name",
     "step_timeout": 1.5,
+}
+SERVER_FLAGS = {
+    "host": "0.0.0.0",
+    "port": 0,
+    "api_key_file": "keys",
+    "admin_key_file": "admin-keys",
+    "max_body_bytes": 1000,
+    "max_bytes_under_way": 2000,
+    "max_connections": 30,
+    "max_prompts_per_request": 4,
+    "max_choices": 5,
+    "max_stop_strings": 6,
+    "max_stop_chars": 7,
+    "max_logit_bias": 8,
+    "max_tools": 9,
+    "header_timeout": 1.5,
+    "body_timeout": 2.5,
+    "request_timeout": 3.5,
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "deepseek_r1",
+    "escape_special_tokens": True,
 }
 SAMPLING_FLAGS = {
     "min_tokens": 3,
@@ -100,12 +122,12 @@ def built(monkeypatch):
 
 @pytest.fixture
 def served(monkeypatch):
-    """Arguments of `run_server`: (configuration, host, port)."""
+    """Arguments of `run_server`: (the engine's configuration, the server's)."""
     calls = []
     monkeypatch.setattr("moe_runtime.build.build_engine", lambda config: config)
     monkeypatch.setattr(
         "moe_runtime.serve.server.run_server",
-        lambda make_engine, host, port: calls.append((make_engine(), host, port)) or 0,
+        lambda make_engine, config: calls.append((make_engine(), config)) or 0,
     )
     return calls
 
@@ -132,13 +154,21 @@ def test_the_module_is_the_command():
 
 def test_every_engine_option_is_a_flag(served):
     assert set(ENGINE_FLAGS) == {field.name for field in fields(EngineConfig)} - {"model"}
-    assert cli.main(["serve", "here", *flags(ENGINE_FLAGS), "--host", "0.0.0.0", "--port", "0"]) == 0
-    assert served == [(EngineConfig("here", **ENGINE_FLAGS), "0.0.0.0", 0)]
+    assert cli.main(["serve", "here", *flags(ENGINE_FLAGS)]) == 0
+    assert served == [(EngineConfig("here", **ENGINE_FLAGS), ServerConfig())]
+
+
+def test_every_server_option_is_a_flag(served):
+    assert set(SERVER_FLAGS) | {"cors_origin"} == {field.name for field in fields(ServerConfig)}
+    origins = ("https://a.example", "https://b.example")
+    given = [argument for origin in origins for argument in ("--cors-origin", origin)]
+    assert cli.main(["serve", "here", *flags(SERVER_FLAGS), *given]) == 0
+    assert served == [(EngineConfig("here"), ServerConfig(**SERVER_FLAGS, cors_origin=origins))]
 
 
 def test_serve_by_default(served):
     assert cli.main(["serve", "demo"]) == 0
-    assert served == [(EngineConfig("demo"), "127.0.0.1", 8000)]
+    assert served == [(EngineConfig("demo"), ServerConfig())]
 
 
 def test_serve_under_torchrun(monkeypatch):
@@ -148,7 +178,7 @@ def test_serve_under_torchrun(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("moe_runtime.cli.launch.serve_torchrun", lambda *arguments: calls.append(arguments) or 5)
     assert cli.main(["serve", "demo", "--port", "81", "--redundant-experts", "1,0"]) == 5
-    assert calls == [(EngineConfig("demo", ep_size=2, redundant_experts=(1, 0)), "127.0.0.1", 81)]
+    assert calls == [(EngineConfig("demo", ep_size=2, redundant_experts=(1, 0)), ServerConfig(port=81))]
 
 
 def test_a_file_of_options_and_flags_that_win(served, tmp_path):
@@ -159,8 +189,8 @@ def test_a_file_of_options_and_flags_that_win(served, tmp_path):
     assert cli.main(["serve", "--config", str(file), "--ep-size", "2"]) == 0
     assert cli.main(["serve", "there", "--config", str(file)]) == 0
     assert served == [
-        (EngineConfig("here", ep_size=2, dtype="float32"), "127.0.0.1", 9),
-        (EngineConfig("there", ep_size=4, dtype="float32"), "127.0.0.1", 9),
+        (EngineConfig("here", ep_size=2, dtype="float32"), ServerConfig(port=9)),
+        (EngineConfig("there", ep_size=4, dtype="float32"), ServerConfig(port=9)),
     ]
 
 
@@ -171,7 +201,7 @@ def test_redundant_experts_of_each_rank(served, tmp_path, text):
     assert cli.main(["serve", "--config", str(file)]) == 0
     assert cli.main(["serve", "here", "--ep-size", "2", "--redundant-experts", "2,0"]) == 0
     assert cli.main(["serve", "--config", str(file), "--redundant-experts", "1"]) == 0
-    assert [config.redundant_experts for config, _, _ in served] == [(2, 0), (2, 0), 1]
+    assert [config.redundant_experts for config, _ in served] == [(2, 0), (2, 0), 1]
 
 
 def test_every_sampling_option_is_a_flag(built, capsys):

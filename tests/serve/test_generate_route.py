@@ -10,6 +10,7 @@ from serve_clients import client_of, events_of, run, started
 from serve_fakes import MAX_MODEL_LEN, FakeEngine, wait_until
 
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve import app as app_module
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.generate import GenerateRequest
@@ -322,7 +323,7 @@ def test_a_client_that_leaves_frees_its_request_within_two_steps(stream):
                 "query_string": b"",
                 "headers": [(b"content-type", b"application/json")],
             }
-            answering = asyncio.create_task(create_app(engine)(scope, receive, send))
+            answering = asyncio.create_task(create_app(engine, ServerConfig())(scope, receive, send))
             await asyncio.to_thread(wait_until, lambda: fake.num_steps == 2, "two steps have run")
             left.set()
             await answering

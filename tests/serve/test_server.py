@@ -13,6 +13,7 @@ import pytest
 from serve_clients import ServerProcess, ServerThread, events_of
 from serve_fakes import DEADLINE, RANK_ERROR, FakeEngine, wait_until
 
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.server import bind, run_server
 
 
@@ -82,7 +83,7 @@ def test_the_port_is_bound_before_the_model_is_loaded(capsys):
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert run_server(make_engine, "127.0.0.1", port) == 2
+        assert run_server(make_engine, ServerConfig(port=port)) == 2
     captured = capsys.readouterr()
     message = f"port: {port} is already in use on 127.0.0.1; choose another with --port"
     assert captured.err == f"moe-runtime: error: {message}\n"

@@ -13,11 +13,13 @@ from pathlib import Path
 import httpx
 from serve_fakes import DEADLINE, FakeEngine, wait_until
 
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.server import serve
 
 HERE = Path(__file__).parent
+DEFAULTS = ServerConfig()
 
 
 def run(coroutine):
@@ -38,9 +40,9 @@ async def started(fake=None):
 
 
 @contextlib.asynccontextmanager
-async def client_of(engine):
+async def client_of(engine, server_config=DEFAULTS):
     """An httpx client of the application over an engine, without a socket."""
-    transport = httpx.ASGITransport(create_app(engine), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(engine, server_config), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=DEADLINE) as client:
         yield client
 
@@ -55,16 +57,17 @@ def events_of(text):
 class ServerThread:
     """A real server on a free port of the loopback, in a thread of this process."""
 
-    def __init__(self, make_engine):
+    def __init__(self, make_engine, server_config=DEFAULTS):
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         self.result = None
         self._make_engine = make_engine
+        self._server_config = server_config
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     async def _serve(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self.result = await serve(self._make_engine, self.listener, self._stop)
+        self.result = await serve(self._make_engine, self.listener, self._stop, self._server_config)
 
     def __enter__(self):
         self._thread.start()
@@ -86,11 +89,12 @@ class ServerThread:
 class ServerProcess:
     """`run_server` over a fake engine in a process of its own."""
 
-    def __init__(self, engine="FakeEngine()", port=0):
+    def __init__(self, engine="FakeEngine()", port=0, **options):
         program = (
-            "import sys; from serve_fakes import *; from moe_runtime.serve.server import run_server\n"
+            "import sys; from serve_fakes import *; from moe_runtime.config.server import ServerConfig\n"
+            "from moe_runtime.serve.server import run_server\n"
             f"def make_engine(): return {engine}\n"
-            f"sys.exit(run_server(make_engine, '127.0.0.1', {port}))"
+            f"sys.exit(run_server(make_engine, ServerConfig(port={port}, **{options!r})))"
         )
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
         self.process = subprocess.Popen(
