@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, cast
 
 from moe_runtime.config.model import RopeConfig
+from moe_runtime.models.inert_keys import is_empty, is_inert
 
-# Keys that do not change what the model computes when it generates text.
-HARMLESS = frozenset(
-    """
-    architectures model_type auto_map transformers_version _name_or_path name_or_path torch_dtype dtype use_cache
-    initializer_range attention_dropout output_router_logits router_aux_loss_coef router_jitter_noise return_dict
-    output_attentions output_hidden_states bos_token_id eos_token_id pad_token_id id2label label2id problem_type
-    chunk_size_feed_forward is_encoder_decoder is_decoder tokenizer_class _attn_implementation attn_implementation
-    _experts_implementation experts_implementation pretraining_tp torchscript use_bfloat16 max_window_layers
-    use_sliding_window num_nextn_predict_layers num_mtp_layers keys_to_ignore_at_inference
-    """.split()  # noqa: SIM905
-)
+logger = logging.getLogger(__name__)
+
+SHOWN = 120  # characters of a value in a message
 ROPE_KEYS = {
     "default": frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}),
     "linear": frozenset({"factor"}),
@@ -41,11 +38,17 @@ class HFConfig:
     """One `config.json`, read key by key, so that unread keys can be refused.
 
     Raises ValueError with one line that names the key, its value and what is allowed.
+
+    Args:
+        values: of the file, or of an object in it.
+        family: for messages.
+        where: name of the file or object, for messages.
     """
 
-    def __init__(self, values: dict[str, Any], family: str) -> None:
+    def __init__(self, values: dict[str, Any], family: str, where: str = "config.json") -> None:
         self.values = values
         self.family = family
+        self.where = where
         self.seen: set[str] = set()
 
     def get(self, *names: str, default: Any = None) -> Any:
@@ -57,79 +60,122 @@ class HFConfig:
         return default
 
     def integer(self, *names: str, default: int | None = None, low: int = 1) -> int:
-        """An integer of at least `low`; without a default the key is required."""
-        value = self.get(*names, default=default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"{names[0]}: {value!r} in config.json is not allowed; it must be an integer >= {low}")
-        return value
+        """An integer of at least `low`; without a default the key is required. Null is not allowed."""
+        value = self._given(names, default)
+        if not _is_integer(value) or value < low:
+            raise self._refusal(names[0], value, f"an integer >= {low}")
+        return int(value)
 
     def number(self, *names: str, default: float) -> float:
-        value = self.get(*names, default=default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"{names[0]}: {value!r} in config.json is not allowed; it must be a number")
-        return float(value)
+        """A finite number. Null is not allowed."""
+        return self._number(names[0], self._given(names, default))
+
+    def number_or_none(self, name: str) -> float | None:
+        """A finite number; None if the key is absent or null."""
+        value = self.get(name)
+        return None if value is None else self._number(name, value)
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default=default)
+        """True or false. Null is not allowed."""
+        value = self._given((name,), default)
         if not isinstance(value, bool):
-            raise ValueError(f"{name}: {value!r} in config.json is not allowed; it must be true or false")
+            raise self._refusal(name, value, "true or false")
         return value
+
+    def window(self, default: int | None = None) -> int | None:
+        """The sliding window in tokens; null means none, also where the family has a default for an absent key."""
+        self.seen.add("sliding_window")
+        value = self.values.get("sliding_window", default)
+        if value is not None and (not _is_integer(value) or value < 1):
+            raise self._refusal("sliding_window", value, "null or an integer >= 1")
+        return value
+
+    def layer_numbers(self, name: str) -> set[int]:
+        """A list of layers; absent or null is none."""
+        value = self.get(name, default=[])
+        if not isinstance(value, list) or not all(map(_is_integer, value)):
+            raise self._refusal(name, value, "a list of integers")
+        return set(value)
 
     def require(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """A key of which only some values are supported."""
         value = self.get(name, default=default)
         if value not in allowed:
-            raise ValueError(f"{name}: {value!r} in config.json is not supported; supported: {list(allowed)}")
+            raise ValueError(f"{name}: {shown(value)} in {self.where} is not supported; supported: {list(allowed)}")
         return value
 
+    def always(self, **facts: Any) -> None:
+        """What the family always does: a configuration may say it, and may not say anything else."""
+        for name, value in facts.items():
+            self.require(name, (value,), value)
+
+    def layer_types(self, num_layers: int, window: int | None) -> None:
+        """Check that `layer_types`, if there is one, says of every layer what `window` says of all."""
+        kind = "full_attention" if window is None else "sliding_attention"
+        value = self.get("layer_types")
+        if value is not None and value != [kind] * num_layers:
+            rule = f"each of the {num_layers} layers must be {kind!r}"
+            raise ValueError(f"layer_types: {shown(value)} in {self.where} is not supported; {rule}")
+
     def head_dim(self, hidden_size: int, num_heads: int) -> int:
-        if self.get("head_dim") is None and hidden_size % num_heads:
+        if self.get("head_dim") is not None:
+            return self.integer("head_dim")
+        if hidden_size % num_heads:
             raise ValueError(f"head_dim: missing in config.json, and {num_heads} heads do not divide {hidden_size}")
-        return self.integer("head_dim", default=hidden_size // num_heads)
+        return hidden_size // num_heads
 
     def rope(self, head_dim: int, max_position: int, *, theta: float, rotary_factor: float = 1.0) -> RopeConfig:
-        """Rotary parameters from `rope_parameters` (new) or `rope_scaling` + `rope_theta` (old)."""
-        scaling = dict(self.get("rope_parameters", "rope_scaling", default={}))
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ROPE_KEYS:
-            raise ValueError(f"rope_type: {kind!r} in config.json is not supported; supported: {list(ROPE_KEYS)}")
-        for key in scaling:
-            if key not in ROPE_KEYS[kind] | ROPE_KEYS["default"]:
+        """Rotary parameters from `rope_scaling` + `rope_theta` (old) or `rope_parameters` (new).
+
+        Where several spellings are present, the one that transformers takes counts.
+        """
+        scaling = self._rope_values()
+        kind = scaling.get("rope_type", "type", default="default")
+        if kind not in list(ROPE_KEYS):
+            raise ValueError(f"rope_type: {shown(kind)} in config.json is not supported; supported: {list(ROPE_KEYS)}")
+        for key, value in scaling.values.items():
+            if key not in ROPE_KEYS[kind] | ROPE_KEYS["default"] and not is_empty(value):
                 raise ValueError(f"{key}: not supported in config.json's rope parameters of type {kind!r}")
-        if kind in ("linear", "dynamic", "llama3") and "factor" not in scaling:
+        factor = scaling.number_or_none("factor")
+        if kind in ("linear", "dynamic", "llama3") and factor is None:
             raise ValueError(f"factor: missing in config.json's rope parameters of type {kind!r}")
-        original = scaling.get("original_max_position_embeddings") or self.get("original_max_position_embeddings")
-        original = original or max_position
-        theta = scaling.get("rope_theta") or self.number("rope_theta", default=theta)
-        partial = scaling.get("partial_rotary_factor")
-        if partial is None:
-            partial = self.number("partial_rotary_factor", default=rotary_factor)
-        self.get("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+        own, inner = (values.number_or_none("original_max_position_embeddings") for values in (self, scaling))
+        original = own or inner or max_position
+        own, inner = (values.number_or_none("rope_theta") for values in (self, scaling))
+        theta = inner or own or theta
+        own, inner = (values.number_or_none("partial_rotary_factor") for values in (self, scaling))
+        partial = next((value for value in (inner, own) if value is not None), rotary_factor)
         rotary_dim = int(head_dim * partial)
         if rotary_dim % 2 or rotary_dim < 2:
             raise ValueError(f"partial_rotary_factor: {partial} in config.json rotates {rotary_dim} of {head_dim} dims")
-        defaults = RopeConfig(theta=float(theta), rotary_dim=rotary_dim)
+        defaults = RopeConfig(theta=theta, rotary_dim=rotary_dim)
         return RopeConfig(
-            theta=float(theta),
+            theta=theta,
             rotary_dim=rotary_dim,
             kind=cast(Literal["default", "linear", "dynamic", "llama3", "yarn"], kind),
-            factor=float(scaling.get("factor") or max_position / original),
+            factor=factor or max_position / original,
             original_max_position=max_position if kind == "dynamic" else int(original),
-            low_freq_factor=float(scaling.get("low_freq_factor") or defaults.low_freq_factor),
-            high_freq_factor=float(scaling.get("high_freq_factor") or defaults.high_freq_factor),
-            beta_fast=float(scaling.get("beta_fast") or defaults.beta_fast),
-            beta_slow=float(scaling.get("beta_slow") or defaults.beta_slow),
-            attention_factor=scaling.get("attention_factor"),
-            mscale=scaling.get("mscale"),
-            mscale_all_dim=scaling.get("mscale_all_dim"),
-            truncate=scaling.get("truncate", True),
+            low_freq_factor=scaling.number_or_none("low_freq_factor") or defaults.low_freq_factor,
+            high_freq_factor=scaling.number_or_none("high_freq_factor") or defaults.high_freq_factor,
+            beta_fast=scaling.number_or_none("beta_fast") or defaults.beta_fast,
+            beta_slow=scaling.number_or_none("beta_slow") or defaults.beta_slow,
+            attention_factor=scaling.number_or_none("attention_factor"),
+            mscale=scaling.number_or_none("mscale"),
+            mscale_all_dim=scaling.number_or_none("mscale_all_dim"),
+            truncate=scaling.flag("truncate", True),
         )
 
     def finish(self) -> None:
-        """Refuse keys that were not read and may have an effect."""
+        """Refuse keys that were not read and may have an effect; log the others in one line."""
+        ignored = []
         for name, value in self.values.items():
-            if name not in self.seen and name not in HARMLESS and value not in (None, False, [], {}):
-                raise ValueError(f"{name}: {value!r} in config.json is not supported for {self.family}")
+            if name in self.seen or is_empty(value) or name == "model_type":
+                continue
+            if not is_inert(name):
+                raise ValueError(f"{name}: {shown(value)} in {self.where} is not supported for {self.family}")
+            ignored.append(name)
+        if ignored:
+            logger.info("%s: ignored, as they cannot change a forward pass: %s", self.where, ", ".join(sorted(ignored)))
 
     @property
     def dtype(self) -> str:
@@ -138,7 +184,61 @@ class HFConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        value = self.values.get("eos_token_id")
-        if value is None:
-            return ()
-        return tuple(value) if isinstance(value, list) else (int(value),)
+        return token_ids("eos_token_id", self.get("eos_token_id"), self.where)
+
+    def _given(self, names: tuple[str, ...], default: Any) -> Any:
+        """As `get`, but the default is only for absent keys."""
+        is_given = any(name in self.values for name in names)
+        return self.get(*names, default=None if is_given else default)
+
+    def _number(self, name: str, value: Any) -> float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise self._refusal(name, value, "a finite number")
+        return float(value)
+
+    def _refusal(self, name: str, value: object, allowed: str) -> ValueError:
+        return ValueError(f"{name}: {shown(value)} in {self.where} is not allowed; it must be {allowed}")
+
+    def _rope_values(self) -> HFConfig:
+        """The rope parameters. A `rope_scaling` that is not empty replaces `rope_parameters`, as in transformers."""
+        found = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            value = self.get(name, default={})
+            if not isinstance(value, dict):
+                raise self._refusal(name, value, "an object")
+            found[name] = value
+        old, new = found.values()
+        if old and new and old != new:
+            logger.warning("config.json has rope_scaling and rope_parameters: rope_scaling counts, as in transformers")
+        return HFConfig(old or new, self.family, "config.json's rope parameters")
+
+
+def shown(value: object) -> str:
+    """A value of a file as messages show it: on one line, cut to a bounded length."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def token_ids(name: str, value: object, where: str) -> tuple[int, ...]:
+    """One token id or a list of them, as configurations have it; null is none."""
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(_is_integer(token_id) and token_id >= 0 for token_id in found):
+        raise ValueError(f"{name}: {shown(value)} in {where} is not allowed; it must be a token id or a list of them")
+    return tuple(found)
+
+
+def read_json_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no file. Raises ValueError if the file holds something else."""
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model: {file} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"model: {file} does not hold a JSON object")
+    return value
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moe_runtime.config.default_sampling import default_sampling
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.models.hf_config import read_json_object, token_ids
+from moe_runtime.models.quantization import refuse_quantization
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from moe_runtime.weights.checkpoint import WeightSource
     from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
 
+logger = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
 FAMILIES = {
     "qwen3_moe": "moe_runtime.models.families.qwen3_moe",
     "mixtral": "moe_runtime.models.families.mixtral",
@@ -43,27 +49,67 @@ def names_of(family: str) -> TensorNames:
 def read_model_config(path: Path) -> ModelConfig:
     """Read the configuration of the checkpoint in the directory `path`.
 
-    End-of-sequence ids come from `generation_config.json` if there is one, else from `config.json`.
+    End-of-sequence ids come from `generation_config.json` if it names some, else from `config.json`.
 
     Raises:
-        ValueError: no such directory, missing or broken `config.json`, unknown architecture or unsupported setting.
+        ValueError: no such directory, missing or broken `config.json`, unknown architecture, unsupported setting or
+            quantised weights.
     """
     if not path.is_dir():
         raise ValueError(f"model: {str(path)!r} is no directory")
-    config = _read_json(path / "config.json")
+    config = read_json_object(path / "config.json")
     if config is None:
         raise ValueError(f"model: {str(path)!r} is no checkpoint; it has no config.json")
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type: {family!r} in {path / 'config.json'} is not known; known: {sorted(FAMILIES)}")
+    refuse_quantization(path, config)
     model: ModelConfig = family_module(family).parse(config)
     _check(model)
     if DeepSpeedFiles.find(path) is not None:
         model = with_deepspeed_gate(model)
-    eos = (_read_json(path / "generation_config.json") or {}).get("eos_token_id")
-    if eos is not None:
-        model = dataclasses.replace(model, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
-    return model
+    file = path / GENERATION_CONFIG
+    eos_token_ids = token_ids("eos_token_id", (read_json_object(file) or {}).get("eos_token_id"), str(file))
+    return dataclasses.replace(model, eos_token_ids=eos_token_ids) if eos_token_ids else model
+
+
+def read_default_sampling(path: Path) -> dict[str, float | int]:
+    """The sampling parameters that `generation_config.json` in the directory `path` recommends; perhaps none.
+
+    Raises:
+        ValueError: the file is broken, or a value is not allowed; the message names the field and the file.
+    """
+    file = path / GENERATION_CONFIG
+    try:
+        return default_sampling(read_json_object(file) or {})
+    except ValueError as error:
+        raise ValueError(f"{error} ({file}; generation_config=none ignores its sampling parameters)") from None
+
+
+def with_own_head(path: Path, config: ModelConfig) -> ModelConfig:
+    """The configuration; not tied where it is, but the checkpoint's head differs from its embedding.
+
+    transformers keeps both then, and so does this runtime.
+
+    Raises:
+        ValueError: as `open_weights`.
+    """
+    if not config.tie_word_embeddings:
+        return config
+    import torch
+
+    source, names = open_weights(path, config), names_of(config.family)
+    if not source.has(names.head) or not source.has(names.embedding):
+        return config
+    shape = (config.vocab_size, config.hidden_size)
+    if torch.equal(source.read(names.head, shape), source.read(names.embedding, shape)):
+        return config
+    logger.warning(
+        "tie_word_embeddings: config.json says true, but %s and %s differ in the checkpoint; both are used",
+        names.head,
+        names.embedding,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
@@ -107,15 +153,3 @@ def _check(model: ModelConfig) -> None:
             raise ValueError(f"{name}: {value!r} in config.json is not allowed; it must {rule}")
     if not model.moe_layers:
         raise ValueError("model: config.json describes no sparse layer; this runtime serves Mixture-of-Experts models")
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    if not file.exists():
-        return None
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"model: {file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"model: {file} does not hold a JSON object")
-    return value

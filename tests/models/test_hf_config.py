@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import BASE, CASES, CLASSES, FAMILY
 
 from moe_runtime.config.model import AttentionConfig
-from moe_runtime.models.registry import read_model_config
+from moe_runtime.layers.rotary import RotaryEmbedding
+from moe_runtime.models.inert_keys import is_inert
+from moe_runtime.models.registry import read_default_sampling, read_model_config
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24}
 
 
 def write(path: Path, config: dict[str, Any]) -> Path:
@@ -75,6 +82,30 @@ def test_old_and_new_spellings_mean_the_same(
     assert first == read_model_config(write(tmp_path, plain(family, **new)))
 
 
+@pytest.mark.parametrize("family", FAMILY)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}, "rope_scaling": YARN},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e3}, "rope_scaling": YARN, "rope_theta": 7e3},
+        {"rope_parameters": {**YARN, "rope_theta": 5e3}, "rope_scaling": {}, "rope_theta": 7e3},
+        {"rope_parameters": {**YARN, "rope_theta": 5e3}, "rope_scaling": None},
+        {"rope_scaling": YARN, "original_max_position_embeddings": 48},
+        {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}, "partial_rotary_factor": 1.0},
+    ],
+)
+def test_two_spellings_of_rope_mean_what_they_mean_in_transformers(
+    tmp_path: Path, family: str, keys: dict[str, Any]
+) -> None:
+    write(tmp_path, plain(family, **keys))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    model = getattr(transformers, CLASSES[family][1].replace("ForCausalLM", "Model"))(config)
+    expected = model.rotary_emb
+    found = RotaryEmbedding(read_model_config(tmp_path).rope, torch.device("cpu"))
+    torch.testing.assert_close(found.inv_freq, expected.inv_freq, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("family", "one", "other"),
     [
@@ -87,6 +118,126 @@ def test_spellings_of_the_number_of_experts(tmp_path: Path, family: str, one: st
     number = FAMILY[family][one]
     first = read_model_config(write(tmp_path, plain(family)))
     assert first == read_model_config(write(tmp_path, plain(family, **{one: ..., other: number})))
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_two_numbers_of_experts_mean_what_they_mean_in_transformers(tmp_path: Path, family: str) -> None:
+    names = ("n_routed_experts", "num_local_experts") if family == "glm4_moe" else ("num_experts", "num_local_experts")
+    for first, second in ((12, 8), (8, 12)):
+        write(tmp_path, plain(family, **{names[0]: first, names[1]: second}))
+        expected = transformers.AutoConfig.from_pretrained(tmp_path).num_local_experts
+        assert read_model_config(tmp_path).moe.num_experts == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [
+        ({"use_sliding_window": True, "sliding_window": None}, None),
+        ({"use_sliding_window": True, "sliding_window": ...}, 4096),
+        ({"use_sliding_window": True, "sliding_window": 7}, 7),
+        ({"use_sliding_window": False, "sliding_window": 7}, None),
+        ({"sliding_window": 7}, None),
+    ],
+)
+def test_the_window_of_qwen3_is_that_of_transformers(tmp_path: Path, keys: dict[str, Any], window: int | None) -> None:
+    write(tmp_path, plain("qwen3_moe", **keys))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).sliding_window == window
+    assert read_model_config(tmp_path).layers[0].attention.sliding_window == window
+
+
+# What a full `to_dict()` of transformers 4 writes beside the model's own keys.
+GENERATION_KEYS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": True,
+    "early_stopping": False,
+    "num_beams": 4,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.5,
+    "temperature": 0.7,
+    "top_k": 50,
+    "top_p": 0.9,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.1,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 3,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [[3]],
+    "num_return_sequences": 1,
+    "output_scores": True,
+    "return_dict_in_generate": True,
+    "forced_bos_token_id": 1,
+    "forced_eos_token_id": 2,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": [5, 1.1],
+    "suppress_tokens": [4],
+    "begin_suppress_tokens": [4],
+}
+OTHER_KEYS: dict[str, Any] = {
+    "architectures": ["SomeForCausalLM"],
+    "_name_or_path": "somebody/model",
+    "auto_map": {"AutoConfig": "x.Y"},
+    "transformers_version": "4.51.0",
+    "unsloth_fixed": True,
+    "unsloth_version": "2026.1",
+    "finetuning_task": "chat",
+    "task_specific_params": {"chat": {"max_length": 3}},
+    "prefix": "x",
+    "use_cache": True,
+    "tf_legacy_loss": True,
+    "pruned_heads": {},
+    "is_decoder": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "layer_types": ["full_attention"] * BASE["num_hidden_layers"],
+}
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_keys_that_cannot_change_a_forward_pass_are_ignored_in_one_line(
+    tmp_path: Path, family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = read_model_config(write(tmp_path, plain(family, dtype="bfloat16")))
+    whole = getattr(transformers, CLASSES[family][0])(**plain(family), **GENERATION_KEYS, **OTHER_KEYS).to_dict()
+    whole |= plain(family, dtype="bfloat16") | GENERATION_KEYS | OTHER_KEYS
+    caplog.clear()
+    with caplog.at_level("INFO", "moe_runtime.models"):
+        assert read_model_config(write(tmp_path, whole)) == expected
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "ignored" in message and "\n" not in message
+    named = message.rpartition(": ")[2].split(", ")
+    written = [*GENERATION_KEYS, *OTHER_KEYS]
+    empty = ("min_length", "early_stopping", "encoder_no_repeat_ngram_size", "pruned_heads", "is_encoder_decoder")
+    empty += ("add_cross_attention", "cross_attention_hidden_size")  # they say nothing
+    assert set(written) - set(named) == {*empty, "layer_types"}  # layer_types was read
+
+
+@pytest.mark.parametrize("family", FAMILY)
+@settings(deadline=None, max_examples=50)
+@given(key=st.from_regex(r"[a-z][a-z_]{2,20}", fullmatch=True), value=st.sampled_from([True, 2, 0.5, "yes", [1]]))
+def test_unknown_keys_are_refused_by_name(
+    tmp_path_factory: pytest.TempPathFactory, family: str, key: str, value: object
+) -> None:
+    if is_inert(key) or key in plain(family):
+        return
+    path = write(tmp_path_factory.mktemp("model"), plain(family, **{key: value}))
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        read_model_config(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "facts"),
+    [
+        ("qwen3_moe", {"use_qk_norm": True, "scoring_func": "softmax", "qkv_bias": False, "n_shared_experts": 0}),
+        ("mixtral", {"norm_topk_prob": True, "use_qk_norm": False, "decoder_sparse_step": 1}),
+        ("glm4_moe", {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}),
+    ],
+)
+def test_what_a_family_always_does_may_be_said(tmp_path: Path, family: str, facts: dict[str, Any]) -> None:
+    expected = read_model_config(write(tmp_path, plain(family)))
+    assert read_model_config(write(tmp_path, plain(family, **facts))) == expected
 
 
 def test_defaults_are_those_of_transformers(tmp_path: Path) -> None:
@@ -116,7 +267,21 @@ def test_generation_config_gives_the_stop_ids(tmp_path: Path) -> None:
         ("mixtral", {"model_type": ...}, ["model_type", "None"]),
         ("mixtral", {"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "silu"]),
         ("mixtral", {"quantization_config": {"quant_method": "fp8"}}, ["quantization_config", "fp8"]),
+        ("mixtral", {"compression_config": {"quant_method": "compressed-tensors"}}, ["compressed-tensors"]),
         ("mixtral", {"attn_logit_softcapping": 30.0}, ["attn_logit_softcapping", "30.0"]),
+        ("mixtral", {"is_encoder_decoder": True}, ["is_encoder_decoder", "True"]),
+        ("mixtral", {"norm_topk_prob": False}, ["norm_topk_prob", "False", "True"]),
+        ("mixtral", {"num_key_value_heads": None}, ["num_key_value_heads", "None", "integer"]),
+        ("mixtral", {"sliding_window": "7"}, ["sliding_window", "'7'", "null or an integer"]),
+        ("mixtral", {"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan", "finite number"]),
+        ("mixtral", {"rope_scaling": "yarn"}, ["rope_scaling", "'yarn'", "object"]),
+        ("mixtral", {"rope_scaling": {"type": "linear", "factor": "2"}}, ["factor", "'2'", "number"]),
+        ("mixtral", {"eos_token_id": "</s>"}, ["eos_token_id", "'</s>'", "token id"]),
+        ("mixtral", {"strange": "x" * 10_000}, ["strange", "xxx...", "not supported"]),
+        ("mixtral", {"sliding_window": 7, "layer_types": ["full_attention"] * 3}, ["layer_types", "sliding_attention"]),
+        ("qwen3_moe", {"use_qk_norm": False}, ["use_qk_norm", "False", "True"]),
+        ("qwen3_moe", {"mlp_only_layers": 2}, ["mlp_only_layers", "2", "list"]),
+        ("qwen3_moe", {"layer_types": ["full_attention"] * 2}, ["layer_types", "3 layers"]),
         ("qwen3_moe", {"rope_parameters": {"rope_type": "longrope"}}, ["rope_type", "'longrope'", "yarn"]),
         ("qwen3_moe", {"rope_scaling": {"type": "yarn", "factor": 2.0, "odd": 1}}, ["odd", "'yarn'"]),
         ("qwen3_moe", {"rope_scaling": {"type": "linear"}}, ["factor", "missing", "'linear'"]),
@@ -140,6 +305,49 @@ def test_what_is_not_done_is_refused_by_name(
     message = str(error.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "NVFP4"}}, ["NVFP4", "ModelOpt"]),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}, ["FP8"]),
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, ["GPTQ", "4 bits"]),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4}, ["AWQ", "4 bits"]),
+    ],
+)
+def test_quantisation_told_in_another_file_is_named(
+    tmp_path: Path, file: str, content: dict[str, Any], words: list[str]
+) -> None:
+    write(tmp_path, plain("mixtral"))
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        read_model_config(tmp_path)
+    message = str(error.value)
+    assert message.startswith("quantization: ") and "not supported" in message and "\n" not in message
+    assert all(word in message for word in [*words, file]), message
+
+
+def test_a_quantisation_file_that_says_none_is_no_quantisation(tmp_path: Path) -> None:
+    expected = read_model_config(write(tmp_path, plain("mixtral", quantization_config=None)))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": None}}))
+    assert read_model_config(tmp_path) == expected
+
+
+def test_sampling_defaults_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path, plain("mixtral"))
+    assert read_default_sampling(tmp_path) == {}
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": None}))
+    assert read_default_sampling(tmp_path) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    file.write_text(json.dumps({"repetition_penalty": 1.05, "max_new_tokens": 2048, "num_beams": 4, "min_p": 0.1}))
+    assert read_default_sampling(tmp_path) == {"repetition_penalty": 1.05, "max_tokens": 2048, "min_p": 0.1}
+    file.write_text(json.dumps({"do_sample": False}))
+    assert read_default_sampling(tmp_path) == {}
+    file.write_text(json.dumps({"top_p": 3}))
+    with pytest.raises(ValueError, match=r"^top_p: 3 is not allowed.*generation_config\.json.*none") as error:
+        read_default_sampling(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     """Normalise a `config.json`; defaults are those of transformers' `Glm4MoeConfig`."""
     hf = HFConfig(config, "glm4_moe")
     hf.require("hidden_act", ("silu",), "silu")
-    hf.require("scoring_func", ("sigmoid",), "sigmoid")
-    hf.require("topk_method", ("noaux_tc",), "noaux_tc")
+    hf.always(scoring_func="sigmoid", topk_method="noaux_tc", decoder_sparse_step=1, moe_layer_freq=1)
     hidden_size = hf.integer("hidden_size", default=4096)
     num_layers = hf.integer("num_hidden_layers", default=46)
     num_heads = hf.integer("num_attention_heads", default=96)
@@ -39,7 +38,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         max_position_embeddings=max_position,
         rope=hf.rope(head_dim, max_position, theta=10_000.0, rotary_factor=0.5),
         moe=MoEConfig(
-            num_experts=hf.integer("n_routed_experts", "num_local_experts", "num_experts", default=128),
+            num_experts=hf.integer("num_local_experts", "n_routed_experts", "num_experts", default=128),
             top_k=hf.integer("num_experts_per_tok", default=8),
             intermediate_size=moe_intermediate_size,
             shared_intermediate_size=moe_intermediate_size * hf.integer("n_shared_experts", default=1),
@@ -61,5 +60,6 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         dtype=hf.dtype,
         eos_token_ids=hf.eos_token_ids,
     )
+    hf.layer_types(num_layers, None)
     hf.finish()
     return model
