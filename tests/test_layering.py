@@ -39,10 +39,10 @@ engine            -> types config wire text memory balancer balancer.live
 cluster           -> types system config wire all2all worker
 build             -> config wire text memory models weights demo engine cluster
 llm               -> types config build balancer balancer.live
-serve             -> types config wire text engine balancer balancer.live
+serve             -> types system config wire text engine balancer balancer.live
 bench             -> types config wire text models weights engine build serve
 planner           -> types system config memory balancer kernels layers models worker engine build
-cli               -> types config wire text memory balancer kernels models weights worker engine cluster build serve bench planner
+cli               -> types system config wire text memory balancer kernels models weights worker engine cluster build serve bench planner
 __init__          -> types llm
 __main__          -> cli
 """  # noqa: E501

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import signal
 import stat
 import time
@@ -22,9 +21,10 @@ from types import FrameType
 from moe_runtime.build import MakeExecutor
 from moe_runtime.cluster.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Host, describe_exit, divide_cores
 from moe_runtime.cluster.process_executor import ProcessExecutor
-from moe_runtime.cluster.rank_group import START_TIMEOUT, Site, socket_folder
+from moe_runtime.cluster.rank_group import FOLDER_PREFIX, START_TIMEOUT, Site, socket_folder
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.server import ServerConfig
+from moe_runtime.system.owned_folders import hold_folder, remove_abandoned, remove_own_folder
 from moe_runtime.wire.transport import Alive, Dealer, Hello, Stop, host_name
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def run_torchrun(
         return _run_host(torchrun.rank, site, command)
     finally:
         if directory is not None:  # each process tries, so that nothing is left if one was killed
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_own_folder(directory)
 
 
 def _site(torchrun: Torchrun, directory: Path | None) -> Site:
@@ -153,21 +153,24 @@ def _control_port(torchrun: Torchrun) -> int:
 def _shared_directory(torchrun: Torchrun) -> Path:
     """The private directory of this run. All of this user's processes of the run find it by its name."""
     run = hashlib.sha256(f"{torchrun.run_id} {torchrun.master_addr} {torchrun.master_port}".encode()).hexdigest()
-    path = socket_folder() / f"moe-runtime-{os.getuid()}-{run[:16]}"
+    remove_abandoned(socket_folder(), FOLDER_PREFIX)
+    path = socket_folder() / f"{FOLDER_PREFIX}{os.getuid()}-{run[:16]}"
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ValueError(f"{path}: must be a directory of this user that no other can enter; remove it")
+    hold_folder(path)
     return path
 
 
 class _HostSignals:
-    """Notes the time of SIGTERM or SIGINT, and continues: the front drains first, then tells the host to end."""
+    """Notes the time of the first signal to end, and continues: the front drains first, then tells the host to end."""
 
     def __init__(self) -> None:
         self.told_at: float | None = None
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
 
     def seconds_since(self, now: float) -> float | None:
         return None if self.told_at is None else now - self.told_at

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from moe_runtime.cluster.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Host, describe_exit, divide_cores
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.system.owned_folders import make_own_folder, remove_abandoned, remove_own_folder
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError, RankInfo
 from moe_runtime.wire.transport import (
@@ -45,6 +45,7 @@ START_TIMEOUT = 3600.0  # reading a large model from a slow disk takes long
 POLL_INTERVAL = 0.1  # between checks for ended processes while waiting for messages
 BLAME_GRACE = 0.5  # how long to wait for a report of the rank that failed first
 HOST_SILENCE = 8.0
+FOLDER_PREFIX = "moe-runtime-"
 LONGEST_SOCKET_FOLDER = 60  # of a Unix socket's 107 characters
 
 
@@ -75,7 +76,8 @@ class Site:
 
 def single_host_site(num_ranks: int) -> Site:
     """All ranks on this machine and hosted by this process, in a new private directory."""
-    directory = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=socket_folder()))
+    remove_abandoned(socket_folder(), FOLDER_PREFIX)
+    directory = make_own_folder(socket_folder(), FOLDER_PREFIX)
     endpoint = f"ipc://{directory}/front"
     return Site(
         num_ranks=num_ranks,
@@ -207,7 +209,7 @@ class RankGroup:
         self._server.close()
         self._store = None
         if self._site.directory is not None:
-            shutil.rmtree(self._site.directory, ignore_errors=True)
+            remove_own_folder(self._site.directory)
 
     def _pump(self, timeout: float) -> None:
         """Sort all messages that have arrived. If there are none, wait up to `timeout` seconds for the first."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 
 DRAIN_POLL_SECONDS = 0.02
+QUERY_SECONDS = 30.0  # an answer waits for the running step
+REBALANCE_SECONDS = 600.0
 
 
 class State(StrEnum):
@@ -150,32 +152,35 @@ class AsyncEngine:
             raise
         return stream
 
-    async def query(self, what: View) -> Any:
+    async def query(self, what: View, seconds: float = QUERY_SECONDS) -> Any:
         """Ask the engine for a view; it answers between two steps.
 
         Raises:
-            UnavailableError: the engine is loading or dead.
+            UnavailableError: the engine is loading or dead, or has not answered within `seconds`.
         """
-        return await self._ask(lambda query_id: Query(query_id, what))
+        return await self._ask(lambda query_id: Query(query_id, what), seconds)
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Tell the engine to plan a better placement and, unless `dry_run`, move experts there. Returns once moved.
 
         Raises:
             ValueError: there is nothing to balance, or experts are moving already.
-            UnavailableError: the engine is loading or dead.
+            UnavailableError: the engine is loading or dead, or has not ended within `REBALANCE_SECONDS`.
         """
-        figures: dict[str, Any] = await self._ask(lambda query_id: StartRebalance(query_id, dry_run))
+        figures: dict[str, Any] = await self._ask(lambda query_id: StartRebalance(query_id, dry_run), REBALANCE_SECONDS)
         return figures
 
-    async def _ask(self, make: Callable[[int], Query | StartRebalance]) -> Any:
+    async def _ask(self, make: Callable[[int], Query | StartRebalance], seconds: float) -> Any:
         if self.state in (State.LOADING, State.DEAD):
             raise UnavailableError(self.reason)
         query_id = next(self._query_ids)
         answer = self._answers[query_id] = self._loop.create_future()
         self._thread.send(make(query_id))
         try:
-            return await answer
+            async with asyncio.timeout(seconds):
+                return await answer
+        except TimeoutError:
+            raise UnavailableError(f"the engine has not answered within {seconds:g} s; a rank may be stuck") from None
         finally:
             self._answers.pop(query_id, None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,7 +19,10 @@ from starlette.requests import ClientDisconnect
 
 from moe_runtime.serve.async_engine import UnavailableError
 
-MAX_SHOWN_INPUT = 80
+MAX_SHOWN_INPUT = 80  # characters of a value, in an error about it
+MAX_PARAM = 64
+# Of a client's error that is longer than this, only the beginning and the end are sent: it quotes what the client sent.
+MAX_MESSAGE, MESSAGE_HEAD, MESSAGE_TAIL = 240, 110, 85
 DESCRIPTIONS = {
     400: "The body is not JSON, or a value is out of range.",
     401: "The key is missing or unknown.",
@@ -86,13 +90,35 @@ def json_response(body: object, status: int = 200) -> Response:
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """The body of an error, in OpenAI's format."""
+    """The body of an error, in OpenAI's format. At most 200 characters of it are the client's."""
+    line = " ".join(message.split())
+    if status < 500 and len(line) > MAX_MESSAGE:
+        line = f"{line[:MESSAGE_HEAD]} ... {line[-MESSAGE_TAIL:]}"
+    if param is not None and len(param) > MAX_PARAM:
+        param = None
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": " ".join(message.split()), "type": kind, "param": param, "code": status}}
+    return {"error": {"message": line, "type": kind, "param": param, "code": status}}
 
 
-def error_response(status: int, message: str, param: str | None = None) -> Response:
-    return json_response(error_body(status, message, param), status)
+def error_response(
+    status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    response = json_response(error_body(status, message, param), status)
+    response.headers.update(headers or {})
+    return response
+
+
+def error_event(status: int, message: str) -> bytes:
+    """An error as the last event of a stream."""
+    return f"data: {json.dumps(error_body(status, message))}\n\n".encode()
+
+
+def shown(value: object) -> str:
+    """A client's value for an error about it, shortened. The value's size and depth do not matter."""
+    short = reprlib.Repr()  # goes into no more than a few levels and items
+    short.maxstring = MAX_SHOWN_INPUT
+    text = short.repr(value)
+    return text if len(text) <= MAX_SHOWN_INPUT else text[:MAX_SHOWN_INPUT] + "..."
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -112,17 +138,11 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        response = error_response(error.status_code, str(error.detail))
-        response.headers.update(error.headers or {})
-        return response
+        return error_response(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)  # the client has disconnected and does not read it
-
-    @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> Response:
-        return error_response(500, f"internal error: {type(error).__name__}")  # the log has the traceback
 
 
 def _describe_validation(errors: Any) -> Response:
@@ -141,7 +161,4 @@ def _describe_validation(errors: Any) -> Response:
     if first["type"] == "missing":
         return error_response(422, f"{where}: missing; it must be given", field)
     wanted = dict.fromkeys(error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2])
-    shown = repr(first["input"])
-    if len(shown) > MAX_SHOWN_INPUT:
-        shown = shown[:MAX_SHOWN_INPUT] + "..."
-    return error_response(422, f"{field}: {shown} is not allowed; {'; '.join(wanted)}", field)
+    return error_response(422, f"{field}: {shown(first['input'])} is not allowed; {'; '.join(wanted)}", field)

@@ -1,14 +1,16 @@
-"""The page at `/`: the served model, links, and the heatmap."""
+"""The page at `/`: the served model, links, and the heatmap. The page at `/docs`: all routes."""
 
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.types.version import __version__
 
 LINKS = (
     ("/docs", "all routes, to try out"),
+    ("/version", "the server's version"),
     ("/health", "model, ranks, kernels"),
     ("/ready", "whether requests are taken"),
     ("/metrics", "Prometheus metrics"),
@@ -19,6 +21,7 @@ LINKS = (
     ("/experts/heatmap.html", "the heatmap, interactive"),
 )
 
+DOCS = Path(__file__).parent / "docs.html"
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -55,3 +58,8 @@ def index_page(engine: AsyncEngine) -> str:
     links = "\n".join(f'<li><a href="{path}"><code>{path}</code></a> {what}</li>' for path, what in LINKS)
     model = "loading" if engine.info is None else engine.info.model_name
     return PAGE.format(model=escape(model), version=__version__, state=escape(str(engine.state)), links=links)
+
+
+def docs_page() -> str:
+    """A page that shows `/openapi.json` and sends requests. It loads nothing else."""
+    return DOCS.read_text(encoding="utf-8")

@@ -11,20 +11,25 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
+from fastapi import FastAPI
 
 from moe_runtime.config.server import ServerConfig
+from moe_runtime.serve.access import is_loopback
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
+from moe_runtime.serve.connection import Connection, WebConfig
+from moe_runtime.serve.limits import Bodies
+from moe_runtime.system.owned_folders import remove_own_folders
 
 if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
 
 DRAIN_SECONDS = 20.0
-RESPONSE_SECONDS = 2  # for complete replies and errors to reach their clients
 CLOSE_SECONDS = 3.0  # for the ranks to end; all together, less than the 25 s that a host allows the front
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 logger = logging.getLogger(__name__)
@@ -33,8 +38,9 @@ logger = logging.getLogger(__name__)
 def run_server(make_engine: Callable[[], Engine], config: ServerConfig) -> int:
     """Serve HTTP until a signal or a failure. Returns the process's exit code.
 
-    The port is bound first. Then the engine's thread makes the engine, while `/ready` returns 503. After SIGTERM or
-    SIGINT, new requests are refused and running ones have `DRAIN_SECONDS` to finish. A second SIGINT ends at once.
+    The port is bound first. Then the engine's thread makes the engine, while `/ready` returns 503. After SIGTERM,
+    SIGINT or SIGHUP, new requests are refused and running ones have `DRAIN_SECONDS` to finish. SIGTERM or SIGINT after
+    that, and SIGQUIT, end the process at once.
 
     Args:
         make_engine: may raise ValueError for the user's mistakes, and RankError.
@@ -44,17 +50,18 @@ def run_server(make_engine: Callable[[], Engine], config: ServerConfig) -> int:
         0 after a clean stop, 1 if the engine failed, 2 for a mistake in the arguments or in what `make_engine` read.
     """
     try:
+        app = create_app(AsyncEngine(make_engine), config)
         listener = bind(config.host, config.port)
     except ValueError as error:
         _complain(str(error))
         return EXIT_USAGE
     with listener:
-        code, ended = asyncio.run(_serve_until_signal(make_engine, listener, config))
+        if config.api_key_file is None and not is_loopback(listener.getsockname()[0]):
+            logger.warning("host: %s is open to other machines, and there is no --api-key-file", config.host)
+        code, ended = asyncio.run(_serve_until_signal(app, listener))
     if not ended:
         # The engine's thread is loading or inside a step. Python cannot end it, and must not finalise while it runs.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _exit_at_once(code)
     return code
 
 
@@ -73,43 +80,29 @@ def bind(host: str, port: int) -> socket.socket:
         raise ValueError(f"host: {host!r} is no address of this machine ({error.strerror or error})") from error
 
 
-async def serve(
-    make_engine: Callable[[], Engine], listener: socket.socket, stop: asyncio.Event, config: ServerConfig
-) -> tuple[int, bool]:
-    """Serve until `stop` is set or the engine fails.
+async def serve(app: FastAPI, listener: socket.socket, stop: asyncio.Event) -> tuple[int, bool]:
+    """Serve an application of `create_app` until `stop` is set or the engine fails.
 
     Returns:
         The exit code, and whether the engine's thread has ended.
     """
-    engine = AsyncEngine(make_engine)
-    web = _WebServer(
-        uvicorn.Config(
-            create_app(engine, config),
-            lifespan="off",
-            ws="none",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=RESPONSE_SECONDS,
-        )
-    )
+    engine: AsyncEngine = app.state.engine
+    web = _WebServer(app)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(web.serve(sockets=[listener]))
         engine.start()
         stopping = tasks.create_task(stop.wait())
+        stopping.add_done_callback(web.end_arrivals)
         code = await _watch(engine, stopping, _url(listener))
         stopping.cancel()
         web.should_exit = True
     return code, await engine.close(CLOSE_SECONDS)
 
 
-async def _serve_until_signal(
-    make_engine: Callable[[], Engine], listener: socket.socket, config: ServerConfig
-) -> tuple[int, bool]:
+async def _serve_until_signal(app: FastAPI, listener: socket.socket) -> tuple[int, bool]:
     stop = asyncio.Event()
     with _stop_on_signals(stop):
-        return await serve(make_engine, listener, stop, config)
+        return await serve(app, listener, stop)
 
 
 async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -> int:
@@ -129,7 +122,7 @@ async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -
         print(f"ready: {url} (model {info.model_name}, {ranks})", flush=True)
         await _first(engine.died, stopping)
         if stopping.done():
-            logger.info("stopping: running requests have %g s to finish; Ctrl-C again ends at once", DRAIN_SECONDS)
+            logger.info("stopping: running requests have %g s to finish; a second signal ends at once", DRAIN_SECONDS)
             if num_aborted := await engine.drain(DRAIN_SECONDS):
                 logger.warning("aborted %d requests that had not finished", num_aborted)
         if engine.died.done():
@@ -144,29 +137,50 @@ async def _first(*futures: asyncio.Future[Any]) -> None:
 
 @contextlib.contextmanager
 def _stop_on_signals(stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` on SIGTERM and SIGINT; a SIGINT after that ends the process at once."""
+    """Set `stop` on the first signal to end. After that, SIGTERM and SIGINT end the process at once; SIGQUIT always."""
     loop = asyncio.get_running_loop()
 
-    def interrupt() -> None:
-        if stop.is_set():
-            os._exit(128 + signal.SIGINT)
+    def end(number: int) -> None:
+        # A terminal that closes sends more than one SIGHUP.
+        if number == signal.SIGQUIT or (stop.is_set() and number != signal.SIGHUP):
+            _exit_at_once(128 + number)
         stop.set()
 
-    loop.add_signal_handler(signal.SIGINT, interrupt)
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    numbers = [number for number in END_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup sets it
+    for number in numbers:
+        loop.add_signal_handler(number, end, number)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
-        loop.remove_signal_handler(signal.SIGTERM)
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End the process without waiting for anything. The ranks end when they see that it is gone."""
+    remove_own_folders()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _WebServer(uvicorn.Server):
     """A uvicorn server that leaves signals to `_stop_on_signals`."""
 
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(WebConfig(app))
+        self._bodies: Bodies = app.state.bodies
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def end_arrivals(self, _: object) -> None:
+        """Wait no longer for headers and bodies that have not arrived completely."""
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, Connection)
+            connection.close_half_open()
+        self._bodies.end()
 
 
 def _url(listener: socket.socket) -> str:

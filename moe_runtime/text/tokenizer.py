@@ -118,6 +118,10 @@ class Tokenizer:
         """No token has more bytes of text than this."""
         return max(len(token.encode()) for token in self._tokenizer.get_vocab())
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's entry for each token, as the tokenizer's files have it; "" for ids that it does not know."""
+        return [piece or "" for piece in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
+
     @property
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None

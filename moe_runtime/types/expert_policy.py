@@ -6,6 +6,7 @@ Shape suffixes: L sparse layers.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -89,7 +90,7 @@ def parse_expert_policy(value: object) -> PolicyRequest:
         value = _from_text(value)
     known = [entry.name for entry in fields(ExpertPolicy)]
     if not isinstance(value, Mapping) or not value or not all(name in known for name in value):
-        raise ValueError(f"routing: {value!r} is not allowed; it must be {ALLOWED}")
+        raise ValueError(f"routing: {reprlib.repr(value)} is not allowed; it must be {ALLOWED}")
     return ExpertPolicy(**value)
 
 
@@ -97,7 +98,7 @@ def _from_text(text: str) -> object:
     if text.startswith("{"):
         try:
             return json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also of numbers with too many digits
             return text
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(sign and name.strip() for name, sign, _ in pairs):

@@ -11,7 +11,6 @@ from serve_fakes import MAX_MODEL_LEN, FakeEngine, wait_until
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.server import ServerConfig
-from moe_runtime.serve import app as app_module
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.generate import GenerateRequest
 from moe_runtime.serve.openai.protocol import CompletionRequest
@@ -231,20 +230,6 @@ def test_a_body_that_is_no_object(options, status, message):
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (status, status, None)
     assert message in error["message"]
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large(chunked, monkeypatch):
-    monkeypatch.setattr(app_module, "MAX_BODY_BYTES", 1000)
-
-    async def chunks():
-        for _ in range(100):
-            yield b" " * 100
-
-    content = chunks() if chunked else b" " * 1001
-    response = post(None, content=content, headers=JSON_TYPE)
-    assert response.status_code == 413
-    assert "1000 bytes" in response.json()["error"]["message"]
 
 
 def test_a_server_without_a_tokenizer():

@@ -67,7 +67,8 @@ class ServerThread:
 
     async def _serve(self):
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self.result = await serve(self._make_engine, self.listener, self._stop, self._server_config)
+        app = create_app(AsyncEngine(self._make_engine), self._server_config)
+        self.result = await serve(app, self.listener, self._stop)
 
     def __enter__(self):
         self._thread.start()

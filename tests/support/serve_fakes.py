@@ -36,8 +36,14 @@ class FakeTokenizer:
 
     has_chat_template = True
 
-    def encode(self, text):
+    def encode(self, text, add_special_tokens=True):
         return [len(word) for word in text.split()]
+
+    def decode(self, token_ids, skip_special_tokens=True):
+        return " ".join("x" * token_id for token_id in token_ids)
+
+    def pieces(self, token_ids):
+        return ["x" * token_id for token_id in token_ids]
 
     def apply_chat_template(self, messages):
         if not messages:

@@ -1,4 +1,4 @@
-"""OpenAI's endpoints: `/v1/models`, `/v1/completions`, `/v1/chat/completions`."""
+"""OpenAI's endpoints `/v1/completions` and `/v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.serve.engine_messages import AddRequest, Loaded
-from moe_runtime.serve.errors import ApiError, json_response, user_error
+from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.serve.errors import user_error
+from moe_runtime.serve.openai.models import check_model
 from moe_runtime.serve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from moe_runtime.serve.openai.replies import ChatReply, CompletionReply
 from moe_runtime.serve.prompts import encode_chat, encode_text
@@ -19,26 +20,12 @@ from moe_runtime.serve.streaming import respond
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/models")
-async def models(request: Request) -> Response:
-    """The one model that is served."""
-    info = _engine(request).require_ready()
-    model = {
-        "id": info.model_name,
-        "object": "model",
-        "created": int(request.app.state.started),
-        "owned_by": "moe_runtime",
-        "max_model_len": info.max_model_len,
-    }
-    return json_response({"object": "list", "data": [model]})
-
-
 @router.post("/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts, with one choice for each."""
     engine = _engine(request)
     info = engine.require_ready()
-    _check_model(body.model, info)
+    check_model(body.model, info)
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     try:
         params = body.sampling_params()
@@ -62,7 +49,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     """Answer a chat."""
     engine = _engine(request)
     info = engine.require_ready()
-    _check_model(body.model, info)
+    check_model(body.model, info)
     renamed = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         renamed["max_tokens"] = "max_completion_tokens"
@@ -79,11 +66,6 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
 def _engine(request: Request) -> AsyncEngine:
     engine: AsyncEngine = request.app.state.engine
     return engine
-
-
-def _check_model(model: str | None, info: Loaded) -> None:
-    if model not in (None, info.model_name):
-        raise ApiError(404, f"model: {model!r} is not served here; it must be {info.model_name!r}", "model")
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
