@@ -117,8 +117,8 @@ class ServerTarget:
         """Ask the server for its health. Raises ValueError if it is not ready, or is not a server of this runtime."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                async with self._exchange("GET", "/health", b"") as answer:
-                    self.health = json.loads(await answer.body())
+                async with self._exchange("GET", "/health", b"") as reply:
+                    self.health = json.loads(await reply.body())
         except TimeoutError as error:
             raise ValueError(f"url: {self.url!r} does not answer within {CONNECT_SECONDS:g} s") from error
         except (RequestError, ValueError) as error:
@@ -137,10 +137,10 @@ class ServerTarget:
             "ignore_eos": True,
             "stream": True,
         }
-        async with self._exchange("POST", "/generate", json.dumps(request).encode()) as answer:
-            if answer.status != 200:
-                raise RequestError(_reason(answer.status, await answer.body()))
-            async for line in answer.lines():
+        async with self._exchange("POST", "/generate", json.dumps(request).encode()) as reply:
+            if reply.status != 200:
+                raise RequestError(_reason(reply.status, await reply.body()))
+            async for line in reply.lines():
                 data = line.removeprefix(b"data: ")
                 if data == b"[DONE]":
                     return
@@ -152,7 +152,7 @@ class ServerTarget:
         raise RequestError("the server closed the stream before its end")
 
     @contextlib.asynccontextmanager
-    async def _exchange(self, method: str, route: str, body: bytes) -> AsyncIterator[_Answer]:
+    async def _exchange(self, method: str, route: str, body: bytes) -> AsyncIterator[_Reply]:
         """Send a request over a new connection. Raises RequestError if the connection fails or breaks."""
         parts = self._parts
         secure = ssl.create_default_context() if parts.scheme == "https" else None
@@ -172,16 +172,16 @@ class ServerTarget:
             try:
                 writer.write(b"".join(connection.send(event) or b"" for event in events))
                 await writer.drain()
-                answer = _Answer(connection, reader)
-                await answer.start()
-                yield answer
+                reply = _Reply(connection, reader)
+                await reply.start()
+                yield reply
             finally:
                 writer.close()
         except (OSError, h11.RemoteProtocolError) as error:
             raise RequestError(f"{type(error).__name__}: {error}") from error
 
 
-class _Answer:
+class _Reply:
     """The server's reply: a status, then bytes as they arrive."""
 
     def __init__(self, connection: h11.Connection, reader: asyncio.StreamReader) -> None:

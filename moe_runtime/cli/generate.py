@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 256  # enough for an answer; the Python default is about on
 
 
 @dataclass
-class _Answer:
+class _Output:
     """The output so far for one prompt, which `title` names."""
 
     title: str
@@ -65,8 +65,8 @@ def generate(namespace: argparse.Namespace) -> int:
         engine = build_engine(config)
     try:
         with user_mistakes():
-            answers = _add_requests(engine, namespace, params)
-        _run(engine, answers)
+            outputs = _add_requests(engine, namespace, params)
+        _run(engine, outputs)
         if namespace.heatmap:
             load = engine.expert_load()
             with user_mistakes():
@@ -90,7 +90,7 @@ def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, SamplingPara
     return config, params
 
 
-def _add_requests(engine: Engine, namespace: argparse.Namespace, params: SamplingParams) -> dict[str, _Answer]:
+def _add_requests(engine: Engine, namespace: argparse.Namespace, params: SamplingParams) -> dict[str, _Output]:
     tokenizer = engine.tokenizer
     chat = namespace.chat or (not namespace.raw and tokenizer is not None and tokenizer.has_chat_template)
     prompts: list[tuple[str, str | list[int]]] = []
@@ -100,42 +100,42 @@ def _add_requests(engine: Engine, namespace: argparse.Namespace, params: Samplin
         message = {"role": "user", "content": text}
         prompts.append((text, tokenizer.apply_chat_template([message]) if chat and tokenizer is not None else text))
     prompts += [(",".join(map(str, token_ids)), token_ids) for token_ids in namespace.prompt_token_ids]
-    answers = {}
+    outputs = {}
     for index, (title, prompt) in enumerate(prompts):
         engine.add_request(str(index), prompt, params)
-        answers[str(index)] = _Answer(title)
-    return answers
+        outputs[str(index)] = _Output(title)
+    return outputs
 
 
-def _run(engine: Engine, answers: dict[str, _Answer]) -> None:
+def _run(engine: Engine, outputs: dict[str, _Output]) -> None:
     """Run all requests and print the text: as it arrives for one prompt on a terminal, else when all have ended."""
     has_text = engine.tokenizer is not None
-    live = len(answers) == 1 and sys.stdout.isatty() and has_text
+    live = len(outputs) == 1 and sys.stdout.isatty() and has_text
     started = time.perf_counter()
     while engine.has_work:
         for delta in engine.step():
-            answers[delta.request_id].add(delta)
+            outputs[delta.request_id].add(delta)
             if live:
                 print(delta.text, end="", flush=True)
     seconds = time.perf_counter() - started
-    for answer in answers.values():
-        if len(answers) > 1:
-            print(f">>> {answer.title}")
-        print("" if live else answer.text if has_text else ",".join(map(str, answer.token_ids)))
-        _print_logprobs(answer)
-        if len(answers) > 1:
+    for output in outputs.values():
+        if len(outputs) > 1:
+            print(f">>> {output.title}")
+        print("" if live else output.text if has_text else ",".join(map(str, output.token_ids)))
+        _print_logprobs(output)
+        if len(outputs) > 1:
             print()
-    num_prompt_tokens = sum(len(answer.prompt_token_ids) for answer in answers.values())
-    num_tokens = sum(len(answer.token_ids) for answer in answers.values())
+    num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs.values())
+    num_tokens = sum(len(output.token_ids) for output in outputs.values())
     figures = f"{num_prompt_tokens} prompt tokens, {num_tokens} generated in {seconds:.2f} s"
     print(f"{figures} ({num_tokens / seconds:.1f} tok/s)", file=sys.stderr)
 
 
-def _print_logprobs(answer: _Answer) -> None:
+def _print_logprobs(output: _Output) -> None:
     """Print a line for each position that has log-probabilities: the token, then the best tokens."""
     for name, token_ids, positions in (
-        ("prompt", answer.prompt_token_ids, answer.prompt_logprobs),
-        ("output", answer.token_ids, answer.logprobs),
+        ("prompt", output.prompt_token_ids, output.prompt_logprobs),
+        ("output", output.token_ids, output.logprobs),
     ):
         # `positions` is empty if none were asked for. The prompt's first token has None: no token precedes it.
         for token_id, position in zip(token_ids, positions, strict=False):

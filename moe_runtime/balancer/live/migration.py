@@ -44,7 +44,7 @@ class _Transfer:
 
 
 @dataclass
-class _Round:
+class _LayerRound:
     """A layer's transfers that will be committed together; `deadline` is that of the missing reports."""
 
     layer: int
@@ -129,7 +129,7 @@ class Migration:
         self._wanted = target.hosts
         changes = (target.hosts != placement.hosts).any(axis=(1, 2))
         self._layers: list[int] = np.nonzero(changes)[0].tolist()
-        self._rounds: dict[int, _Round] = {}  # by layer
+        self._rounds: dict[int, _LayerRound] = {}  # by layer
         self._waiting: set[tuple[int, int]] = set()  # (rank, task) whose report has not come
         self._finish_if_done()
 
@@ -190,7 +190,7 @@ class Migration:
             return
         transfers = [self._transfer(layer, *change) for change in changes if change[1] != EMPTY]
         if transfers:
-            self._rounds[layer] = _Round(layer, transfers)
+            self._rounds[layer] = _LayerRound(layer, transfers)
         else:
             self._commit([(layer, rank, _slot_of(slots_WS[rank], gone), EMPTY) for rank, _, gone in changes])
 
@@ -219,12 +219,12 @@ class Migration:
                 self._ask(going, rank, task)
                 left[rank] -= self._expert_bytes
 
-    def _ask(self, going: _Round, rank: int, task: SlotTask) -> None:
+    def _ask(self, going: _LayerRound, rank: int, task: SlotTask) -> None:
         self._waiting.add((rank, task.task_id))
         going.deadline = self._clock() + self._timeout
         self._send(rank, task)
 
-    def _end_round(self, going: _Round) -> None:
+    def _end_round(self, going: _LayerRound) -> None:
         for transfer in going.transfers:
             if transfer.checksum != transfer.expected:
                 self._fail(
@@ -251,7 +251,7 @@ class Migration:
         before = self.placement
         self.placement = Placement(slots, before.num_experts, before.layer_ids, before.version + 1)
 
-    def _fail(self, going: _Round, why: str) -> None:
+    def _fail(self, going: _LayerRound, why: str) -> None:
         """Roll a round back. Nothing was committed, so it is enough to delete it; a later round tries again."""
         logger.warning("a migration was rolled back: %s", why)
         self.report.failures.append(why)

@@ -29,10 +29,10 @@ def next_round(
         wanted_WE: which rank must hold which expert; every expert has at least one rank.
         num_slots_W: slots of each rank, at least one more than the experts that it holds or must hold.
     """
-    return _Round(slots_WS, wanted_WE, num_slots_W).plan()
+    return _RoundPlanner(slots_WS, wanted_WE, num_slots_W).plan()
 
 
-class _Round:
+class _RoundPlanner:
     def __init__(
         self, slots_WS: npt.NDArray[np.integer], wanted_WE: npt.NDArray[np.bool_], num_slots_W: Sequence[int]
     ) -> None:

@@ -143,7 +143,7 @@ void moe_paged_attention(Element element, const AttentionShape* shape, const Ste
   });
 }
 
-void moe_attention_block(Element element, const AttentionBlock* block, const StepLayout* step, const StepHeads* heads,
+void moe_attention_block(Element element, const Attention* block, const StepLayout* step, const StepHeads* heads,
                          const void* x, void* key_cache, void* value_cache, void* residual, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
@@ -221,7 +221,7 @@ void moe_choose_experts(Element element, const Gate* gate, const Policies* polic
   });
 }
 
-int64_t moe_sparse_block(Element element, const SparseBlock* block, const Policies* policies, const SpreadStep* spread,
+int64_t moe_sparse_block(Element element, const Sparse* block, const Policies* policies, const SpreadStep* spread,
                          const void* x, int64_t tokens, int64_t num_decode, void* residual, void* out) {
   return dispatch(element, [&](auto type) {
     using T = decltype(type);
@@ -230,7 +230,7 @@ int64_t moe_sparse_block(Element element, const SparseBlock* block, const Polici
   });
 }
 
-void moe_dense_block(Element element, const DenseBlock* block, const void* x, int64_t tokens, void* residual, void* out) {
+void moe_dense_block(Element element, const Dense* block, const void* x, int64_t tokens, void* residual, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
     dense_block(engine, *block, static_cast<const T*>(x), tokens, static_cast<T*>(residual), static_cast<T*>(out));

@@ -289,8 +289,10 @@ class DenseCall:
         return out_TD
 
 
-def _next_norm(norm: NextNorm | None) -> structs.NormStruct:
-    return structs.NormStruct(None, 0.0) if norm is None else structs.NormStruct(pointer(norm.weight_D), norm.eps)
+def _next_norm(norm: NextNorm | None) -> structs.NextNormStruct:
+    if norm is None:
+        return structs.NextNormStruct(None, 0.0)
+    return structs.NextNormStruct(pointer(norm.weight_D), norm.eps)
 
 
 def _residual(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:

@@ -87,19 +87,19 @@ class Exchange {
   template <class T>
   int64_t combine(Engine& engine, const T* y, const float* weights, const T* extra, int64_t timeout_ns, T* out) {
     const int64_t top_k = shape_.top_k;
-    return way_back(engine.pool, reinterpret_cast<const char*>(y), timeout_ns,
-                    [&](int64_t first, int64_t count, const char* rows) {
-                      moe::combine(engine, reinterpret_cast<const T*>(rows), place_.data() + first * top_k,
-                                   weights + first * top_k, count, top_k, shape_.hidden,
-                                   extra ? extra + first * shape_.hidden : nullptr, out + first * shape_.hidden);
-                    });
+    return return_path(engine.pool, reinterpret_cast<const char*>(y), timeout_ns,
+                       [&](int64_t first, int64_t count, const char* rows) {
+                         moe::combine(engine, reinterpret_cast<const T*>(rows), place_.data() + first * top_k,
+                                      weights + first * top_k, count, top_k, shape_.hidden,
+                                      extra ? extra + first * shape_.hidden : nullptr, out + first * shape_.hidden);
+                       });
   }
 
   // The same return path without the sum: the row of each (token, k) goes to its place in `out[tokens, top_k, hidden]`.
   // A (token, k) without a slot is not written.
   int64_t bring_back(Engine& engine, const char* y, int64_t timeout_ns, char* out) {
     const int64_t top_k = shape_.top_k;
-    return way_back(engine.pool, y, timeout_ns, [&](int64_t first, int64_t count, const char* rows) {
+    return return_path(engine.pool, y, timeout_ns, [&](int64_t first, int64_t count, const char* rows) {
       copies_.clear();
       for (int64_t pair = first * top_k; pair < (first + count) * top_k; pair++) {
         if (place_[pair] < 0) continue;
@@ -165,7 +165,7 @@ class Exchange {
 
   // Returns the rows of `y`; calls `take` with the first token, the tokens and the rows of each dispatch round.
   template <class Take>
-  int64_t way_back(Pool& pool, const char* y, int64_t timeout_ns, const Take& take) {
+  int64_t return_path(Pool& pool, const char* y, int64_t timeout_ns, const Take& take) {
     for (int64_t round = 0; round < rounds_; round++) {
       number_++;
       const int64_t half = round % 2 * round_tokens_ * shape_.top_k;

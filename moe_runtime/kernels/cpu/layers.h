@@ -23,7 +23,7 @@ void normalize(Engine& engine, const NextNorm& next, int64_t rows, int64_t size,
   });
 }
 
-struct AttentionBlock {
+struct Attention {
   NextNorm next;
   AttentionShape shape;
   HeadOps heads;
@@ -35,7 +35,7 @@ struct AttentionBlock {
 
 // QKV projection, head ops, attention, output projection. `x` and `out` may be the same, as in the blocks below.
 template <class T>
-void attention_block(Engine& engine, const AttentionBlock& block, const StepLayout& step, const StepHeads& heads,
+void attention_block(Engine& engine, const Attention& block, const StepLayout& step, const StepHeads& heads,
                      const T* x, T* key_cache, T* value_cache, T* residual, T* out) {
   const int64_t tokens = step.tokens, inner = block.output.inputs;
   T* qkv = engine.qkv.get<T>(tokens * block.qkv.outputs);
@@ -49,19 +49,19 @@ void attention_block(Engine& engine, const AttentionBlock& block, const StepLayo
   normalize(engine, block.next, tokens, block.output.outputs, residual, out);
 }
 
-struct DenseBlock {
+struct Dense {
   NextNorm next;
   const Experts* mlp;  // one slot
 };
 
 // All rows through one SwiGLU.
 template <class T>
-void dense_block(Engine& engine, const DenseBlock& block, const T* x, int64_t tokens, T* residual, T* out) {
+void dense_block(Engine& engine, const Dense& block, const T* x, int64_t tokens, T* residual, T* out) {
   grouped_mlp(engine, *block.mlp, x, tokens, nullptr, &tokens, out);
   normalize(engine, block.next, tokens, block.mlp->hidden, residual, out);
 }
 
-struct SparseBlock {
+struct Sparse {
   NextNorm next;
   const Gate* gate;
   const Experts* experts;
@@ -82,7 +82,7 @@ struct SpreadStep {
 
 // Sends rows to the experts' ranks and combines the results. Returns -1, or the rank that did not arrive in time.
 template <class T>
-int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadStep& step, const int64_t* slot,
+int64_t spread_experts(Engine& engine, const Sparse& block, const SpreadStep& step, const int64_t* slot,
                        const float* weights, const T* x, int64_t tokens, T* out) {
   const int64_t top_k = block.gate->config.top_k, hidden = block.experts->hidden, slots = block.exchange->slots();
   T *arrived = static_cast<T*>(step.arrived), *computed = static_cast<T*>(step.computed);
@@ -108,7 +108,7 @@ int64_t spread_experts(Engine& engine, const SparseBlock& block, const SpreadSte
 // Gate, experts, weighted sum, shared experts. An exchange needs `spread`. Returns -1, or the rank that did not arrive
 // in time.
 template <class T>
-int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& policies, const SpreadStep* spread,
+int64_t sparse_block(Engine& engine, const Sparse& block, const Policies& policies, const SpreadStep* spread,
                      const T* x, int64_t tokens, int64_t num_decode, T* residual, T* out) {
   const int64_t size = tokens * block.gate->config.top_k;
   float* weights = engine.gate_weights.get<float>(size);
@@ -128,9 +128,9 @@ int64_t sparse_block(Engine& engine, const SparseBlock& block, const Policies& p
 
 // One of `sparse` and `dense` is null. A norm follows each block.
 struct Layer {
-  const AttentionBlock* attention;
-  const SparseBlock* sparse;
-  const DenseBlock* dense;
+  const Attention* attention;
+  const Sparse* sparse;
+  const Dense* dense;
   void* key_cache;
   void* value_cache;
 };

@@ -1,4 +1,8 @@
-"""The C structs that the native kernels take, and the signatures of their functions; see `api.cpp`."""
+"""The C structs that the native kernels take, and the signatures of their functions; see `api.cpp`.
+
+A class has the name of its C struct, some with `Struct` after it. So C's `Attention` is `AttentionStruct`, and the
+Python object that owns one is a `blocks.AttentionCall`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +69,7 @@ class GateConfig(ctypes.Structure):
     keep: object = None  # what the pointer points to
 
 
-class NormStruct(ctypes.Structure):
+class NextNormStruct(ctypes.Structure):
     _fields_ = (("weight", c_void_p), ("eps", c_float))
 
 
@@ -75,7 +79,7 @@ class ReplicasStruct(ctypes.Structure):
 
 class SparseStruct(ctypes.Structure):
     _fields_ = (
-        ("next", NormStruct),
+        ("next", NextNormStruct),
         ("gate", c_void_p),
         ("experts", c_void_p),
         ("shared", c_void_p),
@@ -97,12 +101,12 @@ class SpreadStep(ctypes.Structure):
 
 
 class DenseStruct(ctypes.Structure):
-    _fields_ = (("next", NormStruct), ("mlp", c_void_p))
+    _fields_ = (("next", NextNormStruct), ("mlp", c_void_p))
 
 
 class AttentionStruct(ctypes.Structure):
     _fields_ = (
-        ("next", NormStruct),
+        ("next", NextNormStruct),
         ("shape", AttentionShape),
         ("heads", HeadOps),
         ("qkv", Weight),
