@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
-from moe_runtime.memory.budget import holds_codes
+from moe_runtime.memory.budget import has_native_weights
 from moe_runtime.memory.model_size import expert_bytes
 
 ALLOWED = 1.1
@@ -86,8 +86,8 @@ def measure(model: str, ep_size: int, sequences: int, max_tokens: int) -> tuple[
         params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         llm.generate(prompts, params, use_tqdm=False)
         num_empty = int((llm.placement().slots < 0).sum())
-        coded = holds_codes(llm._engine.config.device)
-        empty = num_empty * expert_bytes(llm._engine.model_config, ranks[0].dtype, coded)
+        native = has_native_weights(llm._engine.config.device)
+        empty = num_empty * expert_bytes(llm._engine.model_config, ranks[0].dtype, native)
     watch.end()
     return watch.peak, sum(rank.weight_bytes for rank in ranks) - empty, sum(rank.kv_cache_bytes for rank in ranks)
 

@@ -12,7 +12,14 @@ from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig, parse_redundant
 from moe_runtime.config.model import AttentionConfig, ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
-from moe_runtime.memory.budget import Budget, available_host_memory, gigabytes, holds_codes, may_use_cuda, plan_budget
+from moe_runtime.memory.budget import (
+    Budget,
+    available_host_memory,
+    gigabytes,
+    has_native_weights,
+    may_use_cuda,
+    plan_budget,
+)
 from moe_runtime.memory.model_size import (
     count_parameters,
     decode_bytes,
@@ -108,7 +115,7 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
     usual = [n for n in (1, 2, 4, 8) if n <= min(MOST_RANKS, moe.num_experts)]
     sizes = options.ep_size or (usual if isinstance(engine.redundant_experts, int) else [engine.ep_size])
     available = None if may_use_cuda(engine.device) else available_host_memory()
-    coded = holds_codes(engine.device)
+    native = has_native_weights(engine.device)
     budgets = [plan_budget(fit_to_model(_with_ranks(engine, size), model), model, size, available) for size in sizes]
     return {
         "model": engine.model,
@@ -121,12 +128,12 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
             "per_token": moe.top_k,
             "shared_intermediate_size": moe.shared_intermediate_size,
             "intermediate_size": moe.intermediate_size,
-            "bytes": expert_bytes(model, dtype, coded),
+            "bytes": expert_bytes(model, dtype, native),
         },
-        "weight_bytes": weight_bytes(model, dtype, moe.num_experts, coded),
+        "weight_bytes": weight_bytes(model, dtype, moe.num_experts, native),
         "kv_bytes_per_token": kv_bytes_per_token(model, dtype),
         "max_model_len": engine.max_model_len or model.max_model_len,
-        "decode": [_decode(model, dtype, batch_size, coded) for batch_size in options.batch_size],
+        "decode": [_decode(model, dtype, batch_size, native) for batch_size in options.batch_size],
         "available_bytes": available,
         "ranks": [_memory(size, budget) for size, budget in zip(sizes, budgets, strict=True)],
     }
@@ -141,8 +148,8 @@ def _attention(attention: AttentionConfig) -> str:
     return f"{attention.num_heads} heads and {attention.num_kv_heads} key/value heads of {attention.head_dim}"
 
 
-def _decode(model: ModelConfig, dtype: str, batch_size: int, coded: bool) -> dict[str, Any]:
-    read = decode_bytes(model, dtype, batch_size, coded=coded)
+def _decode(model: ModelConfig, dtype: str, batch_size: int, native: bool) -> dict[str, Any]:
+    read = decode_bytes(model, dtype, batch_size, native=native)
     return {
         "batch_size": batch_size,
         "experts_per_layer": distinct_experts(model.moe.num_experts, model.moe.top_k, batch_size),

@@ -132,9 +132,9 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
 
     dtype = weights_dtype(engine.dtype, model.dtype)
     num_slots = slots_per_rank(engine, model, engine.ep_size)[:local_ranks]
-    coded = holds_codes(engine.device)
-    dense = dense_bytes(model, dtype, coded)
-    slot = len(model.moe_layers) * expert_bytes(model, dtype, coded)
+    native = has_native_weights(engine.device)
+    dense = dense_bytes(model, dtype, native)
+    slot = len(model.moe_layers) * expert_bytes(model, dtype, native)
     page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
     per_sequence = _pages_of_one(engine, model) * page
     if engine.kv_cache_memory_bytes is not None:
@@ -232,8 +232,8 @@ def may_use_cuda(device: str) -> bool:
     return device == "cuda" or (device == "auto" and CUDA_DRIVER.exists())
 
 
-def holds_codes(device: str) -> bool:
-    """Whether ranks with this `device` option hold bfloat16 matrices in codes, as native CPU kernels do."""
+def has_native_weights(device: str) -> bool:
+    """Whether native CPU kernels hold the weights of ranks with this `device` option."""
     return not may_use_cuda(device) and can_have_kernels()
 
 

@@ -1,9 +1,9 @@
 """The size of a checkpoint, from its configuration alone: parameters, bytes, and bytes read by a decode step. No torch.
 
 Formulas use D hidden, V vocabulary, L layers, E experts per sparse layer, K experts per token, F expert intermediate,
-H query heads, G key/value heads, d head dim. Sizes are those of the checkpoint's tensors. Native CPU kernels round
-the outputs of each matrix up to 64. This adds nothing to most models and a few percent to small ones. They also hold
-bfloat16 matrices in 12 bits a weight; `coded` says whether they do.
+H query heads, G key/value heads, d head dim. `native` says whether native CPU kernels hold the weights. They hold
+bfloat16 matrices in 12 bits a weight, and round the outputs of each matrix up to 64. The rounding adds nothing to most
+models, a few percent to small ones, and more to models with narrow experts.
 """
 
 from __future__ import annotations
@@ -83,9 +83,12 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 def _attention_parameters(attention: AttentionConfig, hidden: int) -> int:
     qkv_size = attention.query_size + 2 * attention.kv_size
-    count = hidden * qkv_size + attention.query_size * hidden
-    if attention.qkv_bias:
-        count += qkv_size
+    return hidden * (qkv_size + attention.query_size) + _attention_vectors(attention, hidden)
+
+
+def _attention_vectors(attention: AttentionConfig, hidden: int) -> int:
+    """Parameters of the biases, and of the norms of queries and keys."""
+    count = attention.query_size + 2 * attention.kv_size if attention.qkv_bias else 0
     if attention.output_bias:
         count += hidden
     if attention.qk_norm:
@@ -105,26 +108,39 @@ def weights_dtype(asked: str, stored: str) -> str:
     return name
 
 
-def expert_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
+def expert_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     """Bytes of one routed expert of one layer."""
-    return int(WeightFormat.of(dtype, coded).nbytes(count_parameters(config).expert))
+    return _mlp_bytes(WeightFormat.of(dtype, native), config.hidden_size, config.moe.intermediate_size)
 
 
-def dense_bytes(config: ModelConfig, dtype: str, coded: bool = False) -> int:
+def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     """Bytes that every rank holds: all except the routed experts. Gates are float32 if the family stores them so. An
-    embedding that is not tied to the head is never in codes."""
-    count = count_parameters(config)
-    gate_dtype = "float32" if config.moe.gate_float32 else dtype
+    embedding that is not tied to the head is as in the checkpoint also with native kernels."""
+    count, moe, hidden = count_parameters(config), config.moe, config.hidden_size
+    matrix = WeightFormat.of(dtype, native)
+    gate = WeightFormat.of("float32" if moe.gate_float32 else dtype, native)
     embedding = 0 if config.tie_word_embeddings else count.embedding
-    matrices = count.dense - count.gate - count.gate_bias - embedding
-    coded_bytes = WeightFormat.of(dtype, coded).nbytes(matrices) + WeightFormat.of(gate_dtype, coded).nbytes(count.gate)
-    return int(coded_bytes) + embedding * ITEMSIZE[dtype] + 4 * count.gate_bias
+    vectors = count.norms + sum(_attention_vectors(layer.attention, hidden) for layer in config.layers)
+    matrices = matrix.nbytes(config.vocab_size, hidden) + len(config.moe_layers) * (
+        gate.nbytes(moe.num_experts, hidden) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size)
+    )
+    for layer in config.layers:
+        attention = layer.attention
+        matrices += matrix.nbytes(attention.query_size + 2 * attention.kv_size, hidden)
+        matrices += matrix.nbytes(hidden, attention.query_size)
+        matrices += _mlp_bytes(matrix, hidden, layer.dense_intermediate_size or 0)
+    return matrices + (embedding + vectors) * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 
-def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, coded: bool = False) -> int:
+def _mlp_bytes(matrix: WeightFormat, hidden: int, intermediate: int) -> int:
+    """Bytes of a SwiGLU's three matrices; 0 if it does not exist."""
+    return 2 * matrix.nbytes(intermediate, hidden) + matrix.nbytes(hidden, intermediate) if intermediate else 0
+
+
+def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool = False) -> int:
     """Bytes of weights on a rank with `num_slots` slots in each sparse layer. An empty slot takes memory too."""
-    experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, coded)
-    return dense_bytes(config, dtype, coded) + experts
+    experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, native)
+    return dense_bytes(config, dtype, native) + experts
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
@@ -146,7 +162,7 @@ def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:
     return num_experts * (1.0 - (1.0 - top_k / num_experts) ** num_tokens)
 
 
-def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0, coded: bool = False) -> float:
+def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: int = 0, native: bool = False) -> float:
     """Expected bytes that one rank with all experts reads from memory in a decode step, if experts are used uniformly.
 
     It reads every dense weight once, the experts that the batch uses, and the keys and values of `context_len` tokens
@@ -157,8 +173,8 @@ def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: 
     experts = len(config.moe_layers) * distinct_experts(moe.num_experts, moe.top_k, batch_size)
     kept = sum(spec.tokens_read(context_len) * spec.bytes_per_token for spec in config.kv_specs(ITEMSIZE[dtype]))
     return (
-        dense_bytes(config, dtype, coded)
+        dense_bytes(config, dtype, native)
         - table * ITEMSIZE[dtype]
-        + experts * expert_bytes(config, dtype, coded)
+        + experts * expert_bytes(config, dtype, native)
         + batch_size * kept
     )

@@ -16,7 +16,7 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.kernels.cpu.packed import PANEL
+from moe_runtime.kernels.weight_format import PANEL
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import MLP, AttentionBlock, DecoderLayer, Experts, Kit, Linear, MLPBlock, Norm, SparseBlock

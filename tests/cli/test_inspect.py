@@ -13,7 +13,7 @@ from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.memory import budget
 from moe_runtime.memory import model_size as size
-from moe_runtime.memory.budget import holds_codes, plan_budget
+from moe_runtime.memory.budget import has_native_weights, plan_budget
 from moe_runtime.memory.initial_placement import slots_per_rank
 from moe_runtime.models.registry import read_model_config
 
@@ -47,12 +47,12 @@ def test_figures_are_those_of_the_model(path, capsys):
     }
     assert found["layers"] == {"total": 3, "sparse": 2}
     assert [row["bytes_per_step"] for row in found["decode"]] == [
-        size.decode_bytes(model, "bfloat16", batch_size, coded=holds_codes("cpu")) for batch_size in (1, 5)
+        size.decode_bytes(model, "bfloat16", batch_size, native=has_native_weights("cpu")) for batch_size in (1, 5)
     ]
     one, three = found["ranks"]
     slots = [slots_per_rank(EngineConfig("m", ep_size=ranks), model, ranks) for ranks in (1, 3)]
     assert [one["slots_per_layer"], three["slots_per_layer"]] == [count[0] for count in slots]
-    assert one["dense_bytes"] == three["dense_bytes"] == size.dense_bytes(model, "bfloat16", holds_codes("cpu"))
+    assert one["dense_bytes"] == three["dense_bytes"] == size.dense_bytes(model, "bfloat16", has_native_weights("cpu"))
     planned = plan_budget(EngineConfig("m", ep_size=3, dtype="bfloat16"), model, 3, 230_000_000)
     assert (three["rank_bytes"], three["all_ranks_bytes"]) == (planned.largest.total, planned.total)
     assert one["fits"] and not three["fits"], "three processes alone take more than 230 MB"

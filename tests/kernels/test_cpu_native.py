@@ -15,7 +15,8 @@ import torch
 from cpu_cases import DTYPES, assert_close, experts_of, normal
 
 from moe_runtime.kernels import reference, torch_ops
-from moe_runtime.kernels.cpu.packed import PANEL, PackedExperts, PackedLinear
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.weight_format import PANEL
 
 pytestmark = pytest.mark.usefixtures("threads")
 SIZES = [(1, 1), (64, 64), (70, 33), (130, 257), (192, 1030)]

@@ -13,13 +13,27 @@ from hypothesis import strategies as st
 from tiny_models import CASES, make_model, save
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import AttentionConfig, LayerConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedMatrices
 from moe_runtime.memory import model_size as size
-from moe_runtime.memory.budget import holds_codes
+from moe_runtime.memory.budget import has_native_weights
 from moe_runtime.memory.initial_placement import slots_per_rank
 from moe_runtime.models.registry import read_model_config
 
-PANEL = 64  # native kernels round the outputs of a matrix up to it
+KNOWN = ModelConfig(
+    family="qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=40960,
+    rope=RopeConfig(theta=1e6, rotary_dim=128),
+    moe=MoEConfig(num_experts=128, top_k=8, intermediate_size=768),
+    layers=layers_alike(48, AttentionConfig(32, 4, 128, qk_norm=True), range(48), 6144),
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+    eos_token_ids=(1,),
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,21 +57,7 @@ def _num_experts(config) -> int:
 
 def test_a_known_model() -> None:
     """Qwen3-30B-A3B: its card says 30.5B parameters, 29.9B of them beside the embedding and head, and 3.3B active."""
-    count = size.count_parameters(
-        ModelConfig(
-            family="qwen3_moe",
-            vocab_size=151936,
-            hidden_size=2048,
-            rms_norm_eps=1e-6,
-            max_position_embeddings=40960,
-            rope=RopeConfig(theta=1e6, rotary_dim=128),
-            moe=MoEConfig(num_experts=128, top_k=8, intermediate_size=768),
-            layers=layers_alike(48, AttentionConfig(32, 4, 128, qk_norm=True), range(48), 6144),
-            tie_word_embeddings=False,
-            dtype="bfloat16",
-            eos_token_ids=(1,),
-        )
-    )
+    count = size.count_parameters(KNOWN)
     assert round(count.total / 1e9, 1) == 30.5
     assert round((count.total - count.embedding - count.head) / 1e9, 1) == 29.9
     assert 3.3 <= count.active / 1e9 < 3.4
@@ -66,7 +66,7 @@ def test_a_known_model() -> None:
 @pytest.mark.parametrize("case", ["qwen3 bias, tied", "qwen3 dense between", "mixtral", "glm4", "glm4 norm, bias"])
 @pytest.mark.parametrize(("dtype", "num_ranks"), [("bfloat16", 1), ("float32", 2), ("bfloat16", 3)])
 def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: int, tmp_path: Path) -> None:
-    """Ranks leave norms and correction biases out of their figure, and native kernels pad."""
+    """Ranks leave norms and correction biases out of their figure."""
     from moe_runtime.worker.worker import Worker
 
     path = save(make_model(case), tmp_path)
@@ -76,36 +76,37 @@ def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: i
     for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
         loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
         count = size.count_parameters(config)
-        vectors = count.norms + sum(2 * layer.attention.head_dim for layer in config.layers) + count.gate_bias
-        coded = holds_codes("cpu")
-        least = size.weight_bytes(config, dtype, num_slots, coded) - 4 * vectors
-        tables = 1.011 if coded and dtype == "bfloat16" else 1.0  # 64 bytes for every 6,144 or more of codes
-        assert least <= loaded <= size.weight_bytes(_padded(config), dtype, num_slots, coded) * tables
+        norms = count.norms + sum(2 * layer.attention.head_dim for layer in config.layers if layer.attention.qk_norm)
+        expected = size.weight_bytes(config, dtype, num_slots, has_native_weights("cpu"))
+        assert loaded == expected - size.ITEMSIZE[dtype] * norms - 4 * count.gate_bias
 
 
-def _padded(config: ModelConfig) -> ModelConfig:
-    def up(value: int) -> int:
-        return -(-value // PANEL) * PANEL
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    found = load_or_none()
+    if found is None:
+        pytest.skip("there are no native kernels")
+    return found
 
-    moe = config.moe
-    return dataclasses.replace(
-        config,
-        vocab_size=up(config.vocab_size),
-        hidden_size=up(config.hidden_size),
-        layers=tuple(
-            LayerConfig(
-                dataclasses.replace(layer.attention, head_dim=up(layer.attention.head_dim)),
-                layer.dense_intermediate_size and up(layer.dense_intermediate_size),
-            )
-            for layer in config.layers
-        ),
-        moe=dataclasses.replace(
-            moe,
-            num_experts=up(moe.num_experts),
-            intermediate_size=up(moe.intermediate_size),
-            shared_intermediate_size=up(moe.shared_intermediate_size),
-        ),
+
+@given(outputs=st.integers(1, 300), inputs=st.integers(1, 300), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_bytes_of_a_matrix_are_those_of_native_packing(
+    kernels: Kernels, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    packed = PackedMatrices(kernels, dtype, outputs, inputs)
+    assert packed.nbytes == packed.format.nbytes(outputs, inputs)
+
+
+@given(hidden=st.integers(1, 200), intermediate=st.integers(1, 200), dtype=st.sampled_from(["float32", "bfloat16"]))
+def test_bytes_of_an_expert_are_those_of_native_packing(
+    kernels: Kernels, hidden: int, intermediate: int, dtype: str
+) -> None:
+    """Also of an expert that is narrower than a panel."""
+    config = dataclasses.replace(
+        KNOWN, hidden_size=hidden, moe=dataclasses.replace(KNOWN.moe, intermediate_size=intermediate)
     )
+    experts = PackedExperts(kernels, 3, hidden, intermediate, getattr(torch, dtype))
+    assert experts.nbytes == 3 * size.expert_bytes(config, dtype, native=True)
 
 
 @given(experts=st.integers(1, 64), data=st.data())

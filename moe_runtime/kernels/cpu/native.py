@@ -71,7 +71,7 @@ def native_format(dtype: torch.dtype) -> WeightFormat:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype} is not allowed; it must be torch.float32 or torch.bfloat16")
-    return WeightFormat.of(str(dtype).removeprefix("torch."), coded=True)
+    return WeightFormat.of(str(dtype).removeprefix("torch."), native=True)
 
 
 def element(tensor: Tensor) -> int:

@@ -17,8 +17,7 @@ from moe_runtime.kernels.cpu import structs
 from moe_runtime.kernels.cpu.native import Kernels, native_format
 from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import Weight
-
-PANEL = 64  # outputs of a panel; gate and up projections of experts each begin at a panel boundary
+from moe_runtime.kernels.weight_format import PANEL
 
 
 class PackedMatrices:
@@ -160,6 +159,7 @@ class PackedExperts:
     ) -> None:
         self.kernels, self.dtype = kernels, dtype
         self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
+        # Gate and up projections each begin at a panel boundary.
         self._up_row = -(-intermediate_size // PANEL) * PANEL
         self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots)
         self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots)
