@@ -172,20 +172,10 @@ class Payback:
         num_bytes = len(plan.moves) * move_cost.bytes_per_move
         cost = move_cost.seconds(plan.moves)
         seconds, planned_seconds = (
-            sum(
-                phase.num_steps * layer_time.step_seconds(phase.rows, placement, rank_speed)
-                for phase in demand.values()
-            )
-            for placement in (current, plan.placement)
+            _horizon_seconds(demand, layer_time, placement, rank_speed) for placement in (current, plan.placement)
         )
         saving = seconds - planned_seconds
-        reason: Reason = "pays back"
-        if not plan.moves:
-            reason = "nothing to move"
-        elif saving <= 0:
-            reason = "slower"
-        elif saving <= self.margin * cost:
-            reason = "does not pay back"
+        reason = self._reason(plan, saving, cost)
         return Decision(
             moves_experts=reason == "pays back",
             reason=reason,
@@ -202,6 +192,23 @@ class Payback:
             planned_sparse_seconds=planned_seconds,
             plan=plan,
         )
+
+    def _reason(self, plan: Plan, saving: float, cost: float) -> Reason:
+        """Why a plan is carried out or not."""
+        if not plan.moves:
+            return "nothing to move"
+        if saving <= 0:
+            return "slower"
+        return "pays back" if saving > self.margin * cost else "does not pay back"
+
+
+def _horizon_seconds(
+    demand: Mapping[str, Demand], layer_time: LayerTime, placement: Placement, rank_speed: npt.ArrayLike | None
+) -> float:
+    """Time of all sparse layers in all steps within the horizon."""
+    return sum(
+        phase.num_steps * layer_time.step_seconds(phase.rows, placement, rank_speed) for phase in demand.values()
+    )
 
 
 def balancedness(load_LW: npt.NDArray[np.float64], rank_speed: npt.ArrayLike | None = None) -> float:

@@ -13,6 +13,7 @@ ExpertPart = Literal["gate", "up", "down"]  # gate and up are [intermediate, hid
 CHUNK_WORDS = 1 << 20
 
 
+# Not in `WeightFormat`: a checksum needs torch, which that file must not import, and is the same sum in every format.
 def checksum(tensors: Iterable[Tensor]) -> int:
     """A 64-bit sum over the bytes of contiguous tensors, each word weighted by its position, modulo 2**64.
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_runtime.kernels.weight_format import PANEL
 from moe_runtime.memory.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
 from moe_runtime.planner.measure_engine import SENDING, WAITING, Variant, streaming
@@ -74,6 +75,46 @@ def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[st
     bandwidth = table_of(figure, "read")
     rate = {dtype: table_of(figure, f"rate {dtype}") for dtype in kernel.DTYPES}
     efficiency = {dtype: efficiency_of(table_of(figure, f"rows {dtype}")) for dtype in kernel.DTYPES}
+    return Hardware(
+        name=name,
+        cores=cores,
+        ranks_per_node=max(4 * cores, 8),
+        memory_bytes=float(available_host_memory()),
+        reserved_bytes=float(PROCESS_BYTES),
+        weight_bytes={dtype: figure[f"weight {dtype}", 0] for dtype in kernel.DTYPES},
+        memory_bandwidth=bandwidth,
+        expert_bandwidth=min(figure["experts", 0] / bandwidth[-1][1], 1.0),
+        matrix_rate=rate,
+        efficiency=efficiency,
+        attention_bandwidth=min(figure["decode", 0] / bandwidth[-1][1], 1.0),
+        attention_rate=min(figure["prompt", 0] / rate["bfloat16"][-1][1], 1.0),
+        attention_dtype="bfloat16",
+        output_multiple=PANEL,
+        intra_node=Link(figure["copy", 0], 0.0),
+        inter_node=Link(1.2e9, 1e-4),
+        rows_out="rank",
+        rows_back="expert",
+        overlap=1,
+        cold_factor=cold_factor_of(table_of(figure, "calls")),
+        overheads=Overheads(
+            step=0.0,
+            step_ranks=0.0,
+            step_row=0.0,
+            layer=0.0,
+            layer_row=0.0,
+            layer_byte=figure["layer byte", 0],
+            slot=figure["slot", 0],
+            expert_byte=figure["expert byte", 0],
+            wait=0.0,
+        ),
+        sources=_kernel_sources(kernels),
+    )
+
+
+def _kernel_sources(kernels: Kernels) -> dict[str, str]:
+    """Where each figure of `_measure_kernels` comes from."""
+    from moe_runtime.planner import measure_kernels as kernel
+
     measured = f"measured, {kernels.instruction_set}"
     sources = {
         "ranks_per_node": "a rank has at least a core; more take turns",
@@ -101,40 +142,7 @@ def _measure_kernels(kernels: Kernels, name: str, rounds: int, say: Callable[[st
         sources[f"weight_bytes.{dtype}"] = "this runtime: packed weights"
         sources[f"matrix_rate.{dtype}"] = f"{measured}: {max(kernel.ROWS)} rows by {size}, by threads"
         sources[f"efficiency.{dtype}"] = f"{measured}: {size}, weights from memory, one thread, by rows"
-    return Hardware(
-        name=name,
-        cores=cores,
-        ranks_per_node=max(4 * cores, 8),
-        memory_bytes=float(available_host_memory()),
-        reserved_bytes=float(PROCESS_BYTES),
-        weight_bytes={dtype: figure[f"weight {dtype}", 0] for dtype in kernel.DTYPES},
-        memory_bandwidth=bandwidth,
-        expert_bandwidth=min(figure["experts", 0] / bandwidth[-1][1], 1.0),
-        matrix_rate=rate,
-        efficiency=efficiency,
-        attention_bandwidth=min(figure["decode", 0] / bandwidth[-1][1], 1.0),
-        attention_rate=min(figure["prompt", 0] / rate["bfloat16"][-1][1], 1.0),
-        attention_dtype="bfloat16",
-        output_multiple=64,
-        intra_node=Link(figure["copy", 0], 0.0),
-        inter_node=Link(1.2e9, 1e-4),
-        rows_out="rank",
-        rows_back="expert",
-        overlap=1,
-        cold_factor=cold_factor_of(table_of(figure, "calls")),
-        overheads=Overheads(
-            step=0.0,
-            step_ranks=0.0,
-            step_row=0.0,
-            layer=0.0,
-            layer_row=0.0,
-            layer_byte=figure["layer byte", 0],
-            slot=figure["slot", 0],
-            expert_byte=figure["expert byte", 0],
-            wait=0.0,
-        ),
-        sources=sources,
-    )
+    return sources
 
 
 def _measure_engine(hardware: Hardware, probe: Probe) -> Hardware:

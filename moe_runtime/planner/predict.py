@@ -158,12 +158,7 @@ def predict(
     Raises:
         ValueError: a placement of other experts or layers, or a dtype that the hardware has no rates for.
     """
-    num_layers = len(routing.plan_load)
-    if (placement.num_layers, placement.num_experts) != (num_layers, shape.num_experts):
-        raise ValueError(
-            f"placement: {placement.num_layers} layers of {placement.num_experts} experts are not allowed; "
-            f"it must have {num_layers} of {shape.num_experts}"
-        )
+    _check_placement(placement, len(routing.plan_load), shape.num_experts)
     num_ranks = placement.num_ranks
     halves = hardware.overlap if work.sequences >= 2 * num_ranks and num_ranks > 1 else 1
     per_rank, rest = divmod(work.sequences, num_ranks)
@@ -185,10 +180,7 @@ def predict(
     cold = hardware.cold(nbytes * on_node / num_ranks)
     step = (over.step if num_ranks == 1 else over.step_ranks) * cold
     head_W = rates.products((shape.head,), sequences_W)
-    passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row per k
-    bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
-    own_W = halves * (shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W)
-    own_W = own_W + over.step_row * sequences_W
+    own_W = halves * _layer_overheads(shape, rates, tokens_W) + over.step_row * sequences_W
 
     turns, alone = hardware.turns(on_node), hardware.turns(rates.active)
     parts = {name: alone * halves * float(seconds_W.max()) for name, seconds_W in layers_W.items()}
@@ -211,6 +203,23 @@ def predict(
         rank_memory=memory,
         fits=memory.total * (1 if hardware.cores is None else on_node) <= hardware.memory_bytes,
     )
+
+
+def _check_placement(placement: Placement, num_layers: int, num_experts: int) -> None:
+    if (placement.num_layers, placement.num_experts) != (num_layers, num_experts):
+        raise ValueError(
+            f"placement: {placement.num_layers} layers of {placement.num_experts} experts are not allowed; "
+            f"it must have {num_layers} layers of {num_experts} experts"
+        )
+
+
+def _layer_overheads(shape: ModelShape, rates: _Rates, tokens_W: Floats) -> Floats:
+    """Seconds of all layers on each rank that are neither products nor attention."""
+    over = rates.hardware.overheads
+    passes = NORM_PASSES * shape.num_layers + shape.top_k * shape.num_sparse_layers  # the sum reads a row per k
+    bytes_W = tokens_W * passes * shape.bytes_back / rates.own_cores
+    found: Floats = shape.num_layers * (over.layer + over.layer_row * tokens_W) + over.layer_byte * bytes_W
+    return found
 
 
 @dataclass(frozen=True)

@@ -397,7 +397,7 @@ def test_what_cannot_be_evaluated(changes, message):
 
 def test_a_placement_or_dtype_that_does_not_fit():
     shape, routing, work = tiny(), LoadRouting.assume("uniform", 4, 1), Workload("decode", 1, 5)
-    with pytest.raises(ValueError, match="placement: 1 layers of 4 experts are not allowed; it must have 4 of 4"):
+    with pytest.raises(ValueError, match="placement: 1 layers of 4 experts are not allowed; it must have 4 layers"):
         predict(shape, IDEAL, even(shape, 2), routing, work)
     with pytest.raises(ValueError, match="dtype: 'float8' is not in the hardware profile 'ideal'"):
         float8 = replace(shape, head=Matrix(10, 10, "float8"))

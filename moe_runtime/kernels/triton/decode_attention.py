@@ -151,6 +151,14 @@ def merge_chunks_meta(head_size: int, sliding_window: int | None) -> dict[str, i
     }
 
 
+def max_chunks(max_context: int, sliding_window: int | None) -> int:
+    """The most chunks whose keys a row may see."""
+    num_chunks = -(-max_context // CHUNK)
+    if sliding_window is None:
+        return num_chunks
+    return min(num_chunks, (sliding_window - 2) // CHUNK + 2)  # the window may begin in the middle of a chunk
+
+
 def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
@@ -189,9 +197,7 @@ def decode_attention(
     out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device) if out_THd is None else out_THd
     if num_tokens == 0:
         return out_THd
-    num_chunks = triton.cdiv(max_context, CHUNK)
-    if sliding_window is not None:
-        num_chunks = min(num_chunks, (sliding_window - 2) // CHUNK + 2)  # the window may begin in the middle of a chunk
+    num_chunks = max_chunks(max_context, sliding_window)
     sums, part = out_THd, None
     if num_chunks > 1:
         sums = torch.empty(num_tokens, num_heads, num_chunks, head_size, device=q_THd.device)
