@@ -19,11 +19,12 @@ def check_load(name: str, load: npt.ArrayLike, dimensions: tuple[str, ...]) -> F
         ValueError: another shape, or numbers that are negative or not finite.
     """
     array = np.asarray(load)
-    if array.ndim != len(dimensions) or array.size == 0 or array.dtype.kind not in "iuf":
-        raise ValueError(
-            f"{name}: an array of {array.dtype} and shape {array.shape} is not allowed; "
-            f"it must be of numbers [{', '.join(dimensions)}], none of them 0"
-        )
+    allowed = f"it must be an array of numbers [{', '.join(dimensions)}] that is not empty"
+    if array.dtype.kind not in "iuf":
+        what = type(load).__name__ if array.ndim == 0 else f"an array of {array.dtype}"
+        raise ValueError(f"{name}: {what} is not allowed; {allowed}")
+    if array.ndim != len(dimensions) or array.size == 0:
+        raise ValueError(f"{name}: an array of shape {array.shape} is not allowed; {allowed}")
     array = array.astype(np.float64)
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high < np.inf):

@@ -101,6 +101,18 @@ class Decision:
         """The figures as JSON takes them."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
 
+    def __str__(self) -> str:
+        """The figures in words, for the log."""
+        text = (
+            f"experts {'move' if self.moves_experts else 'stay'} ({self.reason}); balancedness {self.balancedness:.3f}"
+        )
+        if self.plan is None:
+            return text
+        return (
+            f"{text}, planned {self.planned_balancedness:.3f}; {self.num_moves} moves cost {self.cost_seconds:.3f} s "
+            f"and save {self.saving_seconds:.3f} s in {self.horizon_steps:.0f} steps"
+        )
+
 
 class Payback:
     """Decides when experts move, with hysteresis: between the two thresholds of balancedness, no balancing starts.

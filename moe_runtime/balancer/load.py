@@ -22,6 +22,7 @@ PICTURES = ("png", "svg")
 ENCODERS = {"html": to_html, "csv": to_csv, "json": to_json, "npz": to_npz}
 DECODERS = {"npz": from_npz, "csv": from_csv}
 SAVED = (*PICTURES, *ENCODERS)
+SUFFIXES = tuple(f".{name}" for name in SAVED)
 LOADED = ("json", *DECODERS)
 
 

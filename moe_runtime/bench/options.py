@@ -7,12 +7,10 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from moe_runtime.config.checks import check_integer
+from moe_runtime.config.checks import check_integer, check_output
 
-SAVED = ("json", "png")
 LENGTHS = '"128", "64-256" (uniform), "lognormal:MEDIAN:SIGMA" or "lognormal:MEDIAN:SIGMA:LOW-HIGH"'
 
 
@@ -112,8 +110,5 @@ class BenchOptions:
         Lengths.parse("output_len", self.output_len)
         outputs = (self.output,) if isinstance(self.output, str) else tuple(self.output)
         object.__setattr__(self, "output", outputs)
-        for path in map(Path, outputs):
-            if path.suffix.removeprefix(".") not in SAVED:
-                raise ValueError(f"output: {str(path)!r} is not allowed; it must end in .{' or .'.join(SAVED)}")
-            if not path.parent.is_dir():
-                raise ValueError(f"output: {str(path)!r} is not allowed; there is no directory {str(path.parent)!r}")
+        for path in outputs:
+            check_output("output", path, (".json", ".png"))

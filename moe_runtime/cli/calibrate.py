@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.checks import check_integer
+from moe_runtime.config.checks import check_integer, check_output
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import only_fields, option_values, options_of, user_mistakes
 
 if TYPE_CHECKING:
     from moe_runtime.text.tokenizer import Tokenizer
 
-SAVED = (".json", ".png")
 PIECE = 4096  # characters tokenised at a time
 COLUMNS = ("text", "policy", "mean k", "perplexity", "KL")
 
@@ -51,8 +50,7 @@ class CalibrateOptions:
         check_integer("block_tokens", self.block_tokens, 16)
         check_integer("max_tokens", self.max_tokens, 2 * self.block_tokens)
         for path in self.output:
-            if Path(path).suffix not in SAVED:
-                raise ValueError(f"output: {path!r} is not allowed; it must end in one of {list(SAVED)}")
+            check_output("output", path, (".json", ".png"))
 
 
 def calibrate(namespace: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.checks import check_output
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
 from moe_runtime.types.sampling_params import SamplingParams
@@ -78,15 +79,15 @@ def generate(namespace: argparse.Namespace) -> int:
 
 def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
     """The options, checked as far as possible before the model is loaded."""
-    from moe_runtime.balancer.load import SAVED
+    from moe_runtime.balancer.load import SUFFIXES
 
     values = option_values(namespace, [*options_of(EngineConfig), *sampling_options()])
     params = SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **only_fields(SamplingParams, values)})
     config = EngineConfig(**only_fields(EngineConfig, values))
     if not namespace.prompt and not namespace.prompt_token_ids:
         raise ValueError("prompt: missing; give at least one --prompt or --prompt-token-ids")
-    if namespace.heatmap and namespace.heatmap.suffix.removeprefix(".") not in SAVED:
-        raise ValueError(f"heatmap: {str(namespace.heatmap)!r} is not allowed; it must end in .{', .'.join(SAVED)}")
+    if namespace.heatmap:
+        check_output("heatmap", namespace.heatmap, SUFFIXES)
     return config, params
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moe_runtime.config.checks import check_output
 from moe_runtime.config.options import user_mistakes
 
 if TYPE_CHECKING:
@@ -16,10 +17,17 @@ URL_TIMEOUT = 30.0
 
 
 def heatmap(namespace: argparse.Namespace) -> int:
-    """Run the command; returns the exit code. Raises UserMistake where the load cannot be had."""
-    from moe_runtime.balancer.load import ExpertLoad
+    """Run the command; returns the exit code.
+
+    Raises:
+        UserMistake: there is no such load, or an output file cannot be written.
+    """
+    from moe_runtime.balancer.load import SUFFIXES, ExpertLoad
 
     with user_mistakes():
+        for path in namespace.output:
+            written = path.with_suffix(path.suffix.lower())  # a suffix may be in capitals
+            check_output("output", written, SUFFIXES if namespace.before is None else (".png",))
         load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
         before = None if namespace.before is None else ExpertLoad.load(namespace.before)
         if namespace.phase:
@@ -28,8 +36,6 @@ def heatmap(namespace: argparse.Namespace) -> int:
         if before is not None:
             from moe_runtime.balancer.heatmap import draw_pair
 
-            if any(path.suffix != ".png" for path in namespace.output):
-                raise ValueError("output: a picture of before and after can only be a .png")
             picture = draw_pair(before, load)
             for path in namespace.output:
                 path.write_bytes(picture)
@@ -51,7 +57,7 @@ def fetch_load(url: str) -> ExpertLoad:
         with urllib.request.urlopen(url.rstrip("/") + "/experts/load", timeout=URL_TIMEOUT) as answer:
             content = json.load(answer)
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"url: {url!r} gives no load ({error})") from error
+        raise ValueError(f"url: {url!r} returned no load ({error})") from error
     return ExpertLoad.from_dict(content)
 
 

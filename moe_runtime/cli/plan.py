@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_runtime.config.checks import check_integer
+from moe_runtime.config.checks import check_integer, check_output
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import given_values, only_fields, options_of, user_mistakes
 from moe_runtime.memory.model_size import weights_dtype
@@ -83,8 +83,7 @@ class PlanOptions:
         if (self.trace is None) == (self.assume is None):
             raise ValueError("trace, assume: one of them must be given, not both")
         for path in self.output or ():
-            if not isinstance(path, str) or Path(path).suffix not in (".png", ".json"):
-                raise ValueError(f"output: {path!r} is not allowed; it must end in .png or .json")
+            check_output("output", path, (".json", ".png"))
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,7 @@ class ProfileOptions:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.output, str) or Path(self.output).suffix not in (".yaml", ".yml", ".json"):
-            raise ValueError(f"output: {self.output!r} is not allowed; it must end in .yaml, .yml or .json")
+        check_output("output", self.output, (".yaml", ".yml", ".json"))
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
             raise ValueError(f"name: {self.name!r} is not allowed; it must be a text")
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moe_runtime.balancer.trace import MAX_EXPERTS, RoutingTrace
+from moe_runtime.config.checks import check_output
 
 if TYPE_CHECKING:
     from moe_runtime.config.model import ModelConfig
@@ -36,8 +37,7 @@ class TraceRecorder:
 
     def __init__(self, path: str, model: ModelConfig, name: str, max_bytes: int = MAX_BYTES) -> None:
         self._path = Path(path)
-        if self._path.suffix != ".npz" or not self._path.parent.is_dir():
-            raise ValueError(f"record_trace: {path!r} is not allowed; it must end in .npz, in a folder that is there")
+        check_output("record_trace", path, (".npz",))
         if model.moe.num_experts > MAX_EXPERTS:
             raise ValueError(f"record_trace: is not possible with {model.moe.num_experts} experts")
         self._model, self._name = model, name

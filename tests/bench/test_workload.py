@@ -58,7 +58,7 @@ def test_lengths_that_are_none(text):
         ({"request_timeout": 0}, "request_timeout: 0 is not allowed"),
         ({"url": "localhost:8000"}, "url: 'localhost:8000' is not allowed"),
         ({"output": ["x.gif"]}, "output: 'x.gif' is not allowed; it must end in .json or .png"),
-        ({"output": ["/no/such/x.png"]}, "output: '/no/such/x.png' is not allowed; there is no directory"),
+        ({"output": ["/no/such/x.png"]}, "output: '/no/such/x.png' is not allowed; it must be in a folder"),
         ({"output_len": "many"}, "output_len: 'many' is not allowed"),
     ],
 )

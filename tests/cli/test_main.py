@@ -304,11 +304,24 @@ BAD = [
     (["generate", "x", "--prompt", "a", "--raw", "--chat"], "chat: not allowed with argument --raw"),
     (["generate", "x", "--prompt", "a", "--chat", "--skip-tokenizer-init"], "chat: not allowed without a tokenizer"),
     (["generate", "x", "--prompt", "a", "--heatmap", "load.gif"], "heatmap: 'load.gif' is not allowed"),
+    (
+        ["generate", "x", "--prompt", "a", "--heatmap", "/no/such/load.png"],
+        "heatmap: '/no/such/load.png' is not allowed; it must be in a folder that exists",
+    ),
+    (["heatmap", "--url", "http://127.0.0.1:1", "-o", "x.gif"], "output: 'x.gif' is not allowed; it must end in .png"),
+    (
+        ["heatmap", "--url", "http://127.0.0.1:1", "-o", "/no/such/x.png"],
+        "output: '/no/such/x.png' is not allowed; it must be in a folder that exists",
+    ),
+    (
+        ["heatmap", "--load", "/no/such.json", "--before", "/no/such.json", "-o", "x.svg"],
+        "output: 'x.svg' is not allowed; it must end in .png\n",
+    ),
     (["heatmap", "-o", "x.png"], "one of the arguments --url --load"),
     (["heatmap", "--load", "/no/such.json", "-o", "x.png"], "/no/such.json: No such file or directory"),
     (["heatmap", "--load", "load.gif", "-o", "x.png"], "load.gif: suffix 'gif' is not allowed"),
     (["heatmap", "--url", "ftp://x", "-o", "x.png"], "url: 'ftp://x' is not allowed"),
-    (["heatmap", "--url", "http://127.0.0.1:1", "-o", "x.png"], "url: 'http://127.0.0.1:1' gives no load"),
+    (["heatmap", "--url", "http://127.0.0.1:1", "-o", "x.png"], "url: 'http://127.0.0.1:1' returned no load"),
     ([], "the following arguments are required: COMMAND"),
     (["fly"], "COMMAND: invalid choice: 'fly'"),
 ]

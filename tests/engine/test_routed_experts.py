@@ -172,5 +172,5 @@ def test_a_trace_holds_every_step(rank_pool: Pools, tmp_path: Path) -> None:
 def test_a_trace_needs_a_place(tmp_path: Path) -> None:
     save(make_model("mixtral"), tmp_path)
     for name in ("routing.json", "no/such/folder/routing.npz"):
-        with pytest.raises(ValueError, match=r"record_trace: .* is not allowed; it must end in \.npz"):
+        with pytest.raises(ValueError, match=r"record_trace: .* is not allowed; it must (end in \.npz|be in a folder)"):
             LLM(tmp_path, skip_tokenizer_init=True, device="cpu", record_trace=str(tmp_path / name))

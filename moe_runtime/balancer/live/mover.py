@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,6 @@ from moe_runtime.balancer.live.migration import Migration
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.wire.executor import Executor
 from moe_runtime.wire.messages import SlotReport
-
-logger = logging.getLogger(__name__)
 
 FIRST_COPY_RATE = 5e8  # bytes per second, until a copy has been measured
 COPY_SHARE, LEAST_COPY = 0.15, 256 << 10  # share of a step's time; bytes that are always allowed
@@ -42,6 +39,16 @@ class Rebalance:
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON takes them."""
         return dict(vars(self))
+
+    def __str__(self) -> str:
+        """The figures in words, for the log."""
+        after = "" if self.balancedness_after is None else f", is now {self.balancedness_after:.3f}"
+        return (
+            f"{len(self.moves or ())} of {self.planned_moves} planned moves in {self.seconds:.2f} s, "
+            f"{self.copied_bytes / 1e6:.1f} MB copied, {len(self.rollbacks or ())} rollbacks; balancedness was "
+            f"{self.balancedness_before:.3f}{after}, planned {self.balancedness_planned:.3f}; "
+            f"placement version {self.placement_version}"
+        )
 
 
 class Mover:
@@ -131,5 +138,4 @@ class Mover:
         rebalance.rollbacks = report.failures
         rebalance.seconds = report.seconds or 0.0
         rebalance.done = True
-        logger.info("experts have moved: %s", {key: value for key, value in vars(rebalance).items() if key != "moves"})
         return rebalance

@@ -253,7 +253,7 @@ class Rebalancer:
             "version": self.placement.version,
         }
         self.decisions.append(figures)
-        logger.log(logging.INFO if decision.moves_experts else logging.DEBUG, "balancer: %s", figures)
+        logger.log(logging.INFO if decision.moves_experts else logging.DEBUG, "balancer: %s", decision)
 
     def _rows(self) -> Floats:
         """Recent rows per step, layer and expert, both phases together."""
@@ -280,6 +280,7 @@ class Rebalancer:
             self._weigh(self._replica_tables.place(placement))
         if (rebalance := self._mover.take_finished()) is not None:
             rebalance.balancedness_after = balancedness(self._fast_LW)
+            logger.info("experts have moved: %s", rebalance)
             if self.decisions and self.decisions[-1].get("moves_experts"):
                 self.decisions[-1]["outcome"] = rebalance.to_dict()
 
