@@ -85,7 +85,9 @@ def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
 def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """The configuration with `max_model_len` set. Raises ValueError if an option does not fit the model."""
     if config.ep_size > model.moe.num_experts:
-        raise ValueError(f"ep_size: {config.ep_size} is not allowed; the model has {model.moe.num_experts} experts")
+        raise ValueError(
+            f"ep_size: {config.ep_size} is not allowed; it must be at most {model.moe.num_experts}, the model's experts"
+        )
     if config.ep_size == 1 and config.dispatcher not in ("auto", "local"):
         raise ValueError(
             f'dispatcher: {config.dispatcher!r} is not allowed with one rank; it must be "auto" or "local"'
@@ -93,7 +95,8 @@ def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     max_model_len = config.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
         raise ValueError(
-            f"max_model_len: {max_model_len} is not allowed; the model's context is {model.max_model_len} tokens"
+            f"max_model_len: {max_model_len} is not allowed; "
+            f"it must be at most {model.max_model_len}, the model's context"
         )
     return replace(config, max_model_len=max_model_len)
 

@@ -96,7 +96,7 @@ class LLM:
         self._require_alive()
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
-            raise ValueError("messages: a chat needs a tokenizer, and skip_tokenizer_init left it out")
+            raise ValueError("messages: a chat needs a tokenizer; skip_tokenizer_init is set, so there is none")
         conversations: Sequence[Any] = [messages]
         if isinstance(messages, Sequence) and messages and all(isinstance(entry, (list, tuple)) for entry in messages):
             conversations = messages

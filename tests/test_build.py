@@ -57,8 +57,8 @@ def test_the_tokenizer_may_be_left_out_or_lie_elsewhere(checkpoint, tmp_path_fac
 
 
 BAD = [
-    ({"ep_size": 5}, r"^ep_size: 5 is not allowed; the model has 4 experts$"),
-    ({"max_model_len": 65}, r"^max_model_len: 65 is not allowed; the model's context is 64 tokens$"),
+    ({"ep_size": 5}, r"^ep_size: 5 is not allowed; it must be at most 4, the model's experts$"),
+    ({"max_model_len": 65}, r"^max_model_len: 65 is not allowed; it must be at most 64, the model's context$"),
     ({"dispatcher": "all_to_all"}, r"^dispatcher: 'all_to_all' is not allowed with one rank"),
     ({"tokenizer": "/nowhere"}, r"^tokenizer: '/nowhere' has none that can be loaded"),
 ]

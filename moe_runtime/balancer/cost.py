@@ -93,7 +93,7 @@ class LayerTime:
         if rows_LE.shape != (placement.num_layers, placement.num_experts):
             raise ValueError(
                 f"rows: shape {rows_LE.shape} is not allowed; "
-                f"it must be {(placement.num_layers, placement.num_experts)}, as the placement's"
+                f"it must be {(placement.num_layers, placement.num_experts)}, the shape of the placement"
             )
         return sum(self.seconds(*layer, rank_speed) for layer in zip(rows_LE, placement.slots, strict=True))
 

@@ -129,12 +129,12 @@ class ExpertCounts:
         """
         if (self.layer_ids, self.num_experts) != (earlier.layer_ids, earlier.num_experts):
             raise ValueError(
-                f"expert load of {self.num_layers} layers x {self.num_experts} experts minus one of "
-                f"{earlier.num_layers} x {earlier.num_experts} (or other layers): they must be of the same model"
+                f"expert load: {earlier.num_layers} layers of {earlier.num_experts} experts cannot be subtracted from "
+                f"{self.num_layers} layers of {self.num_experts}; both loads must have the same layers and experts"
             )
         tokens = {phase: self.tokens[phase] - earlier.tokens[phase] for phase in PHASES}
         if any((counts < 0).any() for counts in tokens.values()):
-            raise ValueError("expert load: the counts went down; the load subtracted must be an earlier one of one run")
+            raise ValueError("expert load: the counts fell; the subtracted load must be an earlier one of the same run")
         return type(self)(tokens, self.layer_ids, self.placement, self.model, self.top_k)
 
     def __eq__(self, other: object) -> bool:
@@ -179,7 +179,7 @@ def _checked_counts(phase: str, counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
     if counts_LE.ndim != 2 or counts_LE.size == 0 or counts_LE.dtype.kind not in "iu":
         raise ValueError(
             f"{phase}: an array of {counts_LE.dtype} and shape {counts_LE.shape} is not allowed; "
-            "it must be of integers [layers, experts], none of them 0"
+            "it must be of integers [layers, experts] and must not be empty"
         )
     counts_LE = counts_LE.astype(np.int64)
     if (counts_LE < 0).any():

@@ -97,7 +97,7 @@ class ExpertLoad(ExpertCounts):
                 return cls.from_dict(parse_json(read_text(Path(path))))
             return cls(**DECODERS[format](Path(path)))
         except ValueError as error:
-            raise ValueError(f"{path}: no expert load file: {error}") from error
+            raise ValueError(f"{path}: not an expert load file: {error}") from error
 
 
 def _as_array(phase: str, counts: object) -> npt.NDArray[Any]:

@@ -99,7 +99,7 @@ def _cells(table: Sequence[Sequence[str]]) -> Cells:
             raise ValueError(f"{where}: layer, expert and tokens must be integers of at least 0, with a slot per rank")
         key = (row[0], numbers[0], numbers[1])
         if key in cells:
-            raise ValueError(f"{where}: {row[0]}, layer {key[1]}, expert {key[2]} stands there twice")
+            raise ValueError(f"{where}: {row[0]}, layer {key[1]}, expert {key[2]} appears twice")
         cells[key] = (numbers[2], tuple(zip(ranks, slots, strict=True)))
     return cells
 

@@ -48,7 +48,7 @@ class Placement:
         if slots.ndim != 3 or slots.size == 0 or slots.dtype.kind not in "iu":
             raise ValueError(
                 f"slots: an array of {slots.dtype} and shape {slots.shape} is not allowed; "
-                "it must be of integers [layers, ranks, slots], none of them 0"
+                "it must be of integers [layers, ranks, slots] and must not be empty"
             )
         object.__setattr__(self, "layer_ids", check_layer_ids(self.layer_ids, len(slots)))
         self._check_experts(slots)
@@ -242,7 +242,7 @@ class Placement:
         try:
             return cls.from_dict(parse_json(read_text(Path(path))))
         except ValueError as error:
-            raise ValueError(f"{path}: no placement file: {error}") from error
+            raise ValueError(f"{path}: not a placement file: {error}") from error
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int | None) -> tuple[int, ...]:

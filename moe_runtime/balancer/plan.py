@@ -100,7 +100,7 @@ def plan_placement(
         if budget < 0:
             raise ValueError(
                 f"max_moves: {max_moves} is not allowed; "
-                f"the slots given up make {forced} moves necessary, and it must be at least that"
+                f"it must be at least {forced}, the number of moves that the removed slots make necessary"
             )
         level_L = _improve_best(layers, planned_LWS, weight_L, budget)
         planned_LWS = keep_slots(planned_LWS, current, num_slots_W)

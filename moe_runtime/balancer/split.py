@@ -38,7 +38,7 @@ def split_tokens(
     if slots_WS.ndim != 2 or slots_WS.size == 0 or slots_WS.dtype.kind not in "iu":
         raise ValueError(
             f"slots_layer: an array of {slots_WS.dtype} and shape {slots_WS.shape} is not allowed; "
-            "it must be of integers [ranks, slots], none of them 0"
+            "it must be of integers [ranks, slots] and must not be empty"
         )
     load_E = check_load("load_layer", load_layer, ("experts",))
     num_experts, num_ranks = len(load_E), len(slots_WS)

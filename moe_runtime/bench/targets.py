@@ -122,9 +122,9 @@ class ServerTarget:
         except TimeoutError as error:
             raise ValueError(f"url: {self.url!r} does not answer within {CONNECT_SECONDS:g} s") from error
         except (RequestError, ValueError) as error:
-            raise ValueError(f"url: {self.url!r} is no server of this runtime ({error})") from error
+            raise ValueError(f"url: {self.url!r} is not a server of this runtime ({error})") from error
         if not isinstance(self.health, dict) or "status" not in self.health:
-            raise ValueError(f"url: {self.url!r} is no server of this runtime")
+            raise ValueError(f"url: {self.url!r} is not a server of this runtime")
         if self.health["status"] != "ready":
             raise ValueError(f"url: {self.url!r} is {self.health['status']}, not ready")
         return self

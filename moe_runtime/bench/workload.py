@@ -65,8 +65,8 @@ def check_lengths(jobs: Sequence[Job], max_model_len: int) -> None:
     longest = max(jobs, key=lambda job: len(job.prompt) + job.output_len)
     if len(longest.prompt) + longest.output_len > max_model_len:
         raise ValueError(
-            f"input_len: a prompt of {len(longest.prompt)} tokens with {longest.output_len} to generate is drawn, "
-            f"but max_model_len is {max_model_len}; choose shorter lengths, or bounds for them"
+            f"input_len, output_len: a request has {len(longest.prompt)} prompt tokens and {longest.output_len} output "
+            f"tokens, but max_model_len is {max_model_len}; choose shorter lengths or bounds"
         )
 
 
@@ -85,7 +85,7 @@ def read_text(path: str, tokenizer: Tokenizer | None, options: BenchOptions) -> 
         raise ValueError(f"text: {path!r} is not UTF-8 ({error})") from error
     longest = max(len(job.prompt) for job in make_workload(options, 0, range(1)))
     if len(tokens) < longest:
-        raise ValueError(f"text: {path!r} has {len(tokens)} tokens, but a prompt of {longest} is drawn")
+        raise ValueError(f"text: {path!r} has {len(tokens)} tokens, but the longest prompt needs {longest}")
     return tokens
 
 

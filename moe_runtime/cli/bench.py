@@ -60,4 +60,4 @@ def _check_engine(options: BenchOptions, engine: Mapping[str, Any]) -> None:
         return
     for name in engine:
         if name not in SAID_WITH_URL:
-            raise ValueError(f"{name}: not allowed with url; the server has been started with its own")
+            raise ValueError(f"{name}: is not allowed with url; the server has its own engine options")

@@ -66,7 +66,9 @@ def calibrate(namespace: argparse.Namespace) -> int:
         if config.ep_size != 1:
             raise ValueError(f"ep_size: {config.ep_size} is not allowed; a calibration runs on one rank")
         if config.capacity_factor is not None:
-            raise ValueError(f"capacity_factor: {config.capacity_factor} is not allowed; a calibration has no limits")
+            raise ValueError(
+                f"capacity_factor: {config.capacity_factor} is not allowed; a calibration runs without capacity limits"
+            )
         rows = _run(options, config)
     print(table(rows))
     return 0

@@ -158,7 +158,7 @@ def _shared_directory(torchrun: Torchrun) -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ValueError(f"{path}: must be a directory of this user that no other can enter; remove it")
+        raise ValueError(f"{path}: is not allowed; it must be a directory that only this user can enter. Remove it")
     hold_folder(path)
     return path
 

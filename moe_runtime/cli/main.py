@@ -105,7 +105,7 @@ def _add_command(
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags win over it")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags override it")
 
 
 def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -124,7 +124,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     form.add_argument(
         "--chat", action="store_true", help="a prompt is a user's message (default, if there is a chat template)"
     )
-    form.add_argument("--raw", action="store_true", help="a prompt is continued as it stands")
+    form.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a chat template")
     parser.add_argument(
         "--heatmap", type=Path, metavar="FILE", help="write the experts' load: .png, .svg, .html, .csv, .json or .npz"
     )
@@ -133,9 +133,7 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_serve(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(
-        commands, "serve", "Serve a model over HTTP; also under torchrun, a rank per process.", _serve
-    )
+    parser = _add_command(commands, "serve", "Serve a model over HTTP. Under torchrun, each process is a rank.", _serve)
     _add_model(parser)
     add_flags(parser.add_argument_group("server"), options_of(ServerConfig))
     add_flags(parser.add_argument_group("engine"), options_of(EngineConfig, exclude=("model",)))
@@ -157,7 +155,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(commands, "inspect", "Show what a model takes, before anything is loaded.", _inspect)
+    parser = _add_command(commands, "inspect", "Show the memory that a model needs, without loading it.", _inspect)
     _add_model(parser)
     add_flags(parser.add_argument_group("view"), options_of(InspectOptions))
     add_flags(parser.add_argument_group("engine"), inspect_engine_options())
@@ -166,7 +164,7 @@ def _add_inspect(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", heatmap)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--url", metavar="URL", help="of a running server, such as http://127.0.0.1:8000")
+    source.add_argument("--url", metavar="URL", help="address of a running server, such as http://127.0.0.1:8000")
     source.add_argument("--load", "--trace", type=Path, metavar="FILE", help="a saved load: .json, .npz or .csv")
     parser.add_argument(
         "-o",
@@ -179,7 +177,7 @@ def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument("--phase", choices=("prefill", "decode"), help="only the tokens of this phase")
     parser.add_argument(
-        "--before", type=Path, metavar="FILE", help="a saved load from before, drawn above in the same picture (.png)"
+        "--before", type=Path, metavar="FILE", help="an earlier saved load, drawn above the other in one picture (.png)"
     )
 
 
@@ -193,14 +191,14 @@ def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_profile(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(commands, "profile", "Measure this machine's hardware profile, for plan.", profile)
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags win over it")
+    parser = _add_command(commands, "profile", "Measure the hardware profile of this machine, for plan.", profile)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with options by name; flags override it")
     add_flags(parser, options_of(ProfileOptions, exclude=("output",)))
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .yaml or .json")
 
 
 def _add_tune(commands: argparse._SubParsersAction[_Parser]) -> None:
-    parser = _add_command(commands, "tune", "Measure kernel tiles for a model on this machine's GPU, once.", _tune)
+    parser = _add_command(commands, "tune", "Find the fastest kernel tiles for a model on this machine's GPU.", _tune)
     _add_model(parser)
     add_flags(parser, [option for option in tune_options() if option.name != "model"])
 

@@ -81,7 +81,7 @@ class PlanOptions:
         if limit is not None and (isinstance(limit, (bool, str)) or not limit > 0):
             raise ValueError(f"max_step_ms: {limit!r} is not allowed; it must be a number above 0")
         if (self.trace is None) == (self.assume is None):
-            raise ValueError("trace, assume: one of them must be given, not both")
+            raise ValueError("trace, assume: exactly one of them must be given")
         for path in self.output or ():
             check_output("output", path, (".json", ".png"))
 
@@ -104,7 +104,7 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         check_output("output", self.output, (".yaml", ".yml", ".json"))
         if self.name is not None and (not isinstance(self.name, str) or not self.name):
-            raise ValueError(f"name: {self.name!r} is not allowed; it must be a text")
+            raise ValueError(f"name: {self.name!r} is not allowed; it must be a string")
 
 
 def plan(namespace: argparse.Namespace) -> int:
@@ -164,7 +164,7 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
     trace = None if options.trace is None else RoutingTrace.load(options.trace)
     named = model if model is not None or trace is None else trace.model
     if named is None:
-        raise ValueError("model: missing; it must be named where there is no trace")
+        raise ValueError("model: missing; without a trace that names it, it must be given")
     shape = load_shape(named, options.dtype)
     routing, words = _routing(shape, trace, options)
     choices = list(

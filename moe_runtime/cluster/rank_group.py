@@ -158,7 +158,7 @@ class RankGroup:
         """Wait for a message from every host. Until then, neither the front nor the host notices if the other ends."""
         while missing := [rank for rank in self._site.remote_ranks if host_name(rank) not in self._hosts_heard_at]:
             if time.monotonic() > deadline:
-                self._fail(f"no word from {', '.join(map(host_name, missing))} within {START_TIMEOUT:g} s")
+                self._fail(f"no message from {', '.join(map(host_name, missing))} within {START_TIMEOUT:g} s")
             self._pump(POLL_INTERVAL)
             self._raise_new_failure()
 

@@ -39,7 +39,9 @@ class TraceRecorder:
         self._path = Path(path)
         check_output("record_trace", path, (".npz",))
         if model.moe.num_experts > MAX_EXPERTS:
-            raise ValueError(f"record_trace: is not possible with {model.moe.num_experts} experts")
+            raise ValueError(
+                f"record_trace: is not allowed for {model.moe.num_experts} experts; there must be at most {MAX_EXPERTS}"
+            )
         self._model, self._name = model, name
         self._room = max_bytes
         self._is_full = self._saved = False
@@ -53,7 +55,7 @@ class TraceRecorder:
                 if self._room < 0:
                     if not self._is_full:
                         logger.warning(
-                            "record_trace: the trace is full at step %d, later ones are left out", result.step
+                            "record_trace: the trace is full at step %d; later steps are not recorded", result.step
                         )
                     self._is_full = True
                     return

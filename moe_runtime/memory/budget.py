@@ -114,7 +114,7 @@ def check_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
     if budget.fits is False:
         raise ValueError(
             f"model: {engine.model!r} does not fit here: {budget}. "
-            "Less is needed with a lower max_model_len, max_num_seqs or kv_cache_memory_bytes, or with more hosts"
+            "Reduce max_model_len, max_num_seqs or kv_cache_memory_bytes, or use more hosts"
         )
     return budget
 
@@ -210,9 +210,9 @@ def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, mem
     num_pages = min(engine.max_num_seqs * per_sequence, memory // page)
     if num_pages < per_sequence:
         raise ValueError(
-            f"kv_cache_memory_bytes: {memory} bytes a rank hold {num_pages * engine.block_size} tokens, but "
+            f"kv_cache_memory_bytes: {memory} bytes per rank hold {num_pages * engine.block_size} tokens, but "
             f"max_model_len is {engine.max_model_len or model.max_model_len}; "
-            f"it takes {per_sequence * page} bytes, or a lower max_model_len"
+            f"give at least {per_sequence * page} bytes, or reduce max_model_len"
         )
     return num_pages
 

@@ -38,7 +38,7 @@ def initial_placement(config: EngineConfig, model: ModelConfig, num_ranks: int) 
         ("ranks", placement.num_ranks, num_ranks),
     ):
         if found != wanted:
-            raise ValueError(f"placement: {config.placement} is for {what} {found}, but here are {wanted}")
+            raise ValueError(f"placement: {config.placement} is for {what} {found}, but this run has {wanted}")
     used_W = (placement.slots >= 0).sum(axis=2).max(axis=0).tolist()
     for rank, (used, slots) in enumerate(zip(used_W, num_slots, strict=True)):
         if used > slots - 1:

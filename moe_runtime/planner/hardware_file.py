@@ -149,14 +149,14 @@ class _Reader:
     def finish(self) -> None:
         unknown = sorted(str(name) for name in self.content if name not in self.seen)
         if unknown:
-            raise ValueError(f"{unknown[0]}: no such field; known are {sorted(self.seen)}")
+            raise ValueError(f"{unknown[0]}: no such field; the fields are {sorted(self.seen)}")
 
 
 def _build(reader: _Reader) -> Hardware:
     reader.seen |= {"name", "cores", "weight_bytes"}
     name, cores = reader.content.get("name"), reader.content.get("cores")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"name: {name!r} is not allowed; it must be a text")
+        raise ValueError(f"name: {name!r} is not allowed; it must be a string")
     intra, inter, rest = (reader.section(part) for part in ("intra_node", "inter_node", "overheads"))
     found = Hardware(
         name=name,
@@ -188,10 +188,10 @@ def _build(reader: _Reader) -> Hardware:
             raise ValueError(f"efficiency.{dtype}: a share above 1 is not allowed; it must be at most 1")
         times = [x / y for x, y in table]
         if any(late < early * (1 - 1e-9) for early, late in itertools.pairwise(times)):
-            raise ValueError(f"efficiency.{dtype}: more rows in less time are not allowed; rows / share must not fall")
+            raise ValueError(f"efficiency.{dtype}: a share is not allowed; rows / share must not fall with more rows")
     cold = [1.0, *(factor for _, factor in found.cold_factor)]
     if any(late < early for early, late in itertools.pairwise(cold)):
-        raise ValueError("cold_factor: factors below 1 or that fall are not allowed; they must rise from 1 on")
+        raise ValueError("cold_factor: a factor is not allowed; it must be at least 1 and at least the one before it")
     found.table_of(found.matrix_rate, found.attention_dtype)
     return found
 

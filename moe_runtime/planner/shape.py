@@ -153,12 +153,14 @@ class ModelShape:
             raise ValueError(f"a {type(content).__name__} is not allowed; it must be an object of sizes")
         unknown = sorted(set(content) - {*INTEGERS, *OTHERS, "sliding_window"})
         if unknown:
-            raise ValueError(f"{unknown[0]}: no such field; known are {sorted({*INTEGERS, *OTHERS, 'sliding_window'})}")
+            raise ValueError(
+                f"{unknown[0]}: no such field; the fields are {sorted({*INTEGERS, *OTHERS, 'sliding_window'})}"
+            )
         size = {name: _integer(content, name, least) for name, least in INTEGERS.items()}
         window = _integer(content, "sliding_window", 1) if content.get("sliding_window") is not None else None
         name, tied = content.get("name"), content.get("tied_embedding", False)
         if not isinstance(name, str) or not name:
-            raise ValueError(f"name: {name!r} is not allowed; it must be a text")
+            raise ValueError(f"name: {name!r} is not allowed; it must be a string")
         if not isinstance(tied, bool):
             raise ValueError(f"tied_embedding: {tied!r} is not allowed; it must be true or false")
         if size["num_sparse_layers"] > size["num_layers"]:

@@ -36,7 +36,7 @@ def read_npz(path: Path, names: Sequence[str]) -> tuple[dict[str, npt.NDArray[An
     except UNREADABLE as error:
         raise ValueError("not a readable NPZ archive") from error
     if damaged:
-        raise ValueError(f"not a readable NPZ archive, {damaged} is damaged")
+        raise ValueError(f"not a readable NPZ archive; {damaged} is damaged")
     missing = [name for name in ("metadata", *names) if name not in arrays]
     if missing:
         raise ValueError(f"the NPZ archive lacks {', '.join(missing)}")

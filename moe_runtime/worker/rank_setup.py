@@ -50,7 +50,7 @@ def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Ker
         dist.all_gather_object(found, found[0], group=group)
     if kernels is None or len(set(found)) > 1:
         if kernels is not None:
-            logger.warning("torch runs instead of native CPU kernels: ranks have different ones, %s", found)
+            logger.warning("torch runs instead of native CPU kernels, because ranks have different ones: %s", found)
         return None
     kernels.set_threads(torch.get_num_threads())
     return kernels

@@ -35,6 +35,13 @@ def decide(
     return decision
 
 
+def test_a_decision_in_words():
+    """Figures that were not needed are left out, so no line says None."""
+    moves, stays = str(decide(Payback(clock=Clock()))), str(decide(Payback(clock=Clock()), rows=SKEWED * 0))
+    assert moves.startswith("experts move (pays back); balancedness 0.625, planned ") and " moves cost 0.00" in moves
+    assert stays == "experts stay (no load); balancedness 1.000"
+
+
 def test_a_move_that_pays_back_happens():
     decision = decide(Payback(clock=Clock()))
     assert decision.moves_experts

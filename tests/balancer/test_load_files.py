@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_by_name_or_reads_as_a_load(tmp_path_factory, 
     try:
         assert isinstance(ExpertLoad.load(path), ExpertLoad)
     except ValueError as error:
-        assert str(error).startswith(f"{path}: no expert load file: ")
+        assert str(error).startswith(f"{path}: not an expert load file: ")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_foreign_files_are_refused_by_name(tmp_path, format, content, message):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         ExpertLoad.load(path)
-    assert str(error.value).startswith(f"{path}: no expert load file: ")
+    assert str(error.value).startswith(f"{path}: not an expert load file: ")
     assert "\n" not in str(error.value)
 
 
@@ -161,7 +161,7 @@ def test_csv_survives_a_spreadsheet(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("decode,1,0,", "decode,1,1,", "decode, layer 1, expert 1 stands there twice"),
+        ("decode,1,0,", "decode,1,1,", "decode, layer 1, expert 1 appears twice"),
         ("\r\ndecode,1,1,", "\r\nlater,1,1,", "phase prefill or decode"),
         ("\r\nprefill,1,0,", "\r\nprefill,1,0.5,", "must be integers"),
         ("\r\nprefill,1,0,", "\r\nprefill,1,-1,", "integers of at least 0"),

@@ -198,5 +198,5 @@ def test_foreign_and_damaged_files_are_refused_by_name(tmp_path, change, message
     path.write_text(change(Placement.even(1, 4, 2).to_dict()), errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as error:
         Placement.load(path)
-    assert str(error.value).startswith(f"{path}: no placement file: ")
+    assert str(error.value).startswith(f"{path}: not a placement file: ")
     assert "\n" not in str(error.value)

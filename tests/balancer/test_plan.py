@@ -302,7 +302,7 @@ def test_extreme_loads_give_sane_plans(planner):
         ({"current": Placement.even(1, 9, 2)}, "current: .* 9 experts"),
         (
             {"current": Placement.even(1, 8, 2), "slots_per_rank": [2, 6], "max_moves": 1},
-            "max_moves: 1 is not allowed; the slots given up make 2 moves necessary",
+            "max_moves: 1 is not allowed; it must be at least 2, ",
         ),
     ],
 )

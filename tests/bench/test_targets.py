@@ -139,10 +139,10 @@ def answer_once(listener, answer):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "is no server of this runtime"),
-        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "is no server of this runtime"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is no server of this runtime"),
-        (b"", "is no server of this runtime"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "is not a server of this runtime"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno", "is not a server of this runtime"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a server of this runtime"),
+        (b"", "is not a server of this runtime"),
         (b'HTTP/1.1 503 X\r\nContent-Length: 21\r\n\r\n{"status": "loading"} ', "is loading, not ready"),
     ],
 )
@@ -167,7 +167,7 @@ def test_other_servers(answer, message, capsys):
         (["x", "-o", "x.gif"], "output: 'x.gif' is not allowed"),
         (["x", "--input-len", "190", "--output-len", "64"], "input_len: a prompt of 190 tokens with 64 to generate"),
         (["x", "--text", "/no/such.txt"], "/no/such.txt: No such file"),
-        (["--url", "http://127.0.0.1:1"], "url: 'http://127.0.0.1:1' is no server of this runtime"),
+        (["--url", "http://127.0.0.1:1"], "url: 'http://127.0.0.1:1' is not a server of this runtime"),
         (["--url", "http://127.0.0.1:1", "--ep-size", "2"], "ep_size: not allowed with url"),
     ],
 )

@@ -122,7 +122,7 @@ def test_prompts_are_cut_out_of_a_text(tmp_path):
     for job in make_workload(options, 0, tokens):
         first = job.prompt[0]
         assert job.prompt == list(range(first, first + len(job.prompt)))
-    with pytest.raises(ValueError, match=r"has 40 tokens, but a prompt of 41 is drawn"):
+    with pytest.raises(ValueError, match=r"has 40 tokens, but the longest prompt needs 41"):
         read_text(str(file), Words(), BenchOptions(input_len="41"))
     with pytest.raises(ValueError, match=r"^text: not allowed without a tokenizer"):
         read_text(str(file), None, options)
@@ -134,7 +134,5 @@ def test_prompts_are_cut_out_of_a_text(tmp_path):
 def test_requests_must_fit_the_context():
     jobs = make_workload(BenchOptions(input_len="90", output_len="10"), 0, range(9))
     check_lengths(jobs, 100)
-    with pytest.raises(
-        ValueError, match=r"a prompt of 90 tokens with 10 to generate is drawn, but max_model_len is 99"
-    ):
+    with pytest.raises(ValueError, match=r"90 prompt tokens and 10 output tokens, but max_model_len is 99"):
         check_lengths(jobs, 99)

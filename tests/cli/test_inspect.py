@@ -121,17 +121,20 @@ def test_no_more_ranks_than_experts_by_default(tmp_path, capsys):
     [
         (["/no/such"], "model: '/no/such' is no directory"),
         ([], "model: missing"),
-        (["{path}", "--ep-size", "13"], "ep_size: 13 is not allowed; the model has 12 experts"),
+        (["{path}", "--ep-size", "13"], "ep_size: 13 is not allowed; it must be at most 12, the model's experts"),
         (["{path}", "--ep-size", "0"], "ep_size: 0 is not allowed"),
         (["{path}", "--redundant-experts", "-2"], "redundant_experts: -2 is not allowed"),
         (
             ["{path}", "--redundant-experts", "1,2", "--ep-size", "2,4"],
             "redundant_experts: (1, 2) is not allowed; it must be an integer of at least 0, or one per rank (4)",
         ),
-        (["{path}", "--redundant-experts", ",".join("1" * 13)], "ep_size: 13 is not allowed; the model has 12 experts"),
+        (
+            ["{path}", "--redundant-experts", ",".join("1" * 13)],
+            "ep_size: 13 is not allowed; it must be at most 12, the model's experts",
+        ),
         (["{path}", "--batch-size", "x"], "batch_size: 'x' is not allowed"),
         (["{path}", "--max-model-len", "97"], "max_model_len: 97 is not allowed"),
-        (["{path}", "--kv-cache-memory-bytes", "9"], "kv_cache_memory_bytes: 9 bytes a rank hold 0 tokens"),
+        (["{path}", "--kv-cache-memory-bytes", "9"], "kv_cache_memory_bytes: 9 bytes per rank hold 0 tokens"),
         (["{path}", "--port", "9"], "unrecognized arguments: --port"),
     ],
 )

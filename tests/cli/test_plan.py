@@ -77,9 +77,9 @@ def test_nothing_is_fast_enough(capsys, model, tmp_path):
 
 
 MISTAKES = {
-    "neither": (["demo"], "trace, assume: one of them must be given, not both"),
+    "neither": (["demo"], "trace, assume: exactly one of them must be given"),
     "both": (["demo", "--assume", "uniform", "--trace", "t"], "trace, assume: one of them"),
-    "no model": (["--assume", "uniform"], "model: missing; it must be named where there is no trace"),
+    "no model": (["--assume", "uniform"], "model: missing; without a trace that names it, it must be given"),
     "assume": (["MODEL", "--assume", "flat"], "assume: 'flat' is not allowed"),
     "hardware": (["MODEL", "--assume", "uniform", "--hardware", "h1"], "hardware: 'h1' is not allowed"),
     "ranks": (["MODEL", "--assume", "uniform", "--ranks", "0"], "ranks: 0 is not allowed"),

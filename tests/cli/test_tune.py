@@ -74,4 +74,4 @@ def test_it_measures_the_shapes_of_the_model(
 
 def test_options_are_checked(model: Path, capsys) -> None:
     assert cli.main(["tune", str(model), "--ep-size", "13"]) == 2
-    assert "ep_size: 13 is not allowed; the model has 12 experts" in capsys.readouterr().err
+    assert "ep_size: 13 is not allowed; it must be at most 12, the model's experts" in capsys.readouterr().err

@@ -258,11 +258,11 @@ def test_close_with_steps_under_way_waits_for_them(start, caplog):
 
 
 def test_close_kills_a_rank_that_does_not_end(start, caplog, monkeypatch):
-    monkeypatch.setattr(rank_group, "STOP_GRACE", 0.3)
+    monkeypatch.setattr(rank_group, "STOP_GRACE", 3.0)  # rank 0 ends within it on a busy machine too
     executor = start(2)
     executor.submit(step_plan(1, 2, commands="1:hang"))
     executor.close()
-    assert f"rank 1 (pid {executor.ranks[1].pid}) did not end within 0.3 s" in caplog.text
+    assert f"rank 1 (pid {executor.ranks[1].pid}) did not end within 3 s" in caplog.text
     assert "rank 0" not in caplog.text
 
 

@@ -57,7 +57,7 @@ def test_without_a_compiler_there_is_one_reason(tmp_path, monkeypatch, caplog):
     finally:
         native.load_or_none.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "no native CPU kernels, torch runs instead: no C++ compiler: no-such-compiler not found (CXX names another)"
+        "no native CPU kernels, torch runs instead: no C++ compiler: no-such-compiler not found; CXX may name another"
     ]
 
 

@@ -165,7 +165,7 @@ def unfit_operands_are_refused(device: torch.device, dtype: torch.dtype) -> None
         attention.paged_attention(q, k_cache, v_cache.transpose(0, 1), meta, **options)
     with pytest.raises(ValueError, match=r"weight_D: .* must be"):
         norms.rms_norm(q, torch.ones(9, device=device, dtype=dtype), 1e-6)
-    with pytest.raises(ValueError, match="cache positions int64"):
+    with pytest.raises(ValueError, match="cache positions must be int64"):
         k = q[:, :2]
         rotary.store_kv(k, k, k_cache, v_cache, torch.arange(len(k), device=device, dtype=torch.int32))
 

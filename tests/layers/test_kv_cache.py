@@ -59,8 +59,8 @@ def test_a_cache_that_holds_no_whole_sequence_is_refused(model: ModelConfig) -> 
     page = page_bytes(model, 16, 4)
     engine = EngineConfig("m", max_model_len=90, kv_cache_memory_bytes=5 * page)
     message = (
-        rf"^kv_cache_memory_bytes: {5 * page} bytes a rank hold 80 tokens, but max_model_len is 90; "
-        rf"it takes {6 * page} bytes, or a lower max_model_len$"
+        rf"^kv_cache_memory_bytes: {5 * page} bytes per rank hold 80 tokens, but max_model_len is 90; "
+        rf"give at least {6 * page} bytes, or reduce max_model_len$"
     )
     with pytest.raises(ValueError, match=message):
         choose_num_pages(engine, model, torch.float32, CPU, 1)

@@ -76,7 +76,7 @@ def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypat
 def test_a_cache_that_holds_no_whole_sequence_is_refused_before_loading() -> None:
     engine = EngineConfig("m", device="cpu", kv_cache_memory_bytes=6143)
     with pytest.raises(
-        ValueError, match=r"^kv_cache_memory_bytes: 6143 bytes a rank hold 48 tokens, but max_model_len"
+        ValueError, match=r"^kv_cache_memory_bytes: 6143 bytes per rank hold 48 tokens, but max_model_len"
     ):
         check_budget(engine, MODEL, 1)
 
@@ -97,7 +97,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_figures(monkeypatch) -> N
     assert check_budget(engine, BIG, 1).fits, "the other rank is elsewhere"
     message = (
         r"^model: 'big' does not fit here: 2 ranks, each with weights 32\.\d GB, KV cache \d\.\d+ GB \(\d+ pages\), "
-        r"buffers \d\.\d+ GB: \d+\.\d GB, but only 40\.0 GB are free\. Less is needed with a lower max_model_len"
+        r"buffers \d\.\d+ GB: \d+\.\d GB, but only 40\.0 GB are free\. Reduce max_model_len"
     )
     with pytest.raises(ValueError, match=message):
         check_budget(engine, BIG, 2)

@@ -94,7 +94,7 @@ BROKEN = {
     "dtype": (lambda c: c | {"matrix_rate": {"int3": c["matrix_rate"]["float32"]}}, "matrix_rate: 'int3' is not"),
     "attention dtype": (lambda c: put(c, "float8", "attention_dtype"), "dtype: 'float8' is not in the hardware"),
     "above all": (lambda c: put(c, {1: 0.5, 2: 1.2}, "efficiency", "float32"), "a share above 1 is not allowed"),
-    "sinking": (lambda c: put(c, {1: 0.1, 2: 0.9}, "efficiency", "float32"), "more rows in less time"),
+    "sinking": (lambda c: put(c, {1: 0.1, 2: 0.9}, "efficiency", "float32"), "rows / share must not fall"),
     "weights": (lambda c: c | {"weight_bytes": {"bfloat16": 1.5}}, r"weight_bytes.bfloat16: 1.5 is not allowed"),
     "weights of no dtype": (lambda c: c | {"weight_bytes": {"int3": 1.5}}, "weight_bytes: 'int3' is not"),
     "cold": (lambda c: put(c, {0: 1.0, 8: 3.0, 9: 2.0}, "cold_factor"), "cold_factor: factors below 1 or that fall"),

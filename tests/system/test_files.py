@@ -64,7 +64,7 @@ def test_an_archive_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     place = content.index(rows.tobytes()) + int(np.random.default_rng().integers(rows.nbytes))
     file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    with pytest.raises(ValueError, match=r"^not a readable NPZ archive, rows\.npy is damaged$"):
+    with pytest.raises(ValueError, match=r"^not a readable NPZ archive; rows\.npy is damaged$"):
         read_npz(file, ["rows"])
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"^not a readable NPZ archive$"):

@@ -185,7 +185,7 @@ class Migration:
         changes = next_round(slots_WS, self._wanted[layer], self._num_slots)
         if changes is None:
             if missing := self._missing(layer):
-                self.report.failures.append(f"layer {layer}: {missing} moves have no order in which they can be made")
+                self.report.failures.append(f"layer {layer}: there is no possible order for {missing} moves")
             self._drop_layer(layer)
             return
         transfers = [self._transfer(layer, *change) for change in changes if change[1] != EMPTY]

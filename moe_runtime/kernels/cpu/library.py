@@ -113,7 +113,7 @@ def find_compiler() -> tuple[str, str]:
     names = [asked] if asked else ["g++", "clang++"]
     compiler = next((path for path in map(shutil.which, names) if path), None)
     if compiler is None:
-        raise NativeUnavailableError(f"no C++ compiler: {' and '.join(names)} not found (CXX names another)")
+        raise NativeUnavailableError(f"no C++ compiler: {' and '.join(names)} not found; CXX may name another")
     try:
         shown = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
@@ -122,7 +122,7 @@ def find_compiler() -> tuple[str, str]:
 
 
 def _compile(compiler: str, flags: list[str], library: Path) -> None:
-    logger.warning("compiling the CPU kernels with %s into %s (once, some seconds)", compiler, library.parent)
+    logger.warning("compiling the CPU kernels with %s into %s (once; it takes some seconds)", compiler, library.parent)
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=library.parent) as folder:
         partial = Path(folder) / library.name

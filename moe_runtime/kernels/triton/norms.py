@@ -100,7 +100,7 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     """
     check_contiguous(x_TD=x_TD, residual_TD=residual_TD)
     if x_TD.shape != residual_TD.shape or x_TD.dtype != residual_TD.dtype:
-        raise ValueError(f"residual_TD: {residual_TD.dtype} {tuple(residual_TD.shape)} must be as x_TD")
+        raise ValueError(f"residual_TD: {residual_TD.dtype} {tuple(residual_TD.shape)} must be those of x_TD")
     return _norm(x_TD, residual_TD, weight_D, eps)
 
 

@@ -241,7 +241,7 @@ def check_cache(
     if v_TGd.shape != k_TGd.shape or cache_position_T.shape != k_TGd.shape[:1] or cache_position_T.dtype != torch.int64:
         raise ValueError(
             f"v_TGd {tuple(v_TGd.shape)} and cache_position_T {cache_position_T.dtype} {tuple(cache_position_T.shape)} "
-            f"must fit k_TGd {tuple(k_TGd.shape)}, cache positions int64"
+            f"must fit k_TGd {tuple(k_TGd.shape)}, and cache positions must be int64"
         )
 
 
@@ -253,7 +253,7 @@ def check_heads(**operands: Tensor) -> None:
     """
     for name, heads in operands.items():
         if heads.ndim != 3 or (heads.numel() and heads.stride(2) != 1):
-            raise ValueError(f"{name}: strides {heads.stride()} are not allowed; it must be three, the last 1")
+            raise ValueError(f"{name}: strides {heads.stride()} are not allowed; there must be 3, the last of them 1")
 
 
 def _launch_rotary(
@@ -270,7 +270,7 @@ def _launch_rotary(
     num_kv_heads, rotary_dim = k_TGd.shape[1], cos_Tr.shape[-1]
     check_heads(q_THd=q_THd, k_TGd=k_TGd)
     if not cos_Tr.is_contiguous() or not sin_Tr.is_contiguous() or cos_Tr.shape != sin_Tr.shape:
-        raise ValueError(f"sin_Tr: {tuple(sin_Tr.shape)} must be as cos_Tr {tuple(cos_Tr.shape)}, both contiguous")
+        raise ValueError(f"sin_Tr: {tuple(sin_Tr.shape)} must be {tuple(cos_Tr.shape)} as cos_Tr, both contiguous")
     q_out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device)
     if num_tokens:
         rotary_kernel[(num_tokens,)](

@@ -183,7 +183,7 @@ def test_a_placement_file_is_the_start_and_must_fit(rank_pool: Pools, tmp_path: 
         assert made.placement() == saved
         assert generate(made, prompts, PARAMS) == expected
     with (
-        pytest.raises(ValueError, match=r"is for ranks 2, but here are 4"),
+        pytest.raises(ValueError, match=r"is for ranks 2, but this run has 4"),
         pool_engine(rank_pool, path, 4, placement=str(file)),
     ):
         pass
