@@ -1,0 +1,188 @@
+"""The shipped forms of the Triton kernels: each a kernel with its argument types, constants and launch options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import triton
+
+from moe_runtime.kernels.torch_ops import Scoring
+from moe_runtime.kernels.triton import attention, decode_attention, gate, group, grouped_gemm, norms, rotary, tiles
+
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+BFLOAT16 = "bf16"
+FLOAT32 = "fp32"
+TILES = {BFLOAT16: tiles.TILES_16_BIT, "fp16": tiles.TILES_16_BIT, FLOAT32: tiles.TILES_32_BIT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One specialisation of a kernel: types of its arguments, and its constants and launch options together."""
+
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, str]
+    meta: dict[str, int]
+    uses_tensor_cores: bool = False
+    needed_shared: int = 0  # by the tile table; a chip with less never gets this form
+    chips: tuple[int, ...] = (80, 90, 100)  # chips for which the wrapper chooses this form
+
+    @property
+    def constants(self) -> dict[str, int | None]:
+        """Values of the constexpr parameters; a pointer that has no type is `None`."""
+        return {name: self.meta.get(name) for name in self.kernel.arg_names if name not in self.types}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        return {name: value for name, value in self.meta.items() if name not in self.kernel.arg_names}
+
+
+def types_of(kernel: triton.JITFunction, meta: dict[str, int], **pointers: str) -> dict[str, str]:
+    """Argument types: those of the named pointers; every other argument that is no constant is an int32."""
+    constant = set(meta) | {name for name in kernel.arg_names if name.isupper() or name.endswith("_ptr")}
+    floats = {name: "fp32" for name in ("eps", "scale") if name in kernel.arg_names}
+    return dict.fromkeys((n for n in kernel.arg_names if n not in constant), "i32") | floats | pointers
+
+
+def gemm_forms(dtype: str, some_tiles: tuple[tiles.Tile, ...]) -> Iterator[Form]:
+    """Both products of the expert MLP in each tile, and the dense product where it is used."""
+    operands = dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), f"*{dtype}")
+    for tile in some_tiles:
+        kernel = grouped_gemm.grouped_gemm_kernel
+        places = {"counts_ptr": "*i64"} if tile.block_m == grouped_gemm.DECODE_ROWS else {"tile_ptr": "*i32"}
+        for swiglu in (True, False):
+            meta = grouped_gemm.grouped_gemm_meta(tile, swiglu=swiglu, in_features=4096, num_slots=128)
+            yield Form(
+                f"grouped_gemm {'gate+up' if swiglu else 'down'} {dtype} {tile}",
+                kernel,
+                types_of(kernel, meta, **operands, **places, **({"row_ptr": "*i64"} if swiglu else {})),
+                meta,
+                uses_tensor_cores=dtype != FLOAT32,
+                needed_shared=tile.shared_bytes(ITEMSIZE[dtype]),
+            )
+
+
+def dense_gemm_form(dtype: str) -> Form:
+    """The batch-invariant product with a bias."""
+    kernel = grouped_gemm.dense_gemm_kernel
+    tile = next(tile for tile in TILES[dtype] if tile.block_m == 64)
+    meta = grouped_gemm.dense_gemm_meta(tile, 4096)
+    operands = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
+    return Form(
+        f"dense_gemm {dtype} {tile}", kernel, types_of(kernel, meta, **operands), meta, dtype != FLOAT32,
+        tile.shared_bytes(ITEMSIZE[dtype]),
+    )  # fmt: skip
+
+
+def tile_map_form(num_slots: int) -> Form:
+    """The map from tiles to slots."""
+    kernel, meta = grouped_gemm.tile_map_kernel, grouped_gemm.tile_map_meta(tiles.TILES_16_BIT[-1], num_slots)
+    types = types_of(kernel, meta, counts_ptr="*i64", tile_ptr="*i32")
+    return Form(f"tile_map {num_slots} slots", kernel, types, meta)
+
+
+def gate_form(num_experts: int, top_k: int, scoring: Scoring, num_groups: int = 1, topk_groups: int = 1) -> Form:
+    """A gate; sigmoid gates have a correction bias."""
+    kernel = gate.topk_gate_kernel
+    meta = gate.topk_gate_meta(
+        num_experts, top_k=top_k, scoring=scoring, num_groups=num_groups, topk_groups=topk_groups, normalize=True
+    )
+    pointers = {"logits_ptr": "*fp32", "weights_ptr": "*fp32", "experts_ptr": "*i64"}
+    pointers |= {"bias_ptr": "*fp32"} if scoring == "sigmoid" else {}
+    groups = f" {topk_groups} of {num_groups} groups" if num_groups > 1 else ""
+    name = f"topk_gate {scoring} {top_k} of {num_experts}{groups}"
+    return Form(name, kernel, types_of(kernel, meta, **pointers), meta)
+
+
+def group_forms(num_rows: int, num_slots: int) -> Iterator[Form]:
+    """Both kernels of the grouping."""
+    meta = group.group_meta(num_rows, num_slots)
+    pointers = {"slot_ptr": "*i64", "count_ptr": "*i32"}
+    outputs = dict.fromkeys(("order_ptr", "place_ptr", "counts_ptr"), "*i64")
+    batch = {"BLOCK_B": group.BLOCKS_TOGETHER}
+    shape = f"{num_rows} rows {num_slots} slots"
+    yield Form(f"count {shape}", group.count_kernel, types_of(group.count_kernel, meta, **pointers), meta)
+    types = types_of(group.place_kernel, meta | batch, **pointers, **outputs)
+    yield Form(f"place {shape}", group.place_kernel, types, meta | batch)
+
+
+def combine_forms(dtype: str) -> Iterator[Form]:
+    """The weighted sum of rows in the grouped order."""
+    kernel, meta = group.combine_kernel, group.combine_meta(4096, 8)
+    pointers = {"y_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "weights_ptr": "*fp32", "place_ptr": "*i64"}
+    yield Form(f"combine {dtype} 8 rows a token", kernel, types_of(kernel, meta, **pointers), meta)
+
+
+def row_forms(dtype: str) -> Iterator[Form]:
+    """Norms, activation, rotary embedding and cache writes."""
+    for size, residual in ((128, False), (2048, True), (7168, True)):
+        kernel, meta = norms.rms_norm_kernel, norms.rms_norm_meta(size)
+        names = ["x_ptr", "weight_ptr", "out_ptr", *(["residual_ptr", "sum_ptr"] if residual else [])]
+        types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"))
+        yield Form(f"{'add_' if residual else ''}rms_norm {dtype} {size}", kernel, types, meta)
+    kernel, meta = norms.silu_mul_kernel, norms.silu_mul_meta(14336)
+    yield Form(f"silu_mul {dtype}", kernel, types_of(kernel, meta, x_ptr=f"*{dtype}", out_ptr=f"*{dtype}"), meta)
+    for heads, kv_heads, size, rotary_dim in ((32, 4, 128, 128), (96, 8, 128, 64)):
+        kernel, meta = rotary.rotary_kernel, rotary.rotary_meta(heads, kv_heads, size, rotary_dim)
+        names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "slot_ptr"]
+        types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"), slot_ptr="*i64")
+        yield Form(f"rotary_store_kv {dtype} {heads}/{kv_heads} heads {rotary_dim} of {size}", kernel, types, meta)
+    kernel, meta = rotary.store_kv_kernel, rotary.store_kv_meta(8, 128)
+    names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "slot_ptr"]
+    types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"), slot_ptr="*i64")
+    yield Form(f"store_kv {dtype}", kernel, types, meta)
+
+
+def attention_forms(dtype: str, head_size: int, window: int | None, heads_per_group: int = 8) -> Iterator[Form]:
+    """Decode, merge and prefill."""
+    operands = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"table_ptr": "*i64"}
+    shape = f"{dtype} heads of {head_size}{f' window {window}' if window else ''}"
+    uses_tensor_cores = dtype != FLOAT32
+    kernel = decode_attention.decode_attention_kernel
+    meta = decode_attention.decode_attention_meta(head_size, 16, window, ITEMSIZE[dtype], heads_per_group)
+    pointers = operands | dict.fromkeys(("sequence_ptr", "position_ptr"), "*i32")
+    pointers |= dict.fromkeys(("out_ptr", "part_ptr"), "*fp32")
+    yield Form(f"decode_attention {shape}", kernel, types_of(kernel, meta, **pointers), meta, uses_tensor_cores)
+    kernel, meta = decode_attention.merge_chunks_kernel, decode_attention.merge_chunks_meta(head_size, window)
+    pointers = {"sum_ptr": "*fp32", "part_ptr": "*fp32", "position_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    yield Form(f"merge_chunks {shape}", kernel, types_of(kernel, meta, **pointers), meta)
+    kernel = attention.prefill_attention_kernel
+    pointers = operands | {"query_start_ptr": "*i32", "context_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    for chips in ((80,), (90, 100)):
+        chip = tiles.CHIPS[chips[0] // 10, 0]
+        meta = attention.prefill_attention_meta(head_size, 16, window, ITEMSIZE[dtype], chip)
+        types = types_of(kernel, meta, **pointers)
+        yield Form(f"prefill_attention {shape}", kernel, types, meta, uses_tensor_cores, chips=chips)
+
+
+def all_forms() -> list[Form]:
+    """Every tile, and the other kernels in shapes that open models have."""
+    forms: list[Form] = []
+    for dtype, some_tiles in TILES.items():
+        forms += [*gemm_forms(dtype, some_tiles), dense_gemm_form(dtype)]
+    forms += [tile_map_form(8), tile_map_form(512)]
+    forms += [gate_form(8, 2, "softmax"), gate_form(128, 8, "softmax"), gate_form(512, 10, "softmax")]
+    forms += [gate_form(160, 8, "sigmoid"), gate_form(256, 8, "sigmoid", 8, 4)]
+    forms += [*group_forms(256, 128), *group_forms(131072, 256), *group_forms(131072, 8)]
+    for dtype in (BFLOAT16, FLOAT32):
+        forms += [*combine_forms(dtype), *row_forms(dtype)]
+        for head_size in (64, 128, 256):
+            forms += attention_forms(dtype, head_size, None)
+        forms += attention_forms(dtype, 128, 4096)
+    return forms
+
+
+def one_tile_forms() -> list[Form]:
+    """One form of each kernel."""
+    return [
+        *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5]),
+        dense_gemm_form(BFLOAT16),
+        tile_map_form(512),
+        gate_form(256, 8, "sigmoid", 8, 4),
+        *group_forms(131072, 256),
+        *combine_forms(BFLOAT16),
+        *list(row_forms(BFLOAT16))[2:],
+        *attention_forms(BFLOAT16, 128, 4096),
+    ]
