@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -6,15 +5,13 @@ from dataclasses import fields
 
 import pytest
 import yaml
+from command_lines import flags
 from places import SUPPORT
-from serve_clients import ServerThread
 from serve_fakes import RANK_ERROR, FakeEngine
 
-from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.server import ServerConfig
-from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankError
 
@@ -70,54 +67,6 @@ SERVER_FLAGS = {
     "reasoning_parser": "deepseek_r1",
     "escape_special_tokens": True,
 }
-SAMPLING_FLAGS = {
-    "min_tokens": 3,
-    "max_tokens": 5,
-    "temperature": 0.5,
-    "top_p": 0.9,
-    "top_k": 4,
-    "min_p": 0.1,
-    "repetition_penalty": 1.5,
-    "presence_penalty": -1.0,
-    "frequency_penalty": 1.0,
-    "seed": 3,
-    "stop": ["a, b", "c"],
-    "stop_token_ids": [4, 5],
-    "ignore_eos": True,
-    "logprobs": 1,
-    "prompt_logprobs": 0,
-    "skip_special_tokens": False,
-    "include_stop_str_in_output": True,
-    "routing": "fast",
-    "return_routed_experts": True,
-}
-
-
-def flags(values):
-    """The command line that sets these options."""
-    words = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True or value is False:
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif name == "stop":
-            words += [word for text in value for word in (flag, text)]
-        else:
-            words += [flag, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return words
-
-
-@pytest.fixture
-def built(monkeypatch):
-    """Engines that the command built: their configurations, and the engines themselves."""
-    engines = []
-
-    def build_engine(config):
-        engines.append(FakeEngine(config, tokenizer=None) if config.skip_tokenizer_init else FakeEngine(config))
-        return engines[-1]
-
-    monkeypatch.setattr("moe_runtime.build.build_engine", build_engine)
-    return engines
 
 
 @pytest.fixture
@@ -202,80 +151,6 @@ def test_redundant_experts_of_each_rank(served, tmp_path, text):
     assert cli.main(["serve", "here", "--ep-size", "2", "--redundant-experts", "2,0"]) == 0
     assert cli.main(["serve", "--config", str(file), "--redundant-experts", "1"]) == 0
     assert [config.redundant_experts for config, _ in served] == [(2, 0), (2, 0), 1]
-
-
-def test_every_sampling_option_is_a_flag(built, capsys):
-    assert set(SAMPLING_FLAGS) == {field.name for field in fields(SamplingParams)} - {"n", "logit_bias"}
-    assert cli.main(["generate", "here", "--prompt", "hi", *flags(SAMPLING_FLAGS)]) == 0
-    (engine,) = built
-    assert engine.added[0][2] == SamplingParams(**SAMPLING_FLAGS)
-    assert engine.config == EngineConfig("here", seed=3, routing="fast")
-    assert engine.closed
-
-
-def test_sampling_options_in_a_file(built, tmp_path):
-    file = tmp_path / "generate.yaml"
-    file.write_text("stop: [x, y]\ntop-k: 2\nseed: 9\n")
-    assert cli.main(["generate", "here", "--config", str(file), "--prompt", "hi"]) == 0
-    assert built[0].added[0][2] == SamplingParams(stop=["x", "y"], top_k=2, seed=9, max_tokens=256)
-    assert built[0].config.seed == 9
-
-
-def test_generate_one_prompt(built, capsys):
-    assert cli.main(["generate", "--prompt", "hello sea", "--max-tokens", "3", "here"]) == 0
-    captured = capsys.readouterr()
-    assert captured.out == " 4 5 6\n"
-    assert captured.err.startswith("1 prompt tokens, 3 generated in ")
-    assert captured.err.count("\n") == 1 and captured.err.endswith(" tok/s)\n")
-
-
-@pytest.mark.parametrize(("form", "tokens"), [([], [4, 5, 3]), (["--chat"], [4, 5, 3]), (["--raw"], [5, 3])])
-def test_a_prompt_is_a_message_unless_it_is_raw(built, form, tokens):
-    assert cli.main(["generate", "here", "--prompt", "hello sea", *form]) == 0
-    assert built[0].added[0][1] == tokens
-
-
-def test_a_model_without_a_chat_template_continues_prompts(built, monkeypatch):
-    monkeypatch.setattr("serve_fakes.FakeTokenizer.has_chat_template", False)
-    assert cli.main(["generate", "here", "--prompt", "hello sea"]) == 0
-    assert built[0].added[0][1] == [5, 3]
-
-
-def test_generate_several_prompts(built, capsys):
-    words = ["--prompt", "a bb", "--prompt-token-ids", "1,2", "--prompt", "ccc", "--raw", "--max-tokens", "2"]
-    assert cli.main(["generate", "here", *words]) == 0
-    assert capsys.readouterr().out == ">>> a bb\n 3 4\n\n>>> ccc\n 4 5\n\n>>> 1,2\n 3 4\n\n"
-
-
-def test_generate_without_a_tokenizer(built, capsys):
-    words = ["--skip-tokenizer-init", "--prompt-token-ids", "7", "--max-tokens", "3"]
-    assert cli.main(["generate", "here", *words]) == 0
-    assert capsys.readouterr().out == "8,9,10\n"
-
-
-def test_logprobs_are_printed(built, capsys):
-    words = ["--prompt-token-ids", "8", "--max-tokens", "2", "--logprobs", "1", "--prompt-logprobs", "0"]
-    assert cli.main(["generate", "here", *words]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        " 9 10",
-        "output ' 9':-3.0000#3 | ' 110':-1.0000#1",
-        "output ' 10':-3.0000#3 | ' 111':-1.0000#1",
-    ]
-
-
-def test_text_comes_as_it_is_made_on_a_terminal(built, capsys, monkeypatch):
-    seen = []
-    step = FakeEngine.step
-    monkeypatch.setattr(FakeEngine, "step", lambda self: seen.append(capsys.readouterr().out) or step(self))
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert cli.main(["generate", "here", "--prompt", "a", "--raw", "--max-tokens", "3"]) == 0
-    assert [*seen, capsys.readouterr().out] == ["", " 2", " 3", " 4\n"]
-
-
-def test_generate_writes_a_heatmap(built, tmp_path):
-    path = tmp_path / "load.json"
-    assert cli.main(["generate", "here", "--prompt", "a", "--heatmap", str(path)]) == 0
-    assert ExpertLoad.load(path) == FakeEngine().expert_load()
 
 
 BAD = [
@@ -378,31 +253,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(built, monkeypatch):
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["generate", "x", "--prompt", "a"])
     assert built[0].closed
-
-
-def test_heatmap_of_a_server(tmp_path):
-    outputs = [tmp_path / f"load.{suffix}" for suffix in ("png", "svg", "html", "csv", "json", "npz")]
-    with ServerThread(FakeEngine) as server:
-        words = [word for path in outputs for word in ("-o", str(path))]
-        assert cli.main(["heatmap", "--url", server.url + "/", *words]) == 0
-    assert outputs[0].read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in outputs[1].read_text() and "<html" in outputs[2].read_text()
-    for path in outputs[3:]:
-        assert ExpertLoad.load(path) == FakeEngine().expert_load()
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_heatmap_of_a_file_and_a_phase(tmp_path, phase):
-    saved, picture, table = tmp_path / "load.npz", tmp_path / "load.png", tmp_path / "load.json"
-    load = FakeEngine().expert_load()
-    load.save(saved)
-    words = ["--load", str(saved), "-o", str(picture), "-o", str(table), "--phase", phase]
-    assert cli.main(["heatmap", *words]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    content = json.loads(table.read_text())["phases"]
-    other = {"prefill": "decode", "decode": "prefill"}[phase]
-    assert content[phase] == load.counts(phase).tolist()
-    assert content[other] == (load.counts(other) * 0).tolist()
 
 
 def test_output_that_nobody_reads():

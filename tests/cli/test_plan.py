@@ -78,7 +78,7 @@ def test_nothing_is_fast_enough(capsys, model, tmp_path):
 
 MISTAKES = {
     "neither": (["demo"], "trace, assume: exactly one of them must be given"),
-    "both": (["demo", "--assume", "uniform", "--trace", "t"], "trace, assume: one of them"),
+    "both": (["demo", "--assume", "uniform", "--trace", "t"], "trace, assume: exactly one of them"),
     "no model": (["--assume", "uniform"], "model: missing; without a trace that names it, it must be given"),
     "assume": (["MODEL", "--assume", "flat"], "assume: 'flat' is not allowed"),
     "hardware": (["MODEL", "--assume", "uniform", "--hardware", "h1"], "hardware: 'h1' is not allowed"),

@@ -16,7 +16,7 @@ from moe_runtime import build
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.layers import kv_cache
 from moe_runtime.memory import budget as budgets
-from moe_runtime.memory.budget import Budget, check_budget, plan_budget
+from moe_runtime.memory.budget import Budget, check_budget, has_native_weights, plan_budget
 from moe_runtime.memory.initial_placement import slots_per_rank
 from moe_runtime.memory.model_size import page_bytes, weight_bytes
 from moe_runtime.models.registry import read_model_config
@@ -48,7 +48,7 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
     num_slots = slots_per_rank(engine, MODEL, ep_size)[:local_ranks]
     assert tuple(rank.num_slots for rank in budget.ranks) == num_slots and min(num_slots) >= 4 / ep_size
     for rank in budget.ranks:
-        assert rank.weights == weight_bytes(MODEL, "float32", rank.num_slots)
+        assert rank.weights == weight_bytes(MODEL, "float32", rank.num_slots, native=has_native_weights("auto"))
         assert rank.kv_cache == rank.num_pages * page_bytes(MODEL, 16, 4)
     assert len({(rank.dense, rank.kv_cache, rank.buffers) for rank in budget.ranks}) == 1
     assert budget.largest.num_slots == max(num_slots) and budget.largest.total == max(r.total for r in budget.ranks)

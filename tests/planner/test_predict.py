@@ -9,88 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from places import ROOT
+from planner_shapes import FREE, IDEAL, certain, even, tiny
 
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.balancer.plan import plan_placement
-from moe_runtime.planner.choices import evaluate, recommend
 from moe_runtime.planner.hardware import Hardware, Link, Overheads
 from moe_runtime.planner.hardware_file import load_hardware
-from moe_runtime.planner.measure_engine import StepTimes, Variant
 from moe_runtime.planner.predict import Workload, predict
-from moe_runtime.planner.probe import ProbedStep, fit, with_overheads
 from moe_runtime.planner.routing import LoadRouting
-from moe_runtime.planner.shape import Matrix, ModelShape
-
-FREE = Overheads(
-    step=0,
-    step_ranks=0,
-    step_row=0,
-    layer=0,
-    layer_row=0,
-    layer_byte=0,
-    slot=0,
-    expert_byte=0,
-    wait=0,
-)
-IDEAL = Hardware(
-    name="ideal",
-    cores=None,
-    ranks_per_node=4,
-    memory_bytes=1e12,
-    reserved_bytes=0,
-    weight_bytes={},
-    memory_bandwidth=((1, 1e9),),
-    expert_bandwidth=1,
-    matrix_rate={"bfloat16": ((1, 1e12),)},
-    efficiency={"bfloat16": ((1, 1.0),)},
-    attention_bandwidth=1,
-    attention_rate=1,
-    attention_dtype="bfloat16",
-    output_multiple=1,
-    intra_node=Link(1e9, 0),
-    inter_node=Link(1e9, 0),
-    rows_out="expert",
-    rows_back="expert",
-    overlap=1,
-    cold_factor=((0, 1.0),),
-    overheads=FREE,
-)
-DEEPSEEK = ModelShape.load(ROOT / "benchmarks" / "planner" / "deepseek-v3.json")
-
-
-def tiny(num_experts: int = 4, top_k: int = 1, **changes: object) -> ModelShape:
-    """Every matrix of a layer has a round number of bytes."""
-    shape = ModelShape(
-        name="tiny",
-        num_layers=2,
-        num_sparse_layers=1,
-        num_experts=num_experts,
-        top_k=top_k,
-        attention=(Matrix(100, 50, "bfloat16"),),
-        dense_mlp=(Matrix(1000, 10, "bfloat16"),),
-        shared=(),
-        gate=Matrix(num_experts, 50, "bfloat16"),
-        expert=(Matrix(500, 100, "bfloat16"),),
-        head=Matrix(1000, 50, "bfloat16"),
-        embedding_bytes=0,
-        kv_bytes=200,
-        sliding_window=None,
-        decode_flops_per_key=1,
-        prefill_flops_per_key=1,
-        bytes_out=1000,
-        bytes_back=3000,
-    )
-    return replace(shape, **changes)
-
-
-def even(shape: ModelShape, ranks: int, layers: int = 1) -> Placement:
-    return Placement.even(layers, shape.num_experts, ranks)
-
-
-def certain(shape: ModelShape) -> LoadRouting:
-    """Every token uses all experts."""
-    return LoadRouting(np.ones((1, shape.num_experts)), shape.num_experts)
+from moe_runtime.planner.shape import Matrix
 
 
 def test_a_decode_step_of_one_rank_by_hand():
@@ -311,90 +238,6 @@ def test_more_sequences_take_longer_and_more_memory(phase, ranks, sequences):
     assert many.rank_memory.total > few.rank_memory.total
 
 
-def test_memory_of_a_rank_falls_with_ranks_and_grows_with_replicas():
-    routing = LoadRouting.assume("zipf:1.0", DEEPSEEK.num_experts, DEEPSEEK.top_k)
-    found = list(
-        evaluate(
-            DEEPSEEK,
-            load_hardware("h800"),
-            routing,
-            ranks=[8, 16, 32, 64],
-            redundant=[0, 1],
-            batches=[8],
-            phase="decode",
-            length=1000,
-        )
-    )
-    memory = {(choice.ranks, choice.redundant): choice.prediction.rank_memory.total for choice in found}
-    for ranks in (8, 16, 32, 64):
-        assert memory[ranks, 1] - memory[ranks, 0] == DEEPSEEK.num_sparse_layers * sum(
-            m.parameters for m in DEEPSEEK.expert
-        )
-    assert memory[8, 0] > memory[16, 0] > memory[32, 0] > memory[64, 0]
-    assert not found[0].prediction.fits and found[-1].prediction.fits
-    balance = {(choice.ranks, choice.redundant): choice.prediction.balancedness for choice in found}
-    assert all(balance[ranks, 1] > balance[ranks, 0] for ranks in (16, 32, 64))
-
-
-def test_more_ranks_than_experts():
-    routing = LoadRouting.assume("uniform", 4, 1)
-    found = list(evaluate(tiny(), IDEAL, routing, ranks=[6], redundant=[0, 4], batches=[3], phase="decode", length=5))
-    assert [choice.redundant for choice in found] == [0, 3]  # no rank has more slots than there are experts
-
-
-def test_the_recommendation_fits_is_fast_enough_and_is_not_dearer_than_it_must_be():
-    shape, routing = tiny(num_experts=12, top_k=3), LoadRouting.assume("zipf:1.5", 12, 3)
-    hardware = replace(load_hardware("h200"), memory_bytes=4.1e9)
-    choices = list(
-        evaluate(
-            shape, hardware, routing, ranks=[1, 2, 4], redundant=[0, 1], batches=[1, 64], phase="decode", length=900
-        )
-    )
-    assert sum(choice.ranks == 1 for choice in choices) == 2  # one rank has nothing to replicate
-    best = recommend(choices)
-    assert best is not None and best.prediction.fits
-    rates = [choice.tokens_per_second_rank for choice in choices if choice.prediction.fits]
-    assert best.tokens_per_second_rank >= 0.99 * max(rates)
-    limit = min(choice.prediction.step_seconds for choice in choices)
-    quick = recommend(choices, limit)
-    assert quick is not None and quick.prediction.step_seconds <= limit
-    assert recommend(choices, limit / 2) is None
-    assert (
-        recommend(
-            list(
-                evaluate(
-                    shape,
-                    replace(hardware, memory_bytes=1.0),
-                    routing,
-                    ranks=[2],
-                    redundant=[0],
-                    batches=[1],
-                    phase="decode",
-                    length=9,
-                )
-            )
-        )
-        is None
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"ranks": [0]}, "ranks: 0 is not allowed; it must be from 1 to 4096"),
-        ({"ranks": [5000]}, "ranks: 5000 is not allowed"),
-        ({"redundant": [-1]}, "redundant: -1 is not allowed; it must be from 0 to 4"),
-        ({"batches": [0]}, "batch: 0 is not allowed"),
-        ({"length": 0}, "length: 0 is not allowed"),
-        ({"phase": "train"}, "phase: 'train' is not allowed"),
-    ],
-)
-def test_what_cannot_be_evaluated(changes, message):
-    asked = {"ranks": [2], "redundant": [0], "batches": [1], "phase": "decode", "length": 5} | changes
-    with pytest.raises(ValueError, match=message):
-        list(evaluate(tiny(), IDEAL, LoadRouting.assume("uniform", 4, 1), **asked))
-
-
 def test_a_placement_or_dtype_that_does_not_fit():
     shape, routing, work = tiny(), LoadRouting.assume("uniform", 4, 1), Workload("decode", 1, 5)
     with pytest.raises(ValueError, match="placement: 1 layers of 4 experts are not allowed; it must have 4 layers"):
@@ -402,19 +245,3 @@ def test_a_placement_or_dtype_that_does_not_fit():
     with pytest.raises(ValueError, match="dtype: 'float8' is not in the hardware profile 'ideal'"):
         float8 = replace(shape, head=Matrix(10, 10, "float8"))
         predict(float8, IDEAL, even(shape, 2, layers=4), routing, work)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.floats(1e-5, 1e-3), min_size=4, max_size=4), st.floats(0.5, 1.0))
-def test_overheads_are_found_again(truth, read):
-    """Whatever the bandwidth was while steps were measured."""
-    names = ("step", "layer", "step_ranks", "latency")
-    hardware = replace(IDEAL, cores=2, cold_factor=((0, 1.0), (1e6, 9.0)))
-    actual = with_overheads(hardware, **dict(zip(names, truth, strict=True))).at_pace(read, 1.0)
-    found = []
-    for ranks, layers, experts in ((1, 4, 8), (1, 16, 2), (2, 4, 8), (2, 16, 2), (2, 4, 32)):
-        shape = tiny(num_experts=experts, top_k=experts, num_layers=layers, num_sparse_layers=layers)
-        step = ProbedStep(Variant(ranks, layers), Workload("decode", 2, 30), shape, ())
-        seconds = step.predict(actual).step_seconds
-        found.append(replace(step, runs=[(StepTimes(0.0, seconds, None, None), read)] * 3))
-    assert fit(hardware, found, names) == pytest.approx(dict(zip(names, truth, strict=True)), rel=1e-4)

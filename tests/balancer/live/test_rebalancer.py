@@ -10,6 +10,7 @@ from counting_ranks import CountingRanks
 from fakes import model_config
 
 from moe_runtime.balancer.decide import balancedness
+from moe_runtime.balancer.live.mover import Rebalance
 from moe_runtime.balancer.live.rebalancer import ROUTE_STEPS, Rebalancer
 from moe_runtime.balancer.placement import EMPTY, Placement
 from moe_runtime.balancer.split import rank_loads
@@ -130,3 +131,12 @@ def test_a_dry_run_is_weighed_by_all_counts_there_are() -> None:
     planned = rebalancer.begin(dry_run=True)
     assert planned.done and planned.planned_moves > 0 and not rebalancer.is_migrating
     assert planned.balancedness_before < 0.6 < planned.balancedness_planned
+
+
+def test_a_migration_in_words() -> None:
+    """Before the balancedness after it is known, and then."""
+    rebalance = Rebalance(False, 0.7, 0.95, 5, done=True, moves=[{}] * 4, copied_bytes=2_500_000, rollbacks=["why"])
+    start = "4 of 5 planned moves in 0.00 s, 2.5 MB copied, 1 rollbacks; balancedness was 0.700, "
+    assert str(rebalance) == f"{start}planned 0.950; placement version 0"
+    rebalance.balancedness_after = 0.9
+    assert str(rebalance) == f"{start}is now 0.900, planned 0.950; placement version 0"

@@ -1,0 +1,125 @@
+"""Whatever requests arrive, and whenever: an engine's tokens are those of each request alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from fakes import EOS, VOCAB_SIZE, fake_logprobs, generate_alone, make_engine
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from moe_runtime.engine.engine import Engine
+from moe_runtime.types.outputs import OutputDelta
+from moe_runtime.types.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    prompt: list[int]
+    params: SamplingParams
+    abort_after: int | None  # steps
+
+
+@st.composite
+def arrivals(draw: st.DrawFn, max_model_len: int) -> Arrival:
+    length = draw(st.integers(1, max(1, max_model_len // 2)) | st.integers(1, max_model_len - 1))
+    rng = random.Random(draw(st.integers(0, 10**6)))
+    params = SamplingParams(
+        max_tokens=draw(st.none() | st.just(25) | st.integers(1, 30)),
+        seed=draw(st.integers(0, 3)),
+        ignore_eos=draw(st.sampled_from([True, True, False])),
+        stop_token_ids=draw(st.sampled_from([(), (), (), (1, 2, 3)])),
+        logprobs=draw(st.none() | st.integers(0, 2)),
+        prompt_logprobs=draw(st.none() | st.integers(0, 2)),
+    )
+    return Arrival(
+        step=draw(st.just(0) | st.integers(0, 30)),
+        prompt=[rng.randrange(1, VOCAB_SIZE) for _ in range(length)],
+        params=params,
+        abort_after=draw(st.sampled_from([None, None, None, 0, 1, 2, 7])),
+    )
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> tuple[dict, list[Arrival]]:
+    max_model_len = draw(st.integers(2, 40) | st.integers(25, 40))
+    least = -(-max_model_len // 8)
+    max_num_seqs = draw(st.integers(1, 5) | st.just(5))
+    options = {
+        "max_model_len": max_model_len,
+        "num_pages": draw(st.lists(st.integers(least, least + 3), min_size=1, max_size=3)),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 24)),
+        "max_inflight": draw(st.integers(1, 2)),
+    }
+    return options, draw(st.lists(arrivals(max_model_len), min_size=4, max_size=12))
+
+
+def run(engine: Engine, arriving: list[Arrival]) -> dict[str, list[OutputDelta]]:
+    deltas: dict[str, list[OutputDelta]] = {str(index): [] for index in range(len(arriving))}
+    for now in range(5000):
+        for index, arrival in enumerate(arriving):
+            if arrival.step == now:
+                engine.add_request(str(index), arrival.prompt, arrival.params)
+            if arrival.abort_after is not None and arrival.step + arrival.abort_after == now:
+                engine.abort(str(index))
+        for delta in engine.step():
+            deltas[delta.request_id].append(delta)
+        if now > 60 and not engine.has_work:
+            return deltas
+    raise AssertionError("requests starve")
+
+
+def expected_logprobs(context: list[int], token_ids: list[int], num_best: int) -> list[dict[int, tuple[float, int]]]:
+    positions = []
+    for token_id in token_ids:
+        found = fake_logprobs(context, token_id, num_best)
+        positions.append(dict(zip(found.token_ids, zip(found.logprobs, found.ranks, strict=True), strict=True)))
+        context = [*context, token_id]
+    return positions
+
+
+def plain(positions: list) -> list[dict[int, tuple[float, int]]]:
+    return [{token: (entry.logprob, entry.rank) for token, entry in position.items()} for position in positions]
+
+
+@settings(deadline=None, max_examples=200)
+@given(scenarios())
+def test_whatever_happens_the_tokens_are_those_of_a_request_alone(scenario):
+    options, arriving = scenario
+    engine, executor = make_engine(**options)
+    deltas = run(engine, arriving)
+    for index, arrival in enumerate(arriving):
+        params, parts = arrival.params, deltas[str(index)]
+        assert [part.finish_reason is not None for part in parts] == [False] * (len(parts) - 1) + [True]
+        token_ids, finish_reason = generate_alone(arrival.prompt, params, params.seed, options["max_model_len"])
+        got = [token for part in parts for token in part.token_ids]
+        if parts[-1].finish_reason == "abort":
+            assert arrival.abort_after is not None
+            token_ids = token_ids[: len(got)]
+        else:
+            assert parts[-1].finish_reason == finish_reason
+            stopped_by = token_ids[-1] if finish_reason == "stop" and token_ids[-1] != EOS else None
+            assert parts[-1].stop_reason == stopped_by
+        assert got == token_ids
+        assert parts[-1].num_output_tokens == len(got) and parts[-1].num_prompt_tokens == len(arrival.prompt)
+        assert [part.prompt_token_ids for part in parts] == [arrival.prompt] + [None] * (len(parts) - 1)
+        if params.logprobs is not None:
+            logprobs = [entry for part in parts for entry in part.logprobs]
+            assert plain(logprobs) == expected_logprobs(arrival.prompt, got, params.logprobs)
+        if params.prompt_logprobs is not None and got:
+            nothing, *found = parts[0].prompt_logprobs
+            assert nothing is None
+            assert plain(found) == expected_logprobs(arrival.prompt[:1], arrival.prompt[1:], params.prompt_logprobs)
+    stats = engine.stats()
+    event("preempted" if stats.num_preemptions else "not preempted")
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0), "pages have leaked"
+    assert sum(stats.finished.values()) == len(arriving)
+    # First come, first served: no request starts before one that arrived earlier (and was not aborted while waiting).
+    started: list[int] = []
+    for plan in executor.plans:
+        new = {sequence.seq_id for rank in plan.ranks for sequence in rank.new_sequences} - set(started)
+        started += sorted(new)
+    assert started == sorted(started)
