@@ -70,7 +70,10 @@ async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Ta
     target = await ServerTarget(options.url).connect()
     if "model" not in engine:
         if options.text or "vocab_size" not in target.health:
-            raise ValueError(f"model: missing; prompts for this server need the tokenizer or vocabulary of {MODEL}")
+            raise ValueError(
+                "model: missing; it is needed with text, or if the server does not report its vocabulary size; "
+                f"it must be {MODEL}"
+            )
         return target, range(target.health["vocab_size"])
     from moe_runtime.models.registry import read_model_config
     from moe_runtime.weights.checkpoint import resolve_model

@@ -76,7 +76,7 @@ def test_a_server_that_does_not_say_its_vocabulary(tmp_path, capsys):
     path = save(make_model("qwen3"), tmp_path)
     with ServerThread(BenchEngine) as server:
         assert cli.main(["bench", *WORDS, "--url", server.url]) == 2
-        assert capsys.readouterr().err.startswith("moe-runtime: error: model: missing; the server does not say")
+        assert capsys.readouterr().err.startswith("moe-runtime: error: model: missing; it is needed with text")
         assert cli.main(["bench", str(path), *WORDS, "--url", server.url]) == 0
 
 
@@ -165,10 +165,10 @@ def test_other_servers(answer, message, capsys):
         (["x", "--request-rate", "-1"], "request_rate: "),
         (["x", "--ep-size", "0"], "ep_size: 0 is not allowed"),
         (["x", "-o", "x.gif"], "output: 'x.gif' is not allowed"),
-        (["x", "--input-len", "190", "--output-len", "64"], "input_len: a prompt of 190 tokens with 64 to generate"),
+        (["x", "--input-len", "190", "--output-len", "64"], "input_len, output_len: a request has "),
         (["x", "--text", "/no/such.txt"], "/no/such.txt: No such file"),
         (["--url", "http://127.0.0.1:1"], "url: 'http://127.0.0.1:1' is not a server of this runtime"),
-        (["--url", "http://127.0.0.1:1", "--ep-size", "2"], "ep_size: not allowed with url"),
+        (["--url", "http://127.0.0.1:1", "--ep-size", "2"], "ep_size: is not allowed with url"),
     ],
 )
 def test_bad_input_gets_one_line(built, words, message, capsys):
