@@ -96,7 +96,7 @@ def test_a_folder_that_others_can_enter_is_refused(torchrun):
         (folder,) = Path(tempfile.gettempdir()).iterdir()
         assert folder.stat().st_mode & 0o777 == 0o700
         folder.chmod(0o755)
-        with pytest.raises(ValueError, match=rf"^{folder}: must be a directory of this user"):
+        with pytest.raises(ValueError, match=rf"^{folder}: is not allowed; it must be a directory"):
             run_torchrun(config, run_front)
         return 0
 
@@ -109,7 +109,7 @@ def test_a_link_in_place_of_the_folder_is_refused(torchrun):
         target = folder.with_name("target")
         folder.rename(target)
         folder.symlink_to(target)
-        with pytest.raises(ValueError, match="must be a directory of this user"):
+        with pytest.raises(ValueError, match="is not allowed; it must be a directory"):
             run_torchrun(config, run_front)
         folder.unlink()
         target.rename(folder)
