@@ -35,11 +35,15 @@ def build_engine(
         RankError: a rank failed to start. All started ranks have been ended.
     """
     from moe_runtime.memory.initial_placement import initial_placement
-    from moe_runtime.models.registry import read_model_config
+    from moe_runtime.models.registry import read_default_sampling, read_model_config, with_own_head
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(config.model)
     model_config = read_model_config(path)
+    if config.load_format != "dummy":
+        model_config = with_own_head(path, model_config)
+    if config.generation_config == "auto":
+        model_config = replace(model_config, default_sampling=read_default_sampling(path))
     config = fit_to_model(find_calibration(config, path), model_config)
     initial_placement(config, model_config, config.ep_size)  # refuses a file that does not fit, before ranks start
     policies_of(config, model_config)
@@ -49,6 +53,7 @@ def build_engine(
         from moe_runtime.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_path(config.tokenizer or path)
+        model_config = with_tokenizer_eos(model_config, tokenizer.eos_token_id)
     executor = (make_executor or _executor_class(config))(config, model_config, path)
     try:
         engine = Engine(config, model_config, executor, tokenizer)
@@ -80,6 +85,14 @@ def find_calibration(config: EngineConfig, path: Path) -> EngineConfig:
     if config.routing_calibration is not None or not found.exists():
         return config
     return replace(config, routing_calibration=str(found))
+
+
+def with_tokenizer_eos(model: ModelConfig, eos_token_id: int | None) -> ModelConfig:
+    """The configuration; outputs also end at the tokenizer's own end-of-sequence token, if it has one."""
+    if eos_token_id is None or eos_token_id in model.eos_token_ids:
+        return model
+    logger.info("outputs also end at the tokenizer's end-of-sequence token %d", eos_token_id)
+    return replace(model, eos_token_ids=(*model.eos_token_ids, eos_token_id))
 
 
 def fit_to_model(config: EngineConfig, model: ModelConfig) -> EngineConfig:

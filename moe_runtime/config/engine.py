@@ -13,6 +13,7 @@ from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+GENERATION_CONFIGS = ("auto", "none")
 BALANCE = ("off", "auto", "eplb")
 DISPATCHERS = ("auto", "local", "all_to_all", "all_gather", "symmetric")
 
@@ -33,6 +34,10 @@ class EngineConfig:
         block_size: tokens per page of the KV cache.
         kv_cache_memory_bytes: KV cache per rank; None takes what the sequences can use, within the free memory.
         load_format: "dummy" makes random weights and reads none.
+        check_weights: check while loading that all weights are finite. A checkpoint with NaN or infinity is refused,
+            and the error names the tensor. This takes one more pass over the weights in memory.
+        generation_config: "auto" takes the sampling parameters in the model's generation_config.json where a request
+            leaves them out; "none" ignores them. End-of-sequence ids are read from it in any case.
         skip_tokenizer_init: load no tokenizer; prompts and outputs are token ids.
         seed: seeds dummy weights, and the seeds drawn for requests that have none.
         batch_invariant: give every token the same bits in any batch, on any number of ranks, at some cost in speed.
@@ -76,6 +81,8 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     load_format: str = "auto"
+    check_weights: bool = False
+    generation_config: str = "auto"
     skip_tokenizer_init: bool = False
     seed: int = 0
     batch_invariant: bool = False
@@ -102,6 +109,7 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("device", DEVICES),
             ("load_format", LOAD_FORMATS),
+            ("generation_config", GENERATION_CONFIGS),
             ("dispatcher", DISPATCHERS),
             ("balance", BALANCE),
             ("overflow", OVERFLOWS),
@@ -113,7 +121,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
-        for name in ("skip_tokenizer_init", "batch_invariant", "enforce_eager"):
+        for name in ("check_weights", "skip_tokenizer_init", "batch_invariant", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -114,7 +114,12 @@ def layers_alike(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint's configuration, with Hugging Face's different spellings normalised."""
+    """One checkpoint's configuration, with Hugging Face's different spellings normalised.
+
+    Attributes:
+        eos_token_ids: tokens that end an output.
+        default_sampling: fields of `SamplingParams` for requests that leave them out.
+    """
 
     family: str
     vocab_size: int
@@ -127,6 +132,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, float | int] = field(default_factory=dict, hash=False)
 
     @property
     def num_layers(self) -> int:

@@ -29,6 +29,21 @@ WHOLE = 1 << 62  # piece size in bytes that means "in one piece"
 
 
 @dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix of a SwiGLU in the source: rows from `first` on of a tensor, or of entry `index` of one."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_rows: int
+    first: int = 0
+    index: int | None = None
+
+    def read(self, source: WeightSource, rows: range) -> Tensor:
+        """Some of its rows."""
+        return source.read(self.name, self.shape, self.index, slice(self.first + rows.start, self.first + rows.stop))
+
+
+@dataclass(frozen=True)
 class ModelReader:
     """Reads a model for one rank. It reads only the experts that `placement` puts on this rank.
 
@@ -68,7 +83,7 @@ class ModelReader:
             else:
                 mlp = self.dense_block(index, next_norm)
             layers.append(DecoderLayer(attention, mlp))
-            self.source.release_all()  # also pages that tensors share, and pages of read-ahead
+            self.source.release_all()
             progress()
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
@@ -83,13 +98,12 @@ class ModelReader:
 
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
-        for part, stored in self._expert(self.config.moe_layers[layer], expert):
-            rows = max(1, piece_bytes // (PANEL * stored.shape[1] * stored.element_size())) * PANEL
-            for first in range(0, len(stored), rows):
-                piece = stored[first : first + rows]
+        for part, matrix in self._expert(self.config.moe_layers[layer], expert):
+            rows = max(1, piece_bytes // (PANEL * matrix.shape[-1] * self.kit.dtype.itemsize)) * PANEL
+            for first in range(0, matrix.num_rows, rows):
+                piece = matrix.read(self.source, range(first, min(first + rows, matrix.num_rows)))
                 experts.put(slot, part, first, piece.to(self.kit.dtype))
                 yield piece.nbytes
-            self.source.release(stored)
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
@@ -102,8 +116,6 @@ class ModelReader:
         """
         found = [self.source.read(name, (count, inputs or self.config.hidden_size)) for name, count in weights.items()]
         linear.put(0, torch.cat(found).to(self.kit.dtype) if len(found) > 1 else found[0].to(self.kit.dtype))
-        for stored in found:
-            self.source.release(stored)
 
     def norm(self, name: str) -> Norm:
         return self.kit.norm(self.tensor(name, self.config.hidden_size), self.config.rms_norm_eps)
@@ -134,9 +146,8 @@ class ModelReader:
 
     def mlp(self, prefix: str, intermediate: int) -> MLP:
         mlp = self.kit.mlp(self.config.hidden_size, intermediate)
-        for part, stored in self._matrices(prefix, self.names.dense_parts, intermediate):
-            mlp.put(0, part, 0, stored.to(self.kit.dtype))
-            self.source.release(stored)
+        for part, matrix in self._matrices(prefix, self.names.dense_parts, intermediate):
+            mlp.put(0, part, 0, matrix.read(self.source, range(matrix.num_rows)).to(self.kit.dtype))
         return mlp
 
     def sparse_block(self, index: int, next_norm: Norm) -> SparseBlock:
@@ -165,7 +176,7 @@ class ModelReader:
             shared = self.mlp(f"{prefix}.{names.shared}", moe.shared_intermediate_size)
         return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers, limits)
 
-    def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, Tensor]]:
+    def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
         """The matrices of one logical expert, stored by itself or fused with the others of its layer."""
         hidden, inner, total = self.config.hidden_size, self.config.moe.intermediate_size, self.config.moe.num_experts
         gate_up_name, down_name = (
@@ -175,17 +186,17 @@ class ModelReader:
             prefix = f"{self._sparse_prefix(index)}.{self.names.expert.format(expert)}"
             yield from self._matrices(prefix, self.names.expert_parts, inner)
             return
-        gate_up = self.source.read(gate_up_name, (total, 2 * inner, hidden), expert)
-        yield "gate", gate_up[:inner]
-        yield "up", gate_up[inner:]
-        yield "down", self.source.read(down_name, (total, hidden, inner), expert)
+        shape = (total, 2 * inner, hidden)
+        yield "gate", StoredMatrix(gate_up_name, shape, inner, 0, expert)
+        yield "up", StoredMatrix(gate_up_name, shape, inner, inner, expert)
+        yield "down", StoredMatrix(down_name, (total, hidden, inner), hidden, 0, expert)
 
-    def _matrices(self, prefix: str, parts: SwiGLUNames, intermediate: int) -> Iterator[tuple[ExpertPart, Tensor]]:
+    def _matrices(self, prefix: str, parts: SwiGLUNames, inner: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
         """The three matrices of a SwiGLU that are stored under `prefix`."""
         hidden = self.config.hidden_size
-        yield "gate", self.source.read(f"{prefix}.{parts.gate}.weight", (intermediate, hidden))
-        yield "up", self.source.read(f"{prefix}.{parts.up}.weight", (intermediate, hidden))
-        yield "down", self.source.read(f"{prefix}.{parts.down}.weight", (hidden, intermediate))
+        yield "gate", StoredMatrix(f"{prefix}.{parts.gate}.weight", (inner, hidden), inner)
+        yield "up", StoredMatrix(f"{prefix}.{parts.up}.weight", (inner, hidden), inner)
+        yield "down", StoredMatrix(f"{prefix}.{parts.down}.weight", (hidden, inner), hidden)
 
     def _prefix(self, index: int) -> str:
         return self.names.layer.format(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,22 +19,10 @@ HUGE_PAGE = 2 << 20
 def release_pages(tensor: Tensor) -> None:
     """Release the pages of a contiguous CPU tensor that is no longer needed; its values are lost.
 
-    A checkpoint's tensor is a view of a mapped file. The part read so far counts as this process's memory until it is
-    released. Pages shared with neighbouring data stay.
+    The part of a mapped file that was read counts as this process's memory until it is released. Pages shared with
+    neighbouring data stay.
     """
     _advise(tensor, mmap.PAGESIZE, MADV_DONTNEED)
-
-
-def release_mappings(files: Iterable[Path]) -> None:
-    """Release the pages of mapped files, which must be unmodified. If they are used again, they are read again."""
-    for start, end in mappings_of(files):
-        _madvise(start, end - start, MADV_DONTNEED)
-
-
-def mappings_of(files: Iterable[Path]) -> list[tuple[int, int]]:
-    """Start and end of each mapping of the files."""
-    paths = {str(file.resolve()) for file in files}
-    return [_range_of(fields) for fields in _fields("maps") if len(fields) == 6 and fields[5] in paths]
 
 
 def ask_for_huge_pages(tensor: Tensor) -> None:

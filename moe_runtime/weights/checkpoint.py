@@ -1,23 +1,29 @@
 """Sources of weights: a directory of safetensors files, or random numbers.
 
-Files are memory-mapped, so each rank reads only the tensors that it needs.
+A rank reads only the tensors that it needs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_runtime.system.pages import give_freed_memory_back, release_mappings, release_pages
+from moe_runtime.system.pages import give_freed_memory_back
+from moe_runtime.weights.safetensors_file import SafetensorsFile, StoredTensor
 
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
+ALL_ROWS = slice(None)
+NOTHING: tuple[tuple[str, int | None], Tensor] = ("", None), torch.empty(0)
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:
@@ -49,23 +55,32 @@ def resolve_model(model: str, *, weights: bool = True) -> Path:
 
 
 class WeightSource(Protocol):
-    """Gives tensors by name. `index` picks one entry of the leading dimension, whose size is `shape[0]`."""
+    """Gives tensors by name. The memory of a tensor is its own, and is freed with its last reference."""
 
     def has(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
-        """The tensor, of the expected shape (`shape[1:]` with an index). Raises ValueError naming what is wrong."""
+    def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
+        """A tensor or a part of it.
 
-    def release(self, tensor: Tensor) -> None:
-        """Release the memory of a tensor from `read`, or of a part of it, after its last use."""
+        Args:
+            shape: of the whole tensor.
+            index: picks one entry of the leading dimension.
+            rows: of the tensor, or of that entry; a slice without a step.
+
+        Raises:
+            ValueError: there is no such tensor, it has another shape or dtype, or its file has changed.
+        """
 
     def release_all(self) -> None:
-        """Release all memory that can be read again; tensors in use keep their values."""
+        """Return to the system what was freed since the last call."""
 
 
 class Checkpoint:
-    """A directory with `model.safetensors`, or several files and `model.safetensors.index.json`.
+    """The weights in safetensors files of a directory.
+
+    If there is a `model.safetensors.index.json`, it names the files. Else `model.safetensors` alone counts. Without it,
+    all `.safetensors` files count, and no tensor may be in two of them. Other files are ignored; a log line names them.
 
     Attributes:
         bytes_read: bytes of all tensors read.
@@ -77,61 +92,76 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes_read = 0
-        self._file_of: dict[str, str] = {}
+        present = sorted(file.name for file in path.glob("*.safetensors"))
         index = path / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of = _weight_map(index)
-            files = sorted(set(self._file_of.values()))
+        listed = _weight_map(index) if index.exists() else None
+        if listed is not None:
+            names = sorted(set(listed.values()))
         else:
-            files = sorted(file.name for file in path.glob("*.safetensors"))
-            if not files:
-                raise ValueError(f"model: {path} holds no .safetensors file")
-        self._handles = {file: self._open(file) for file in files}
-        if not index.exists():
-            self._file_of = {name: file for file, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
+            names = [SINGLE_FILE] if SINGLE_FILE in present else present
+        if not names:
+            raise ValueError(f"model: {path} holds no .safetensors file")
+        if ignored := sorted(set(present) - set(names)):
+            logger.info("model: ignored in %s, as they are not the model's: %s", path, ", ".join(ignored))
+        files = {name: self._open(name) for name in names}
+        self._file_of = _files_of(files, path) if listed is None else {key: files[listed[key]] for key in listed}
 
     def has(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
+        file, found = self._find(name)
+        if found.dtype not in READABLE:
+            known = list(READABLE)
+            raise ValueError(f"model: tensor {name!r} has dtype {found.dtype}, which is not supported ({known})")
+        if found.shape != shape:
+            have, want = list(found.shape), list(shape)
+            raise ValueError(f"model: tensor {name!r} has shape {have}, but config.json means {want}")
+        start, nbytes = found.start, found.nbytes
+        if index is not None:
+            shape, nbytes = shape[1:], nbytes // shape[0]
+            start += index * nbytes
+        first, end, _ = rows.indices(shape[0])
+        row_bytes = nbytes // shape[0]
+        content = torch.empty((end - first) * row_bytes, dtype=torch.uint8)
+        file.stored.read_into(content.numpy().data, start + first * row_bytes)
+        self.bytes_read += content.nbytes
+        return content.view(READABLE[found.dtype]).view(end - first, *shape[1:])
+
+    def release_all(self) -> None:
+        """Return freed memory to the system."""
+        give_freed_memory_back()
+
+    def _find(self, name: str) -> tuple[SafetensorsFile, StoredTensor]:
         if name not in self._file_of:
             raise ValueError(f"model: {self.path} has no tensor {name!r}")
         file = self._file_of[name]
-        try:
-            part = self._handles[file].get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"model: {self.path / file} cannot give tensor {name!r}: {error}") from None
-        if tuple(part.get_shape()) != shape:
-            raise ValueError(
-                f"model: tensor {name!r} has shape {part.get_shape()}, but config.json means {list(shape)}"
-            )
-        if part.get_dtype() not in READABLE:
-            known = list(READABLE)
-            raise ValueError(f"model: tensor {name!r} has dtype {part.get_dtype()}, which is not supported ({known})")
-        tensor: Tensor = part[:] if index is None else part[index]
-        self.bytes_read += tensor.nbytes
-        return tensor
+        if name not in file.tensors:
+            raise ValueError(f"model: {file.path} has no tensor {name!r}, but model.safetensors.index.json says so")
+        return file, file.tensors[name]
 
-    def release(self, tensor: Tensor) -> None:
-        release_pages(tensor)
-
-    def release_all(self) -> None:
-        release_mappings(self.path / file for file in self._handles)
-
-    def _open(self, name: str) -> safe_open:
+    def _open(self, name: str) -> SafetensorsFile:
         file = self.path / name
         if not file.exists():
             raise ValueError(f"model: {file} is missing, but model.safetensors.index.json names it")
-        try:
-            return safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"model: {file} is damaged or truncated: {error}") from None
+        return SafetensorsFile(file)
+
+
+def _files_of(files: dict[str, SafetensorsFile], path: Path) -> dict[str, SafetensorsFile]:
+    """The file of each tensor. Raises ValueError if two files have one."""
+    found: dict[str, SafetensorsFile] = {}
+    for name, file in files.items():
+        for key in file.tensors:
+            if key in found:
+                raise ValueError(f"model: {path} has tensor {key!r} twice, in {found[key].path.name} and {name}")
+            found[key] = file
+    return found
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        return {str(key): str(file) for key, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"model: {index} is no index of weights; it must hold a JSON object 'weight_map'") from None
 
 
@@ -140,19 +170,24 @@ class RandomWeights:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self._last = NOTHING  # the last tensor, which may be read in pieces
 
     def has(self, name: str) -> bool:
         return ".experts.gate_up_proj" not in name
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
-        digest = hashlib.blake2b(f"{self.seed}/{name}/{index}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest))
-        tensor = torch.empty(shape if index is None else shape[1:]).normal_(0.0, DUMMY_STD, generator=generator)
-        return 1.0 + tensor if name.endswith("norm.weight") else tensor
-
-    def release(self, tensor: Tensor) -> None:
-        """Nothing: the tensor is freed with its last reference."""
+    def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
+        if (name, index) != self._last[0]:
+            self._last = NOTHING  # frees it first
+            self._last = (name, index), self._make(name, shape if index is None else shape[1:], index)
+        return self._last[1][rows]
 
     def release_all(self) -> None:
         """Return freed memory to the system: it stays in the heap because kept tensors are in between."""
+        self._last = NOTHING
         give_freed_memory_back()
+
+    def _make(self, name: str, shape: tuple[int, ...], index: int | None) -> Tensor:
+        digest = hashlib.blake2b(f"{self.seed}/{name}/{index}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        tensor = torch.empty(shape).normal_(0.0, DUMMY_STD, generator=generator)
+        return 1.0 + tensor if name.endswith("norm.weight") else tensor

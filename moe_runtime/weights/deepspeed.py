@@ -3,13 +3,16 @@
 Outside the sparse blocks, tensors have their Hugging Face names, perhaps all with one prefix. A sparse block
 `model.layers.N.<any>` has `deepspeed_moe.gate.wg.weight` and, in the experts' files,
 `deepspeed_moe.experts.deepspeed_experts.E.<name>.weight` for the three matrices of a SwiGLU. Files are read as plain
-data (`weights_only`) and memory-mapped. An expert's file is opened when one of its matrices is read.
+data (`weights_only`). The file with all weights but the experts' is memory-mapped; it is read only while loading. An
+expert's file is read whole when one of its matrices is needed, perhaps while serving, and never mapped: a process that
+touches a mapped page of a truncated file dies. Files must stay as they were when the checkpoint was opened.
 """
 
 from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from torch import Tensor
 
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.pages import release_pages
+from moe_runtime.weights.checkpoint import ALL_ROWS
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
+from moe_runtime.weights.stored_file import StoredFile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUTER = ".deepspeed_moe.gate.wg.weight"
@@ -47,9 +52,10 @@ class DeepSpeedCheckpoint:
     def __init__(self, files: DeepSpeedFiles, config: ModelConfig, block: str, matrices: tuple[str, str, str]) -> None:
         files.check(config)
         self.files, self.config = files, config
+        self._stored = {name: StoredFile(files.folder / name) for name in files.names}
         self._block, self._matrices = block, matrices
         self.bytes_read = 0
-        state = _load(files.model)
+        state = _load(files.model, mmap=True)
         self._tensors = _tensors_of(state, files.model)
         self._prefix = _prefix(self._tensors, files.model)
         self._check_experts(state.get("num_experts"))
@@ -65,26 +71,24 @@ class DeepSpeedCheckpoint:
     def has(self, name: str) -> bool:
         return name in self._key_of or name in self._expert_of
 
-    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
         tensor, where = self._find(name)
         if tuple(tensor.shape) != shape:
             raise ValueError(f"model: {where} has shape {list(tensor.shape)}, but config.json means {list(shape)}")
-        return self._take(tensor if index is None else tensor[index])
-
-    def release(self, tensor: Tensor) -> None:
-        """Nothing: the tensor is a copy, which is freed with its last reference."""
+        return self._take((tensor if index is None else tensor[index])[rows], name)
 
     def release_all(self) -> None:
-        """Nothing, as in `release`."""
+        """Nothing: a tensor is no part of a mapped file, and is freed with its last reference."""
 
     def read_any(self, name: str) -> Tensor:
         """A tensor of `names`, of any shape."""
-        return self._take(self._find(name)[0])
+        return self._take(self._find(name)[0], name)
 
-    def _take(self, tensor: Tensor) -> Tensor:
+    def _take(self, tensor: Tensor, name: str) -> Tensor:
         self.bytes_read += tensor.nbytes
         copy = tensor.clone()  # later writes of a training job to the file must not change it
-        release_pages(tensor)
+        if name in self._key_of:  # mapped
+            release_pages(tensor)
         return copy
 
     def _find(self, name: str) -> tuple[Tensor, str]:
@@ -98,6 +102,7 @@ class DeepSpeedCheckpoint:
             key = list(tensors)[role]
         elif name in self._key_of:
             file, tensors, key = self.files.model, self._tensors, self._key_of[name]
+            self._stored[file.name].check()
         else:
             raise ValueError(f"model: {self.files.folder} has no tensor {name!r}")
         where = f"tensor {key!r} of {file}"
@@ -109,7 +114,8 @@ class DeepSpeedCheckpoint:
     def _open_expert(self, row: int, expert: int) -> dict[str, Tensor]:
         """The tensors of an expert's file, in the order gate, up, down; the file must have no others."""
         file = self.files.expert(row, expert)
-        tensors = _only_tensors(_load(file), file)
+        self._stored[file.name].check()
+        tensors = _only_tensors(_load(file, mmap=False), file)
         prefix = f"{self._blocks[row]}.deepspeed_moe.experts.deepspeed_experts.{expert}."
         for spelling in SPELLINGS:
             keys = [f"{prefix}{name}.weight" for name in spelling]
@@ -168,9 +174,11 @@ class DeepSpeedCheckpoint:
         }
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Path, mmap: bool) -> dict[str, Any]:
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"model: {file} is damaged or truncated: it is no whole archive of torch.save")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(

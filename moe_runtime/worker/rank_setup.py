@@ -18,6 +18,7 @@ from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.torch_kit import TorchKit
 from moe_runtime.memory.budget import tokens_at_once
 from moe_runtime.models.registry import open_weights
+from moe_runtime.weights.checked import CheckedWeights
 from moe_runtime.weights.checkpoint import RandomWeights, WeightSource
 from moe_runtime.wire.messages import PADDED
 
@@ -65,7 +66,10 @@ def make_kit(config: EngineConfig, kernels: Kernels | None, dtype: torch.dtype, 
 
 def open_source(config: EngineConfig, model: ModelConfig, path: Path) -> WeightSource:
     """The source of the weights. Raises ValueError as `open_weights` does."""
-    return RandomWeights(config.seed) if config.load_format == "dummy" else open_weights(path, model)
+    if config.load_format == "dummy":
+        return RandomWeights(config.seed)
+    source = open_weights(path, model)
+    return CheckedWeights(source) if config.check_weights else source
 
 
 def choose_dispatchers(

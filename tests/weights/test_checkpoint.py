@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from kernel_marks import needs_native_kernels
 from rank_pool import PoolExecutor, RankPool
 from safetensors.torch import load_file, save_file
 from tiny_models import CASES, FAMILY, make_model, save
 
+from moe_runtime import LLM
 from moe_runtime.all2all.dispatch import make_dispatchers
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
@@ -47,8 +51,8 @@ from moe_runtime.layers.torch_layers import (
     TorchMLP,
 )
 from moe_runtime.models.reader import ModelReader
-from moe_runtime.models.registry import names_of, read_model_config
-from moe_runtime.system.pages import mappings_of
+from moe_runtime.models.registry import names_of, read_model_config, with_own_head
+from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.weights.checkpoint import Checkpoint, RandomWeights, WeightSource, resolve_model
 
 CPU = torch.device("cpu")
@@ -296,20 +300,92 @@ def test_where_a_model_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         resolve_model("somebody/no-such-model")
 
 
-def test_what_is_released_of_a_checkpoint_is_read_again(tmp_path: Path) -> None:
-    """Neighbours share pages with it, and keep their values."""
-    tensors = {name: torch.randn(3, 1001) for name in "abc"}
-    save_file(tensors, tmp_path / "model.safetensors")
-    source = Checkpoint(tmp_path)
-    views = {name: source.read(name, (3, 1001)) for name in tensors}
-    row = source.read("b", (3, 1001), 1)
-    mapped = mappings_of([tmp_path / "model.safetensors"])
-    for tensor in (*views.values(), row):
-        first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        assert any(start <= first and last <= end for start, end in mapped), "a view, not a copy"
-        source.release(tensor)
-    source.release_all()
-    assert all(torch.equal(views[name], tensors[name]) for name in tensors) and torch.equal(row, tensors["b"][1])
+def test_files_that_are_not_the_models_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("qwen3")
+    for path in (save(model, tmp_path / "one"), save(model, tmp_path / "many", max_shard_size="100KB")):
+        expected = tensors(build(path, Checkpoint(path)))
+        (path / "optimizer-ema.safetensors").write_bytes(b"not even a safetensors file")
+        state = {name: value + 1 for name, value in load_file(next(path.glob("model*.safetensors"))).items()}
+        save_file(state, path / "zzz.safetensors")
+        caplog.clear()
+        with caplog.at_level("INFO", "moe_runtime.weights"):
+            found = tensors(build(path, Checkpoint(path)))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        (record,) = caplog.records
+        assert record.getMessage().endswith("not the model's: optimizer-ema.safetensors, zzz.safetensors")
+
+
+def test_a_tensor_in_two_files_that_count_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    (path / "model.safetensors").rename(path / "first.safetensors")
+    build(path, Checkpoint(path))
+    save_file({"model.norm.weight": torch.ones(48)}, path / "second.safetensors")
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' twice, in first\.safetensors and second\.safetensors"):
+        Checkpoint(path)
+
+
+def test_a_tied_model_with_a_head_of_its_own_keeps_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As transformers does."""
+    path = save(make_model("qwen3 bias, tied"), tmp_path)
+    file, config = path / "model.safetensors", read_model_config(path)
+    state = load_file(file)
+    assert "lm_head.weight" not in state and with_own_head(path, config) == config
+    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file)
+    assert with_own_head(path, config) == config and not caplog.records
+    head = torch.randn_like(state["model.embed_tokens.weight"])
+    save_file(state | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    found = with_own_head(path, config)
+    assert found == dataclasses.replace(config, tie_word_embeddings=False)
+    (record,) = caplog.records
+    assert "lm_head.weight and model.embed_tokens.weight differ" in record.getMessage()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+    assert torch.equal(theirs.lm_head.weight, head)
+    prompt = torch.randint(2, 97, (20,)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    with LLM(path, skip_tokenizer_init=True, dtype="float32", device="cpu") as llm:
+        ours = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)[0].outputs[0].token_ids
+    with torch.inference_mode():
+        expected = theirs.generate(torch.tensor([prompt]), do_sample=False, min_new_tokens=8, max_new_tokens=8)
+    assert ours == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float, fused: bool) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    options = {"skip_tokenizer_init": True, "check_weights": True, "device": "cpu"}
+    LLM(path, **options).close()
+    if fused:
+        fuse_experts(path, read_model_config(path))
+    file = path / "model.safetensors"
+    state = load_file(file)
+    name = "model.layers.1.mlp.experts.gate_up_proj" if fused else "model.layers.1.mlp.experts.4.up_proj.weight"
+    place = (4, 24 + 7, 5) if fused else (7, 5)
+    state[name][place] = value
+    save_file(state, file)
+    with pytest.raises(ValueError, match=re.escape(f"tensor {name!r} is damaged: 1 of {24 * 48} values")) as error:
+        LLM(path, **options)
+    assert str(error.value).endswith(f"the first at {list(place)}")
+
+
+def test_a_moving_expert_is_read_in_pieces(tmp_path: Path) -> None:
+    """Between two steps a rank reads about as many bytes as it may, whatever the size of an expert."""
+    path = save(make_model("qwen3", moe_intermediate_size=256), tmp_path)
+    config, source = read_model_config(path), Checkpoint(path)
+    kit = KITS["torch"]()
+    placement = Placement.even(config.moe_layers, config.moe.num_experts, 1)
+    counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
+    reader = ModelReader(config, names_of(config.family), source, placement, 0, placement.max_slots, {}, counter, kit)
+    experts = kit.experts(1, config.hidden_size, 256)
+    before, pieces = source.bytes_read, []
+    for nbytes in reader.copy_expert(experts, 0, 1, 3, 8192):
+        pieces.append(nbytes)
+        assert source.bytes_read - before == sum(pieces), "nothing is read ahead"
+    assert pieces == [64 * 48 * 4] * 8 + [48 * 256 * 4], "panels of 64 rows"
+    state = load_file(path / "model.safetensors")
+    prefix = f"model.layers.{config.moe_layers[1]}.mlp.experts.3"
+    for found, part in zip(values(experts), ("gate", "up", "down"), strict=True):
+        assert torch.equal(found, state[f"{prefix}.{part}_proj.weight"])
 
 
 def test_only_known_mappings_of_libraries_are_released() -> None:

@@ -212,6 +212,20 @@ def test_files_of_experts_that_nobody_asks_for_are_not_opened(checkpoint: Path) 
         source.read("model.layers.2.mlp.experts.3.gate_proj.weight", shape)
 
 
+def test_a_file_of_an_expert_that_changes_is_not_read_any_more(checkpoint: Path) -> None:
+    """It may be read while serving, so it is never mapped."""
+    model = read_model_config(checkpoint)
+    source = open_it(checkpoint)
+    shape = (model.moe.intermediate_size, model.hidden_size)
+    file = expert_file(checkpoint, 1, 3)
+    kept = source.read("model.layers.2.mlp.experts.2.gate_proj.weight", shape)
+    assert "layer_1_expert_" not in Path("/proc/self/maps").read_text()
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"layer_1_expert_3_\S+ has changed since it was opened \(.*\); restart"):
+        source.read("model.layers.2.mlp.experts.3.gate_proj.weight", shape)
+    assert kept.isfinite().all()
+
+
 def test_what_is_read_is_a_copy(checkpoint: Path) -> None:
     source = open_it(checkpoint)
     found = source.read_any("model.norm.weight")

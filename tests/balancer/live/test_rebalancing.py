@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -151,6 +152,23 @@ def test_a_copy_that_fails_changes_nothing_and_the_next_try_succeeds(
         again = made.rebalance()
         finish(made, again)
         assert again.rollbacks == [] and again.moves
+        assert generate(made, prompts, PARAMS) == expected
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_native_kernels), False])
+def test_a_checkpoint_that_is_truncated_while_serving_costs_the_moves_alone(
+    rank_pool: Pools, tmp_path: Path, prompts: list[list[int]], native: bool
+) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    ranks = nullcontext() if native else ranks_in_torch(rank_pool(2), buckets=False)
+    with ranks, pool_engine(rank_pool, path, 2, redundant_experts=1) as made:
+        expected = generate(made, prompts, PARAMS)
+        file, start = path / "model.safetensors", made.placement()
+        os.truncate(file, file.stat().st_size // 2)
+        rebalance = made.rebalance()
+        finish(made, rebalance)
+        assert rebalance.rollbacks and not rebalance.moves and made.placement() == start
+        assert all("model.safetensors has changed since it was opened" in line for line in rebalance.rollbacks)
         assert generate(made, prompts, PARAMS) == expected
 
 
