@@ -64,7 +64,9 @@ class LLM:
 
         Args:
             prompts: one or more, each a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`.
-            sampling_params: one for all prompts, or one for each; None uses the defaults.
+            sampling_params: one for all prompts, or one for each. None uses what the model's generation_config.json
+                recommends (unless `generation_config` is "none"), and the defaults of `SamplingParams` for the rest.
+                An object is taken as it is.
             use_tqdm: show progress on stderr.
 
         Returns:
@@ -158,6 +160,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if sampling_params is None:
+            sampling_params = SamplingParams(**self._engine.model_config.default_sampling)  # type: ignore[arg-type]
         params = _params_per_prompt(sampling_params, len(prompts))
         request_ids = list(itertools.islice(self._request_ids, len(prompts)))
         choices = {
@@ -251,11 +255,7 @@ def _plain_prompt(prompt: object) -> str | list[int]:
     )
 
 
-def _params_per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    if params is None:
-        params = SamplingParams()
+def _params_per_prompt(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if not isinstance(params, Sequence) or not all(isinstance(entry, SamplingParams) for entry in params):

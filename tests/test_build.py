@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,32 @@ def test_the_tokenizer_may_be_left_out_or_lie_elsewhere(checkpoint, tmp_path_fac
         dataclasses.replace(config, skip_tokenizer_init=False, tokenizer=str(other)), Recorder()
     )
     assert not engine.tokenizer.has_chat_template
+
+
+def test_outputs_also_end_at_the_tokenizers_own_end(checkpoint, monkeypatch, caplog):
+    """The configuration may name another token, or none; so it is for any tokenizer that is asked for."""
+    end = save_byte_tokenizer(checkpoint).encode("<|end|>")[0]
+    for told in ((), (7,), (end,), (7, end)):
+        config = dataclasses.replace(model_config(), eos_token_ids=told)
+        monkeypatch.setattr(models, "read_model_config", lambda path, config=config: config)
+        engine = build.build_engine(EngineConfig(str(checkpoint)), Recorder())
+        assert set(engine.model_config.eos_token_ids) == {*told, end}
+        assert len(engine.model_config.eos_token_ids) == len({*told, end})
+        engine = build.build_engine(EngineConfig(str(checkpoint), skip_tokenizer_init=True), Recorder())
+        assert engine.model_config.eos_token_ids == told, "no tokenizer, no token of its own"
+
+
+def test_sampling_parameters_of_the_model_are_taken_if_asked_for(checkpoint):
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "do_sample": False}))
+    engine = build.build_engine(EngineConfig(str(checkpoint)), Recorder())
+    expected = {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert engine.model_config.default_sampling == engine.health()["default_sampling"] == expected
+    file.write_text(json.dumps({"temperature": "warm"}))
+    with pytest.raises(ValueError, match=r"^temperature: 'warm' is not allowed.*generation_config=none"):
+        build.build_engine(EngineConfig(str(checkpoint)), Recorder())
+    engine = build.build_engine(EngineConfig(str(checkpoint), generation_config="none"), Recorder())
+    assert engine.model_config.default_sampling == engine.health()["default_sampling"] == {}
 
 
 BAD = [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import signal
@@ -291,3 +292,17 @@ def test_the_ranks_end_with_the_block_or_with_the_object(fake):
     del llm
     gc.collect()
     assert executor.closed == 1
+
+
+def test_without_parameters_those_of_the_model_are_used_and_an_object_is_taken_whole(fake, monkeypatch):
+    llm = LLM("demo")
+    engine = llm._engine
+    engine.model_config = dataclasses.replace(engine.model_config, default_sampling={"temperature": 0.0, "top_k": 3})
+    used = []
+    add_request = engine.add_request
+    monkeypatch.setattr(engine, "add_request", lambda *args: (used.append(args[2]), add_request(*args)))
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    llm.generate(prompt, use_tqdm=False)
+    llm.generate(prompt, SamplingParams(top_p=0.5), use_tqdm=False)
+    llm.generate([prompt], [SamplingParams()], use_tqdm=False)
+    assert used == [SamplingParams(temperature=0.0, top_k=3), SamplingParams(top_p=0.5), SamplingParams()]

@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config.checks import check_output
 from moe_runtime.config.engine import EngineConfig
@@ -60,12 +60,15 @@ def generate(namespace: argparse.Namespace) -> int:
         RankError: a rank failed.
     """
     with user_mistakes():
-        config, params = _settings(namespace)
+        config, given = _settings(namespace)
         from moe_runtime.build import build_engine
 
         engine = build_engine(config)
     try:
         with user_mistakes():
+            params = SamplingParams(
+                **{"max_tokens": DEFAULT_MAX_TOKENS, **engine.model_config.default_sampling, **given}
+            )
             outputs = _add_requests(engine, namespace, params)
         _run(engine, outputs)
         if namespace.heatmap:
@@ -77,18 +80,19 @@ def generate(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, SamplingParams]:
-    """The options, checked as far as possible before the model is loaded."""
+def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, dict[str, Any]]:
+    """The engine's options and the given sampling parameters, checked as far as possible before loading."""
     from moe_runtime.balancer.load import SUFFIXES
 
     values = option_values(namespace, [*options_of(EngineConfig), *sampling_options()])
-    params = SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **only_fields(SamplingParams, values)})
+    given = only_fields(SamplingParams, values)
+    SamplingParams(**given)  # checks them
     config = EngineConfig(**only_fields(EngineConfig, values))
     if not namespace.prompt and not namespace.prompt_token_ids:
         raise ValueError("prompt: missing; give at least one --prompt or --prompt-token-ids")
     if namespace.heatmap:
         check_output("heatmap", namespace.heatmap, SUFFIXES)
-    return config, params
+    return config, given
 
 
 def _add_requests(engine: Engine, namespace: argparse.Namespace, params: SamplingParams) -> dict[str, _Output]:

@@ -32,6 +32,7 @@ def describe(
         "block_size": config.block_size,
         "num_blocks": [rank.num_pages for rank in ranks],
         "vocab_size": model.vocab_size,
+        "default_sampling": dict(model.default_sampling),
         "placement_invariance": _placement_invariance(config, ranks),
         **stats.health_counts(),
     }

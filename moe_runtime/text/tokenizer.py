@@ -20,7 +20,6 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of token ids of the tokenizer; the model's vocabulary may be larger.
-        eos_token_id: its end-of-sequence token, `eos_token` in tokenizer_config.json; None if it has none.
         special_ids: tokens that `skip_special_tokens` leaves out of the text.
         eos_token_id: the tokenizer's own end of sequence; None if it names none.
     """
@@ -28,7 +27,6 @@ class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
-        self.eos_token_id: int | None = tokenizer.eos_token_id
         self.special_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )

@@ -1,5 +1,6 @@
 import sys
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from command_lines import flags
@@ -48,6 +49,14 @@ def test_sampling_options_in_a_file(built, tmp_path):
     assert cli.main(["generate", "here", "--config", str(file), "--prompt", "hi"]) == 0
     assert built[0].added[0][2] == SamplingParams(stop=["x", "y"], top_k=2, seed=9, max_tokens=256)
     assert built[0].config.seed == 9
+
+
+def test_flags_that_are_not_given_are_the_models(monkeypatch):
+    model = SimpleNamespace(default_sampling={"temperature": 0.25, "top_k": 7, "max_tokens": 3})
+    engine = FakeEngine(model_config=model)
+    monkeypatch.setattr("moe_runtime.build.build_engine", lambda config: engine)
+    assert cli.main(["generate", "here", "--prompt", "hi", "--temperature", "0.5"]) == 0
+    assert engine.added[0][2] == SamplingParams(temperature=0.5, top_k=7, max_tokens=3)
 
 
 def test_generate_one_prompt(built, capsys):

@@ -27,6 +27,8 @@ ENGINE_FLAGS = {
     "block_size": 8,
     "kv_cache_memory_bytes": 12345678,
     "load_format": "dummy",
+    "check_weights": True,
+    "generation_config": "none",
     "skip_tokenizer_init": True,
     "seed": 3,
     "batch_invariant": True,

@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -79,6 +80,7 @@ class FakeEngine:
     step_seconds: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
     expert_changes: ExpertChanges | None = None
+    model_config: object = field(default_factory=lambda: SimpleNamespace(default_sampling={}))
 
     def __post_init__(self):
         self.running = {}
