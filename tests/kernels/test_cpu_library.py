@@ -97,6 +97,48 @@ def test_the_file_is_named_after_compiler_and_source(tmp_path, monkeypatch):
     assert library.ensure_library(cache_dir=tmp_path)[0] != first
 
 
+def damage_by_truncating(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage_by_writing(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@needs_instructions
+@pytest.mark.parametrize("damage", [damage_by_truncating, damage_by_writing, lambda file: file.write_bytes(b"")])
+def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch, caplog, damage):
+    """A process that loads a truncated library may die of a signal, without a word."""
+    script = 'while [ $# -gt 1 ]; do shift; done; echo "the library" > "$1"'
+    monkeypatch.setenv("CXX", write_compiler(tmp_path / "cxx", script))
+    whole, _ = library.ensure_library(cache_dir=tmp_path)
+    content = whole.read_bytes()
+    damage(whole)
+    caplog.clear()
+    again, _ = library.ensure_library(cache_dir=tmp_path)
+    assert again == whole and again.read_bytes() == content
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the CPU kernels in the cache are damaged: compiling the CPU kernels with ")
+    library.ensure_library(cache_dir=tmp_path)
+    assert len(caplog.records) == 1, "a whole one is taken as it is"
+    assert names_in(tmp_path) == {"cxx", "cpu-kernels.lock", whole.name}
+
+
+@needs_instructions
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_a_process_survives_a_truncated_library(tmp_path):
+    code = "from moe_runtime.kernels.cpu import native; print(native.load().library.moe_num_threads() >= 1)"
+    environment = os.environ | {"MOE_RUNTIME_CACHE": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    for _ in range(2):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+        (file,) = tmp_path.glob("*.so")
+        damage_by_truncating(file)
+
+
 @needs_instructions
 def test_a_lock_that_is_not_released_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "LOCK_DEADLINE_S", 0.2)

@@ -68,7 +68,9 @@ def can_have_kernels() -> bool:
 def ensure_library(instruction_set: str | None = None, cache_dir: Path | None = None) -> tuple[Path, str]:
     """Path of the compiled library, and the instruction set it is for; compiles it on first use.
 
-    Several processes may call it at once: one compiles, the others wait. A file with the final name is complete.
+    Several processes may call it at once: one compiles, the others wait. The file's name ends in a checksum of its
+    content. A file that does not match is damaged, perhaps by a full disk: loading it could end the process. It is
+    compiled anew.
 
     Args:
         instruction_set: a name in `INSTRUCTION_SETS`; default the best one that the processor supports.
@@ -91,16 +93,26 @@ def ensure_library(instruction_set: str | None = None, cache_dir: Path | None = 
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
-    library = cache_dir / f"cpu-{instruction_set}-{digest.hexdigest()[:16]}.so"
-    if not library.exists():
-        try:
+    name = f"cpu-{instruction_set}-{digest.hexdigest()[:16]}"
+    try:
+        library = _find_whole(cache_dir, name)
+        if library is None:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with _exclusive(cache_dir / "cpu-kernels.lock"):
-                if not library.exists():
-                    _compile(compiler, flags, library)
-        except OSError as error:
-            raise NativeUnavailableError(f"cannot write to the cache folder {cache_dir}: {error}") from None
+                library = _find_whole(cache_dir, name) or _compile(compiler, flags, cache_dir, name)
+    except OSError as error:
+        raise NativeUnavailableError(f"cannot write to the cache folder {cache_dir}: {error}") from None
     return library, instruction_set
+
+
+def _find_whole(cache_dir: Path, name: str) -> Path | None:
+    """The compiled library of this name whose content has the checksum that its name ends in."""
+    return next((file for file in sorted(cache_dir.glob(f"{name}-*.so")) if file.name == _name_of(file, name)), None)
+
+
+def _name_of(file: Path, name: str) -> str:
+    with file.open("rb") as content:
+        return f"{name}-{hashlib.file_digest(content, 'sha256').hexdigest()[:16]}.so"
 
 
 def find_compiler() -> tuple[str, str]:
@@ -121,11 +133,17 @@ def find_compiler() -> tuple[str, str]:
     return compiler, shown.partition("\n")[0]
 
 
-def _compile(compiler: str, flags: list[str], library: Path) -> None:
-    logger.warning("compiling the CPU kernels with %s into %s (once; it takes some seconds)", compiler, library.parent)
+def _compile(compiler: str, flags: list[str], cache_dir: Path, name: str) -> Path:
+    """Compile the library; damaged ones of the same name are removed first."""
+    damaged = list(cache_dir.glob(f"{name}-*.so"))
+    for file in damaged:
+        file.unlink()
+    prefix = "the CPU kernels in the cache are damaged: " if damaged else ""
+    what = f"{prefix}compiling the CPU kernels with {compiler} into {cache_dir}"
+    logger.warning("%s (once; it takes some seconds)", what)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=library.parent) as folder:
-        partial = Path(folder) / library.name
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir) as folder:
+        partial = Path(folder) / "library.so"
         command = [compiler, *flags, str(SOURCES / "api.cpp"), "-o", str(partial)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
@@ -134,8 +152,9 @@ def _compile(compiler: str, flags: list[str], library: Path) -> None:
         if done.returncode:
             first_error = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
             raise NativeUnavailableError(f"{compiler} failed: {first_error.strip()}")
-        partial.rename(library)
+        library = partial.rename(cache_dir / _name_of(partial, name))
     logger.info("compiled the CPU kernels in %.1f s", time.monotonic() - start)
+    return library
 
 
 @contextmanager
