@@ -17,39 +17,56 @@ from tqdm import tqdm
 from moe_runtime.demo.carve import Carving, carve_layer, carved_config
 from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel
+from moe_runtime.demo.manifest import find_damage, write_manifest
 from moe_runtime.demo.source import GGUF_SHA256, WHEEL_VERSION, DemoModelError, locate_gguf
 from moe_runtime.demo.tokenizer import write_tokenizer
 from moe_runtime.system.cache_folder import default_cache_dir
 
 # Increase it whenever the files written here change: a cached checkpoint of another version is not used.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 LOCK_DEADLINE_S = 900.0
 
 
 def ensure_demo_model(cache_dir: Path | None = None) -> Path:
-    """Path of the demo checkpoint (an HF glm4_moe directory), built on first use.
+    """Path of the demo checkpoint (an HF glm4_moe directory), built on first use, and anew if its files are damaged.
 
     cache_dir: default `$MOE_RUNTIME_CACHE`, else `$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`.
     Safe to call from several processes at once: one builds, the others wait for it. A folder with the final name is
-    complete. Raises `DemoModelError` with one line if the weights cannot be found or the lock is not released.
+    complete. Raises `DemoModelError` with one line if the weights cannot be found, the lock is not released, or the
+    cache folder cannot be written.
     """
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
     checkpoint = cache_dir / f"demo-{_fingerprint()}"
-    if checkpoint.is_dir():
-        return checkpoint
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with _exclusive(cache_dir / "demo.lock"):
-        if checkpoint.is_dir():
-            return checkpoint
-        for leftover in cache_dir.glob(".partial-*"):  # of killed builds: we hold the lock, so none runs
-            shutil.rmtree(leftover)
-        gguf_path = locate_gguf(cache_dir)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir) as tmp:
-            partial = Path(tmp) / "checkpoint"
-            partial.mkdir()
-            build_checkpoint(gguf_path, Carving.load(), partial)
-            partial.rename(checkpoint)
+    try:
+        if not checkpoint.is_dir() or find_damage(checkpoint) is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _exclusive(cache_dir / "demo.lock"):
+                _build_if_needed(cache_dir, checkpoint)
+    except OSError as error:
+        raise DemoModelError(
+            f"the demo model cannot be written to the cache folder {cache_dir} ({error}); "
+            "set MOE_RUNTIME_CACHE to a folder that can be written"
+        ) from error
     return checkpoint
+
+
+def _build_if_needed(cache_dir: Path, checkpoint: Path) -> None:
+    """Build the checkpoint unless it is there and whole. The caller holds the lock."""
+    if checkpoint.is_dir():
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return
+        print(f"the demo model in {checkpoint} is damaged ({damage}); building it anew", file=sys.stderr)
+        shutil.rmtree(checkpoint)
+    for leftover in cache_dir.glob(".partial-*"):  # of killed builds: we hold the lock, so none runs
+        shutil.rmtree(leftover)
+    gguf_path = locate_gguf(cache_dir)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache_dir) as tmp:
+        partial = Path(tmp) / "checkpoint"
+        partial.mkdir()
+        build_checkpoint(gguf_path, Carving.load(), partial)
+        write_manifest(partial)
+        partial.rename(checkpoint)
 
 
 def build_checkpoint(gguf_path: Path, carving: Carving, folder: Path) -> None:

@@ -1,8 +1,10 @@
 """The demo model: its artifact, its build under contention and failure, and what the checkpoint computes."""
 
+import errno
 import fcntl
 import filecmp
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, Glm4MoeForCausalLM, PreTrainedTokenizerBase
 
 from moe_runtime.demo import checkpoint as build
-from moe_runtime.demo import fit, source
+from moe_runtime.demo import fit, manifest, source
 from moe_runtime.demo.carve import Carving
 from moe_runtime.demo.checkpoint import ensure_demo_model
 from moe_runtime.demo.dense import load_dense
@@ -136,12 +138,90 @@ def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch):
     assert default_cache_dir() == Path("/own")
 
 
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder in which a build takes no time: two files in place of a model."""
+
+    def write(gguf_path: Path, carving: Carving, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 20)
+
+    monkeypatch.setattr(build, "build_checkpoint", write)
+    monkeypatch.setattr(build, "locate_gguf", lambda cache_dir: tmp_path / "absent.gguf")
+    return tmp_path / "cache"
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 100)
+
+
+def change_a_byte(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\xff")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (truncate, "model.safetensors has 100 bytes, not 5120"),
+        (change_a_byte, "model.safetensors was changed"),
+        (lambda folder: (folder / "files.json").unlink(), "files.json cannot be read"),
+        (lambda folder: (folder / "files.json").write_text("[]"), "files.json cannot be read"),
+    ],
+)
+def test_a_damaged_copy_is_built_anew(
+    quick: Path, damage: Callable[[Path], None], words: str, capsys: pytest.CaptureFixture[str]
+):
+    made = ensure_demo_model(quick)
+    expected = {file.name: file.read_bytes() for file in made.iterdir()}
+    assert capsys.readouterr().err == ""
+    damage(made)
+    assert ensure_demo_model(quick) == made
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == expected
+    assert capsys.readouterr().err == f"the demo model in {made} is damaged ({words}); building it anew\n"
+    assert ensure_demo_model(quick) == made and capsys.readouterr().err == ""
+
+
+def test_a_whole_copy_is_not_read_again_and_a_touched_one_is_kept(quick: Path, monkeypatch: pytest.MonkeyPatch):
+    made = ensure_demo_model(quick)
+    for file in made.iterdir():  # a build takes longer than a tick of the file system's clock
+        if file.name != "files.json":
+            os.utime(file, ns=(0, 0))
+    read = []
+    sha256 = manifest._sha256
+    monkeypatch.setattr(manifest, "_sha256", lambda file: (read.append(file.name), sha256(file))[1])
+    inode = made.stat().st_ino
+    assert ensure_demo_model(quick) == made and read == []
+    (made / "config.json").touch()
+    assert ensure_demo_model(quick) == made and read == ["config.json"] and made.stat().st_ino == inode
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line(quick: Path, monkeypatch: pytest.MonkeyPatch):
+    quick.write_text("a file where a folder should be")
+    with pytest.raises(
+        DemoModelError, match=r"cannot be written to the cache folder .*; set MOE_RUNTIME_CACHE"
+    ) as error:
+        ensure_demo_model(quick)
+    assert "\n" not in str(error.value)
+    quick.unlink()
+
+    def full(gguf_path: Path, carving: Carving, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(build, "build_checkpoint", full)
+    with pytest.raises(DemoModelError, match=r"No space left on device\); set MOE_RUNTIME_CACHE"):
+        ensure_demo_model(quick)
+    assert [file.name for file in quick.iterdir()] == ["demo.lock"]
+
+
 def test_another_artifact_is_another_folder(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     changed = tmp_path / "calibration.npz"
     changed.write_bytes(CARVING.read_bytes() + b"\0")
     monkeypatch.setattr(build, "CARVING", changed)
     monkeypatch.setattr(build, "locate_gguf", lambda _: tmp_path / "absent.gguf")
-    with pytest.raises(FileNotFoundError):  # it does not take the folder of the present artifact
+    with pytest.raises(DemoModelError, match="No such file"):  # it does not take the folder of the present artifact
         ensure_demo_model(checkpoint.parent)
 
 
