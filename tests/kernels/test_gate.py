@@ -7,7 +7,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from moe_runtime.kernels import ops, reference
+from moe_runtime.kernels import ops, reference, torch_ops
+from moe_runtime.kernels.cpu import library, native
 
 
 @st.composite
@@ -56,6 +57,31 @@ def test_properties(gate):
     assert all(len(set(row)) <= options["topk_groups"] for row in (experts // group_size).tolist())
     if options["normalize"]:
         torch.testing.assert_close(weights.sum(1), torch.full((len(logits),), options["scale"]))
+
+
+KERNELS = {"torch": torch_ops.topk_gate, "reference": reference.topk_gate, "face": ops.topk_gate}
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, *library.supported_instruction_sets()])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_among_equals_the_lower_numbers_win(kernel, data):
+    """A gate of zeros, and gates whose last places are shared by many; Triton's is tested in `test_triton_ops`."""
+    if kernel in KERNELS:
+        topk_gate = KERNELS[kernel]
+    elif (kernels := native.load_or_none()) is None:
+        pytest.skip("no native kernels")
+    else:
+        topk_gate = (kernels if kernel == kernels.instruction_set else native.load(kernel)).topk_gate
+    num_experts, num_levels = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 4))
+    top_k = data.draw(st.integers(1, num_experts))
+    level = st.integers(0, num_levels - 1)
+    rows = data.draw(st.lists(st.lists(level, min_size=num_experts, max_size=num_experts), min_size=1, max_size=4))
+    expected = [sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))[:top_k] for row in rows]
+    for scoring in ("softmax", "sigmoid"):
+        logits = torch.tensor([*rows, [0] * num_experts]).float()
+        _, experts = topk_gate(logits, top_k=top_k, scoring=scoring, normalize=True)
+        assert experts.tolist() == [*expected, list(range(top_k))]
 
 
 def by_expert(weights, experts):

@@ -69,8 +69,12 @@ def gate_breaks_ties_by_number(device: torch.device, dtype: torch.dtype) -> None
         num_experts = options.pop("num_experts")
         logits = torch.randint(-1, 2, (16, num_experts), device=device).to(dtype)
         logits[0] = 0
-        expected = torch_ops.topk_gate(logits, **options)[1]
-        assert torch.equal(gate.topk_gate(logits, **options)[1], expected), options
+        found = gate.topk_gate(logits, **options)[1]
+        assert torch.equal(found, torch_ops.topk_gate(logits, **options)[1]), options
+        assert found[0].tolist() == list(range(options["top_k"])), options
+        if "num_groups" not in options:
+            for row, experts in zip(logits.tolist(), found.tolist(), strict=True):
+                assert experts == sorted(range(num_experts), key=lambda e, row=row: (-row[e], e))[: options["top_k"]]
 
 
 def gate_keeps_expert_numbers_valid(device: torch.device, dtype: torch.dtype) -> None:
