@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from moe_runtime.cluster.host import RANK_COMMAND, STOP_GRACE, FrontAddress, Host, describe_exit, divide_cores
+from moe_runtime.cluster.stuck import stuck_ranks
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.owned_folders import make_own_folder, remove_abandoned, remove_own_folder
@@ -115,6 +116,7 @@ class RankGroup:
         self._exited: list[RankExited] = []
         self._inbox: deque[Message] = deque()
         self._greeted: set[str] = set()
+        self._pids: dict[int, int] = {}
         self._hosts_heard_at: dict[str, float] = {}
         self._store: TCPStore | None = None
         names = [rank_name(rank) for rank in range(site.num_ranks)] + [host_name(rank) for rank in site.remote_ranks]
@@ -189,9 +191,16 @@ class RankGroup:
         self._raise_new_failure()
 
     def fail_silent(self, what: str, seconds: float, ranks: set[int]) -> NoReturn:
-        """Raise RankError: `what` within `seconds`, because `ranks` did not answer."""
-        names = ", ".join(rank_name(rank) for rank in sorted(ranks))
-        self._fail(f"{what} within {seconds:g} s: no answer from {names}")
+        """Raise RankError: `what` within `seconds`, because `ranks` did not answer. Names whom others wait for."""
+        are_here = self._site.local_ranks == self._site.num_ranks
+        pids = {rank: self._pids[rank] for rank in sorted(ranks) if are_here and rank in self._pids}
+        stuck = stuck_ranks(pids)
+        named = [f"{rank_name(rank)} (pid {pids[rank]}), which {does}" for rank, does in stuck.items()]
+        silent = [rank_name(rank) for rank in sorted(ranks - stuck.keys())]
+        text = f"{what} within {seconds:g} s: no answer from {', '.join(named or silent)}"
+        if named and silent:
+            text += f"; no answer from {', '.join(silent)} either, which may wait for it"
+        self._fail(text)
 
     def close(self, kill: bool = False) -> None:
         """End all ranks and hosts: ask, wait, then kill the rest. Kill at once if a rank has failed. Idempotent."""
@@ -247,6 +256,8 @@ class RankGroup:
             )
         assert hello.generation == self._generation
         self._greeted.add(peer)
+        if hello.role == "rank":
+            self._pids[hello.rank] = hello.pid
         if hello.role == "host":
             self._hosts_heard_at[peer] = time.monotonic()
 

@@ -152,13 +152,14 @@ class AsyncEngine:
             raise
         return stream
 
-    async def query(self, what: View, seconds: float = QUERY_SECONDS) -> Any:
+    async def query(self, what: View, seconds: float | None = None) -> Any:
         """Ask the engine for a view; it answers between two steps.
 
         Raises:
-            UnavailableError: the engine is loading or dead, or has not answered within `seconds`.
+            UnavailableError: the engine is loading or dead, or has not answered within `seconds`, by default
+                `QUERY_SECONDS`.
         """
-        return await self._ask(lambda query_id: Query(query_id, what), seconds)
+        return await self._ask(lambda query_id: Query(query_id, what), seconds or QUERY_SECONDS)
 
     async def rebalance(self, dry_run: bool) -> dict[str, Any]:
         """Tell the engine to plan a better placement and, unless `dry_run`, move experts there. Returns once moved.

@@ -187,6 +187,26 @@ def test_a_rank_that_hangs_is_named_at_the_deadline(start, monkeypatch):
     assert time.monotonic() - before < 30  # there is nothing to wait for
 
 
+def test_the_rank_that_others_wait_for_is_named(start):
+    executor = start(3, step_timeout=0.5)
+    pids = [info.pid for info in executor.ranks]
+    os.kill(pids[2], signal.SIGSTOP)
+    executor.submit(step_plan(1, 3, commands="0:hang"))  # as in a collective
+    with pytest.raises(RankError) as error:
+        executor.collect()
+    assert str(error.value) == (
+        f"step 1 did not end within 0.5 s: no answer from rank 2 (pid {pids[2]}), which is stopped; "
+        "no answer from rank 0 either, which may wait for it"
+    )
+
+
+def test_an_idle_rank_that_is_stopped_is_named_when_counts_are_asked(start):
+    executor = start(2, step_timeout=0.5)
+    os.kill(executor.ranks[1].pid, signal.SIGSTOP)
+    with pytest.raises(RankError, match=r"^expert counts did not come within 0.5 s: no answer from rank 1 .*stopped$"):
+        executor.expert_counts()
+
+
 def test_a_rank_that_refuses_the_model_makes_it_a_value_error(start, capfd):
     with pytest.raises(ValueError, match=f"^{fake_rank.REFUSAL}$"):
         start(2, model="0:hang,1:refuse")
@@ -290,6 +310,28 @@ def test_ranks_do_not_outlive_a_front_killed_with_9(front):
     os.kill(ranks[0], signal.SIGSTOP)  # a rank that cannot even notice
     front.process.kill()
     assert eventually(lambda: not any(map(running, ranks)), 2)
+
+
+def test_the_next_start_removes_what_a_front_killed_with_9_has_left(front, folder, tmp_path, monkeypatch):
+    other = Script(FRONT, tmp_path, {"TMPDIR": str(folder)})  # it still runs
+    other.wait_for("ready")
+    front.process.kill()
+    front.process.wait()
+    left = set(folder.iterdir())
+    assert len(left) == 2
+    monkeypatch.setattr(rank_group, "_open_store", lambda address: SimpleNamespace(port=1))
+    executor = ProcessExecutor(
+        EngineConfig(model="fake", ep_size=1), model_config(), NOWHERE, command=fake_rank.COMMAND
+    )
+    (own,) = set(folder.iterdir()) - left
+    (others,) = set(folder.iterdir()) & left
+    assert others.is_dir()
+    executor.close()
+    assert not own.exists()
+    os.killpg(other.process.pid, signal.SIGINT)
+    assert other.wait(10) == 0 and other.left() == []
+    other.close()
+    assert not list(folder.iterdir())
 
 
 def test_ctrl_c_at_the_whole_group_lets_the_ranks_finish(front):

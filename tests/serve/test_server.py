@@ -113,7 +113,7 @@ def test_it_says_when_it_is_ready_and_ends_cleanly():
     assert "Traceback" not in stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains(number):
     with ServerProcess("FakeEngine(step_seconds=0.05)") as server:
         url = server.url()
@@ -131,17 +131,97 @@ def test_a_signal_drains(number):
         assert server.wait()[0] == 0
 
 
-def test_a_second_interrupt_ends_at_once():
-    with ServerProcess("FakeEngine(step_seconds=0.05, max_model_len=10**6)") as server:
+ENDLESS = "FakeEngine(step_seconds=0.05, max_model_len=10**6)"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGQUIT),
+    ],
+)
+def test_a_second_signal_ends_at_once_and_leaves_no_folder(tmp_path, first, second):
+    owned = "__import__('moe_runtime.system.owned_folders', fromlist=['']).make_own_folder"
+    path = f"__import__('pathlib').Path({str(tmp_path)!r})"
+    with ServerProcess(f"{owned}({path}, 'x-') and {ENDLESS}") as server:
         url = server.url()
         body = {"prompt": "a", "max_tokens": None, "stream": True}
         with httpx.stream("POST", url + "/generate", json=body, timeout=DEADLINE) as response:
             chunks = response.iter_text()  # httpx hangs up once this is gone
             next(chunks)
-            server.process.send_signal(signal.SIGINT)
+            assert list(tmp_path.iterdir())
+            server.process.send_signal(first)
             wait_until(lambda: httpx.get(url + "/ready").status_code == 503, "the server drains")
-            server.process.send_signal(signal.SIGINT)
-            assert server.wait()[0] == 130
+            started_at = time.monotonic()
+            server.process.send_signal(second)
+            assert server.wait()[0] == 128 + second
+    assert time.monotonic() - started_at < 10 and not list(tmp_path.iterdir())
+
+
+def test_more_hangups_do_not_end_a_drain():
+    """A terminal that closes sends more than one."""
+    with ServerProcess("FakeEngine(step_seconds=0.02)") as server:
+        url = server.url()
+        body = {"prompt": "a", "max_tokens": 30, "stream": True}
+        with httpx.stream("POST", url + "/generate", json=body, timeout=DEADLINE) as response:
+            chunks = response.iter_text()
+            text = next(chunks)
+            for _ in range(3):
+                server.process.send_signal(signal.SIGHUP)
+                time.sleep(0.05)
+            assert (text + "".join(chunks)).endswith("data: [DONE]\n\n")
+        assert server.wait()[0] == 0
+
+
+def test_a_quit_signal_ends_at_once():
+    with ServerProcess(ENDLESS) as server:
+        server.url()
+        server.process.send_signal(signal.SIGQUIT)
+        assert server.wait()[0] == 128 + signal.SIGQUIT
+
+
+def test_nohup_is_respected():
+    with ServerProcess(ENDLESS, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)") as server:
+        url = server.url()
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert httpx.get(url + "/ready").status_code == 200
+
+
+def test_a_wrong_file_of_keys_is_one_line(tmp_path):
+    with ServerProcess(api_key_file=str(tmp_path / "none")) as server:
+        message = f"api_key_file: '{tmp_path}/none' cannot be read (No such file or directory)"
+        assert server.wait() == (2, "", f"moe-runtime: error: {message}\n")
+
+
+@pytest.mark.parametrize(("host", "warns"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_a_warning_when_other_machines_can_reach_an_open_server(host, warns):
+    with ServerProcess(host=host) as server:
+        server.ready_line()
+        server.process.terminate()
+        stderr = server.wait()[2]
+    assert ("host: 0.0.0.0 is open to other machines, and there is no --api-key-file" in stderr) == warns
+
+
+def test_routes_have_deadlines_while_the_engine_is_stuck(monkeypatch):
+    monkeypatch.setattr("moe_runtime.serve.async_engine.QUERY_SECONDS", 0.3)
+    fake = FakeEngine(allow=threading.Semaphore(0))
+    with ServerThread(lambda: fake) as server:
+        body = {"prompt": "a", "max_tokens": 1}
+        asking = threading.Thread(target=lambda: httpx.post(server.url + "/generate", json=body, timeout=DEADLINE))
+        asking.start()
+        wait_until(lambda: fake.added, "a step runs that does not end")
+        reply = httpx.get(server.url + "/experts/load", timeout=DEADLINE)
+        message = "the engine has not answered within 0.3 s; a rank may be stuck"
+        assert (reply.status_code, reply.json()["error"]["message"]) == (503, message)
+        metrics = httpx.get(server.url + "/metrics", timeout=DEADLINE)
+        assert metrics.status_code == 200 and "moe_runtime_steps_total" in metrics.text
+        fake.allow.release(9)
+        asking.join(DEADLINE)
+        assert httpx.get(server.url + "/experts/load", timeout=DEADLINE).status_code == 200
 
 
 def test_a_rank_that_dies_ends_the_server():

@@ -90,11 +90,11 @@ class ServerThread:
 class ServerProcess:
     """`run_server` over a fake engine in a process of its own."""
 
-    def __init__(self, engine="FakeEngine()", port=0, **options):
+    def __init__(self, engine="FakeEngine()", port=0, before="", **options):
         program = (
             "import sys; from serve_fakes import *; from moe_runtime.config.server import ServerConfig\n"
             "from moe_runtime.serve.server import run_server\n"
-            f"def make_engine(): return {engine}\n"
+            f"{before}\ndef make_engine(): return {engine}\n"
             f"sys.exit(run_server(make_engine, ServerConfig(port={port}, **{options!r})))"
         )
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
