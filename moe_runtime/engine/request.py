@@ -31,6 +31,7 @@ class Request:
         routed_experts: those received so far, if asked for: parts [tokens, layers, experts per token] in order of
             position.
         expert_changes: changes so far; tokens recomputed after a preemption count again.
+        scheduled_at: time at which a rank first admitted it.
         rank: the rank that runs it; None while it waits.
         pages: its pages on that rank, in order of position.
         num_prefill_tokens: tokens it had when the rank admitted it; later tokens are decode rows.
@@ -48,6 +49,7 @@ class Request:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: list[np.ndarray] = field(default_factory=list)
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
+    scheduled_at: float | None = None
     rank: int | None = None
     pages: list[int] = field(default_factory=list)
     num_prefill_tokens: int = 0
@@ -123,4 +125,5 @@ class Request:
             prompt_token_ids=self.token_ids[: self.num_prompt_tokens] if is_first else None,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
             error=error,
+            scheduled_at=self.scheduled_at if is_first else None,
         )

@@ -14,6 +14,7 @@ a rank runs its plans in order, so the next holder's rows come after all rows of
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -176,6 +177,7 @@ class Scheduler:
         self.waiting.remove(request)
         insort(self.ranks[index].running, request, key=lambda running: running.seq_id)
         request.rank = index
+        request.scheduled_at = request.scheduled_at or time.monotonic()
         request.num_prefill_tokens = len(request.token_ids)
         draft.new_sequences.append(
             NewSequence(

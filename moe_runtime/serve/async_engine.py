@@ -27,7 +27,8 @@ from moe_runtime.serve.engine_messages import (
     View,
 )
 from moe_runtime.serve.engine_thread import EngineThread
-from moe_runtime.serve.metrics import Metrics, RequestTimer
+from moe_runtime.serve.metrics import Metrics
+from moe_runtime.serve.request_metrics import RequestTimer
 
 if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
@@ -224,7 +225,7 @@ class AsyncEngine:
                 if answer := self._answers.get(query_id):
                     _settle(answer, value)
             case Loaded():
-                self.info, self.metrics.stats = event, event.stats
+                self.info, self.metrics.stats, self.metrics.model_name = event, event.stats, event.model_name
                 if self.state is State.LOADING:
                     self.state, self.reason = State.READY, ""
                 _settle(self.loaded, event)
@@ -240,7 +241,7 @@ class AsyncEngine:
         request = self._requests.get(delta.request_id)
         if request is None:  # aborted while the step ran
             return
-        request.timer.tokens(len(delta.token_ids))
+        request.timer.took(delta)
         request.stream.put(delta)
         if delta.finish_reason is not None:
             del self._requests[delta.request_id]

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from moe_runtime.serve.request_metrics import RequestMetrics, RequestTimer
 
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.engine.stats import EngineStats
-
-TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 class Metrics(Collector):
@@ -26,48 +22,25 @@ class Metrics(Collector):
 
     Attributes:
         stats: the engine's figures after its last step, read at every scrape; None while the model loads.
+        model_name: the label of all metrics; empty while the model loads.
     """
 
     def __init__(self) -> None:
         self.stats: EngineStats | None = None
-        self.registry = CollectorRegistry()
-        self.time_to_first_token = Histogram(
-            "moe_runtime_time_to_first_token_seconds",
-            "Time from a request's arrival to its first token",
-            buckets=TTFT_BUCKETS,
-            registry=self.registry,
-        )
-        self.inter_token_latency = Histogram(
-            "moe_runtime_inter_token_latency_seconds",
-            "Time between two tokens of a request",
-            buckets=ITL_BUCKETS,
-            registry=self.registry,
-        )
-        self.e2e_latency = Histogram(
-            "moe_runtime_e2e_request_latency_seconds",
-            "Time from a request's arrival to its end",
-            buckets=E2E_BUCKETS,
-            registry=self.registry,
-        )
-        self.requests = Counter(
-            "moe_runtime_request_success",
-            "Requests that have ended, by reason",
-            ["finished_reason"],
-            registry=self.registry,
-        )
-        for reason in FINISH_REASONS:
-            self.requests.labels(reason)
+        self.model_name = ""
+        self._registry = CollectorRegistry()
+        self._requests = RequestMetrics(self._registry)
         self._balancedness = Gauge(
             "moe_runtime_expert_balancedness",
             "Mean rank load / max rank load since the start (1 is perfect), as mean and min over layers",
             ["phase", "over_layers"],
-            registry=self.registry,
+            registry=self._registry,
         )
-        self.registry.register(self)
+        self._registry.register(self)
 
     def start_timer(self) -> RequestTimer:
         """A timer for a request that arrives now."""
-        return RequestTimer(self)
+        return RequestTimer(self._requests)
 
     def set_expert_load(self, load: ExpertLoad) -> None:
         """Update the gauges of balancedness."""
@@ -78,7 +51,7 @@ class Metrics(Collector):
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
+        return generate_latest(_Named(self._registry, self.model_name))
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at every scrape."""
@@ -120,29 +93,17 @@ class Metrics(Collector):
         yield rows
 
 
-class RequestTimer:
-    """Observes the latencies of one request, which arrives when the timer is created."""
+class _Named(Collector):
+    """The metrics of a registry with the label `model_name`."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._arrived = time.monotonic()
-        self._last_token: float | None = None
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+        self._registry = registry
+        self._label = {"model_name": model_name}
 
-    def tokens(self, count: int) -> None:
-        """`count` tokens of the request have arrived now, in one step."""
-        if count == 0:
-            return
-        now = time.monotonic()
-        if self._last_token is None:
-            self._metrics.time_to_first_token.observe(now - self._arrived)
-        else:
-            self._metrics.inter_token_latency.observe((now - self._last_token) / count)
-        self._last_token = now
-
-    def finished(self, reason: str) -> None:
-        """The request has ended for `reason`, one of `FINISH_REASONS`."""
-        self._metrics.e2e_latency.observe(time.monotonic() - self._arrived)
-        self._metrics.requests.labels(reason).inc()
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample._replace(labels=self._label | sample.labels) for sample in family.samples]
+            yield family
 
 
 def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:

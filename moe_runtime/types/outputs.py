@@ -79,8 +79,9 @@ class OutputDelta:
 
     The last delta of a request has a `finish_reason`: "stop", "length", "abort", or "error" with an `error`. `text` may
     lag behind `token_ids`: an incomplete character, or text that may become a stop string, is held back. The first
-    delta has the prompt's tokens, and their log-probabilities if asked for. The last has `routed_experts` and
-    `expert_changes`; see `CompletionOutput`.
+    delta has the prompt's tokens, and their log-probabilities if asked for, and `scheduled_at`, the `time.monotonic()`
+    at which the request's first step was planned. The last has `routed_experts` and `expert_changes`; see
+    `CompletionOutput`.
     """
 
     request_id: str
@@ -96,6 +97,7 @@ class OutputDelta:
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
     error: str | None = None
+    scheduled_at: float | None = None
 
 
 @dataclass

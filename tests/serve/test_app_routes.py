@@ -2,6 +2,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import threading
 
 import numpy as np
@@ -75,9 +76,9 @@ def test_health_and_ready_over_the_life_of_an_engine():
 
 
 def metrics_of(text):
-    """(name, values of labels by their names) -> value, of all samples."""
+    """(name, values of labels by their names without the model's) -> value, of all samples."""
     return {
-        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        (sample.name, *(value for name, value in sorted(sample.labels.items()) if name != "model_name")): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
@@ -116,6 +117,13 @@ def test_metrics():
         ("moe_runtime_time_to_first_token_seconds_count",): 3,
         ("moe_runtime_inter_token_latency_seconds_count",): 3 + 2 + 1,
         ("moe_runtime_e2e_request_latency_seconds_count",): 3,
+        ("moe_runtime_request_prompt_tokens_count",): 3,
+        ("moe_runtime_request_prompt_tokens_sum",): 2 + 1 + 1,
+        ("moe_runtime_request_generation_tokens_count",): 3,
+        ("moe_runtime_request_queue_time_seconds_count",): 3,
+        ("moe_runtime_request_prefill_time_seconds_count",): 3,
+        ("moe_runtime_request_decode_time_seconds_count",): 3,
+        ("moe_runtime_request_time_per_output_token_seconds_count",): 3,
         # ranks of two experts: layer 1 has all prefill tokens on rank 0, layer 3 has them even
         ("moe_runtime_expert_balancedness", "mean", "prefill"): (0.5 + 1.0) / 2,
         ("moe_runtime_expert_balancedness", "min", "prefill"): 0.5,
@@ -123,6 +131,27 @@ def test_metrics():
         ("moe_runtime_expert_balancedness", "min", "decode"): 0.5,
     }
     assert {name: metrics[name] for name in expected} == expected
+
+
+def test_every_sample_names_the_model():
+    families = list(text_string_to_metric_families(get("/metrics").text))
+    assert len(families) > 20
+    for family in families:
+        assert family.samples and {sample.labels.get("model_name") for sample in family.samples} == {"fake-model"}
+
+
+def test_the_metrics_are_those_documented():
+    document = (ROOT / "docs" / "http.md").read_text().partition("## GET /metrics")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in document.splitlines() if line.startswith("| `")]
+    documented = {}
+    for names, kind in rows:
+        documented |= dict.fromkeys(re.findall(r"`(\w+)`", names), re.match(r" (\w+)", kind)[1])
+    served = {
+        family.name.removeprefix("moe_runtime_") + ("_total" if family.type == "counter" else ""): family.type
+        for family in text_string_to_metric_families(get("/metrics").text)
+        if not family.name.endswith("_created")
+    }
+    assert documented == served
 
 
 def test_two_applications_have_metrics_of_their_own():
@@ -226,6 +255,10 @@ def test_the_routes_are_those_documented():
     assert routes == {
         ("/generate", "post"),
         ("/v1/models", "get"),
+        ("/v1/models/{model_id}", "get"),
+        ("/tokenize", "post"),
+        ("/detokenize", "post"),
+        ("/version", "get"),
         ("/v1/completions", "post"),
         ("/v1/chat/completions", "post"),
         ("/health", "get"),

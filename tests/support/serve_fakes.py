@@ -61,6 +61,7 @@ class FakeRequest:
     max_tokens: int
     params: object
     num_output_tokens: int = 0
+    scheduled_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -159,6 +160,7 @@ class FakeEngine:
             prompt_token_ids=[0] if is_first else None,
             prompt_logprobs=prompt_logprobs,
             expert_changes=self.expert_changes if finish_reason else None,
+            scheduled_at=request.scheduled_at if is_first else None,
         )
 
     def stats(self):
