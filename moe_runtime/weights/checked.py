@@ -19,12 +19,13 @@ class CheckedWeights:
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
         tensor = self._source.read(name, shape, index, rows)
-        is_bad = tensor.isfinite().logical_not_()
-        if count := int(is_bad.sum()):
+        lowest, highest = tensor.aminmax()  # a NaN is both
+        if not (lowest.isfinite() and highest.isfinite()):
+            is_bad = tensor.isfinite().logical_not_()
             first, *rest = torch.nonzero(is_bad)[0].tolist()
             place = [*([] if index is None else [index]), first + (rows.start or 0), *rest]
-            where = f"{count} of {tensor.numel()} values read are NaN or infinite, the first at {place}"
-            raise ValueError(f"model: tensor {name!r} is damaged: {where}")
+            count = f"{int(is_bad.sum())} of {tensor.numel()} values read"
+            raise ValueError(f"model: tensor {name!r} is damaged: {count} are NaN or infinite, the first at {place}")
         return tensor
 
     def release_all(self) -> None:
