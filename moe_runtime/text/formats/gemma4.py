@@ -1,0 +1,72 @@
+"""Gemma 4: `<|tool_call>call:NAME{key:<|"|>text<|"|>,days:3}<tool_call|>`."""
+
+from __future__ import annotations
+
+import re
+
+from moe_runtime.text.formats.json_builder import JsonBuilder
+from moe_runtime.text.formats.output import Output
+from moe_runtime.text.formats.scanner import Scanner, Steps, Tags
+from moe_runtime.text.formats.schema import json_of
+from moe_runtime.text.formats.tool_format import NAME, ToolFormat
+
+OPEN, CLOSE, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
+KEY_TEXT = re.compile(r"[^:,{}\[\]<]*")
+VALUE_TEXT = re.compile(r"[^,{}\[\]<]*")
+STRING_END = Tags(QUOTE)
+
+
+def _read(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
+    yield from scanner.blanks()
+    yield from scanner.accept("call:")
+    yield from scanner.blanks()
+    name = yield from scanner.word(NAME)
+    if (yield from scanner.blanks()) == "{" and name:
+        call = output.begin_call(name)
+        yield from _read_object(scanner, JsonBuilder(call.write))
+    yield from scanner.blanks()
+    yield from scanner.accept(CLOSE)
+    return True
+
+
+def _read_object(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
+    """Convert an object to JSON. Commas and colons follow from the order of the items, so they are dropped."""
+    while not scanner.at_end:
+        char = yield from scanner.blanks()
+        if char in ("{", "["):
+            yield from scanner.take(1)
+            builder.open(char)
+        elif char in ("}", "]"):
+            yield from scanner.take(1)
+            builder.close()
+        elif (yield from scanner.accept(QUOTE)):
+            builder.begin_string()
+            if not (yield from scanner.until(STRING_END, builder.string, release=False)):
+                return
+            builder.end_string()
+        elif char == "<" and (yield from scanner.accept(CLOSE)):
+            while builder.depth:  # brackets are missing
+                builder.close()
+        else:
+            yield from _read_bare(scanner, builder)
+        if not builder.depth:
+            return
+
+
+def _read_bare(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
+    """Convert a key, a number or a word; or a string whose opening delimiter is missing."""
+    text = (yield from scanner.word(KEY_TEXT if builder.wants_key else VALUE_TEXT)).strip()
+    if not (yield from scanner.accept(QUOTE)):
+        if scanner.at_end:
+            return
+        if not text.strip(":"):
+            yield from scanner.accept(",", ":", "<")
+            return
+        text = text.removeprefix(":").strip()
+        if not builder.wants_key and (found := json_of(text, frozenset())) is not None:
+            builder.scalar(found)
+            return
+    builder.scalar(JsonBuilder.quote(text))
+
+
+GEMMA4 = ToolFormat(opens=(OPEN,), read=_read, tags=(CLOSE, QUOTE), stop_tokens=("<|tool_response>",))
