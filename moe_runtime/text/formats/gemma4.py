@@ -44,6 +44,8 @@ def _read_object(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
             if not (yield from scanner.until(STRING_END, builder.string, release=False)):
                 return
             builder.end_string()
+        elif char in (",", ":"):
+            yield from scanner.take(1)
         elif char == "<" and (yield from scanner.accept(CLOSE)):
             while builder.depth:  # brackets are missing
                 builder.close()
@@ -59,10 +61,9 @@ def _read_bare(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
     if not (yield from scanner.accept(QUOTE)):
         if scanner.at_end:
             return
-        if not text.strip(":"):
-            yield from scanner.accept(",", ":", "<")
+        if not text:
+            yield from scanner.accept("<")
             return
-        text = text.removeprefix(":").strip()
         if not builder.wants_key and (found := json_of(text, frozenset())) is not None:
             builder.scalar(found)
             return

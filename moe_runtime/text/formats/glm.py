@@ -31,7 +31,7 @@ def _read(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
     found_tag = yield from scanner.accept(KEY, CLOSE)
     # Without arguments, "<tool_call>x</tool_call>" may be a text about tags.
     if not name or not found_tag or (found_tag == CLOSE and not output.knows(name)):
-        return scanner.at_end and not found_tag
+        return scanner.ended and not found_tag
     call = output.begin_call(name)
     builder = JsonBuilder(call.write)
     builder.open("{")
@@ -53,9 +53,8 @@ def _argument(scanner: Scanner, call: Call, builder: JsonBuilder) -> Steps[bool]
             break
     yield from scanner.accept(KEY_END)
     yield from scanner.blanks()
-    if scanner.at_end:
+    if not (yield from scanner.accept(VALUE)) and scanner.ended:
         return False
-    yield from scanner.accept(VALUE)
     builder.scalar(JsonBuilder.quote(key))
     value = RawValue(call.types.get(key, frozenset()), builder)
     if not (yield from scanner.until(VALUE_ENDS, value.write, release=False)):

@@ -47,6 +47,8 @@ class _Harmony:
             begun = yield from self._scanner.accept(CHANNEL, START, MESSAGE, CONSTRAIN, "to=", "assistant")
             if begun:
                 header, ended_by = header + " " + begun, begun
+            elif self._scanner.ended:
+                return
             else:  # a model that writes no header writes an answer
                 ended_by = MESSAGE
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_runtime.text.formats.json_text import read_calls
+from moe_runtime.text.formats.json_text import read_calls, read_open_call
 from moe_runtime.text.formats.output import Output
 from moe_runtime.text.formats.scanner import Scanner, Steps
 from moe_runtime.text.formats.tool_format import ReadCalls, ToolFormat
@@ -32,7 +32,11 @@ def _read_llama3(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
         if char in ("{", "["):
             yield from read_calls(scanner, output)
         return True  # else code for a built-in tool, which is shown without its tag
-    return (yield from read_calls(scanner, output, known_only=True))
+    found = yield from read_open_call(scanner, output, known_only=True)
+    if found:
+        yield from scanner.blanks()
+        yield from scanner.accept(";")
+    return found
 
 
 HERMES = json_between(("<tool_call>",), "</tool_call>")

@@ -13,7 +13,7 @@ REPLACEMENT = "\ufffd"
 JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 HEX = re.compile(r"[0-9A-Fa-f]+")
-LOW_SURROGATE = re.compile(r"\\u[dD][c-fC-F][0-9A-Fa-f]{2}")
+LOW_SURROGATE = re.compile(r"[dD][c-fC-F][0-9A-Fa-f]{2}")
 
 STRUCTURE = re.compile(r'[^"{}\[\]<]*')
 SCALAR = re.compile(r'[^\s"{}\[\]<,]*')
@@ -82,11 +82,13 @@ def read_escape(scanner: Scanner, escapes: Mapping[str, str]) -> Steps[str]:
         return "\\" + char
     yield from scanner.take(num_digits)
     code = int(digits, 16)
-    if 0xD800 <= code < 0xDC00:
-        low = yield from scanner.look(6)
+    if 0xD800 <= code < 0xDC00 and (yield from scanner.accept("\\u")):
+        low = yield from scanner.look(4)
         if LOW_SURROGATE.fullmatch(low):
-            yield from scanner.take(6)
-            return chr(0x10000 + (code - 0xD800) * 0x400 + int(low[2:], 16) - 0xDC00)
+            yield from scanner.take(4)
+            return chr(0x10000 + (code - 0xD800) * 0x400 + int(low, 16) - 0xDC00)
+        yield from scanner.take(len(low) if HEX.fullmatch(low) else 0)
+        return REPLACEMENT * 2  # neither half stands for a character
     return REPLACEMENT if 0xD800 <= code < 0xE000 or code > 0x10FFFF else chr(code)
 
 
@@ -141,6 +143,11 @@ def read_call(scanner: Scanner, output: Output, known_only: bool) -> Steps[bool]
     yield from scanner.blanks()
     if not (yield from scanner.accept("{")):
         return scanner.at_end and not known_only
+    return (yield from read_open_call(scanner, output, known_only))
+
+
+def read_open_call(scanner: Scanner, output: Output, known_only: bool) -> Steps[bool]:
+    """As `read_call`, after the opening brace."""
     call: Call | None = None
     early: list[str] = []
     before_name = Call({}, early.append)  # arguments that come before the name
@@ -183,33 +190,25 @@ def _read_word(scanner: Scanner) -> Steps[str]:
     return "".join(pieces)
 
 
-def read_calls(scanner: Scanner, output: Output, known_only: bool = False) -> Steps[bool]:
+def read_calls(scanner: Scanner, output: Output) -> Steps[bool]:
     """Read a list of calls, or calls that follow each other with or without a comma or semicolon between them.
-
-    With `known_only` and without a list, only one call is read, because what follows may be text.
 
     Returns:
         As `read_call`, for the first call.
     """
-    char = yield from scanner.blanks()
-    if char == "[":
-        yield from scanner.accept("[")
-        if (yield from scanner.blanks()) == "]" and not known_only:
-            yield from scanner.accept("]")
-            return True
-    if not (yield from read_call(scanner, output, known_only)):
-        return False
-    if known_only and char != "[":
-        yield from scanner.blanks()
-        yield from scanner.accept(";")
+    is_list = yield from scanner.accept("[")
+    if is_list and (yield from scanner.blanks()) == "]":
+        yield from scanner.accept("]")
         return True
-    while True:
+    if not (yield from read_call(scanner, output, known_only=False)):
+        return False
+    char = "{"
+    while char == "{":
         yield from scanner.blanks()
         yield from scanner.accept(",", ";")
-        if (yield from scanner.blanks()) != "{":
-            break
-        if not (yield from read_call(scanner, output, known_only)):
-            break  # what no call is, is dropped
-    if char == "[":
+        char = yield from scanner.blanks()
+        if char == "{":
+            yield from read_call(scanner, output, known_only=False)  # an object that is no call is dropped
+    if is_list:
         yield from scanner.accept("]")
     return True

@@ -18,8 +18,8 @@ def _read(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
     yield from scanner.blanks()
     if (yield from scanner.accept(CALL_ID)):
         yield from scanner.word(NAME)
-    yield from scanner.accept(ARGS)
-    if name and not scanner.at_end:
+    has_arguments = yield from scanner.accept(ARGS)
+    if name and (has_arguments or not scanner.ended):
         call = output.begin_call(name)
         yield from pass_arguments(scanner, call)
         if not scanner.at_end:

@@ -81,6 +81,8 @@ class _TaggedText:
                 text = tag + scanner.kept()
                 if is_call:
                     self._end_thought_with_call()
+                    if scanner.ended:  # what remains is the beginning of a tag
+                        return
                 else:
                     channel.write(text)
             elif self._thoughts:

@@ -59,12 +59,15 @@ class Scanner:
     """Text as it comes, with a position.
 
     Its methods that are generators wait for text that they need.
+
+    Attributes:
+        ended: no more text follows. A reader sees this only if it has waited for text up to the end.
     """
 
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
-        self._ended = False
+        self.ended = False
         self._kept: list[str] | None = None
 
     def feed(self, text: str) -> None:
@@ -73,12 +76,12 @@ class Scanner:
 
     def end(self) -> None:
         """No more text follows."""
-        self._ended = True
+        self.ended = True
 
     @property
     def at_end(self) -> bool:
         """Whether all text is consumed and no more follows."""
-        return self._ended and self._at == len(self._text)
+        return self.ended and self._at == len(self._text)
 
     def keep(self) -> None:
         """Start to keep the text that is consumed from here on."""
@@ -109,7 +112,7 @@ class Scanner:
                 write(self._consume(end))
             if found:
                 return self._consume(found.end())
-            if self._ended:
+            if self.ended:
                 rest = self._consume(len(self._text))
                 if rest and release:
                     write(rest)
@@ -118,7 +121,7 @@ class Scanner:
 
     def look(self, count: int) -> Steps[str]:
         """The next characters, fewer only at the end of the text. They are not consumed."""
-        while len(self._text) - self._at < count and not self._ended:
+        while len(self._text) - self._at < count and not self.ended:
             yield
         return self._text[self._at : self._at + count]
 
@@ -128,20 +131,14 @@ class Scanner:
         return self._consume(self._at + len(found))
 
     def accept(self, *words: str) -> Steps[str]:
-        """Consume the longest of the words that comes next. Returns it, or "" if none does.
-
-        If the text ends within a word, its beginning is consumed too.
-        """
+        """Consume the longest of the words that comes next. Returns it, or "" if none does."""
         longest = max(map(len, words))
         while True:
             rest = self._text[self._at : self._at + longest]
-            is_begun = any(len(word) > len(rest) and word.startswith(rest) for word in words)
-            if is_begun and not self._ended:
-                yield
-                continue
-            found = max((word for word in words if rest.startswith(word)), key=len, default="")
-            self._consume(self._at + len(found if found or not is_begun else rest))
-            return found
+            if self.ended or not any(len(word) > len(rest) and word.startswith(rest) for word in words):
+                found = max((word for word in words if rest.startswith(word)), key=len, default="")
+                return self._consume(self._at + len(found))
+            yield
 
     def span(self, run: re.Pattern[str], write: Write) -> Steps[None]:
         """Pass the characters on that match `run`, which is a pattern of one character class with a star."""
@@ -150,7 +147,7 @@ class Scanner:
             assert found is not None
             if found.end() > self._at:
                 write(self._consume(found.end()))
-            if self._at < len(self._text) or self._ended:
+            if self._at < len(self._text) or self.ended:
                 return
             yield
 

@@ -44,7 +44,7 @@ class XmlReader:
                 yield from scanner.accept(self._block_end)
                 return found
             if not (yield from scanner.accept(self._call)):
-                return scanner.at_end
+                return scanner.ended
         num_calls = 0
         while True:
             name = _clean((yield from scanner.word(TAG_NAME)))
