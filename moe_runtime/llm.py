@@ -102,7 +102,9 @@ class LLM:
         conversations: Sequence[Any] = [messages]
         if isinstance(messages, Sequence) and messages and all(isinstance(entry, (list, tuple)) for entry in messages):
             conversations = messages
-        prompts: list[str | list[int]] = [tokenizer.apply_chat_template(messages) for messages in conversations]
+        prompts: list[str | list[int]] = [
+            tokenizer.apply_chat_template(messages).token_ids for messages in conversations
+        ]
         return self._run(prompts, sampling_params, use_tqdm)
 
     def expert_load(self) -> ExpertLoad:

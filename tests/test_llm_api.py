@@ -121,10 +121,10 @@ def test_chat(fake_with_text, tokenizer):
     llm = LLM("fake")
     first, second = ([{"role": "user", "content": text}] for text in ("The sea", "the end"))
     (output,) = llm.chat(first, GREEDY, use_tqdm=False)
-    assert output.prompt_token_ids == tokenizer.apply_chat_template(first)
+    assert output.prompt_token_ids == tokenizer.apply_chat_template(first).token_ids
     outputs = llm.chat([first, second], GREEDY, use_tqdm=False)
     prompts = [output.prompt_token_ids for output in outputs]
-    assert prompts == [tokenizer.apply_chat_template(messages) for messages in (first, second)]
+    assert prompts == [tokenizer.apply_chat_template(messages).token_ids for messages in (first, second)]
     for messages in ("hello", [], [["hello"]], [{"role": "user"}], [{"role": "robot", "content": "x"}], 5):
         with pytest.raises(ValueError, match=r"^messages"):
             llm.chat(messages, GREEDY, use_tqdm=False)

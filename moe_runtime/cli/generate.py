@@ -103,7 +103,8 @@ def _add_requests(engine: Engine, namespace: argparse.Namespace, params: Samplin
         if chat and tokenizer is None:
             raise ValueError("chat: not allowed without a tokenizer; use --prompt-token-ids")
         message = {"role": "user", "content": text}
-        prompts.append((text, tokenizer.apply_chat_template([message]) if chat and tokenizer is not None else text))
+        rendered = tokenizer.apply_chat_template([message]).token_ids if chat and tokenizer is not None else text
+        prompts.append((text, rendered))
     prompts += [(",".join(map(str, token_ids)), token_ids) for token_ids in namespace.prompt_token_ids]
     outputs = {}
     for index, (title, prompt) in enumerate(prompts):

@@ -23,4 +23,5 @@ async def encode_chat(tokenizer: Tokenizer | None, messages: Sequence[Message]) 
     """Token ids of a chat in the model's template. Raises ValueError if there is none or it refuses the messages."""
     if tokenizer is None:
         raise ValueError("messages: not allowed, as this server has no tokenizer; send token ids")
-    return await asyncio.to_thread(tokenizer.apply_chat_template, [message.plain() for message in messages])
+    plain = [message.plain() for message in messages]
+    return (await asyncio.to_thread(tokenizer.apply_chat_template, plain)).token_ids

@@ -5,14 +5,26 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.text.chat_history import template_messages
+from moe_runtime.text.chat_template import ChatTemplate
+from moe_runtime.text.escape import MARK, ControlTexts
 from moe_runtime.types.sampling_params import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A conversation in the model's template."""
+
+    text: str
+    token_ids: list[int]
 
 
 class Tokenizer:
@@ -124,41 +136,95 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
+        return self.chat_template is not None
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        source = self._tokenizer.chat_template
+        return None if source is None else ChatTemplate(source, self._tokenizer.special_tokens_map)
+
+    @cached_property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that stand beside the vocabulary: special tokens, and others such as tags of tool calls."""
+        return {token.content: token_id for token_id, token in self._tokenizer.added_tokens_decoder.items()}
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn.
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+        escape_special_tokens: bool = False,
+    ) -> RenderedPrompt:
+        """The prompt of a conversation, ready for the assistant's turn.
 
         Args:
-            messages: each with a "role" and a "content" of text.
+            messages: of OpenAI's form; each has a "role" and a "content" of text.
+            tools: OpenAI's tool objects.
+            add_generation_prompt, continue_final_message, template_kwargs: as `ChatTemplate.render` takes them.
+            escape_special_tokens: texts of control tokens in messages and tools are encoded as plain text.
 
         Raises:
             ValueError: no chat template, messages of another form, or messages that the template refuses.
         """
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
+        if self.chat_template is None:
             raise ValueError("messages: the model's tokenizer has no chat template; give a prompt")
-        check_messages(messages)
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
-        assert isinstance(text, str)
+        history: Any = template_messages(messages, self.chat_template.source(bool(tools)))
+        if escape_special_tokens:
+            history, tools = self._control_texts.mark(history), self._control_texts.mark(tools)
+        text = self.chat_template.render(
+            history,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        if escape_special_tokens and MARK in text:
+            token_ids = self._control_texts.encode(text, self._encode_rendered, self._encode_plain)
+            return RenderedPrompt(text.replace(MARK, ""), token_ids)
+        return RenderedPrompt(text, self._encode_rendered(text))
+
+    def _encode_rendered(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False)
 
+    @cached_property
+    def _control_texts(self) -> ControlTexts:
+        # Some tokenizers add runs of blanks as tokens; they control nothing.
+        return ControlTexts([text for text in self.added_tokens if not text.isspace()])
 
-def check_messages(messages: object) -> None:
-    """Raise ValueError unless `messages` is a conversation: a list of messages with a role and a text."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise ValueError(f"messages: {messages!r} is not allowed; it must be a list with at least one message")
-    for index, message in enumerate(messages):
-        for name in ("role", "content"):
-            if not isinstance(message, Mapping) or not isinstance(message.get(name), str):
-                raise ValueError(
-                    f'messages[{index}]: {message!r} is not allowed; it must have "role" and "content" texts'
-                )
+    def _encode_plain(self, text: str, begins_prompt: bool) -> list[int]:
+        """Token ids of a text in which no control token is looked for.
+
+        Raises:
+            ValueError: the tokenizer makes a control token of plain text.
+        """
+        token_ids = self._model_ids(text)
+        if not begins_prompt and self._marks_beginnings:
+            # The tokenizer gives only a prompt's beginning a blank, so the text is encoded after a newline.
+            newline = self._model_ids("\n")
+            after_newline = self._model_ids("\n" + text)
+            if after_newline[: len(newline)] == newline:
+                token_ids = after_newline[len(newline) :]
+        if not self.special_ids.isdisjoint(token_ids):
+            raise ValueError(
+                "messages: a control token's text cannot be escaped with this model's tokenizer; remove it"
+            )
+        return token_ids
+
+    def _model_ids(self, text: str) -> list[int]:
+        """Token ids by the tokenizer's model alone, without its added tokens."""
+        backend = self._tokenizer.backend_tokenizer
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
+
+    @cached_property
+    def _marks_beginnings(self) -> bool:
+        """Whether a text at the beginning of a prompt has other tokens than after a control token."""
+        control = min(self.added_tokens)
+        return self._encode_rendered(control + "a")[1:] != self._model_ids("a")

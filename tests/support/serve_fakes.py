@@ -15,6 +15,7 @@ from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.stats import EngineStats
+from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
 from moe_runtime.wire.executor import RankError
 
@@ -50,8 +51,9 @@ class FakeTokenizer:
         if not messages:
             raise ValueError("messages: [] is not allowed; it must be a list with at least one message")
         if messages[0]["role"] == "assistant":
-            raise ValueError("messages: the chat template refuses them: the user speaks first")
-        return [token for message in messages for token in (len(message["role"]), *self.encode(message["content"]))]
+            raise ValueError("messages: the chat template fails: the user speaks first")
+        token_ids = [token for m in messages for token in (len(m["role"]), *self.encode(m["content"]))]
+        return RenderedPrompt("", token_ids)
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fakes import save_byte_tokenizer, save_metaspace_tokenizer
 
-from moe_runtime.text.tokenizer import Tokenizer
+from moe_runtime.text.tokenizer import RenderedPrompt, Tokenizer
 
 SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer}
 
@@ -60,8 +60,10 @@ def test_chat_template(tokenizers):
     messages = [{"role": "user", "content": "The sea"}, {"role": "assistant", "content": "is calm"}]
     assert tokenizer.has_chat_template
     text = "<|user|>The sea<|end|><|assistant|>is calm<|end|>"
-    assert tokenizer.apply_chat_template(messages) == tokenizer.encode(text + "<|assistant|>")
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False) == tokenizer.encode(text)
+    open_text = text + "<|assistant|>"
+    assert tokenizer.apply_chat_template(messages) == RenderedPrompt(open_text, tokenizer.encode(open_text))
+    closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    assert closed == RenderedPrompt(text, tokenizer.encode(text))
 
 
 BAD_MESSAGES = [
@@ -70,7 +72,7 @@ BAD_MESSAGES = [
     (["hello"], r"^messages\[0\]: 'hello' is not allowed; it must have \"role\" and \"content\" texts$"),
     ([{"role": "user"}], r"^messages\[0\]: .* is not allowed"),
     ([{"role": "user", "content": "a"}, {"role": 5, "content": "b"}], r"^messages\[1\]: .* is not allowed"),
-    ([{"role": "robot", "content": "a"}], r"^messages: the chat template refuses them: no robots$"),
+    ([{"role": "robot", "content": "a"}], r"^messages: the chat template fails: no robots$"),
     ([{"role": "user", "content": "\ud83d"}], r"not valid Unicode"),
 ]
 

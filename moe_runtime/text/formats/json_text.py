@@ -164,7 +164,7 @@ def read_open_call(scanner: Scanner, output: Output, known_only: bool) -> Steps[
             is_whole = yield from read_string(scanner, name.append)
             if not is_whole:
                 return not known_only or output.may_become_known("".join(name))
-            if known_only and not output.knows("".join(name)):
+            if not name or (known_only and not output.knows("".join(name))):
                 return False
             call = output.begin_call("".join(name))
             call.write("".join(early))

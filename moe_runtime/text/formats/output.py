@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_runtime.text.formats.scanner import BLANKS
+from moe_runtime.text.formats.scanner import BLANKS, Write, drop
 from moe_runtime.text.formats.schema import Types, parameter_types
 
 
@@ -83,7 +83,7 @@ class Channel:
 class Call:
     """A tool call that is being read."""
 
-    def __init__(self, types: Types, write: Callable[[str], None]) -> None:
+    def __init__(self, types: Types, write: Write) -> None:
         self.types = types
         self._write = write
         self.is_empty = True
@@ -137,7 +137,7 @@ class Output:
         types = parameter_types(self._tools.get(name, {}))
         self.content.end()
         if not self._calls:
-            return Call(types, lambda text: None)
+            return Call(types, drop)
         index = self._num_calls
         self._num_calls += 1
         self._deltas.append(ToolCallDelta(index, self._new_id(name, index), name, ""))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_runtime.text.formats.json_text import pass_arguments
-from moe_runtime.text.formats.output import Output
+from moe_runtime.text.formats.output import Call, Output
 from moe_runtime.text.formats.scanner import Scanner, Steps, Tags, drop
 from moe_runtime.text.formats.tool_format import ToolFormat
 
@@ -49,10 +49,10 @@ class SectionReader:
                 name = yield from self.name_of("".join(head).strip(), scanner, output)
                 if scanner.at_end:
                     return True
-                call = output.begin_call(name)
-                yield from pass_arguments(scanner, call)
+                call = output.begin_call(name) if name else None
+                yield from pass_arguments(scanner, call or Call({}, drop))
                 found = yield from scanner.until(after_call, drop)
-                if found:
+                if call and found:
                     call.close()
             if found == self.call_end:
                 found = yield from scanner.until(next_call, drop)

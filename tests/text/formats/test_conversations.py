@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from chat_wire import TOOLS, WIRES, Parsed, parse, to_json
 from hypothesis import given, settings
@@ -65,7 +67,7 @@ def can_hold(name: str, value: object) -> bool:
 
 def cut(text: str, at: list[int]) -> list[str]:
     borders = [0, *sorted({index % (len(text) + 1) for index in at}), len(text)]
-    return [text[begin:end] for begin, end in zip(borders, borders[1:], strict=False)]
+    return [text[begin:end] for begin, end in itertools.pairwise(borders)]
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -106,7 +108,7 @@ def test_a_turn_that_is_cut_off_gives_a_prefix(name, turn, where, cuts):
         assert tag not in part.content + part.reasoning
 
 
-@pytest.mark.parametrize("tools", [name for name in TOOL_FORMATS])
+@pytest.mark.parametrize("tools", list(TOOL_FORMATS))
 @settings(max_examples=12)
 @given(
     pieces=st.lists(st.sampled_from([*VALUE_PIECES, "get_weather", "(", ")", "=", "city", "name", *TAGS]), max_size=20),
