@@ -155,10 +155,6 @@ def kimi_k2(calls: Calls) -> str:
     return "<|tool_calls_section_begin|>" + "".join(parts) + "<|tool_calls_section_end|>"
 
 
-def as_python(value: Any) -> str:
-    return repr(value)
-
-
 def pythonic(calls: Calls) -> str:
     parts = [f"{name}({', '.join(f'{key}={value!r}' for key, value in args.items())})" for name, args in calls]
     return f"[{', '.join(parts)}]"
@@ -193,32 +189,30 @@ def think(text: str) -> str:
 
 @dataclass(frozen=True)
 class Wire:
-    """How a format writes a turn. `raw_end`: what a raw text cannot hold, because it ends a value."""
+    """How a format writes a turn. `is_raw`: strings are raw text, which may not hold the tag that ends them."""
 
     tool_format: str
     calls: Callable[[Calls], str]
     reasoning_format: str | None = None
     thought: Callable[[str], str] = think
     text: Callable[[str], str] = str
-    raw_end: str | None = None
-    keys_are_words: bool = False
+    is_raw: bool = False
 
 
 WIRES = {
     "hermes": Wire("hermes", hermes, "qwen3"),
-    "qwen3_coder": Wire("qwen3_coder", qwen3_coder, "qwen3", raw_end="<", keys_are_words=True),
+    "qwen3_coder": Wire("qwen3_coder", qwen3_coder, "qwen3", is_raw=True),
     "seed_oss": Wire(
         "seed_oss",
         lambda calls: qwen3_coder(calls, "seed:tool_call"),
         "seed_oss",
         lambda text: f"<seed:think>{text}</seed:think>",
-        raw_end="<",
-        keys_are_words=True,
+        is_raw=True,
     ),
-    "minimax_m2": Wire("minimax_m2", minimax, "minimax_m2", raw_end="<", keys_are_words=True),
-    "dots": Wire("dots", lambda calls: minimax(calls, "dots_function_call"), raw_end="<", keys_are_words=True),
-    "glm45": Wire("glm45", glm45, "glm45", lambda text: f"\n<think>{text}</think>\n", raw_end="<", keys_are_words=True),
-    "glm47": Wire("glm47", glm47, "glm47", lambda text: f"<think>{text}</think>", raw_end="<", keys_are_words=True),
+    "minimax_m2": Wire("minimax_m2", minimax, "minimax_m2", is_raw=True),
+    "dots": Wire("dots", lambda calls: minimax(calls, "dots_function_call"), is_raw=True),
+    "glm45": Wire("glm45", glm45, "glm45", lambda text: f"\n<think>{text}</think>\n", is_raw=True),
+    "glm47": Wire("glm47", glm47, "glm47", lambda text: f"<think>{text}</think>", is_raw=True),
     "mistral old": Wire("mistral", lambda calls: f"[TOOL_CALLS] [{', '.join(json_calls(calls))}]"),
     "mistral new": Wire(
         "mistral",
@@ -228,11 +222,9 @@ WIRES = {
     ),
     "llama3_json": Wire("llama3_json", lambda calls: "; ".join(json_calls(calls, "parameters"))),
     "llama3 tag": Wire("llama3_json", lambda calls: "<|python_tag|>" + "; ".join(json_calls(calls, "parameters"))),
-    "pythonic": Wire("pythonic", pythonic, keys_are_words=True),
-    "pythonic tags": Wire(
-        "llama4_pythonic", lambda calls: f"<|python_start|>{pythonic(calls)}<|python_end|>", keys_are_words=True
-    ),
-    "lfm2": Wire("lfm2", lambda calls: f"<|tool_call_start|>{pythonic(calls)}<|tool_call_end|>", keys_are_words=True),
+    "pythonic": Wire("pythonic", pythonic),
+    "pythonic tags": Wire("llama4_pythonic", lambda calls: f"<|python_start|>{pythonic(calls)}<|python_end|>"),
+    "lfm2": Wire("lfm2", lambda calls: f"<|tool_call_start|>{pythonic(calls)}<|tool_call_end|>"),
     "deepseek_v3": Wire("deepseek_v3", deepseek_v3, "deepseek_r1"),
     "deepseek_v31": Wire("deepseek_v31", deepseek_v31, "deepseek_v3"),
     "kimi_k2": Wire("kimi_k2", kimi_k2, "kimi_k2", lambda text: f"<think>{text}</think>"),
@@ -243,9 +235,7 @@ WIRES = {
         lambda text: f"<|channel|>analysis<|message|>{text}<|end|>",
         lambda text: f"<|start|>assistant<|channel|>commentary<|message|>{text}<|end|>",
     ),
-    "gemma4": Wire(
-        "gemma4", gemma4, "gemma4", lambda text: f"<|channel>thought\n{text}\n<channel|>", keys_are_words=True
-    ),
+    "gemma4": Wire("gemma4", gemma4, "gemma4", lambda text: f"<|channel>thought\n{text}\n<channel|>"),
     "granite": Wire("granite", lambda calls: f"<tool_call>[{', '.join(json_calls(calls))}]"),
     "granite 3.0": Wire("granite", lambda calls: f"<|tool_call|>[{', '.join(json_calls(calls))}]"),
     "granite4": Wire("granite4", hermes, "granite"),
@@ -261,3 +251,14 @@ WIRES = {
     ),
     "ernie45": Wire("ernie45", hermes, "ernie45", think, lambda text: f"<response>\n{text}\n</response>\n"),
 }
+
+
+def parse_at_every_cut(chat_format: ChatFormat, text: str, **options: Any) -> Parsed:
+    """The result of a text, which is the same whole, in single characters, and cut in two or in three."""
+    whole = parse(chat_format, [text], **options)
+    step = max(1, len(text) // 6)
+    cuts = [[text[:cut], text[cut:]] for cut in range(len(text))]
+    cuts += [[text[:a], text[a:b], text[b:]] for a in range(0, len(text), step) for b in range(a, len(text), step)]
+    for pieces in (list(text), *cuts):
+        assert parse(chat_format, pieces, **options) == whole, pieces
+    return whole

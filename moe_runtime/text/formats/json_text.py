@@ -196,6 +196,7 @@ def read_calls(scanner: Scanner, output: Output) -> Steps[bool]:
     Returns:
         As `read_call`, for the first call.
     """
+    yield from scanner.blanks()
     is_list = yield from scanner.accept("[")
     if is_list and (yield from scanner.blanks()) == "]":
         yield from scanner.accept("]")

@@ -60,7 +60,7 @@ def can_hold(name: str, value: object) -> bool:
     if isinstance(value, list):
         return all(can_hold(name, item) for item in value)
     wire = WIRES[name]
-    if wire.raw_end and isinstance(value, str):
+    if wire.is_raw and isinstance(value, str):
         return value == value.strip("\n") and "</tool_call>" not in value
     return True
 
