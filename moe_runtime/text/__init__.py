@@ -1,1 +1,1 @@
-"""Tokenizer and detokenizer."""
+"""Tokenizer and detokenizer, chat templates, and the formats of tool calls and reasoning."""

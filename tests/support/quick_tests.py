@@ -13,6 +13,10 @@ config/test_engine.py
 config/test_expert_policy.py
 text/test_detokenizer.py
 text/test_tokenizer.py
+text/test_chat_history.py
+text/test_chat_template.py
+text/formats/test_registry.py
+text/formats/test_reasoning.py
 wire/test_transport.py
 engine/test_page_pool.py
 engine/test_request.py

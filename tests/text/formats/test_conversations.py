@@ -9,6 +9,7 @@ from chat_wire import TOOLS, WIRES, Parsed, parse, to_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime.text.formats.harmony import HARMONY_TAGS
 from moe_runtime.text.formats.registry import TOOL_FORMATS, ChatFormat, choose_format
 
 BLANKS = " \t\r\n"
@@ -116,19 +117,18 @@ def test_a_turn_that_is_cut_off_gives_a_prefix(name, turn, where, cuts):
 )
 def test_no_text_breaks_a_parser(tools, pieces, data):
     """Any mixture of a format's tags and other text is read to its end, at every cut alike."""
-    chosen = choose_format("", None, [], tools, "auto")
+    chosen = choose_format("", None, [], tools, "gpt-oss" if tools == "openai" else "qwen3")
+    prompt = data.draw(st.sampled_from(["", "<think>", "<|start|>assistant"]))
     wire = data.draw(
         st.permutations([*pieces, *data.draw(st.lists(st.sampled_from(sorted(tags_of(tools))), max_size=6))])
     )
     text = "".join(wire)
-    whole = parse(chosen, [text])
-    assert parse(chosen, list(text)) == whole
-    assert parse(chosen, wire) == whole
+    whole = parse(chosen, [text], prompt)
+    assert parse(chosen, list(text), prompt) == whole
+    assert parse(chosen, wire, prompt) == whole
 
 
 def tags_of(tools: str) -> set[str]:
-    from moe_runtime.text.formats.harmony import HARMONY_TAGS
-
     found = TOOL_FORMATS[tools]
     return set(found.all_tags if found else (*HARMONY_TAGS, "to=functions.now"))
 

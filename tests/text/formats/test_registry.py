@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+from places import ROOT
 
 from moe_runtime.text.formats.registry import (
     THOUGHT_ALIASES,
@@ -79,3 +82,10 @@ def test_names_that_do_not_exist_are_refused():
 def test_formats_that_do_not_go_together_are_refused(tools, reasoning):
     with pytest.raises(ValueError, match=r"^reasoning_parser: [^\n]* is not allowed with the tool parser"):
         choose_format("", None, [], tools, reasoning)
+
+
+def test_the_page_lists_every_name():
+    tools, reasoning = (ROOT / "docs" / "tools.md").read_text().split("| reasoning format |")
+    for text, names in ((tools, {*TOOL_FORMATS, *TOOL_ALIASES}), (reasoning, {*THOUGHT_FORMATS, *THOUGHT_ALIASES})):
+        rows = re.findall(r"(?m)^\| (`.*?) \| (.*?) \|", text)
+        assert {name for row in rows for cell in row for name in re.findall(r"`([\w-]+)`", cell)} == names
