@@ -15,7 +15,7 @@ from moe_runtime.text.formats.registry import TOOL_FORMATS, ChatFormat, choose_f
 BLANKS = " \t\r\n"
 PIECES = ["a", " ", "\n", "é", "🙂", "你", "<", "</", "<tool", "<think", "</thi", "[", "{", "}", "]", "<|", "`", "Hi."]
 VALUE_PIECES = [*PIECES, '"', "\\", "'", ",", ":", ";", "</tool_call", "</param", "\n</", "null", "1"]
-TAGS = ("<tool_call>", "<think>", "</think>", "<function=", "[TOOL_CALLS]", "<|channel", "<tool_calls>", "[THINK]")
+TAGS = ("<tool_call>", "<think>", "</think>", "<function=", "[TOOL_CALLS]", "<|channel|>", "<tool_calls>", "[THINK]")
 texts = st.lists(st.sampled_from(PIECES), max_size=8).map("".join).map(lambda text: text.strip(BLANKS))
 plain = texts.filter(lambda text: not any(tag in text for tag in TAGS))
 strings = st.lists(st.sampled_from(VALUE_PIECES), max_size=8).map("".join)
