@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 MARK = "\ufdd0"  # a code point that Unicode keeps free for a program's own use
-KEPT_KEYS = ("role", "type")  # templates compare their values
 
 Encode = Callable[[str], list[int]]
 
@@ -32,7 +31,7 @@ class ControlTexts:
         if isinstance(value, str):
             return self._pattern.sub(_marked, value.replace(MARK, ""))
         if isinstance(value, Mapping):
-            return {self.mark(key): item if key in KEPT_KEYS else self.mark(item) for key, item in value.items()}
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def encode(self, text: str, encode: Encode, encode_plain: Callable[[str, bool], list[int]]) -> list[int]:

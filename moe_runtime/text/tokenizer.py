@@ -167,7 +167,7 @@ class Tokenizer:
             escape_special_tokens: texts of control tokens in messages and tools are encoded as plain text.
 
         Raises:
-            ValueError: no chat template, messages of another form, or messages that the template refuses.
+            ValueError: no chat template, messages of another form, or messages with which the template fails.
         """
         if self.chat_template is None:
             raise ValueError("messages: the model's tokenizer has no chat template; give a prompt")

@@ -159,7 +159,7 @@ BAD = [
     ({"messages": [{"role": "king", "content": "hi"}]}, 422, "messages", "'king'"),
     ({"messages": [{"role": "user"}]}, 422, "messages", "messages.0.content: missing"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "messages", "image_url"),
-    ({"messages": [{"role": "assistant", "content": "I first"}]}, 400, "messages", "template refuses"),
+    ({"messages": [{"role": "assistant", "content": "I first"}]}, 400, "messages", "template fails"),
     ({"prompt": "a", "bogus": 1}, 422, "bogus", "no such field"),
     ({"prompt": "a", "n": 2}, 422, "n", "no such field"),
     ({"prompt": "a", "stream": "yes"}, 422, "stream", "'yes'"),

@@ -62,10 +62,13 @@ def test_the_final_message_is_continued_as_in_transformers(theirs, source, conte
 
 
 def test_a_template_may_append_to_lists_and_changes_no_message():
-    source = "{% set names = [] %}{% for m in messages %}{% set _ = names.append(m.role) %}{% endfor %}{{ names }}"
+    source = (
+        "{% set names = [] %}{% for m in messages %}{% set _ = names.append(m.get('role')) %}{% endfor %}{{ names }}"
+    )
+    source += "{{ names.pop(0) }}"
     source += "{% set _ = messages.append(1) %}{% set _ = messages[0].update({'role': 'x'}) %}"
     messages = [dict(message) for message in MESSAGES]
-    assert ChatTemplate(source, {}).render(messages) == "['user', 'assistant']"
+    assert ChatTemplate(source, {}).render(messages) == "['user', 'assistant']user"
     assert messages == MESSAGES
 
 

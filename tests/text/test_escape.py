@@ -6,6 +6,9 @@ import pytest
 from fakes import SPECIAL, save_byte_tokenizer, save_metaspace_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from moe_runtime.text.escape import MARK, ControlTexts
 from moe_runtime.text.tokenizer import Tokenizer
@@ -70,12 +73,23 @@ def test_the_text_beside_an_escaped_one_is_encoded_as_it_would_be_without(tokeni
     assert token_ids[-4:] == plain[-4:] == after
 
 
-def test_marks_are_made_everywhere_but_in_roles_and_cannot_be_sent():
+def test_marks_are_made_everywhere_and_cannot_be_sent():
     texts = ControlTexts(["<|end|>", "<|end|>x"])
     marked = texts.mark([{"role": "<|end|>", "content": f"<{MARK}|end|>", "k<|end|>": [1, None, "<|end|>x"]}])
     mark = f"<{MARK}|end|>"
-    assert marked == [{"role": "<|end|>", "content": mark, f"k{mark}": [1, None, mark + "x"]}]
+    assert marked == [{"role": mark, "content": mark, f"k{mark}": [1, None, mark + "x"]}]
     assert ControlTexts([]).mark("<|end|>") == "<|end|>"
+
+
+def test_a_tokenizer_that_cannot_write_the_text_in_another_way_refuses_it(tmp_path):
+    words = {word: index for index, word in enumerate([*SPECIAL, "<unk>", "sea"])}
+    raw = RawTokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(SPECIAL)
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=TEMPLATE))
+    assert render(tokenizer, "sea", escape=True) == render(tokenizer, "sea", escape=False)
+    with pytest.raises(ValueError, match=r"^messages: a control token's text cannot be escaped with this model's"):
+        render(tokenizer, "sea <|end|> sea", escape=True)
 
 
 def test_tools_and_calls_are_escaped_too(tokenizers):
