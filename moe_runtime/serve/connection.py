@@ -21,7 +21,8 @@ from moe_runtime.serve.errors import error_body
 
 LINGER_SECONDS = 2.0  # for a refused client to take the reply; its data is read and forgotten meanwhile
 MAX_LINGERING = 128  # connections above the limit that get a reply
-RESERVED_FILES = 256  # open files of everything but connections
+ACCEPT_BATCH = 32  # connections that asyncio accepts at one time; a few times as many before it looks at the first
+RESERVED_FILES = 4 * ACCEPT_BATCH + 128  # open files of everything but the connections that are counted
 LEAST_CONNECTIONS = 16
 RESPONSE_SECONDS = 2  # at the end, for complete replies and errors to reach their clients
 
@@ -35,10 +36,11 @@ class WebConfig(uvicorn.Config):
         super().__init__(
             app,
             http=Connection,
+            backlog=ACCEPT_BATCH,
             lifespan="off",
             ws="none",
             log_config=None,
-            log_level="warning",
+            log_level="error",  # a client's broken request is no warning to the operator
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=RESPONSE_SECONDS,
@@ -138,9 +140,12 @@ class Connection(H11Protocol):
             self.transport.close()
             return
         self.transport.write(_whole_reply(status, message))
-        self.transport.write_eof()
         self.flow.resume_reading()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone
+            self.transport.abort()
 
 
 def _whole_reply(status: int, message: str) -> bytes:

@@ -46,7 +46,7 @@ async def load(request: Request) -> Response:
     return json_response(load.to_dict())
 
 
-@router.get("/heatmap.{suffix}", responses=HEATMAPS | error_responses(404, 422))
+@router.get("/heatmap.{suffix}", response_class=Response, responses=HEATMAPS | error_responses(404, 422))
 async def heatmap(suffix: str, request: Request) -> Response:
     """The load as a picture, page or table."""
     if suffix not in MEDIA_TYPES:

@@ -7,7 +7,7 @@ import os
 import time
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from moe_runtime.serve.async_engine import AsyncEngine, State, UnavailableError
@@ -66,7 +66,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": str(engine.state), "reason": engine.reason}, 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """The metrics in Prometheus' text format. If the engine is in a long step, the gauges of load are older."""
     engine = _engine(request)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
 
 DRAIN_SECONDS = 20.0
+BACKLOG = 2048  # connections that wait until they are accepted
 CLOSE_SECONDS = 3.0  # for the ranks to end; all together, less than the 25 s that a host allows the front
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -71,7 +72,7 @@ def bind(host: str, port: int) -> socket.socket:
         raise ValueError(f"port: {port} is not allowed; it must be from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ValueError(f"port: {port} is already in use on {host}; choose another with --port") from error
@@ -174,6 +175,11 @@ class _WebServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)  # uvicorn has set the number of connections that asyncio accepts at one time
 
     def end_arrivals(self, _: object) -> None:
         """Wait no longer for headers and bodies that have not arrived completely."""

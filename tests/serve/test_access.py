@@ -5,7 +5,7 @@ import os
 
 import httpx
 import pytest
-from serve_clients import DEFAULTS, run, started
+from serve_clients import DEFAULTS, ServerThread, run, started
 from serve_fakes import DEADLINE, FakeEngine
 
 from moe_runtime.config.server import ServerConfig
@@ -112,6 +112,14 @@ def test_every_route_but_the_open_ones_needs_a_key(key_files):
 def test_admin_routes(key_files, files, headers, host, status):
     config = ServerConfig(**{name: key_files[name] for name in files})
     assert statuses(config, REBALANCE, headers, host).status_code == status
+
+
+def test_a_proxys_client_counts_as_the_address_that_the_proxy_tells():
+    with ServerThread(FakeEngine) as server:
+        for forwarded, status in (("203.0.113.9", 403), ("127.0.0.1, 203.0.113.9", 403), ("127.0.0.1", 200)):
+            headers = {"X-Forwarded-For": forwarded}
+            reply = httpx.post(server.url + "/experts/rebalance", json={"dry_run": True}, headers=headers)
+            assert reply.status_code == status
 
 
 def test_without_keys_all_other_routes_are_open():

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import socket
 import time
 
 import httpx
@@ -108,6 +109,33 @@ def test_the_limit_of_open_files_bounds_connections(monkeypatch):
         limits.clear()
         monkeypatch.setattr(resource, "getrlimit", lambda what, pair=(soft, hard): pair)
         assert (connection.allowed_connections(wanted), limits) == (allowed, raised)
+
+
+def test_more_clients_than_files_may_be_open():
+    """The server goes on, and serves again once clients have left."""
+    low = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (440, 440))"
+    with ServerProcess(before=low, header_timeout=60) as server:
+        url = server.url()
+        address = ("127.0.0.1", int(url.split(":")[-1]))
+        held = [socket.create_connection(address, 10) for _ in range(500)]
+        for client in held:
+            client.close()
+        wait_until(lambda: httpx.get(url + "/ready").status_code == 200, "clients have left")
+        server.process.terminate()
+        code, _, stderr = server.wait()
+    assert code == 0 and "max_connections: 56, not 4096, as the process may open 440 files" in stderr
+
+
+def test_many_half_open_connections_do_not_stop_others():
+    with ServerThread(FakeEngine, ServerConfig(header_timeout=1.0)) as server:
+        held = [RawClient(server) for _ in range(300)]
+        for client in held:
+            client.send(b"GET /health HTTP/1.1\r\nHos")
+        body = {"prompt": "a", "max_tokens": 3}
+        assert httpx.post(server.url + "/generate", json=body, timeout=20).status_code == 200
+        for client in held:
+            assert client.reply()[0] == 408 and client.is_closed()
+            client.__exit__()
 
 
 def test_a_signal_ends_half_open_connections_at_once():
