@@ -44,15 +44,24 @@ class RequestRules:
         self._check_ids("logit_bias", params.logit_bias or ())
         return self.policies.resolve(params.routing)
 
-    def check_length(self, num_tokens: int, params: SamplingParams) -> None:
-        """Raise ValueError for a prompt that leaves no room for a token of output, unless none is asked for."""
+    def check_length(self, num_tokens: int, params: SamplingParams, *, at_least: bool = False) -> None:
+        """Raise ValueError for a prompt that leaves no room for a token of output, unless none is asked for.
+
+        Args:
+            at_least: the prompt may have more than `num_tokens`.
+        """
         if num_tokens + (params.max_tokens != 0) > self.max_model_len:
+            count = f"at least {num_tokens}" if at_least else str(num_tokens)
             room = "" if params.max_tokens == 0 else " and at least one must be left for the output"
-            raise ValueError(f"prompt: {num_tokens} tokens, but max_model_len is {self.max_model_len}{room}")
+            raise ValueError(f"prompt: {count} tokens, but max_model_len is {self.max_model_len}{room}")
 
     def _check_ids(self, field: str, token_ids: Collection[int]) -> None:
-        for token in token_ids:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise ValueError(
-                    f"{field}: token id {token!r} is not allowed; it must be an integer from 0 to {self.vocab_size - 1}"
-                )
+        if (
+            set(map(type, token_ids)) <= {int}
+            and 0 <= min(token_ids, default=0) <= max(token_ids, default=0) < self.vocab_size
+        ):
+            return
+        wrong = next(token for token in token_ids if type(token) is not int or not 0 <= token < self.vocab_size)
+        raise ValueError(
+            f"{field}: token id {wrong!r} is not allowed; it must be an integer from 0 to {self.vocab_size - 1}"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -15,7 +16,9 @@ from moe_runtime.serve.errors import add_error_handlers, error_responses
 from moe_runtime.serve.keys import KeyFile
 from moe_runtime.serve.limits import Bodies, BodyLimit, RequestTimeout
 from moe_runtime.serve.methods import Cors, Methods
-from moe_runtime.serve.openai import models, routes
+from moe_runtime.serve.openai import chat, completions, models
+from moe_runtime.serve.openai.fields import UnknownFields
+from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.serve.request_ids import RequestIds
 from moe_runtime.types.version import __version__
 
@@ -33,12 +36,28 @@ def create_app(engine: AsyncEngine, server_config: ServerConfig) -> FastAPI:
     app.state.server_config = server_config
     app.state.bodies = Bodies(server_config)
     app.state.started = time.time()
+    app.state.tokenising = Tokenising()
+    app.state.unknown_fields = UnknownFields()
     app.state.drawing = asyncio.Lock()  # drawing competes with the ranks for cores: one picture at a time
     add_error_handlers(app)
     _add_layers(app, server_config)
-    for module in (generate, routes, models, tokenize, health, experts):
+    for module in (generate, completions, chat, models, tokenize, health, experts):
         app.include_router(module.router)
+    app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app
+
+
+def _schema(app: FastAPI) -> dict[str, Any]:
+    """`/openapi.json`. FastAPI adds a status 422 of its own to routes with parameters; here they answer 400."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 def _add_layers(app: FastAPI, config: ServerConfig) -> None:

@@ -135,10 +135,15 @@ class AsyncEngine:
         """Send requests to the engine. Returns one stream with all their deltas, which the caller must close.
 
         Raises:
-            ValueError: the engine refuses one of them. None of them runs.
+            ValueError: the engine refuses one of them, most often at once. None of them runs.
             UnavailableError: the engine accepts no requests.
         """
-        self.require_ready()
+        rules = self.require_ready().rules
+        checked: list[int] | None = None
+        for request in requests:
+            if request.prompt is not checked:  # choices share their prompt and differ in their seed
+                rules.check(request.prompt, request.params)
+                checked = request.prompt
         stream = RequestStream([request.request_id for request in requests], self._abort)
         accepted = []
         for request in requests:

@@ -1,25 +1,63 @@
-"""The common parts of request bodies and of replies on all endpoints.
+"""The common parts of request bodies on all endpoints.
 
-Types are checked here. `SamplingParams` checks ranges, so that HTTP and Python give the same messages.
+Types are checked here, and a check ends at the first wrong value: a body with many wrong values costs no more than one
+with one. `SamplingParams` checks ranges, so that HTTP and Python give the same messages.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
-from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
+from moe_runtime.serve.errors import UNSUPPORTED
 from moe_runtime.types.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from moe_runtime.types.outputs import ExpertChanges
-
-LEAST_LOGPROB = -9999.0  # JSON has no infinity
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
+
+T = TypeVar("T")
+FirstErrorList = Annotated[list[T], Field(fail_fast=True)]
+
+
+def wrong(wanted: str) -> PydanticCustomError:
+    """The error of a value that must be something else.
+
+    A function that raises it stands in place of a union, which would collect errors of every branch.
+    """
+    return PydanticCustomError("wrong_value", "it must be {wanted}", {"wanted": wanted})
+
+
+def is_token_ids(value: object) -> bool:
+    """Whether a value is a list of integers."""
+    return isinstance(value, list) and all(type(token) is int for token in value)
+
+
+def _text_or_texts(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+        return value
+    raise wrong("a string or a list of strings")
+
+
+def _token_ids(value: Any) -> Any:
+    if is_token_ids(value):
+        return value
+    raise wrong("a list of integers")
+
+
+def unsupported(field: str, value: object, allowed: str = "it must be left out") -> PydanticCustomError:
+    """The error of a field that is known and not done."""
+    return PydanticCustomError(UNSUPPORTED, "{allowed}", {"field": field, "value": value, "allowed": allowed})
+
+
+TEXT: dict[str, Any] = {"type": "string"}
+IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+TextOrTexts = Annotated[
+    Any, PlainValidator(_text_or_texts), WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": TEXT}]})
+]
+TokenIds = Annotated[Any, PlainValidator(_token_ids), WithJsonSchema(IDS)]
 
 
 class Body(BaseModel):
@@ -31,16 +69,17 @@ class Body(BaseModel):
 class ExpertPolicyFields(Body):
     """The fields of `ExpertPolicy`: one number for all sparse layers, or one for each layer."""
 
-    top_k: int | list[int] | None = None
-    top_p: float | list[float] | None = None
-    threshold: float | list[float] | None = None
-    temperature: float | list[float] | None = None
+    top_k: int | FirstErrorList[int] | None = None
+    top_p: float | FirstErrorList[float] | None = None
+    threshold: float | FirstErrorList[float] | None = None
+    temperature: float | FirstErrorList[float] | None = None
 
 
 class SamplingFields(Body):
     """The fields of `SamplingParams` that mean the same on every endpoint."""
 
     max_tokens: int | None = 16
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -48,9 +87,10 @@ class SamplingFields(Body):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
-    stop: str | list[str] = []
-    stop_token_ids: list[int] = []
+    stop: TextOrTexts = []
+    stop_token_ids: TokenIds = []
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -58,61 +98,29 @@ class SamplingFields(Body):
     routing: str | ExpertPolicyFields | None = None
     return_routed_experts: bool = False
 
-    def sampling_params(self) -> SamplingParams:
-        """Raises ValueError if a value is out of range."""
-        return SamplingParams(**self._given())
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """The parameters; `defaults` are the model's, for fields that are not given.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        return SamplingParams(**{**defaults, **self._given()})
 
     def _given(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in SAMPLING_NAMES & self.model_fields_set}
         if isinstance(self.routing, ExpertPolicyFields):
             given["routing"] = self.routing.model_dump(exclude_unset=True)
+        if given.get("logit_bias"):
+            given["logit_bias"] = {_token(name): bias for name, bias in given["logit_bias"].items()}
         return given
+
+
+def _token(name: str) -> int:
+    if not name.isascii() or not name.isdecimal():
+        raise ValueError(f"logit_bias: {name[:40]!r} is not allowed; it must be a token id")
+    return int(name)
 
 
 def without_nulls(body: Any) -> Any:
     """A JSON object without its null fields."""
     return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
-
-
-class TextPart(Body):
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """A chat message, as OpenAI's clients send it."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        return without_nulls(body)
-
-    def plain(self) -> dict[str, str]:
-        """The message in the form that a chat template takes."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        name = {} if self.name is None else {"name": self.name}
-        return {"role": self.role, "content": text, **name}
-
-
-def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges | None) -> dict[str, Any]:
-    """The token counts of a request. `changes` is None if the engine's options never change the gates' choices."""
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_output_tokens,
-        "total_tokens": num_prompt_tokens + num_output_tokens,
-        **({} if changes is None else {"expert_changes": asdict(changes)}),
-    }
-
-
-def routed_experts(experts: np.ndarray) -> dict[str, Any]:
-    """Experts [tokens, sparse layers, experts per token] as a JSON value: base64 of the array in C order."""
-    return {"data": b64encode(experts.tobytes()).decode(), "shape": list(experts.shape), "dtype": experts.dtype.name}
-
-
-def finite(logprob: float) -> float:
-    """A log-probability as a number that JSON can hold."""
-    return max(logprob, LEAST_LOGPROB)

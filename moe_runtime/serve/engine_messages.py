@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -22,11 +23,15 @@ View = Literal["expert_load", "placement", "decisions"]
 
 @dataclass(frozen=True)
 class AddRequest:
-    """Continue a prompt. The replies are `Accepted` or `Refused`, then the deltas of `Stepped`."""
+    """Continue a prompt. The replies are `Accepted` or `Refused`, then the deltas of `Stepped`.
+
+    `shown_ids` are special tokens that stay in the text in spite of `skip_special_tokens`.
+    """
 
     request_id: str
-    prompt: str | list[int]
+    prompt: list[int]
     params: SamplingParams
+    shown_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -62,13 +67,30 @@ Command = AddRequest | AbortRequest | Query | StartRebalance | Close
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is loaded, and the engine accepts requests."""
+    """The model is loaded, and the engine accepts requests.
+
+    Attributes:
+        config: the engine's options.
+        rules: what every request must obey.
+        tokenizer: None if the server takes and returns token ids only.
+        default_sampling: the model's own values for fields of `SamplingParams` that a request leaves out.
+        family: the model's family, a config's `model_type`.
+        health: the engine's choices and guarantees.
+        stats: its first figures.
+    """
 
     config: EngineConfig
-    max_model_len: int
+    rules: RequestRules
     tokenizer: Tokenizer | None
+    default_sampling: dict[str, Any]
+    family: str
     health: dict[str, object]
     stats: EngineStats
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum length of prompt plus output."""
+        return self.rules.max_model_len
 
     @property
     def model_name(self) -> str:

@@ -81,7 +81,12 @@ class EngineThread(threading.Thread):
             logger.exception("the engine could not be made")
             self._post(LoadFailed(f"{type(error).__name__}: {error}", False))
         else:
-            self._post(Loaded(engine.config, engine.max_model_len, engine.tokenizer, engine.health(), engine.stats()))
+            model = engine.model_config
+            defaults = dict(model.default_sampling)
+            health = engine.health()
+            self._post(
+                Loaded(engine.config, engine.rules, engine.tokenizer, defaults, model.family, health, engine.stats())
+            )
             return engine
         return None
 
@@ -115,9 +120,9 @@ class EngineThread(threading.Thread):
 
     def _do(self, engine: Engine, command: AddRequest | AbortRequest | Query | StartRebalance) -> None:
         match command:
-            case AddRequest(request_id, prompt, params):
+            case AddRequest(request_id, prompt, params, shown_ids):
                 try:
-                    engine.add_request(request_id, prompt, params)
+                    engine.add_request(request_id, prompt, params, shown_ids)
                 except ValueError as error:
                     self._post(Refused(request_id, str(error)))
                 else:

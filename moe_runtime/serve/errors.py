@@ -21,17 +21,17 @@ from moe_runtime.serve.async_engine import UnavailableError
 
 MAX_SHOWN_INPUT = 80  # characters of a value, in an error about it
 MAX_PARAM = 64
+UNSUPPORTED = "unsupported"  # type of a validation error whose context has the field and its value
 # Of a client's error that is longer than this, only the beginning and the end are sent: it quotes what the client sent.
 MAX_MESSAGE, MESSAGE_HEAD, MESSAGE_TAIL = 240, 110, 85
 DESCRIPTIONS = {
-    400: "The body is not JSON, or a value is out of range.",
+    400: "The body is not JSON, or a field is unknown, missing, of another type or out of range.",
     401: "The key is missing or unknown.",
     403: "The client may not use this route.",
     404: "There is nothing of this name here.",
     408: "The body did not arrive in time.",
     409: "The server's state does not allow it now.",
     413: "The body is too large.",
-    422: "A field is unknown, missing or of another type.",
     500: "The server has a fault.",
     503: "The server cannot take or finish the request now.",
     504: "The request took longer than it may.",
@@ -86,7 +86,7 @@ def user_error(error: ValueError, renamed: Mapping[str, str]) -> ApiError:
 
 def json_response(body: object, status: int = 200) -> Response:
     """JSON in ASCII. So it can quote any text that a client sent (UTF-8 cannot encode a lone surrogate)."""
-    return Response(json.dumps(body), status, media_type="application/json")
+    return Response(json.dumps(body, allow_nan=False), status, media_type="application/json")
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
@@ -150,6 +150,9 @@ def _describe_validation(errors: Any) -> Response:
     first = errors[0]
     if first["type"] == "json_invalid":
         return error_response(400, f"body: not valid JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
+    if first["type"] == UNSUPPORTED:
+        field, message = first["ctx"]["field"], first["msg"]
+        return error_response(400, f"{field}: {shown(first['ctx']['value'])} is not supported; {message}", field)
     path = first["loc"][1:]
     if first["type"] == "string_unicode" and not path:
         return error_response(400, "body: has a field whose name is not valid Unicode")
@@ -157,8 +160,9 @@ def _describe_validation(errors: Any) -> Response:
         return error_response(400, "body: must be a JSON object, sent with Content-Type: application/json")
     field, where = str(path[0]), ".".join(str(part) for part in path)
     if first["type"] == "extra_forbidden":
-        return error_response(422, f"{where}: no such field", field)
+        return error_response(400, f"{where}: no such field", field)
     if first["type"] == "missing":
-        return error_response(422, f"{where}: missing; it must be given", field)
+        return error_response(400, f"{where}: missing; it must be given", field)
     wanted = dict.fromkeys(error["msg"] for error in errors if error["loc"][:2] == first["loc"][:2])
-    return error_response(422, f"{field}: {shown(first['input'])} is not allowed; {'; '.join(wanted)}", field)
+    where = where if len(errors) == 1 else field  # a union's branches are no part of a path
+    return error_response(400, f"{where}: {shown(first['input'])} is not allowed; {'; '.join(wanted)}", field)

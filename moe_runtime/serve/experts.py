@@ -46,7 +46,7 @@ async def load(request: Request) -> Response:
     return json_response(load.to_dict())
 
 
-@router.get("/heatmap.{suffix}", response_class=Response, responses=HEATMAPS | error_responses(404, 422))
+@router.get("/heatmap.{suffix}", response_class=Response, responses=HEATMAPS | error_responses(404))
 async def heatmap(suffix: str, request: Request) -> Response:
     """The load as a picture, page or table."""
     if suffix not in MEDIA_TYPES:
@@ -71,7 +71,7 @@ async def decisions(request: Request) -> Response:
     return json_response({"decisions": await _engine(request).query("decisions")})
 
 
-@router.post("/rebalance", responses=error_responses(409, 422))
+@router.post("/rebalance", responses=error_responses(409))
 async def rebalance(request: Request, options: RebalanceOptions | None = None) -> Response:
     """Move experts to a better placement for the recent load. Replies once they have moved."""
     try:

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 
-from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.serve.bodies import Message, SamplingFields, finite, routed_experts, usage
-from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.serve.bodies import FirstErrorList, SamplingFields, TokenIds
+from moe_runtime.serve.chat_messages import Message
 from moe_runtime.serve.errors import ApiError, user_error
-from moe_runtime.serve.prompts import encode_chat, encode_text
-from moe_runtime.serve.streaming import respond
+from moe_runtime.serve.prompts import encode, require_tokenizer
+from moe_runtime.serve.rendering import Chat, encode_chat
+from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.streaming import answers, respond, until_disconnect
+from moe_runtime.serve.values import (
+    Answer,
+    PositionLogprob,
+    RoutedExperts,
+    Usage,
+    position_logprobs,
+    prompt_logprobs,
+    routed_experts,
+    usage,
+)
 from moe_runtime.types.outputs import Completion
+from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from moe_runtime.text.tokenizer import Tokenizer
-    from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+    from moe_runtime.types.outputs import OutputDelta
 
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
@@ -27,10 +38,24 @@ class GenerateRequest(SamplingFields):
     """`POST /generate`: exactly one of prompt, prompt_token_ids and messages, plus sampling parameters."""
 
     prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
-    messages: list[Message] | None = None
+    prompt_token_ids: TokenIds | None = None
+    messages: FirstErrorList[Message] | None = None
     stream: bool = False
     logprobs: int | None = None
+
+
+class GenerateAnswer(Answer):
+    """A reply of `/generate`. In a stream, only the last event has `stop_reason` and `usage`."""
+
+    id: str
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: list[dict[str, PositionLogprob]] | None = None
+    prompt_logprobs: list[dict[str, PositionLogprob] | None] | None = None
+    routed_experts: RoutedExperts | None = None
+    stop_reason: int | str | None
+    usage: Usage
 
 
 class NativeReply:
@@ -61,9 +86,9 @@ class NativeReply:
             "finish_reason": part.finish_reason,
         }
         if part.logprobs is not None:
-            body["logprobs"] = [_position(position) for position in part.logprobs]
+            body["logprobs"] = [position_logprobs(position) for position in part.logprobs]
         if part.prompt_logprobs is not None:
-            body["prompt_logprobs"] = [position and _position(position) for position in part.prompt_logprobs]
+            body["prompt_logprobs"] = prompt_logprobs(part.prompt_logprobs)
         if part.routed_experts is not None:
             body["routed_experts"] = routed_experts(part.routed_experts)
         return body
@@ -73,43 +98,35 @@ class NativeReply:
         return {"stop_reason": part.stop_reason, "usage": counts}
 
 
-def _position(position: PositionLogprobs) -> dict[str, dict[str, Any]]:
-    return {
-        str(token_id): {
-            "logprob": finite(entry.logprob),
-            "rank": entry.rank,
-            "decoded_token": entry.decoded_token,
-        }
-        for token_id, entry in position.items()
-    }
-
-
 router = APIRouter()
 
 
-@router.post("/generate")
+@router.post("/generate", responses=answers(GenerateAnswer))
 async def generate(body: GenerateRequest, request: Request) -> Response:
     """Continue one prompt."""
-    engine: AsyncEngine = request.app.state.engine
     given = [name for name in PROMPTS if getattr(body, name) is not None]
     if len(given) != 1:
         field = given[0] if given else PROMPTS[0]
         found = " and ".join(given) or "none"
         raise ApiError(400, f"{field}: exactly one of {', '.join(PROMPTS)} must be given, not {found}", field)
-    tokenizer = engine.require_ready().tokenizer
+    front = Front.of(request)
     try:
-        command = AddRequest(f"gen-{uuid.uuid4().hex}", await _prompt(body, tokenizer), body.sampling_params())
+        params = body.sampling_params(front.info.default_sampling)
+        front.check_limits(params, 1)
+        prompt = await until_disconnect(request.receive, _prompt(front, body, params))
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error
-    return await respond(
-        request, engine, [command], NativeReply(command.request_id), stream=body.stream, prompt=given[0]
-    )
+    request_id = f"gen-{uuid.uuid4().hex}"
+    (command,) = choices_of(request_id, [prompt], params)
+    return await respond(request, front.engine, [command], NativeReply(request_id), stream=body.stream, prompt=given[0])
 
 
-async def _prompt(body: GenerateRequest, tokenizer: Tokenizer | None) -> list[int]:
+async def _prompt(front: Front, body: GenerateRequest, params: SamplingParams) -> list[int]:
     if body.messages is not None:
-        return await encode_chat(tokenizer, body.messages)
-    if body.prompt is not None:
-        return await encode_text(tokenizer, body.prompt)
-    assert body.prompt_token_ids is not None
-    return body.prompt_token_ids
+        return (await encode_chat(front, Chat([message.plain() for message in body.messages]), params)).token_ids
+    if body.prompt is None:
+        assert body.prompt_token_ids is not None
+        token_ids: list[int] = body.prompt_token_ids
+        return token_ids
+    tokenizer, text, rules = require_tokenizer(front.info.tokenizer, "prompt"), body.prompt, front.info.rules
+    return await front.tokenising.run(lambda gone: encode(tokenizer, text, rules, params, gone))

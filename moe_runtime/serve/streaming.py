@@ -9,12 +9,13 @@ from collections.abc import Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request, Response
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from moe_runtime.serve.async_engine import AsyncEngine, RequestStream, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest
-from moe_runtime.serve.errors import error_body, json_response, user_error
+from moe_runtime.serve.errors import ApiError, error_body, json_response, user_error
 from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DONE = "[DONE]"
+
+
+def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The argument `responses` of a route whose replies are `model`, or server-sent events."""
+    description = "The answer. With `stream`, server-sent events: JSON objects, then `[DONE]`."
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"model": model, "description": description, "content": events}}
+
+
+class RequestFailedError(RuntimeError):
+    """The engine could not finish this request; others go on. The message says why."""
 
 
 class Reply(Protocol):
@@ -49,7 +61,7 @@ async def respond(
         prompt: the name of the field in which the client sent the prompt, for error messages.
 
     Raises:
-        ApiError: the engine refuses a request.
+        ApiError: the engine refuses a request, or cannot finish it.
         UnavailableError: the engine cannot run or finish the requests.
         ClientDisconnect: the client disconnected; the requests are aborted.
     """
@@ -61,6 +73,8 @@ async def respond(
         return EventStream(deltas, reply)
     try:
         completions = await until_disconnect(request.receive, _collect(deltas, commands))
+    except RequestFailedError as error:
+        raise ApiError(500, str(error)) from error
     finally:
         deltas.close()
     return json_response(reply.whole(completions))
@@ -93,12 +107,19 @@ async def _disconnect(receive: Receive) -> None:
 async def _collect(deltas: RequestStream, commands: Sequence[AddRequest]) -> list[Completion]:
     completions = {command.request_id: Completion() for command in commands}
     async for delta in deltas:
+        _require_success(delta)
         completions[delta.request_id].add(delta)
     return list(completions.values())
 
 
+def _require_success(delta: OutputDelta) -> None:
+    if delta.error is not None:
+        raise RequestFailedError(delta.error)
+
+
 class EventStream(Response):
-    """Server-sent events of running requests. If the engine fails, the stream ends with an error, without `[DONE]`."""
+    """Server-sent events of running requests. If one cannot be finished, the stream ends with an error, without
+    `[DONE]`."""
 
     media_type = "text/event-stream"
 
@@ -121,7 +142,7 @@ class EventStream(Response):
 
         async def send_events(events: Iterable[dict[str, Any]]) -> None:
             for event in events:
-                await send_data(json.dumps(event))
+                await send_data(json.dumps(event, allow_nan=False))
 
         async def send_data(data: str) -> None:
             await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
@@ -129,10 +150,12 @@ class EventStream(Response):
         try:
             await send_events(self._reply.first_events())
             async for delta in self._deltas:
+                _require_success(delta)
                 await send_events(self._reply.events(delta))
             await send_events(self._reply.last_events())
-        except UnavailableError as error:
-            await send_events([error_body(503, str(error))])
+        except (UnavailableError, RequestFailedError) as error:
+            status = 503 if isinstance(error, UnavailableError) else 500
+            await send_events([error_body(status, str(error))])
         else:
             await send_data(DONE)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

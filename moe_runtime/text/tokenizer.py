@@ -104,13 +104,17 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that one token adds within a text. A character's bytes may be divided among tokens."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None or token_id in self._tokenizer.added_tokens_decoder:
+        if token is None or token_id in self._added_ids:
             return (token or "").encode()
         if self._byte_of is not None and all(character in self._byte_of for character in token):
             return bytes(self._byte_of[character] for character in token)
         if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's fallback
             return bytes.fromhex(byte[1])
         return self.token_text(token_id).encode()
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        return frozenset(self.added_tokens.values())
 
     @cached_property
     def _byte_of(self) -> dict[str, int] | None:

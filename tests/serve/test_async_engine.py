@@ -6,7 +6,7 @@ import time
 
 import pytest
 from serve_clients import run, started
-from serve_fakes import RANK_ERROR, FakeEngine, wait_until
+from serve_fakes import MAX_MODEL_LEN, RANK_ERROR, VOCAB, FakeEngine, wait_until
 
 from moe_runtime.serve.async_engine import AsyncEngine, State, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest
@@ -57,11 +57,26 @@ def test_one_stream_carries_several_requests():
 
 def test_one_refused_request_stops_its_siblings():
     async def scenario():
-        fake = FakeEngine()
+        fake = FakeEngine(refuses="bad")
         async with started(fake) as engine:
-            with pytest.raises(ValueError, match="prompt: it is empty"):
-                await engine.submit([AddRequest("good", [1], LONG), AddRequest("bad", [], LONG)])
+            with pytest.raises(ValueError, match="request_id: 'bad' is in use"):
+                await engine.submit([AddRequest("good", [1], LONG), AddRequest("bad", [1], LONG)])
             await until(lambda: fake.aborted == ["good"])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * MAX_MODEL_LEN, [5, VOCAB], [-1]])
+def test_what_the_rules_refuse_does_not_wait_for_a_step(prompt):
+    async def scenario():
+        fake = FakeEngine(allow=threading.Semaphore(0))
+        async with started(fake) as engine:
+            stream = await engine.submit([AddRequest("running", [1], LONG)])  # the thread now waits inside a step
+            with pytest.raises(ValueError, match=r"^prompt: "):
+                await engine.submit([AddRequest("good", [1], LONG), AddRequest("bad", prompt, LONG)])
+            assert [added[0] for added in fake.added] == ["running"]
+            stream.close()
+            fake.allow.release()
 
     run(scenario())
 

@@ -56,7 +56,11 @@ def test_usage_has_them(path: str, body: dict[str, Any], shown: dict[str, int], 
 
 def metrics_of(text: str) -> dict[tuple[str, ...], float]:
     families = text_string_to_metric_families(text)
-    return {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    return {
+        (sample.name, *(value for name, value in sample.labels.items() if name != "model_name")): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def test_metrics_have_them() -> None:

@@ -13,7 +13,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.app import create_app
 from moe_runtime.serve.generate import GenerateRequest
-from moe_runtime.serve.openai.protocol import CompletionRequest
+from moe_runtime.serve.openai.completions import CompletionRequest
 from moe_runtime.types.sampling_params import SamplingParams
 
 
@@ -60,6 +60,7 @@ def test_prompts_reach_the_engine_as_tokens(prompt, token_ids):
 def test_all_sampling_parameters_reach_the_engine():
     given = {
         "max_tokens": None,
+        "min_tokens": 0,
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 7,
@@ -67,6 +68,7 @@ def test_all_sampling_parameters_reach_the_engine():
         "repetition_penalty": 1.1,
         "presence_penalty": -1,
         "frequency_penalty": 1.5,
+        "logit_bias": {"5": -100, "17": 2.5},
         "seed": 2**63 - 1,
         "stop": ["a", "b"],
         "stop_token_ids": [9],
@@ -78,17 +80,19 @@ def test_all_sampling_parameters_reach_the_engine():
         "routing": {"top_p": 0.8, "threshold": [0.1, 0.2]},
         "return_routed_experts": True,
     }
-    assert set(given) == {field.name for field in fields(SamplingParams)}
+    assert set(given) == {field.name for field in fields(SamplingParams)} - {"n"}
     fake = FakeEngine()
     response = post({"prompt_token_ids": [5], **given}, fake)
     assert (response.json()["finish_reason"], response.json()["stop_reason"]) == ("stop", 9)
-    assert fake.added[0][2] == SamplingParams(**given)
+    assert fake.added[0][2] == SamplingParams(**given | {"logit_bias": {5: -100, 17: 2.5}})
 
 
 @pytest.mark.parametrize("body", [GenerateRequest, CompletionRequest])
 def test_fields_and_defaults_are_those_of_sampling_params(body):
     defaults = {name: field.default for name, field in body.model_fields.items()}
     for field in fields(SamplingParams):
+        if field.name == "n" and body is GenerateRequest:
+            continue
         assert field.default is not MISSING
         default = defaults[field.name]
         assert (tuple(default) if isinstance(default, list) else default) == field.default
@@ -147,28 +151,32 @@ BAD = [
     ({}, 400, "prompt", "exactly one of prompt, prompt_token_ids, messages must be given, not none"),
     ({"prompt": "a", "messages": []}, 400, "prompt", "not prompt and messages"),
     ({"prompt": ""}, 400, "prompt", "empty"),
-    ({"prompt": 5}, 422, "prompt", "5 is not allowed; Input should be a valid string"),
+    ({"prompt": 5}, 400, "prompt", "5 is not allowed; Input should be a valid string"),
     ({"prompt": "a " * MAX_MODEL_LEN}, 400, "prompt", "max_model_len"),
     ({"prompt_token_ids": [1] * MAX_MODEL_LEN}, 400, "prompt_token_ids", "max_model_len"),
     ({"prompt_token_ids": []}, 400, "prompt_token_ids", "empty"),
-    ({"prompt_token_ids": [1, "2"]}, 422, "prompt_token_ids", "'2' is not allowed"),
+    ({"prompt_token_ids": [1, "2"]}, 400, "prompt_token_ids", "[1, '2'] is not allowed; it must be a list of integers"),
     ({"prompt_token_ids": [1, 10**6]}, 400, "prompt_token_ids", "1000000"),
     ({"prompt_token_ids": [-1]}, 400, "prompt_token_ids", "-1"),
-    ({"prompt_token_ids": [True]}, 422, "prompt_token_ids", "True"),
-    ({"messages": "hi"}, 422, "messages", "'hi'"),
-    ({"messages": [{"role": "king", "content": "hi"}]}, 422, "messages", "'king'"),
-    ({"messages": [{"role": "user"}]}, 422, "messages", "messages.0.content: missing"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "messages", "image_url"),
+    ({"prompt_token_ids": [True]}, 400, "prompt_token_ids", "True"),
+    ({"messages": "hi"}, 400, "messages", "'hi'"),
+    ({"messages": [{"role": "king", "content": "hi"}]}, 400, "messages", "'king'"),
+    ({"messages": [{"role": "user"}]}, 400, "messages", "it must have a content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "image_url"),
     ({"messages": [{"role": "assistant", "content": "I first"}]}, 400, "messages", "template fails"),
-    ({"prompt": "a", "bogus": 1}, 422, "bogus", "no such field"),
-    ({"prompt": "a", "n": 2}, 422, "n", "no such field"),
-    ({"prompt": "a", "stream": "yes"}, 422, "stream", "'yes'"),
-    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "0 is not allowed"),
-    ({"prompt": "a", "max_tokens": 1.5}, 422, "max_tokens", "1.5"),
+    ({"prompt": "a", "bogus": 1}, 400, "bogus", "no such field"),
+    ({"prompt": "a", "n": 2}, 400, "n", "no such field"),
+    ({"prompt": "a", "stream": "yes"}, 400, "stream", "'yes'"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "-1 is not allowed"),
+    ({"prompt": "a", "min_tokens": 17}, 400, "min_tokens", "from 0 to 16"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias", "'x' is not allowed; it must be a token id"),
+    ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", "from -100 to 100"),
+    ({"prompt": "a", "logit_bias": {"1000": 1}}, 400, "logit_bias", "from 0 to 999"),
+    ({"prompt": "a", "max_tokens": 1.5}, 400, "max_tokens", "1.5"),
     ({"prompt": "a", "max_tokens": 10**30}, 400, "max_tokens", str(10**30)),
     ({"prompt": "a", "temperature": -1}, 400, "temperature", "-1"),
-    ({"prompt": "a", "temperature": "hot"}, 422, "temperature", "'hot'"),
-    ({"prompt": "a", "temperature": None}, 422, "temperature", "None"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature", "'hot'"),
+    ({"prompt": "a", "temperature": None}, 400, "temperature", "None"),
     ({"prompt": "a", "temperature": math.nan}, 400, "temperature", "nan"),
     ({"prompt": "a", "top_p": 0}, 400, "top_p", "above 0"),
     ({"prompt": "a", "top_p": 1.5}, 400, "top_p", "1.5"),
@@ -177,14 +185,14 @@ BAD = [
     ({"prompt": "a", "repetition_penalty": 0}, 400, "repetition_penalty", "above 0"),
     ({"prompt": "a", "presence_penalty": 3}, 400, "presence_penalty", "3"),
     ({"prompt": "a", "frequency_penalty": -3}, 400, "frequency_penalty", "-3"),
-    ({"prompt": "a", "seed": -1}, 400, "seed", "-1"),
+    ({"prompt": "a", "seed": -2}, 400, "seed", "-2"),
     ({"prompt": "a", "seed": 2**63}, 400, "seed", str(2**63)),
-    ({"prompt": "a", "stop": [1]}, 422, "stop", "valid string"),
+    ({"prompt": "a", "stop": [1]}, 400, "stop", "a list of strings"),
     ({"prompt": "a", "stop": ""}, 400, "stop", "non-empty"),
     ({"prompt": "a", "stop_token_ids": [-1]}, 400, "stop_token_ids", "-1"),
     ({"prompt": "a", "logprobs": 21}, 400, "logprobs", "20"),
     ({"prompt": "a", "prompt_logprobs": -1}, 400, "prompt_logprobs", "-1"),
-    ({"prompt": "a", "ignore_eos": 1}, 422, "ignore_eos", "1"),
+    ({"prompt": "a", "ignore_eos": 1}, 400, "ignore_eos", "1"),
 ]
 
 

@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from moe_runtime.balancer.live.rebalancer import BalancerStats
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
@@ -37,6 +38,10 @@ class FakeTokenizer:
     """A token per word, the word's length."""
 
     has_chat_template = True
+    chat_template = None
+    special_ids = frozenset()
+    added_tokens = MappingProxyType({})
+    max_token_bytes = 100
 
     def encode(self, text, add_special_tokens=True):
         return [len(word) for word in text.split()]
@@ -47,12 +52,22 @@ class FakeTokenizer:
     def pieces(self, token_ids):
         return ["x" * token_id for token_id in token_ids]
 
-    def apply_chat_template(self, messages):
+    def token_text(self, token_id):
+        return f" {token_id}"
+
+    def token_bytes(self, token_id):
+        return self.token_text(token_id).encode()
+
+    def __init__(self):
+        self.rendered = []
+
+    def apply_chat_template(self, messages, **options):
+        self.rendered.append({"messages": messages, **options})
         if not messages:
             raise ValueError("messages: [] is not allowed; it must be a list with at least one message")
         if messages[0]["role"] == "assistant":
             raise ValueError("messages: the chat template fails: the user speaks first")
-        token_ids = [token for m in messages for token in (len(m["role"]), *self.encode(m["content"]))]
+        token_ids = [token for m in messages for token in (len(m["role"]), *self.encode(m["content"] or ""))]
         return RenderedPrompt("", token_ids)
 
 
@@ -83,7 +98,9 @@ class FakeEngine:
     step_seconds: float = 0.0
     max_model_len: int = MAX_MODEL_LEN
     expert_changes: ExpertChanges | None = None
-    model_config: object = field(default_factory=lambda: SimpleNamespace(default_sampling={}))
+    refuses: str | None = None  # a request id
+    script: list[str] | None = None  # the texts of the tokens, in place of numbers; then the output stops
+    model_config: object = field(default_factory=lambda: SimpleNamespace(default_sampling={}, family="fake"))
 
     def __post_init__(self):
         self.running = {}
@@ -101,15 +118,14 @@ class FakeEngine:
         if self.rank_is_dead:
             raise self.die_with
 
-    def add_request(self, request_id, prompt, params):
-        if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt)
-        if not prompt:
-            raise ValueError("prompt: it is empty; at least one token is needed")
-        if any(token >= VOCAB or token < 0 for token in prompt):
-            raise ValueError(f"prompt: token id {max(prompt)} is not allowed; it must be from 0 to {VOCAB - 1}")
-        if len(prompt) >= self.max_model_len:
-            raise ValueError(f"prompt: {len(prompt)} tokens, but max_model_len is {self.max_model_len}")
+    @property
+    def rules(self):
+        return RequestRules(VOCAB, self.max_model_len, True, SimpleNamespace(resolve=lambda asked: None))
+
+    def add_request(self, request_id, prompt, params, shown_ids=frozenset()):
+        self.rules.check(prompt, params)
+        if request_id == self.refuses:
+            raise ValueError(f"request_id: {request_id!r} is in use")
         room = self.max_model_len - len(prompt)
         self.added.append((request_id, prompt, params))
         self.running[request_id] = FakeRequest(
@@ -140,7 +156,11 @@ class FakeEngine:
         self.num_tokens += 1
         params = request.params
         finish_reason = stop_reason = None
-        if token in params.stop_token_ids:
+        text = f" {token}"
+        if self.script is not None:
+            text = self.script[request.num_output_tokens - 1]
+            finish_reason = "stop" if request.num_output_tokens == len(self.script) else None
+        elif token in params.stop_token_ids:
             finish_reason, stop_reason = "stop", token
         elif request.num_output_tokens == request.max_tokens:
             finish_reason = "length"
@@ -152,7 +172,7 @@ class FakeEngine:
             prompt_logprobs = [None] + [fake_logprobs(7, params.prompt_logprobs)] * (request.num_prompt_tokens - 1)
         return OutputDelta(
             request_id=request_id,
-            text=f" {token}",
+            text=text,
             token_ids=[token],
             logprobs=None if params.logprobs is None else [fake_logprobs(token, params.logprobs)],
             finish_reason=finish_reason,

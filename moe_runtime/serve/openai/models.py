@@ -19,7 +19,7 @@ async def models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_model(request)]})
 
 
-@router.get("/{model_id:path}", responses=error_responses(404, 422))
+@router.get("/{model_id:path}", responses=error_responses(404))
 async def model(model_id: str, request: Request) -> Response:
     """The model of this name. Names may have slashes."""
     check_model(model_id, _info(request))

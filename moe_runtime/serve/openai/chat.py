@@ -1,0 +1,57 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import uuid
+
+from fastapi import APIRouter, Request, Response
+
+from moe_runtime.serve.errors import error_responses, user_error
+from moe_runtime.serve.openai.answers import ChatAnswer
+from moe_runtime.serve.openai.chat_reply import ChatReply
+from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
+from moe_runtime.serve.openai.models import check_model
+from moe_runtime.serve.rendering import Chat, answer_format, encode_chat
+from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.streaming import answers, respond, until_disconnect
+from moe_runtime.text.chat_history import count_calls
+from moe_runtime.text.formats.parser import OutputParser
+from moe_runtime.text.formats.registry import ChatFormat
+
+
+def answer_parser(found: ChatFormat, chat: Chat, prompt: str) -> OutputParser:
+    """The parser of one choice."""
+    return found.parser(
+        prompt,
+        chat.tools,
+        calls=bool(chat.tools),
+        num_earlier_calls=count_calls(chat.messages),
+        new_id=lambda: uuid.uuid4().hex[:24],
+    )
+
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/chat/completions", responses=answers(ChatAnswer) | error_responses(404))
+async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+    """Answer a chat, with `n` choices."""
+    front = Front.of(request)
+    check_model(body.model, front.info)
+    request.app.state.unknown_fields.note(body)
+    renamed = {"prompt": "messages"}
+    if body.max_completion_tokens is not None:
+        renamed["max_tokens"] = "max_completion_tokens"
+    written = answer_format(request.app.state, front.info, front.config)
+    try:
+        params = written.with_stops(body.sampling_params(front.info.default_sampling))
+        front.check_limits(params, 1)
+        chat = body.chat(front.config.max_tools)
+        prompt = await until_disconnect(request.receive, encode_chat(front, chat, params))
+    except ValueError as error:
+        raise user_error(error, renamed) from error
+    completion_id = f"chatcmpl-{uuid.uuid4().hex}"
+    commands = choices_of(completion_id, [prompt.token_ids], params, shown_ids=written.shown_ids)
+    parsers = [answer_parser(written.format, chat, prompt.text) for _ in commands]
+    reply = ChatReply(completion_id, front.info.model_name, body, commands, parsers, front.info.tokenizer)
+    return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="messages")

@@ -1,0 +1,132 @@
+"""Replies of `/v1/chat/completions`: content, reasoning and tool calls, whole or in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
+from moe_runtime.serve.openai.logprobs import TokenTexts
+from moe_runtime.serve.openai.reply import OpenAIReply, routed
+from moe_runtime.serve.values import prompt_logprobs
+from moe_runtime.text.formats.output import ChatDelta, ToolCallDelta
+from moe_runtime.text.formats.parser import OutputParser
+from moe_runtime.types.outputs import Completion
+
+if TYPE_CHECKING:
+    from moe_runtime.text.tokenizer import Tokenizer
+    from moe_runtime.types.outputs import OutputDelta
+
+
+class ChatReply(OpenAIReply):
+    """A reply to a chat.
+
+    Args:
+        parsers: one for each choice.
+        tokenizer: for the texts of tokens.
+    """
+
+    object_name, chunk_name = "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        completion_id: str,
+        model: str,
+        body: ChatCompletionRequest,
+        commands: Sequence[AddRequest],
+        parsers: Sequence[OutputParser],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        super().__init__(completion_id, model, body, commands)
+        self._request = body
+        self._parsers = parsers
+        self._has_calls = [False] * len(parsers)
+        self._texts = TokenTexts(tokenizer, body.skip_special_tokens)
+
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        reply = super().whole(completions)
+        found = completions[0].prompt_logprobs
+        return reply if found is None else {**reply, "prompt_logprobs": prompt_logprobs(found)}
+
+    def first_events(self) -> Iterable[dict[str, Any]]:
+        for index in range(len(self._parsers)):
+            delta = {"role": "assistant", "content": ""}
+            yield self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def events(self, delta: OutputDelta) -> Iterable[dict[str, Any]]:
+        for event in super().events(delta):
+            found = delta.prompt_logprobs
+            yield event if found is None else {**event, "prompt_logprobs": prompt_logprobs(found)}
+
+    def _choice(self, index: int, done: Completion) -> dict[str, Any]:
+        parts = self._parse(index, done)
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(part.content for part in parts)}
+        message["refusal"] = None
+        if reasoning := "".join(part.reasoning for part in parts):
+            message["reasoning_content"] = reasoning
+        if calls := _joined([call for part in parts for call in part.tool_calls]):
+            message["tool_calls"] = calls
+            message["content"] = message["content"] or None
+        return self._with_end(index, "message", message, done)
+
+    def _chunk_choice(self, index: int, delta: OutputDelta) -> dict[str, Any] | None:
+        content: dict[str, Any] = {}
+        parts = self._parse(index, delta)
+        if text := "".join(part.content for part in parts):
+            content["content"] = text
+        if reasoning := "".join(part.reasoning for part in parts):
+            content["reasoning_content"] = reasoning
+        if calls := [_call(call) for part in parts for call in part.tool_calls]:
+            content["tool_calls"] = calls
+        if not content and delta.finish_reason is None and delta.logprobs is None and delta.prompt_logprobs is None:
+            return None
+        return self._with_end(index, "delta", content, delta)
+
+    def _parse(self, index: int, part: Completion | OutputDelta) -> list[ChatDelta]:
+        """What a part of the output adds to the answer."""
+        found = [self._parsers[index].feed(part.text)]
+        if part.finish_reason is not None:
+            found.append(self._parsers[index].finish())
+        kept = [self._wanted(each) for each in found]
+        self._has_calls[index] |= any(each.tool_calls for each in kept)
+        return kept
+
+    def _wanted(self, found: ChatDelta) -> ChatDelta:
+        """What the client wants of a delta."""
+        calls = found.tool_calls
+        if not self._request.parallel_tool_calls:
+            calls = tuple(call for call in calls if call.index == 0)
+        return ChatDelta(found.content, found.reasoning if self._request.include_reasoning else "", calls)
+
+    def _with_end(
+        self, index: int, name: str, content: dict[str, Any], part: Completion | OutputDelta
+    ) -> dict[str, Any]:
+        reason = "tool_calls" if part.finish_reason == "stop" and self._has_calls[index] else part.finish_reason
+        num_best = self._request.top_logprobs or 0
+        return {
+            "index": index,
+            name: content,
+            "logprobs": None if part.logprobs is None else self._texts.chat(part.token_ids, part.logprobs, num_best),
+            "finish_reason": reason,
+            "stop_reason": part.stop_reason,
+            **routed(part),
+        }
+
+
+def _call(delta: ToolCallDelta) -> dict[str, Any]:
+    """A piece of a call in a chunk; its first one has id, type and name."""
+    function: dict[str, Any] = {"arguments": delta.arguments}
+    if delta.id is None:
+        return {"index": delta.index, "function": function}
+    return {"index": delta.index, "id": delta.id, "type": "function", "function": {"name": delta.name, **function}}
+
+
+def _joined(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+    """The calls of a whole answer."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if delta.id is not None:
+            calls.append({"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": ""}})
+        calls[delta.index]["function"]["arguments"] += delta.arguments
+    return calls

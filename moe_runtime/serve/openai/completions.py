@@ -1,0 +1,167 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import PlainValidator, WithJsonSchema
+
+from moe_runtime.serve.bodies import IDS, TEXT, is_token_ids, wrong
+from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.serve.errors import error_responses, user_error
+from moe_runtime.serve.openai.answers import CompletionAnswer
+from moe_runtime.serve.openai.fields import OpenAIFields
+from moe_runtime.serve.openai.logprobs import TextLogprobs, TokenTexts
+from moe_runtime.serve.openai.models import check_model
+from moe_runtime.serve.openai.reply import OpenAIReply, routed
+from moe_runtime.serve.prompts import encode, require_tokenizer
+from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.streaming import answers, respond, until_disconnect
+from moe_runtime.serve.values import prompt_logprobs
+from moe_runtime.types.outputs import Completion
+from moe_runtime.types.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from moe_runtime.text.tokenizer import Tokenizer
+    from moe_runtime.types.outputs import OutputDelta, PositionLogprobs
+
+
+def _prompt(value: Any) -> Any:
+    if isinstance(value, str) or is_token_ids(value):
+        return value
+    if isinstance(value, list) and (
+        all(isinstance(prompt, str) for prompt in value) or all(is_token_ids(prompt) for prompt in value)
+    ):
+        return value
+    raise wrong("a text, token ids, or a list of either")
+
+
+PROMPT_SCHEMA = {
+    "anyOf": [TEXT, IDS, {"type": "array", "items": TEXT}, {"type": "array", "items": IDS}],
+    "examples": ["The sea is"],
+}
+Prompt = Annotated[Any, PlainValidator(_prompt), WithJsonSchema(PROMPT_SCHEMA)]
+
+
+class CompletionRequest(OpenAIFields):
+    """`POST /v1/completions`."""
+
+    prompt: Prompt
+    logprobs: int | None = None
+    echo: bool = False
+    best_of: int | None = None
+
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Raises ValueError if a value is out of range."""
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of: {self.best_of} is not supported; it must be left out, or n ({self.n})")
+        params = {**defaults, **self._given()}
+        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
+            params["prompt_logprobs"] = self.logprobs
+        return SamplingParams(**params)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or more prompts, each a text or token ids."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            return prompt
+        return [prompt]
+
+
+class CompletionReply(OpenAIReply):
+    """Replies of `/v1/completions`.
+
+    Args:
+        texts: the text of each prompt, for `echo`.
+        tokenizer: for the texts of tokens.
+    """
+
+    object_name = chunk_name = "text_completion"
+
+    def __init__(
+        self,
+        completion_id: str,
+        model: str,
+        body: CompletionRequest,
+        commands: Sequence[AddRequest],
+        texts: Sequence[str],
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        super().__init__(completion_id, model, body, commands)
+        self._request = body
+        self._texts = texts
+        tokens = TokenTexts(tokenizer, body.skip_special_tokens)
+        self._logprobs = [TextLogprobs(tokens) for _ in commands]
+
+    def _choice(self, index: int, done: Completion) -> dict[str, Any]:
+        return self._part(index, done, done.prompt_token_ids)
+
+    def _chunk_choice(self, index: int, delta: OutputDelta) -> dict[str, Any]:
+        return self._part(index, delta, delta.prompt_token_ids)
+
+    def _part(self, index: int, part: Completion | OutputDelta, prompt: list[int] | None) -> dict[str, Any]:
+        """A choice, or its part in a chunk; `prompt` is None after the first one."""
+        text, token_ids = part.text, part.token_ids
+        logprobs: list[PositionLogprobs | None] | None = None if part.logprobs is None else [*part.logprobs]
+        if self._request.echo and prompt is not None:
+            text = self._texts[index // self._request.n] + text
+            if logprobs is not None and part.prompt_logprobs is not None:
+                token_ids, logprobs = [*prompt, *token_ids], [*part.prompt_logprobs, *logprobs]
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": None if logprobs is None else self._logprobs[index].part(token_ids, logprobs),
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+            **routed(part),
+        }
+        if self._request.prompt_logprobs is not None and part.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(part.prompt_logprobs)
+        return choice
+
+
+router = APIRouter(prefix="/v1")
+
+
+@router.post("/completions", responses=answers(CompletionAnswer) | error_responses(404))
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue one or more prompts, with `n` choices for each."""
+    front = Front.of(request)
+    check_model(body.model, front.info)
+    request.app.state.unknown_fields.note(body)
+    try:
+        params = body.sampling_params(front.info.default_sampling)
+        front.check_limits(params, len(body.prompts))
+        prompts, texts = await until_disconnect(
+            request.receive, front.tokenising.run(lambda gone: _encode(front, body, params, gone))
+        )
+    except ValueError as error:
+        raise user_error(error, {}) from error
+    completion_id = f"cmpl-{uuid.uuid4().hex}"
+    commands = choices_of(completion_id, prompts, params, every_prompt_logprobs=body.echo)
+    reply = CompletionReply(completion_id, front.info.model_name, body, commands, texts, front.info.tokenizer)
+    return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="prompt")
+
+
+def _encode(
+    front: Front, body: CompletionRequest, params: SamplingParams, gone: threading.Event
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of the prompts and, for `echo`, their texts."""
+    rules, tokenizer = front.info.rules, front.info.tokenizer
+    prompts: list[list[int]] = []
+    texts: list[str] = []
+    for prompt in body.prompts:
+        if isinstance(prompt, str):
+            tokenizer = require_tokenizer(tokenizer, "prompt")
+            prompts.append(encode(tokenizer, prompt, rules, params, gone, body.add_special_tokens is not False))
+            texts.append(prompt)
+        else:
+            rules.check(prompt, params)
+            prompts.append(prompt)
+            texts.append(tokenizer.decode(prompt, body.skip_special_tokens) if body.echo and tokenizer else "")
+    return prompts, texts
