@@ -20,6 +20,7 @@ from moe_runtime.serve.openai import chat, completions, models
 from moe_runtime.serve.openai.fields import UnknownFields
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.serve.request_ids import RequestIds
+from moe_runtime.text.formats.registry import choose_format
 from moe_runtime.types.version import __version__
 
 ANY_REQUEST = error_responses(400, 401, 403, 408, 413, 500, 503, 504)  # any route may answer with these
@@ -29,8 +30,9 @@ def create_app(engine: AsyncEngine, server_config: ServerConfig) -> FastAPI:
     """The application for an engine. The caller starts and closes the engine.
 
     Raises:
-        ValueError: a file of keys cannot be read or has no keys.
+        ValueError: a file of keys cannot be read or has no keys, or a parser of tool calls or reasoning is unknown.
     """
+    choose_format("", None, (), server_config.tool_call_parser, server_config.reasoning_parser)  # checks the names
     app = FastAPI(title="moe_runtime", version=__version__, docs_url=None, redoc_url=None, responses=ANY_REQUEST)
     app.state.engine = engine
     app.state.server_config = server_config

@@ -22,6 +22,7 @@ from moe_runtime.serve.app import create_app
 from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
 from moe_runtime.serve.connection import Connection, WebConfig
 from moe_runtime.serve.limits import Bodies
+from moe_runtime.serve.rendering import answer_format
 from moe_runtime.system.owned_folders import remove_own_folders
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ async def serve(app: FastAPI, listener: socket.socket, stop: asyncio.Event) -> t
         engine.start()
         stopping = tasks.create_task(stop.wait())
         stopping.add_done_callback(web.end_arrivals)
-        code = await _watch(engine, stopping, _url(listener))
+        code = await _watch(app, stopping, _url(listener))
         stopping.cancel()
         web.should_exit = True
     return code, await engine.close(CLOSE_SECONDS)
@@ -106,12 +107,14 @@ async def _serve_until_signal(app: FastAPI, listener: socket.socket) -> tuple[in
         return await serve(app, listener, stop)
 
 
-async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -> int:
+async def _watch(app: FastAPI, stopping: asyncio.Future[Any], url: str) -> int:
     """Wait until the server should end. Returns its exit code."""
+    engine: AsyncEngine = app.state.engine
     await _first(engine.loaded, stopping)
     if engine.loaded.done():
         try:
             info = engine.loaded.result()
+            written = answer_format(app.state, info, app.state.server_config).format
         except ValueError as error:
             _complain(str(error))
             return EXIT_USAGE
@@ -120,6 +123,11 @@ async def _watch(engine: AsyncEngine, stopping: asyncio.Future[Any], url: str) -
             return EXIT_FAILED
         ep_size = info.config.ep_size
         ranks = "1 rank" if ep_size == 1 else f"{ep_size} ranks"
+        logger.info(
+            "format of chats: tool calls %s, reasoning %s",
+            written.tool_format or "are not looked for",
+            written.reasoning_format or "is not looked for",
+        )
         print(f"ready: {url} (model {info.model_name}, {ranks})", flush=True)
         await _first(engine.died, stopping)
         if stopping.done():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_server import RealServer
-from serve_clients import ServerThread, client_of, events_of, run, started
+from serve_clients import ServerProcess, ServerThread, client_of, events_of, run, started
 from serve_fakes import DEADLINE, FakeEngine
 
 from moe_runtime.config.server import ServerConfig
@@ -290,6 +290,15 @@ def test_any_chunks_add_up_to_the_whole(
     whole = reply().whole([done])
     assert without_ids(gathered(events)) == without_ids(plain(whole["choices"][0]))
     assert whole["usage"]["completion_tokens"] == len(parts)
+
+
+@pytest.mark.parametrize("option", ["tool_call_parser", "reasoning_parser"])
+def test_an_unknown_parser_ends_the_start_with_one_line(option: str) -> None:
+    with ServerProcess(**{option: "hermess"}) as server:
+        code, _, stderr = server.wait()
+    assert code == 2
+    assert stderr.startswith(f"moe-runtime: error: {option}: 'hermess' is not allowed; it must be one of auto, ")
+    assert stderr.count("\n") == 1
 
 
 def test_a_chat_without_a_format_is_content() -> None:

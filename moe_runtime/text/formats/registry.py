@@ -217,7 +217,9 @@ def choose_format(
         ValueError: an unknown name, or two formats that do not go together.
     """
     template = chat_template or ""
-    tool_name = _named("tool_parser", tool_parser, TOOL_FORMATS, TOOL_ALIASES, lambda: _auto_tools(family, template))
+    tool_name = _named(
+        "tool_call_parser", tool_parser, TOOL_FORMATS, TOOL_ALIASES, lambda: _auto_tools(family, template)
+    )
     thought_name = _named(
         "reasoning_parser",
         reasoning_parser,

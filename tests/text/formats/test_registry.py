@@ -72,7 +72,9 @@ def test_every_reasoning_parser_can_be_named(name):
 
 
 def test_names_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"^tool_parser: 'x' is not allowed; it must be one of auto, [^\n]*, hermes, "):
+    with pytest.raises(
+        ValueError, match=r"^tool_call_parser: 'x' is not allowed; it must be one of auto, [^\n]*, hermes, "
+    ):
         choose_format("", None, [], "x")
     with pytest.raises(ValueError, match=r"^reasoning_parser: 'x' is not allowed; it must be one of auto, [^\n]*qwen3"):
         choose_format("", None, [], "none", "x")
