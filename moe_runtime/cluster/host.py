@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 
+from moe_runtime.system.signals import END_SIGNALS
 from moe_runtime.wire.transport import RankExited
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Host:
         thread, which lives as long as that process.
         """
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
             process, reports = _start(command, environment)
         except OSError as error:
             started.set_exception(error)

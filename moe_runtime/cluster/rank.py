@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from moe_runtime.system.pages import library_mappings, release_library_pages
+from moe_runtime.system.signals import END_SIGNALS
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import RankResult, RankStep, SlotReport, SlotTask
 from moe_runtime.wire.transport import (
@@ -170,8 +171,8 @@ def fork_ranks(arguments: Sequence[str]) -> RankArguments:
     """
     seats, reports = parse_arguments(arguments)
     os.set_inheritable(reports, False)  # not by processes that the ranks start
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front handles it
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in END_SIGNALS:  # the front handles them
+        signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     gc.collect()
     gc.freeze()  # objects that the collector does not visit stay shared

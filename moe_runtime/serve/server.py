@@ -24,6 +24,7 @@ from moe_runtime.serve.connection import Connection, WebConfig
 from moe_runtime.serve.limits import Bodies
 from moe_runtime.serve.rendering import answer_format
 from moe_runtime.system.owned_folders import remove_own_folders
+from moe_runtime.system.signals import END_SIGNALS
 
 if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 DRAIN_SECONDS = 20.0
 BACKLOG = 2048  # connections that wait until they are accepted
 CLOSE_SECONDS = 3.0  # for the ranks to end; all together, less than the 25 s that a host allows the front
-END_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 logger = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from moe_runtime.cluster import rank_group
 from moe_runtime.cluster.host import Host
 from moe_runtime.cluster.process_executor import ProcessExecutor
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.system.signals import END_SIGNALS
 from moe_runtime.wire.executor import CountsReport, RankError
 from moe_runtime.wire.messages import SlotReport, SlotTask
 
@@ -334,14 +335,15 @@ def test_the_next_start_removes_what_a_front_killed_with_9_has_left(front, folde
     assert not list(folder.iterdir())
 
 
-def test_ctrl_c_at_the_whole_group_lets_the_ranks_finish(front):
-    os.killpg(front.process.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_lets_the_ranks_finish(front, number):
+    os.killpg(front.process.pid, number)
     assert front.wait(10) == 0, front.output
     assert len(front.values("stepped")) == 2
     assert front.left() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", END_SIGNALS)
 def test_a_rank_ignores_signals_from_its_first_moment(start, monkeypatch, number):
     def start_and_signal(*args, **options) -> Host:
         host = Host(*args, **options)

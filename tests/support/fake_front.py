@@ -1,6 +1,6 @@
 """A front without an engine, over fake ranks: `python fake_front.py [--fail]`, alone with two ranks or under torchrun.
 
-It prints when it is ready. On SIGTERM or SIGINT it runs one more step and stops.
+It prints when it is ready. On SIGTERM, SIGINT or SIGHUP it runs one more step and stops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run_front(config: EngineConfig, make_executor: MakeExecutor) -> int:
         raise ValueError("model: no such checkpoint")
     told: list[int] = []
     executor = make_executor(config, fake_rank.model_config(), Path("/nowhere"))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: told.append(number))
     print("ranks:", *(info.pid for info in executor.ranks))
     print("ready")
