@@ -14,6 +14,8 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at line {error.lineno}, column {error.colno})") from error
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
 
 
 def read_text(path: Path) -> str:

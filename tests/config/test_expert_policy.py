@@ -38,10 +38,11 @@ def test_what_may_be_written(written: object, meant: object) -> None:
     assert parse_expert_policy(written) == meant
 
 
-@pytest.mark.parametrize(
-    "written",
-    ["quick", "", 3, True, [], {}, {"top": 1}, "top_k", "top_k=", "=3", "top_k=x", "{", "[1]", '{"top": 1}', "k=3"],
-)
+NO_POLICIES = ["quick", "", 3, True, [], {}, {"top": 1}, "top_k", "top_k=", "=3", "top_k=x", "[1]", "k=3"]
+NO_OBJECTS = ["{", '{"top": 1}', '{"a":' * 50_000, '{"top_k": ' + "9" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("written", [*NO_POLICIES, *NO_OBJECTS], ids=lambda written: repr(written)[:20])
 def test_what_may_not_be_written(written: Any) -> None:
     with pytest.raises(ValueError, match=r"^routing: [^\n]* is not allowed; it must be [^\n]+$"):
         SamplingParams(routing=written)

@@ -26,6 +26,8 @@ def test_what_is_no_json_is_said_with_its_place() -> None:
     assert parse_json('{"a": [1, null]}') == {"a": [1, None]}
     with pytest.raises(ValueError, match=r"^not valid JSON \(.+ at line 2, column 3\)$"):
         parse_json("{\n  a}")
+    with pytest.raises(ValueError, match=r"^JSON that is nested too deeply$"):
+        parse_json("[" * 100_000)
 
 
 @pytest.mark.parametrize(
