@@ -121,6 +121,13 @@ def _token(name: str) -> int:
     return int(name)
 
 
+def with_nulls(schema: dict[str, Any]) -> None:
+    """Adds to a model's JSON schema that fields which may be left out may be null."""
+    for name, field in schema["properties"].items():
+        if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
+
 def without_nulls(body: Any) -> Any:
-    """A JSON object without its null fields."""
+    """A JSON object without its null fields. A model that uses it has the schema of `with_nulls`."""
     return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from moe_runtime.serve.bodies import TEXT, FirstErrorList, unsupported, without_nulls, wrong
+from moe_runtime.serve.bodies import TEXT, FirstErrorList, unsupported, with_nulls, without_nulls, wrong
 
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
 
@@ -36,7 +36,12 @@ Content = Annotated[
 class Open(BaseModel):
     """Strict JSON types. Fields that are not named here are left out."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", json_schema_extra=with_nulls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return without_nulls(body)
 
 
 class FunctionCall(Open):
@@ -65,10 +70,10 @@ class Message(Open):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
+    def _without_audio(cls, body: Any) -> Any:
         if isinstance(body, dict) and body.get("audio") is not None:
             raise unsupported("messages", body["audio"], "audio must be left out")
-        return without_nulls(body)
+        return body
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -110,8 +115,3 @@ class Tool(Open):
 
     type: Literal["function"]
     function: FunctionDefinition
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, body: Any) -> Any:
-        return without_nulls(body)

@@ -64,18 +64,28 @@ def encode(
         ValueError: the text is too long, or no text.
         ClientGoneError: `gone` was set.
     """
-    check_size(tokenizer, [text], rules, params)
-    if len(text) > LONG * rules.max_model_len:
-        least = 0
+    check_size(tokenizer, [text], rules, params, gone)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
+def check_size(
+    tokenizer: Tokenizer, texts: Sequence[str], rules: RequestRules, params: SamplingParams, gone: threading.Event
+) -> None:
+    """Check that texts may fit the context. Texts that are much longer than most are tokenised in pieces for that.
+
+    Raises:
+        ValueError: they cannot fit.
+        ClientGoneError: `gone` was set.
+    """
+    num_chars = sum(map(len, texts))
+    rules.check_length(num_chars // tokenizer.max_token_bytes, params, at_least=True)
+    if num_chars <= LONG * rules.max_model_len:
+        return
+    least = 0
+    for text in texts:
         for start in range(0, len(text), PIECE_CHARS):
             if gone.is_set():
                 raise ClientGoneError
             piece = tokenizer.encode(text[start : start + PIECE_CHARS], add_special_tokens=False)
             least += max(0, len(piece) - BORDER_TOKENS)
             rules.check_length(least, params, at_least=True)
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-
-def check_size(tokenizer: Tokenizer, texts: Sequence[str], rules: RequestRules, params: SamplingParams) -> None:
-    """Raise ValueError if the texts together have more bytes than the longest prompt."""
-    rules.check_length(sum(map(len, texts)) // tokenizer.max_token_bytes, params, at_least=True)

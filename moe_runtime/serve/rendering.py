@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -86,8 +87,13 @@ async def encode_chat(front: Front, chat: Chat, params: SamplingParams) -> Rende
         ValueError: there is no tokenizer or template, the template refuses the messages, or the chat is too long.
     """
     tokenizer = require_tokenizer(front.info.tokenizer, "messages")
-    check_size(tokenizer, [message.get("content") or "" for message in chat.messages], front.info.rules, params)
-    return await front.tokenising.run(lambda gone: render(tokenizer, chat, front.config.escape_special_tokens))
+    texts = [message.get("content") or "" for message in chat.messages]
+
+    def work(gone: threading.Event) -> RenderedPrompt:
+        check_size(tokenizer, texts, front.info.rules, params, gone)
+        return render(tokenizer, chat, front.config.escape_special_tokens)
+
+    return await front.tokenising.run(work)
 
 
 def render(tokenizer: Tokenizer, chat: Chat, escape_special_tokens: bool) -> RenderedPrompt:

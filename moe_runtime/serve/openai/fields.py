@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, model_validator
 
-from moe_runtime.serve.bodies import Body, SamplingFields, unsupported, without_nulls
+from moe_runtime.serve.bodies import Body, SamplingFields, unsupported, with_nulls, without_nulls
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class StreamOptions(Body):
 class OpenAIFields(SamplingFields):
     """Fields of OpenAI's endpoints. Null means not given."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=with_nulls)
 
     model: str | None = None
     n: int = 1
