@@ -68,7 +68,7 @@ def test_every_import_is_a_declared_dependency(wheel: Path) -> None:
     distributions = packages_distributions()
     used = {distributions[name][0].lower().replace("_", "-") for name in foreign}
     # What a declared package always brings itself is as good as declared.
-    assert used - declared <= {"starlette"}, "imported, but not declared"
+    assert used - declared <= {"starlette", "pydantic-core"}, "imported, but not declared"
     assert declared - used <= {"triton", "pyyaml"} | used, "declared, but not imported"
 
 

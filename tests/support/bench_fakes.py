@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from serve_fakes import FakeEngine
 
 
 class BenchEngine(FakeEngine):
     """A fake engine with a vocabulary and everything that a report contains about an engine."""
-
-    model_config = SimpleNamespace(vocab_size=1000)
 
     def health(self):
         return super().health() | {"dtype": "float32", "device": "cpu", "max_model_len": self.max_model_len}

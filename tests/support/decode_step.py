@@ -73,7 +73,7 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
             prepared = rank.prepare(plan)
             hidden_TD = rank.launch(prepared)()
             logits.append(rank.model.logits(hidden_TD))
-            for sample in sample_step(prepared, hidden_TD, rank.model, best):
+            for sample in sample_step(prepared, hidden_TD, rank.model, best, ()):
                 tokens[sample.seq_id].append(sample.token_id)
     return tokens, logits[1:]
 

@@ -100,7 +100,9 @@ class FakeEngine:
     expert_changes: ExpertChanges | None = None
     refuses: str | None = None  # a request id
     script: list[str] | None = None  # the texts of the tokens, in place of numbers; then the output stops
-    model_config: object = field(default_factory=lambda: SimpleNamespace(default_sampling={}, family="fake"))
+    model_config: object = field(
+        default_factory=lambda: SimpleNamespace(vocab_size=VOCAB, default_sampling={}, family="fake")
+    )
 
     def __post_init__(self):
         self.running = {}
@@ -123,6 +125,8 @@ class FakeEngine:
         return RequestRules(VOCAB, self.max_model_len, True, SimpleNamespace(resolve=lambda asked: None))
 
     def add_request(self, request_id, prompt, params, shown_ids=frozenset()):
+        if isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt)
         self.rules.check(prompt, params)
         if request_id == self.refuses:
             raise ValueError(f"request_id: {request_id!r} is in use")
