@@ -61,7 +61,8 @@ def test_logits_do_not_depend_on_company_chunks_ranks_or_dispatcher(
         for name, cut in CUTS.items():
             cuts = [cut(length) for length in LENGTHS]
             ways = ["local"] if num_ranks == 1 else ["symmetric", "all_gather", "all_to_all"]
-            for way in ways if name == "whole" else [tuple(ways)]:
+            # With two ranks, prompts run whole in all ways in turn; with four, in each way alone.
+            for way in ways if name == "whole" and num_ranks != 2 else [tuple(ways)]:
                 steps = plan_steps(prompts, ranks, num_ranks, cuts, (way,) if isinstance(way, str) else way)
                 for length, ours, theirs in zip(LENGTHS, logits(num_ranks, steps), expected, strict=True):
                     assert torch.equal(ours, theirs), (num_ranks, name, way, length)
