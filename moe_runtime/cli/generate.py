@@ -30,6 +30,7 @@ class _Output:
     logprobs: list[PositionLogprobs] = field(default_factory=list)
     prompt_token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs | None] = field(default_factory=list)
+    error: str | None = None
 
     def add(self, delta: OutputDelta) -> None:
         self.text += delta.text
@@ -37,6 +38,7 @@ class _Output:
         self.logprobs += delta.logprobs or []
         self.prompt_token_ids = delta.prompt_token_ids or self.prompt_token_ids
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+        self.error = delta.error
 
 
 def sampling_options() -> list[Option]:
@@ -70,14 +72,14 @@ def generate(namespace: argparse.Namespace) -> int:
                 **{"max_tokens": DEFAULT_MAX_TOKENS, **engine.model_config.default_sampling, **given}
             )
             outputs = _add_requests(engine, namespace, params)
-        _run(engine, outputs)
+        succeeded = _run(engine, outputs)
         if namespace.heatmap:
             load = engine.expert_load()
             with user_mistakes():
                 load.save(namespace.heatmap)
     finally:
         engine.close()
-    return 0
+    return 0 if succeeded else 1
 
 
 def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, dict[str, Any]]:
@@ -86,7 +88,7 @@ def _settings(namespace: argparse.Namespace) -> tuple[EngineConfig, dict[str, An
 
     values = option_values(namespace, [*options_of(EngineConfig), *sampling_options()])
     given = only_fields(SamplingParams, values)
-    SamplingParams(**given)  # checks them
+    SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **given})  # checks them
     config = EngineConfig(**only_fields(EngineConfig, values))
     if not namespace.prompt and not namespace.prompt_token_ids:
         raise ValueError("prompt: missing; give at least one --prompt or --prompt-token-ids")
@@ -113,8 +115,12 @@ def _add_requests(engine: Engine, namespace: argparse.Namespace, params: Samplin
     return outputs
 
 
-def _run(engine: Engine, outputs: dict[str, _Output]) -> None:
-    """Run all requests and print the text: as it arrives for one prompt on a terminal, else when all have ended."""
+def _run(engine: Engine, outputs: dict[str, _Output]) -> bool:
+    """Run all requests and print the text: as it arrives for one prompt on a terminal, else when all have ended.
+
+    Returns:
+        Whether all requests could be finished.
+    """
     has_text = engine.tokenizer is not None
     live = len(outputs) == 1 and sys.stdout.isatty() and has_text
     started = time.perf_counter()
@@ -129,12 +135,15 @@ def _run(engine: Engine, outputs: dict[str, _Output]) -> None:
             print(f">>> {output.title}")
         print("" if live else output.text if has_text else ",".join(map(str, output.token_ids)))
         _print_logprobs(output)
+        if output.error is not None:
+            print(f"moe-runtime: error: {output.error}", file=sys.stderr)
         if len(outputs) > 1:
             print()
     num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs.values())
     num_tokens = sum(len(output.token_ids) for output in outputs.values())
     figures = f"{num_prompt_tokens} prompt tokens, {num_tokens} generated in {seconds:.2f} s"
     print(f"{figures} ({num_tokens / seconds:.1f} tok/s)", file=sys.stderr)
+    return all(output.error is None for output in outputs.values())
 
 
 def _print_logprobs(output: _Output) -> None:

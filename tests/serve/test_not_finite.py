@@ -15,6 +15,7 @@ from tiny_models import make_model, save
 
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.build import build_engine
+from moe_runtime.cli import main as cli
 from moe_runtime.config.engine import EngineConfig
 
 MESSAGE = "the model's logits after token 3 are NaN or infinite; its weights may be damaged"
@@ -59,3 +60,9 @@ def test_others_in_the_batch_go_on(damaged: Path) -> None:
         alone = [llm.generate(prompts[i], params, use_tqdm=False)[0].outputs[0] for i in (0, 2)]
     assert (bad.finish_reason, bad.error, bad.token_ids) == ("error", MESSAGE, [])
     assert [good.token_ids, other.token_ids] == [output.token_ids for output in alone]
+
+
+def test_the_command_says_so_and_fails(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--dtype", "float32", "--device", "cpu", "--max-model-len", "64", "--min-tokens", "20"]
+    assert cli.main(["generate", str(damaged), "--prompt-token-ids", "8,9,10", *options]) == 1
+    assert f"moe-runtime: error: {MESSAGE}\n" in capsys.readouterr().err
