@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import h11
 
-from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine, RequestFailedError, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankError
@@ -69,7 +69,7 @@ class EngineTarget:
                     yield len(delta.token_ids)
             finally:
                 deltas.close()
-        except (ValueError, UnavailableError) as error:
+        except (ValueError, UnavailableError, RequestFailedError) as error:
             raise RequestError(str(error)) from error
 
 

@@ -51,6 +51,10 @@ class UnavailableError(RuntimeError):
     """The engine cannot take or finish a request: it is loading, shutting down or dead. The message says which."""
 
 
+class RequestFailedError(RuntimeError):
+    """The engine cannot finish a request; others go on. The message says why."""
+
+
 class RequestStream:
     """Deltas of one or more requests, as steps end. Iterate until all requests have finished, then call `close`.
 
@@ -69,12 +73,20 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> OutputDelta:
-        """The next delta. Raises UnavailableError when the engine cannot finish a request."""
+        """The next delta.
+
+        Raises:
+            UnavailableError: the engine cannot finish a request.
+            RequestFailedError: this request cannot be finished.
+        """
         if not self._unfinished:
             raise StopAsyncIteration
         item = await self._items.get()
         if isinstance(item, UnavailableError):
             raise item
+        if item.error is not None:
+            self._unfinished.discard(item.request_id)
+            raise RequestFailedError(item.error)
         if item.finish_reason is not None:
             self._unfinished.discard(item.request_id)
         return item

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from moe_runtime.serve.async_engine import AsyncEngine, RequestStream, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine, RequestFailedError, RequestStream, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import ApiError, error_body, json_response, user_error
 from moe_runtime.types.outputs import Completion
@@ -30,10 +30,6 @@ def answers(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     description = "The answer. With `stream`, server-sent events: JSON objects, then `[DONE]`."
     events = {"text/event-stream": {"schema": {"type": "string"}}}
     return {200: {"model": model, "description": description, "content": events}}
-
-
-class RequestFailedError(RuntimeError):
-    """The engine could not finish this request; others go on. The message says why."""
 
 
 class Reply(Protocol):
@@ -107,14 +103,8 @@ async def _disconnect(receive: Receive) -> None:
 async def _collect(deltas: RequestStream, commands: Sequence[AddRequest]) -> list[Completion]:
     completions = {command.request_id: Completion() for command in commands}
     async for delta in deltas:
-        _require_success(delta)
         completions[delta.request_id].add(delta)
     return list(completions.values())
-
-
-def _require_success(delta: OutputDelta) -> None:
-    if delta.error is not None:
-        raise RequestFailedError(delta.error)
 
 
 class EventStream(Response):
@@ -150,7 +140,6 @@ class EventStream(Response):
         try:
             await send_events(self._reply.first_events())
             async for delta in self._deltas:
-                _require_success(delta)
                 await send_events(self._reply.events(delta))
             await send_events(self._reply.last_events())
         except (UnavailableError, RequestFailedError) as error:
