@@ -15,6 +15,7 @@ from moe_runtime.bench.targets import RequestError, ServerTarget, Target, start_
 from moe_runtime.bench.workload import Job, check_lengths, make_warmups, make_workload, rate_name, read_text
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import MODEL, user_mistakes
+from moe_runtime.serve.keys import authorization
 
 if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
@@ -67,7 +68,7 @@ async def _start_engine(
 async def _connect(options: BenchOptions, engine: Mapping[str, Any]) -> tuple[Target, Sequence[int]]:
     """A server, and the tokens for prompts: those of the named model, or for random prompts the server's vocabulary."""
     assert options.url is not None
-    target = await ServerTarget(options.url).connect()
+    target = await ServerTarget(options.url, authorization(options.api_key_file)).connect()
     if "model" not in engine:
         if options.text or "vocab_size" not in target.health:
             raise ValueError(

@@ -62,6 +62,7 @@ class BenchOptions:
 
     Attributes:
         url: a running server of this runtime, such as http://127.0.0.1:8000, to measure instead of an engine here.
+        api_key_file: file whose first key is sent to the server at url.
         request_rate: requests that arrive per second (Poisson), or inf for all at once. Several rates are measured one
             after the other.
         num_prompts: requests at each rate.
@@ -79,6 +80,7 @@ class BenchOptions:
     """
 
     url: str | None = None
+    api_key_file: str | None = None
     request_rate: Sequence[float] = (math.inf,)
     num_prompts: int = 100
     max_concurrency: int | None = None

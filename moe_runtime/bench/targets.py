@@ -9,7 +9,7 @@ import json
 import os
 import ssl
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -106,10 +106,12 @@ class ServerTarget:
 
     Args:
         url: the server's address, http or https. Its path is a prefix of all endpoints.
+        headers: further headers of every request.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         self.url = url
+        self._headers = dict(headers or {})
         self._parts = urlsplit(url)
         self.health: dict[str, Any] = {}
 
@@ -162,6 +164,7 @@ class ServerTarget:
             ("Connection", "close"),
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
+            *self._headers.items(),
         ]
         request = h11.Request(method=method, target=parts.path.rstrip("/") + route, headers=headers)
         events = (request, h11.Data(data=body), h11.EndOfMessage())

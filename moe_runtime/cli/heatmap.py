@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,17 @@ def heatmap(namespace: argparse.Namespace) -> int:
         UserMistake: there is no such load, or an output file cannot be written.
     """
     from moe_runtime.balancer.load import SUFFIXES, ExpertLoad
+    from moe_runtime.serve.keys import authorization
 
     with user_mistakes():
         for path in namespace.output:
             written = path.with_suffix(path.suffix.lower())  # a suffix may be in capitals
             check_output("output", written, SUFFIXES if namespace.before is None else (".png",))
-        load = fetch_load(namespace.url) if namespace.url else ExpertLoad.load(namespace.load)
+        load = (
+            fetch_load(namespace.url, authorization(namespace.api_key_file))
+            if namespace.url
+            else ExpertLoad.load(namespace.load)
+        )
         before = None if namespace.before is None else ExpertLoad.load(namespace.before)
         if namespace.phase:
             load = _only_phase(load, namespace.phase)
@@ -45,7 +51,7 @@ def heatmap(namespace: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_load(url: str) -> ExpertLoad:
+def fetch_load(url: str, headers: Mapping[str, str]) -> ExpertLoad:
     """The load of a running server. Raises ValueError if there is none at `url`."""
     import urllib.request
 
@@ -54,7 +60,8 @@ def fetch_load(url: str) -> ExpertLoad:
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"url: {url!r} is not allowed; it must start with http:// or https://")
     try:
-        with urllib.request.urlopen(url.rstrip("/") + "/experts/load", timeout=URL_TIMEOUT) as answer:
+        request = urllib.request.Request(url.rstrip("/") + "/experts/load", headers=dict(headers))
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as answer:
             content = json.load(answer)
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"url: {url!r} returned no load ({error})") from error

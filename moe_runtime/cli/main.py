@@ -165,6 +165,7 @@ def _add_heatmap(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser = _add_command(commands, "heatmap", "Draw the experts' load of a server or a saved file.", heatmap)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--url", metavar="URL", help="address of a running server, such as http://127.0.0.1:8000")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file whose first key is sent to the server at --url")
     source.add_argument("--load", "--trace", type=Path, metavar="FILE", help="a saved load: .json, .npz or .csv")
     parser.add_argument(
         "-o",

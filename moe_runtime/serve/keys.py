@@ -59,13 +59,25 @@ class KeyFile:
         return status.st_mtime_ns, status.st_size, status.st_ino
 
     def _read(self) -> list[bytes]:
-        try:
-            if not stat.S_ISREG(self._path.stat().st_mode):
-                raise ValueError(f"{self._option}: {str(self._path)!r} is not allowed; it must be a file")
-            lines = self._path.read_bytes().splitlines()
-        except OSError as error:
-            raise ValueError(f"{self._option}: {str(self._path)!r} cannot be read ({error.strerror})") from error
-        keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith(b"#")]
-        if not keys:
-            raise ValueError(f"{self._option}: {str(self._path)!r} has no keys; it must have one key a line")
-        return [hashlib.sha256(key).digest() for key in keys]
+        return [hashlib.sha256(key).digest() for key in read_keys(self._option, self._path)]
+
+
+def read_keys(option: str, path: Path) -> list[bytes]:
+    """The keys of a file, at least one. Raises ValueError if there are none; the message names `option`."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{option}: {str(path)!r} is not allowed; it must be a file")
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(f"{option}: {str(path)!r} cannot be read ({error.strerror})") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith(b"#")]
+    if not keys:
+        raise ValueError(f"{option}: {str(path)!r} has no keys; it must have one key a line")
+    return keys
+
+
+def authorization(path: str | Path | None) -> dict[str, str]:
+    """The header of a request with the first key of an `api_key_file`; none without a file. Raises ValueError."""
+    if path is None:
+        return {}
+    return {"Authorization": f"Bearer {read_keys('api_key_file', Path(path))[0].decode('latin-1')}"}

@@ -21,6 +21,8 @@ from tiny_models import make_model, save
 
 from moe_runtime.bench.targets import RequestError, ServerTarget, start_engine
 from moe_runtime.cli import main as cli
+from moe_runtime.config.server import ServerConfig
+from moe_runtime.serve.keys import authorization
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankError
 
@@ -127,6 +129,20 @@ def test_a_server_that_refuses_or_goes_away():
             asyncio.run(ask(server.url, [5000]))
     with ServerThread(lambda: KnownVocabulary(die_at=3)) as server, pytest.raises(RequestError, match="rank 1"):
         asyncio.run(ask(server.url, [4, 5]))
+
+
+def test_a_server_that_needs_a_key(tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("secret\n")
+
+    async def ask(url, path):
+        target = await ServerTarget(url, authorization(path)).connect()
+        return [count async for count in target.stream([4, 5], 5)]
+
+    with ServerThread(KnownVocabulary, ServerConfig(api_key_file=str(keys))) as server:
+        assert asyncio.run(ask(server.url, str(keys))) == [1] * 5
+        with pytest.raises(RequestError, match="^401: "):
+            asyncio.run(ask(server.url, None))
 
 
 def answer_once(listener, answer):

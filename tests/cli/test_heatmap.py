@@ -6,6 +6,7 @@ from serve_fakes import FakeEngine
 
 from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.cli import main as cli
+from moe_runtime.config.server import ServerConfig
 
 
 def test_heatmap_of_a_server(tmp_path):
@@ -17,6 +18,16 @@ def test_heatmap_of_a_server(tmp_path):
     assert "<svg" in outputs[1].read_text() and "<html" in outputs[2].read_text()
     for path in outputs[3:]:
         assert ExpertLoad.load(path) == FakeEngine().expert_load()
+
+
+def test_heatmap_of_a_server_that_needs_a_key(tmp_path, capsys):
+    keys, output = tmp_path / "keys", tmp_path / "load.json"
+    keys.write_text("# ours\nsecret\nother\n")
+    with ServerThread(FakeEngine, ServerConfig(api_key_file=str(keys))) as server:
+        words = ["heatmap", "--url", server.url, "-o", str(output)]
+        assert cli.main(words) == 2 and "401" in capsys.readouterr().err
+        assert cli.main([*words, "--api-key-file", str(keys)]) == 0
+    assert ExpertLoad.load(output) == FakeEngine().expert_load()
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
