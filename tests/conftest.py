@@ -24,10 +24,10 @@ FORCED_KERNELS = HERE / "support" / "forced_kernels"
 # Many small models on few cores, often several processes at once: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `python -m pytest` puts the root on the path, where our links `kernels`, `serve`, ... pass for packages.
-# A shell starts a job in the background with interrupts ignored, and children would inherit that.
-for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+# A shell starts a job in the background with interrupts ignored, and nohup ignores SIGHUP; children would inherit that.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, usual)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE.parent]
 
 

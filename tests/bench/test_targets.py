@@ -141,7 +141,7 @@ def test_a_server_that_needs_a_key(tmp_path):
 
     with ServerThread(KnownVocabulary, ServerConfig(api_key_file=str(keys))) as server:
         assert asyncio.run(ask(server.url, str(keys))) == [1] * 5
-        with pytest.raises(RequestError, match="^401: "):
+        with pytest.raises(RequestError, match=r"^401: "):
             asyncio.run(ask(server.url, None))
 
 
