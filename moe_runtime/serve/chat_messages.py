@@ -9,11 +9,18 @@ from pydantic_core import PydanticCustomError
 
 from moe_runtime.serve.bodies import TEXT, FirstErrorList, unsupported, with_nulls, without_nulls, wrong
 
+
+def _function(value: Any) -> str:
+    if value == "function":
+        return "function"
+    raise wrong("'function'; other kinds of tools are not supported")
+
+
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
 
 
 def _content(value: Any) -> str:
-    """The text of a content: a string, or text parts, which are joined."""
+    """The text of a content: a string, or text parts, which are joined by newlines, as vLLM joins them."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -25,12 +32,15 @@ def _content(value: Any) -> str:
         if kind not in ("text", "refusal") or not isinstance(text, str):
             raise wrong('a string or a list of parts such as {"type": "text", "text": "..."}; only text is supported')
         texts.append(text)
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 Content = Annotated[
     str, PlainValidator(_content), WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": TEXT_PART}]})
 ]
+
+
+FunctionKind = Annotated[str, PlainValidator(_function), WithJsonSchema({"const": "function"})]
 
 
 class Open(BaseModel):
@@ -51,7 +61,7 @@ class FunctionCall(Open):
 
 class ToolCall(Open):
     id: str = ""
-    type: Literal["function"] = "function"
+    type: FunctionKind = "function"
     function: FunctionCall
 
 
@@ -113,5 +123,5 @@ class FunctionDefinition(Open):
 class Tool(Open):
     """A function that the model may call."""
 
-    type: Literal["function"]
+    type: FunctionKind
     function: FunctionDefinition

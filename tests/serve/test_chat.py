@@ -58,6 +58,20 @@ def post(engine: FakeEngine, config: ServerConfig = HERMES, **body: Any) -> http
     return response
 
 
+@pytest.fixture
+def real_text() -> Any:
+    """Answers with a text, of which the engine finds the stop strings."""
+
+    def answer(text: str, stop: list[str] | None = None, **body: Any) -> dict[str, Any]:
+        cut = min([text.find(each) for each in stop or () if each in text], default=len(text))
+        response = post(scripted(text[:cut]), **body)
+        if body.get("stream"):
+            return gathered(events_of(response.text)[:-1])
+        return plain(response.json()["choices"][0])
+
+    return answer
+
+
 def gathered(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that a client makes of a stream, by OpenAI's rules."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
@@ -120,6 +134,17 @@ def test_one_call_at_a_time_and_no_reasoning_if_not_wanted() -> None:
         assert (message["reasoning_content"], message["finish_reason"]) == ("", "tool_calls")
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"stop": ["Zü"]}, "stop"), ({}, "tool_calls"), ({"max_tokens": 30}, "length")]
+)
+def test_a_call_that_is_cut_off_is_no_reason(real_text: Any, options: dict[str, Any], reason: str) -> None:
+    for streamed in (False, True):
+        message = real_text(ANSWER, tools=[WEATHER], stream=streamed, **options)
+        assert message["finish_reason"] == reason
+        complete = [call for call in message["tool_calls"] if call["arguments"].endswith("}")]
+        assert reason == "tool_calls" or len(complete) < 2
+
+
 def test_tools_that_may_not_be_used_are_not_shown_and_no_markup_is_content() -> None:
     engine = scripted(ANSWER)
     (choice,) = post(engine, tools=[WEATHER], tool_choice="none").json()["choices"]
@@ -133,7 +158,7 @@ def test_tools_that_may_not_be_used_are_not_shown_and_no_markup_is_content() -> 
 def test_a_history_with_calls_is_rendered() -> None:
     """The shapes that agents send back: no content beside calls, ids, refusals, fields of the answer."""
     history = [
-        {"role": "developer", "content": [{"type": "text", "text": "be "}, {"type": "text", "text": "brief"}]},
+        {"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]},
         {"role": "user", "content": "weather?", "name": "ann"},
         {
             "role": "assistant",
@@ -159,7 +184,7 @@ def test_a_history_with_calls_is_rendered() -> None:
     assert post(engine, messages=history, tools=[WEATHER]).status_code == 200
     shown = engine.tokenizer.rendered[-1]["messages"]
     assert [message["role"] for message in shown] == ["developer", "user", "assistant", "tool", "assistant", "tool"]
-    assert [message["content"] for message in shown] == ["be brief", "weather?", None, "21", "", "22"]
+    assert [message["content"] for message in shown] == ["be\nbrief", "weather?", None, "21", "", "22"]
     assert shown[2]["tool_calls"][0]["function"]["name"] == "get_weather"
     assert shown[2]["reasoning_content"] == "Paris" and shown[3]["tool_call_id"] == "call_1"
     assert shown[4]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": "{}"}

@@ -164,6 +164,8 @@ class FakeEngine:
         if self.script is not None:
             text = self.script[request.num_output_tokens - 1]
             finish_reason = "stop" if request.num_output_tokens == len(self.script) else None
+            if finish_reason is None and request.num_output_tokens == request.max_tokens:
+                finish_reason = "length"
         elif token in params.stop_token_ids:
             finish_reason, stop_reason = "stop", token
         elif request.num_output_tokens == request.max_tokens:

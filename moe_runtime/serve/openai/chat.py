@@ -53,5 +53,6 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
     commands = choices_of(completion_id, [prompt.token_ids], params, shown_ids=written.shown_ids)
     parsers = [answer_parser(written.format, chat, prompt.text) for _ in commands]
-    reply = ChatReply(completion_id, front.info.model_name, body, commands, parsers, front.info.tokenizer)
+    own_stops = set(written.stop_ids) - set(body.stop_token_ids)
+    reply = ChatReply(completion_id, front.info.model_name, body, commands, parsers, front.info.tokenizer, own_stops)
     return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="messages")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.serve.engine_messages import AddRequest
@@ -25,6 +26,7 @@ class ChatReply(OpenAIReply):
     Args:
         parsers: one for each choice.
         tokenizer: for the texts of tokens.
+        own_stops: tokens that end a turn in the model's format, and that the client did not name.
     """
 
     object_name, chunk_name = "chat.completion", "chat.completion.chunk"
@@ -37,11 +39,13 @@ class ChatReply(OpenAIReply):
         commands: Sequence[AddRequest],
         parsers: Sequence[OutputParser],
         tokenizer: Tokenizer | None,
+        own_stops: Collection[int] = (),
     ) -> None:
         super().__init__(completion_id, model, body, commands)
         self._request = body
         self._parsers = parsers
-        self._has_calls = [False] * len(parsers)
+        self._arguments: list[list[list[str]]] = [[] for _ in parsers]  # of each choice's calls, in pieces
+        self._own_stops = own_stops
         self._texts = TokenTexts(tokenizer, body.skip_special_tokens)
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -89,7 +93,10 @@ class ChatReply(OpenAIReply):
         if part.finish_reason is not None:
             found.append(self._parsers[index].finish())
         kept = [self._wanted(each) for each in found]
-        self._has_calls[index] |= any(each.tool_calls for each in kept)
+        for call in (call for each in kept for call in each.tool_calls):
+            if call.id is not None:
+                self._arguments[index].append([])
+            self._arguments[index][call.index].append(call.arguments)
         return kept
 
     def _wanted(self, found: ChatDelta) -> ChatDelta:
@@ -102,16 +109,27 @@ class ChatReply(OpenAIReply):
     def _with_end(
         self, index: int, name: str, content: dict[str, Any], part: Completion | OutputDelta
     ) -> dict[str, Any]:
-        reason = "tool_calls" if part.finish_reason == "stop" and self._has_calls[index] else part.finish_reason
+        reason = part.finish_reason
+        if reason == "stop" and self._arguments[index] and all(map(_is_object, self._arguments[index])):
+            reason = "tool_calls"
         num_best = self._request.top_logprobs or 0
         return {
             "index": index,
             name: content,
             "logprobs": None if part.logprobs is None else self._texts.chat(part.token_ids, part.logprobs, num_best),
             "finish_reason": reason,
-            "stop_reason": part.stop_reason,
+            # A format's own stop tokens are to the client what the model's end of sequence is.
+            "stop_reason": None if part.stop_reason in self._own_stops else part.stop_reason,
             **routed(part),
         }
+
+
+def _is_object(pieces: list[str]) -> bool:
+    """Whether the arguments of a call are complete. They are not if a limit or a stop string cut the call off."""
+    try:
+        return isinstance(json.loads("".join(pieces)), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _call(delta: ToolCallDelta) -> dict[str, Any]:
