@@ -6,6 +6,7 @@ recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Set
 from dataclasses import replace
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.balancer.placement import Placement
     from moe_runtime.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits after token {} are NaN or infinite; its weights may be damaged"
 
@@ -276,7 +279,9 @@ class Engine:
 
     def _add_token(self, request: Request, sample: Sample) -> OutputDelta:
         if sample.token_id < 0:
-            return self._without_token(request, "error", NOT_FINITE.format(len(request.token_ids)))
+            error = NOT_FINITE.format(len(request.token_ids))
+            logger.warning("request %s: %s", request.request_id, error)
+            return self._without_token(request, "error", error)
         if request.params.max_tokens == 0:
             self._prompt_tokens += request.num_prompt_tokens
             return self._without_token(request, "length")

@@ -42,6 +42,7 @@ class RequestRules:
         self.check_length(len(prompt), params)
         self._check_ids("prompt", prompt)
         self._check_ids("logit_bias", params.logit_bias or ())
+        self._check_ids("stop_token_ids", params.stop_token_ids)
         return self.policies.resolve(params.routing)
 
     def check_length(self, num_tokens: int, params: SamplingParams, *, at_least: bool = False) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_runtime.serve.errors import UNSUPPORTED
 from moe_runtime.types.sampling_params import SamplingParams
 
+MAX_FIELDS = 256  # of an object
+MAX_BIAS = 2**16  # tokens of a logit_bias; an option bounds them further
 SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingParams))
 
 T = TypeVar("T")
@@ -47,6 +49,12 @@ def _token_ids(value: Any) -> Any:
     raise wrong("a list of integers")
 
 
+def _bias(value: Any) -> Any:
+    if not isinstance(value, dict) or len(value) > MAX_BIAS:
+        raise wrong(f"an object from token ids to numbers, with at most {MAX_BIAS} of them")
+    return value
+
+
 def unsupported(field: str, value: object, allowed: str = "it must be left out") -> PydanticCustomError:
     """The error of a field that is known and not done."""
     return PydanticCustomError(UNSUPPORTED, "{allowed}", {"field": field, "value": value, "allowed": allowed})
@@ -57,6 +65,9 @@ IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer", "minimum": 
 TextOrTexts = Annotated[
     Any, PlainValidator(_text_or_texts), WithJsonSchema({"anyOf": [TEXT, {"type": "array", "items": TEXT}]})
 ]
+LogitBias = Annotated[
+    Any, PlainValidator(_bias), WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})
+]
 TokenIds = Annotated[Any, PlainValidator(_token_ids), WithJsonSchema(IDS)]
 
 
@@ -64,6 +75,13 @@ class Body(BaseModel):
     """Strict JSON types (no "5" for 5), and no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > MAX_FIELDS:
+            raise unsupported("body", f"{len(body)} fields", f"it must have at most {MAX_FIELDS}")
+        return body
 
 
 class ExpertPolicyFields(Body):
@@ -87,7 +105,7 @@ class SamplingFields(Body):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
+    logit_bias: LogitBias | None = None
     seed: int | None = None
     stop: TextOrTexts = []
     stop_token_ids: TokenIds = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from moe_runtime.serve.bodies import TEXT, FirstErrorList, unsupported, with_nulls, without_nulls, wrong
@@ -16,6 +16,7 @@ def _function(value: Any) -> str:
     raise wrong("'function'; other kinds of tools are not supported")
 
 
+MAX_MESSAGES = 2**14  # of a chat; also parts of a message, tool calls, and tools
 TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
 
 
@@ -23,8 +24,8 @@ def _content(value: Any) -> str:
     """The text of a content: a string, or text parts, which are joined by newlines, as vLLM joins them."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list):
-        raise wrong("a string or a list of text parts")
+    if not isinstance(value, list) or len(value) > MAX_MESSAGES:
+        raise wrong(f"a string or a list of at most {MAX_MESSAGES} text parts")
     texts = []
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -71,7 +72,7 @@ class Message(Open):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: FirstErrorList[ToolCall] | None = None
+    tool_calls: Annotated[FirstErrorList[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     refusal: str | None = None

@@ -102,7 +102,8 @@ class Connection(H11Protocol):
         """Called while h11's error is handled; it says more than `msg`."""
         error = sys.exception()
         if isinstance(error, h11.RemoteProtocolError):
-            self._refuse(error.error_status_hint, f"HTTP: {error}")
+            status = 400 if error.error_status_hint == 501 else error.error_status_hint  # an unknown Transfer-Encoding
+            self._refuse(status, f"HTTP: {error}")
         else:
             self._refuse(400, f"HTTP: {msg}")
 

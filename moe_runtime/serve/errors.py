@@ -21,6 +21,8 @@ from moe_runtime.serve.async_engine import UnavailableError
 
 MAX_SHOWN_INPUT = 80  # characters of a value, in an error about it
 MAX_PARAM = 64
+FASTAPI_UNREADABLE = "There was an error parsing the body"
+UNREADABLE = "body: cannot be read; it must be JSON in UTF-8, neither compressed nor nested too deeply"
 UNSUPPORTED = "unsupported"  # type of a validation error whose context has the field and its value
 # Of a client's error that is longer than this, only the beginning and the end are sent: it quotes what the client sent.
 MAX_MESSAGE, MESSAGE_HEAD, MESSAGE_TAIL = 240, 110, 85
@@ -138,7 +140,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        return error_response(error.status_code, str(error.detail), headers=error.headers)
+        message = UNREADABLE if error.detail == FASTAPI_UNREADABLE else str(error.detail)
+        return error_response(error.status_code, message, headers=error.headers)
 
     @app.exception_handler(ClientDisconnect)
     async def _gone(request: Request, error: ClientDisconnect) -> Response:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from moe_runtime.serve.bodies import FirstErrorList, SamplingFields, TokenIds
-from moe_runtime.serve.chat_messages import Message
+from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.prompts import encode, require_tokenizer
 from moe_runtime.serve.rendering import Chat, encode_chat
@@ -39,7 +40,7 @@ class GenerateRequest(SamplingFields):
 
     prompt: str | None = None
     prompt_token_ids: TokenIds | None = None
-    messages: FirstErrorList[Message] | None = None
+    messages: Annotated[FirstErrorList[Message], Field(max_length=MAX_MESSAGES)] | None = None
     stream: bool = False
     logprobs: int | None = None
 

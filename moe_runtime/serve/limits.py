@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.errors import error_event, error_response
 
+MAX_COMMAS = 2**20  # so of values in a body: reading them as JSON takes about a second
 MAX_DRAINED_BYTES = 64 * 2**20  # of a body that is not wanted
 LAST_EVENT_SECONDS = 1.0  # for a client to take the error that ends its stream
 RETRY_SECONDS = "1"
@@ -81,7 +82,7 @@ class _Body:
         self._receive = receive
         self._send = send
         self._deadline = asyncio.get_running_loop().time() + bodies.config.body_timeout
-        self._num_bytes = 0
+        self._num_bytes = self._num_commas = 0
         self._complete = False
         self._closes = False
         # Such a client sends its body when told to, which the first `receive` does.
@@ -99,6 +100,9 @@ class _Body:
         except TimeoutError:
             raise self._bodies.late() from None
         size = len(message.get("body", b""))
+        self._num_commas += message.get("body", b"").count(b",")
+        if self._num_commas > MAX_COMMAS:
+            raise HTTPException(413, f"body: has too many values; it must have at most {MAX_COMMAS} commas", CLOSE)
         if self._num_bytes + size > self._bodies.config.max_body_bytes:
             raise HTTPException(413, self.too_large, CLOSE)
         if self._bodies.bytes_under_way + size > self._bodies.config.max_bytes_under_way:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import FailFast, Field
 
 from moe_runtime.serve.bodies import Body, FirstErrorList
-from moe_runtime.serve.chat_messages import Message, Tool
+from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message, Tool
 from moe_runtime.serve.errors import ApiError, error_responses, json_response, user_error
 from moe_runtime.serve.openai.models import check_model
 from moe_runtime.serve.rendering import Chat, render
@@ -29,8 +29,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = Field(None, max_length=MAX_CHARS, examples=["The sea is"])
-    messages: FirstErrorList[Message] | None = None
-    tools: FirstErrorList[Tool] = Field(default_factory=list)
+    messages: Annotated[FirstErrorList[Message], Field(max_length=MAX_MESSAGES)] | None = None
+    tools: FirstErrorList[Tool] = Field(default_factory=list, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False

@@ -109,6 +109,7 @@ def test_unknown_fields_are_logged_once(caplog: pytest.LogCaptureFixture) -> Non
     for _ in range(3):
         unknown.note(CompletionRequest.model_validate({"prompt": "a", "new_field": 1, "x" * 99: 2}))
     assert [record.getMessage() for record in caplog.records] == [f"fields without effect: 'new_field', {'x' * 40!r}"]
+    unknown.note(CompletionRequest.model_validate({"prompt": "a", **{f"g{number}": 1 for number in range(90)}}))
     for number in range(500):
         unknown.note(CompletionRequest.model_validate({"prompt": "a", f"f{number}": 1}))
     assert len(caplog.records) <= 101

@@ -13,6 +13,7 @@ from serve_fakes import FakeEngine, wait_until
 
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve import connection
+from moe_runtime.serve.server import bind
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from moe_runtime.serve import connection
         (b"GET /health HTTP/1.1\r\nHost: x\r\nbad header\r\n\r\n", 400),
         (head_of("/generate", -1), 400),
         (head_of("/generate", 5, "Content-Length: 6"), 400),
-        (head_of("/generate", 5).replace(b"Content-Length: 5", b"Transfer-Encoding: gzip"), 501),
+        (head_of("/generate", 5).replace(b"Content-Length: 5", b"Transfer-Encoding: gzip"), 400),
         (head_of("/health", 0, "X: " + "x" * 300_000, method="GET"), 431),
         (b"GET /" + b"x" * 300_000, 431),
         (head_of("/generate", 5).replace(b"Content-Length: 5", b"Transfer-Encoding: chunked") + b"zz\r\n", 400),
@@ -162,3 +163,10 @@ def test_a_signal_ends_half_open_connections_at_once():
             text = "".join(chunks)
         assert text.endswith("data: [DONE]\n\n")
         assert server.wait()[0] == 0
+
+
+def test_a_reply_on_a_used_connection_does_not_wait_for_the_client():
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

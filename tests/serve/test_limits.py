@@ -167,3 +167,34 @@ def test_values_that_are_deep_or_long(content):
     error = response.json()["error"]
     assert response.status_code in (400, 422) and len(error["message"]) <= 240
     assert error["param"] is None or len(error["param"]) <= 64
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", b'{"prompt": [' + b"[]," * (2**20 + 1) + b"[]]}"),
+        ("/generate", b'{"prompt_token_ids": [' + b"1," * (2**20 + 1) + b"1]}"),
+    ],
+)
+def test_a_body_of_very_many_values_is_not_parsed(path, body, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(json, "loads", lambda text, **_: parsed.append(len(text)))
+
+    async def scenario():
+        async with started() as engine, client_of(engine) as client:
+            return await client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    response = run(scenario())
+    monkeypatch.undo()
+    assert response.status_code == 413 and "commas" in response.json()["error"]["message"]
+    assert max(parsed, default=0) < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+def test_a_body_of_many_fields_is_refused_at_once(path):
+    async def scenario():
+        async with started() as engine, client_of(engine) as client:
+            return await client.post(path, json={"prompt": "a", **{f"f{number}": 1 for number in range(300)}})
+
+    response = run(scenario())
+    assert response.status_code == 400 and "at most 256" in response.json()["error"]["message"]

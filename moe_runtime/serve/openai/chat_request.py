@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from moe_runtime.serve.bodies import FirstErrorList, wrong
-from moe_runtime.serve.chat_messages import Message, Tool
+from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message, Tool
 from moe_runtime.serve.openai.fields import OpenAIFields
 from moe_runtime.serve.rendering import Chat
 from moe_runtime.types.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -28,12 +28,14 @@ ToolChoice = Annotated[str, PlainValidator(_tool_choice), WithJsonSchema({"enum"
 class ChatCompletionRequest(OpenAIFields):
     """`POST /v1/chat/completions`. Without a token limit, the output may continue to the end of the context."""
 
-    messages: Annotated[FirstErrorList[Message], Field(examples=[[{"role": "user", "content": "Hi"}]])]
+    messages: Annotated[
+        FirstErrorList[Message], Field(max_length=MAX_MESSAGES, examples=[[{"role": "user", "content": "Hi"}]])
+    ]
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: FirstErrorList[Tool] = Field(default_factory=list)
+    tools: FirstErrorList[Tool] = Field(default_factory=list, max_length=MAX_MESSAGES)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: str | None = None

@@ -108,14 +108,17 @@ class CompletionReply(OpenAIReply):
         """A choice, or its part in a chunk; `prompt` is None after the first one."""
         text, token_ids = part.text, part.token_ids
         logprobs: list[PositionLogprobs | None] | None = None if part.logprobs is None else [*part.logprobs]
+        shown = ""
         if self._request.echo and prompt is not None:
-            text = self._texts[index // self._request.n] + text
+            number = index // self._request.n
+            shown = self._texts[number] if isinstance(self._request.prompts[number], str) else ""
+            text = self._texts[number] + text
             if logprobs is not None and part.prompt_logprobs is not None:
                 token_ids, logprobs = [*prompt, *token_ids], [*part.prompt_logprobs, *logprobs]
         choice = {
             "index": index,
             "text": text,
-            "logprobs": None if logprobs is None else self._logprobs[index].part(token_ids, logprobs),
+            "logprobs": None if logprobs is None else self._logprobs[index].part(token_ids, logprobs, shown),
             "finish_reason": part.finish_reason,
             "stop_reason": part.stop_reason,
             **routed(part),

@@ -16,7 +16,7 @@ from moe_runtime.serve.bodies import Body, SamplingFields, unsupported, with_nul
 
 logger = logging.getLogger(__name__)
 
-MAX_NAMES = 100  # of unknown fields, that the log names
+MAX_NAMES, MAX_NAME = 100, 40  # unknown fields that the log names, and their characters
 
 # Fields that would change the answer and are not done, with the values that change nothing.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -101,7 +101,8 @@ class UnknownFields:
         self._seen: set[str] = set()
 
     def note(self, body: OpenAIFields) -> None:
-        new = [name for name in body.model_extra or () if name not in self._seen and name not in NEUTRAL]
-        if new and len(self._seen) < MAX_NAMES:
+        names = {name[:MAX_NAME] for name in body.model_extra or () if name not in NEUTRAL} - self._seen
+        new = sorted(names)[: MAX_NAMES - len(self._seen)]
+        if new:
             self._seen.update(new)
-            logger.info("fields without effect: %s", ", ".join(repr(name[:40]) for name in new))
+            logger.info("fields without effect: %s", ", ".join(map(repr, new)))

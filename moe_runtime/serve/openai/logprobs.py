@@ -29,9 +29,9 @@ class TokenTexts:
         """The token's text; an incomplete character is U+FFFD."""
         return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
-    def data(self, token_id: int) -> bytes:
-        """The bytes that the token adds to the text."""
-        if token_id in self._hidden:
+    def data(self, token_id: int, shows_special: bool = False) -> bytes:
+        """The bytes that the token adds to the text; with `shows_special` a special token adds its own text."""
+        if token_id in self._hidden and not shows_special:
             return b""
         return self.text(token_id).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
@@ -69,18 +69,37 @@ class TextLogprobs:
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
+        self._offset = 0  # characters before those that the decoder holds
 
-    def part(self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs | None]) -> dict[str, list[Any]]:
-        """The next tokens. The first token of a prompt has no log-probabilities."""
+    def part(
+        self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs | None], shown: str = ""
+    ) -> dict[str, list[Any]]:
+        """The next tokens. The first token of a prompt has no log-probabilities.
+
+        Args:
+            shown: the text of these tokens, if it may show special tokens because a client wrote it.
+        """
+        start = self._offset
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token_id, position in zip(token_ids, logprobs, strict=True):
             found["tokens"].append(self._texts.text(token_id))
             found["token_logprobs"].append(None if position is None else finite(position[token_id].logprob))
             found["top_logprobs"].append(None if position is None else self._by_text(position))
-            found["text_offset"].append(self._offset)
-            self._offset += len(self._decoder.decode(self._texts.data(token_id)))
+            special = shown.startswith(self._texts.data(token_id, True).decode(errors="replace"), self._offset - start)
+            found["text_offset"].append(self._advance(self._texts.data(token_id, bool(shown) and special)))
         return found
+
+    def _advance(self, data: bytes) -> int:
+        """Add a token's bytes. Returns the number of the character that its first byte belongs to."""
+        begin = self._offset
+        if data:
+            held = self._decoder.getstate()[0]
+            text = self._decoder.decode(data[:1])
+            self._offset += len(text)
+            if held and text:  # the first byte completes what was held, or what was held is no character
+                begin = self._offset - (not self._decoder.getstate()[0])
+            self._offset += len(self._decoder.decode(data[1:]))
+        return begin
 
     def _by_text(self, position: PositionLogprobs) -> Mapping[str, float]:
         best: dict[str, float] = {}
