@@ -35,7 +35,8 @@ def template_messages(messages: object, template: str) -> list[dict[str, Any]]:
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError(f"messages: {_shown(messages)} is not allowed; it must be a list with at least one message")
-    history = [_plain(message, f"messages[{index}]", template) for index, message in enumerate(messages)]
+    history = [_plain(message, f"messages.{index}", template) for index, message in enumerate(messages)]
+    _give_ids(history)
     _name_results(history)
     _order_results(history)
     if "[TOOL_CALLS]" in template:
@@ -94,7 +95,7 @@ def _text_of(content: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
         if not isinstance(text, str):
             raise ValueError(
-                f'{where}[{index}]: {_shown(part)} is not allowed; it must be {{"type": "text", "text": ...}}'
+                f'{where}.{index}: {_shown(part)} is not allowed; it must be {{"type": "text", "text": ...}}'
             )
         texts.append(text)
     return "\n".join(texts)
@@ -105,7 +106,7 @@ def _plain_calls(calls: Any, where: str, template: str) -> list[dict[str, Any]]:
         raise ValueError(f"{where}.tool_calls: {_shown(calls)} is not allowed; it must be a list of calls")
     plain = []
     for index, call in enumerate(calls or ()):
-        here = f"{where}.tool_calls[{index}]"
+        here = f"{where}.tool_calls.{index}"
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f'{here}: {_shown(call)} is not allowed; it must have a "function" with a "name"')
@@ -118,7 +119,7 @@ def _plain_calls(calls: Any, where: str, template: str) -> list[dict[str, Any]]:
 
 
 def _arguments(arguments: Any, where: str) -> Any:
-    """The object that arguments are; none at all are an empty one. Other JSON is refused: no template renders it."""
+    """The object that arguments are; none at all are an empty one. All else is refused: no template renders it."""
     found = arguments
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         found = {}
@@ -127,27 +128,49 @@ def _arguments(arguments: Any, where: str) -> Any:
             found = json.loads(arguments)
         except (ValueError, RecursionError):
             found = None
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or not _is_json(found):
         raise ValueError(f"{where}: {_shown(arguments)} is not allowed; it must be the text of a JSON object")
     return dict(found)
 
 
-def _calls_by_id(history: Sequence[Message]) -> dict[str, Message]:
-    return {
-        call["id"]: call
-        for message in history
-        for call in message.get("tool_calls", ())
-        if isinstance(call.get("id"), str)
-    }
+def _is_json(value: Any) -> bool:
+    """Whether a value can be written as JSON, which has no NaN and no infinity."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _give_ids(history: Sequence[dict[str, Any]]) -> None:
+    """Give calls without an id one of their own, and results without one that of their call, as far as it is clear.
+
+    Calls of the form before there were tools (`function_call`) have none. A result belongs to the first call of the
+    last turn that has its name and no result yet, or else to the first one.
+    """
+    number = 0
+    waiting: list[dict[str, Any]] = []
+    for message in history:
+        if calls := message.get("tool_calls"):
+            waiting = [call for call in calls if not call.get("id")]
+            for call in waiting:
+                call["id"] = f"call_without_id_{number}"
+                number += 1
+        if message["role"] == "tool" and not message.get("tool_call_id") and waiting:
+            same_name = [call for call in waiting if call["function"]["name"] == message.get("name")]
+            call = (same_name or waiting)[0]
+            waiting.remove(call)
+            message["tool_call_id"] = call["id"]
 
 
 def _name_results(history: Sequence[dict[str, Any]]) -> None:
-    """Give results the names of their calls, which some templates write."""
-    calls = _calls_by_id(history)
+    """Give results the names of their calls, which some templates write. The latest call before the result counts."""
+    names: dict[str, str] = {}
     for message in history:
-        call = calls.get(message.get("tool_call_id", ""))
-        if message["role"] == "tool" and call:
-            message.setdefault("name", call["function"]["name"])
+        for call in message.get("tool_calls", ()):
+            names[str(call["id"])] = call["function"]["name"]
+        if message["role"] == "tool" and (name := names.get(str(message.get("tool_call_id")))):
+            message.setdefault("name", name)
 
 
 def _order_results(history: list[dict[str, Any]]) -> None:

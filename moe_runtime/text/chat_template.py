@@ -149,7 +149,12 @@ def _raise_exception(message: str) -> None:
 
 
 def _mark_end(conversation: list[dict[str, Any]]) -> None:
-    content = conversation[-1].get("content") if conversation else None
+    last = conversation[-1] if conversation else {}
+    if last.get("tool_calls"):
+        raise ValueError(
+            "continue_final_message: true is not allowed if the last message has tool_calls; it must have content only"
+        )
+    content = last.get("content")
     if not isinstance(content, str):
         raise ValueError(f"continue_final_message: the last message's content is {content!r}; it must be a text")
     conversation[-1]["content"] = content + FINAL_MARK + " "  # the blank shows whether the template trims the text

@@ -64,10 +64,16 @@ def parse(
     tools: Sequence[dict[str, Any]] = TOOLS,
     calls: bool = True,
     num_earlier_calls: int = 0,
+    continued: str = "",
 ) -> Parsed:
     numbers = itertools.count()
     parser = chat_format.parser(
-        prompt, tools, calls=calls, num_earlier_calls=num_earlier_calls, new_id=lambda: f"{next(numbers):024x}"
+        prompt,
+        tools,
+        calls=calls,
+        num_earlier_calls=num_earlier_calls,
+        new_id=lambda: f"{next(numbers):024x}",
+        continued=continued,
     )
     parsed = Parsed()
     for piece in pieces:

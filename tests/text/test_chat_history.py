@@ -38,9 +38,24 @@ def test_arguments_become_objects_in_the_order_of_their_keys():
         assert message["tool_calls"][0]["function"]["arguments"] == {}
 
 
-@pytest.mark.parametrize("arguments", ['{"city": "Pa', "[1]", "3", 5, "null", "[" * 100_000])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": NaN}',
+        '{"a": [-Infinity]}',
+        '{"a": 1e999}',
+        {"a": float("nan")},
+        {"a": {1}},
+        '{"city": "Pa',
+        "[1]",
+        "3",
+        5,
+        "null",
+        "[" * 100_000,
+    ],
+)
 def test_arguments_that_are_no_object_are_refused_by_name(arguments):
-    where = r"^messages\[1\]\.tool_calls\[0\]\.function\.arguments: [^\n]{1,210} is not allowed; it must be the text of"
+    where = r"^messages\.1\.tool_calls\.0\.function\.arguments: [^\n]{1,210} is not allowed; it must be the text of"
     with pytest.raises(ValueError, match=where):
         template_messages([{"role": "user", "content": "a"}, assistant(call("f", arguments))], PLAIN)
 
@@ -93,6 +108,33 @@ def test_results_come_in_the_order_of_their_calls_with_their_names():
     assert [(m["content"], m.get("name")) for m in messages[1:]] == [("1", "f"), ("2", "g"), ("?", None)]
 
 
+def test_a_result_has_the_name_of_the_latest_call_with_its_id():
+    history = [assistant(call("f", "{}", "call_0")), result("1", "call_0")]
+    history += [assistant(call("g", "{}", "call_0")), result("2", "call_0"), result("3", "call_0")]
+    names = [message.get("name") for message in template_messages(history, PLAIN) if message["role"] == "tool"]
+    assert names == ["f", "g", "g"]
+
+
+@pytest.mark.parametrize("no_id", ["", None])
+def test_calls_without_an_id_and_their_results_get_one(no_id):
+    history = [
+        assistant(call("f", "{}", no_id), call("g", "{}", no_id)),
+        {"role": "tool", "name": "g", "content": "1"},
+        {"role": "tool", "content": "2"},
+        {"role": "tool", "content": "3"},
+        assistant(call("f", "{}", no_id)),
+        {"role": "tool", "name": "other", "content": "4"},
+    ]
+    messages = template_messages(history, PLAIN)
+    ids = [entry["id"] for message in messages for entry in message.get("tool_calls", ())]
+    assert len(set(ids)) == 3 and all(ids)
+    results = {message["content"]: message.get("tool_call_id") for message in messages if message["role"] == "tool"}
+    assert results == {"1": ids[1], "2": ids[0], "3": None, "4": ids[2]}
+    short = template_messages(history, MISTRAL)
+    assert [len(entry["id"]) for entry in short[0]["tool_calls"]] == [9, 9]
+    assert {entry["id"] for entry in short[0]["tool_calls"]} == {m["tool_call_id"] for m in short[1:3]}
+
+
 def test_kimi_numbers_the_calls_of_the_conversation():
     history = [
         assistant(call("f", "{}", "call_x"), call("g", "{}", "call_y")),
@@ -141,12 +183,12 @@ def test_calls_that_a_template_leaves_out_are_in_the_content(template, tools, te
 
 WRONG = [
     ([], r"^messages: \[\] is not allowed"),
-    ([{"role": "user", "content": None}], r"^messages\[0\]: .* is not allowed"),
-    ([{"role": "assistant"}], r"^messages\[0\]: .* is not allowed"),
-    ([{"role": "user", "content": 5}], r"^messages\[0\]\.content: 5 is not allowed; it must be a text or a list"),
-    ([{"role": "user", "content": [{"type": "image_url"}]}], r"^messages\[0\]\.content\[0\]: .* is not allowed"),
-    ([assistant("f")], r"^messages\[0\]\.tool_calls\[0\]: 'f' is not allowed"),
-    ([{"role": "assistant", "tool_calls": 5}], r"^messages\[0\]\.tool_calls: 5 is not allowed"),
+    ([{"role": "user", "content": None}], r"^messages\.0: .* is not allowed"),
+    ([{"role": "assistant"}], r"^messages\.0: .* is not allowed"),
+    ([{"role": "user", "content": 5}], r"^messages\.0\.content: 5 is not allowed; it must be a text or a list"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], r"^messages\.0\.content\.0: .* is not allowed"),
+    ([assistant("f")], r"^messages\.0\.tool_calls\.0: 'f' is not allowed"),
+    ([{"role": "assistant", "tool_calls": 5}], r"^messages\.0\.tool_calls: 5 is not allowed"),
     ([{"role": "user", "content": ["x" * 10_000]}], r"^[^\n]{1,300}$"),
 ]
 

@@ -121,6 +121,9 @@ def test_what_cannot_be_continued_is_refused():
     options = {"add_generation_prompt": False, "continue_final_message": True}
     with pytest.raises(ValueError, match="content is None"):
         template.render([{"role": "assistant", "content": None}], **options)
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    with pytest.raises(ValueError, match=r"^continue_final_message: true is not allowed if the last message has tool"):
+        template.render([{"role": "assistant", "content": "", "tool_calls": calls}], **options)
     with pytest.raises(ValueError, match="leaves the last message's content out"):
         ChatTemplate("x", {}).render(MESSAGES, **options)
 

@@ -80,6 +80,32 @@ class Channel:
         return text
 
 
+class Undecided:
+    """Text of which a later tag says whether it is content or part of a thought."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str | None] = []  # None: the end of a segment
+        self.at_start = True
+
+    def write(self, text: str) -> None:
+        self._pieces.append(text)
+        self.at_start = self.at_start and not text.strip(BLANKS)
+
+    def end(self) -> None:
+        """End the segment."""
+        self._pieces.append(None)
+        self.at_start = True
+
+    def move_to(self, channel: Channel) -> None:
+        for piece in self._pieces:
+            if piece is None:
+                channel.end()
+            else:
+                channel.write(piece)
+        self._pieces = []
+        self.at_start = True
+
+
 class Call:
     """A tool call that is being read."""
 
@@ -107,20 +133,28 @@ class Output:
         tools: OpenAI's tool objects.
         new_id: the id of a call, from its name and index.
         calls: False drops all calls.
-        trim: leave out blanks at the start of the content.
+        trim_content, trim_reasoning: leave out blanks at the start.
+
+    Attributes:
+        num_begun: calls that were found, also if they are dropped.
     """
 
     def __init__(
-        self, tools: Sequence[Mapping[str, Any]], new_id: Callable[[str, int], str], calls: bool, trim: bool
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        new_id: Callable[[str, int], str],
+        calls: bool,
+        trim_content: bool,
+        trim_reasoning: bool,
     ) -> None:
         functions = [tool.get("function", tool) for tool in tools]
         self._tools = {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
         self._new_id = new_id
         self._calls = calls
-        self._num_calls = 0
+        self.num_begun = 0
         self._deltas: list[ToolCallDelta] = []
-        self.content = Channel(trim)
-        self.reasoning = Channel(trim=True)
+        self.content = Channel(trim_content)
+        self.reasoning = Channel(trim_reasoning)
 
     @property
     def tool_names(self) -> Sequence[str]:
@@ -136,10 +170,10 @@ class Output:
     def begin_call(self, name: str) -> Call:
         types = parameter_types(self._tools.get(name, {}))
         self.content.end()
+        index = self.num_begun
+        self.num_begun += 1
         if not self._calls:
             return Call(types, drop)
-        index = self._num_calls
-        self._num_calls += 1
         self._deltas.append(ToolCallDelta(index, self._new_id(name, index), name, ""))
         return Call(types, lambda text: self._deltas.append(ToolCallDelta(index, None, None, text)))
 

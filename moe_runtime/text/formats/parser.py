@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Protocol
 
-from moe_runtime.text.formats.output import ChatDelta, Output
-from moe_runtime.text.formats.scanner import Scanner, Tags
+from moe_runtime.text.formats.output import Channel, ChatDelta, Output, Undecided
+from moe_runtime.text.formats.scanner import Scanner, Steps, Tags
 from moe_runtime.text.formats.thoughts import ThoughtFormat
 from moe_runtime.text.formats.tool_format import ToolFormat
 
@@ -42,11 +42,16 @@ class SteppedParser:
 
 
 def tagged_parser(
-    tools: ToolFormat | None, thoughts: ThoughtFormat | None, prompt: str, output: Output
+    tools: ToolFormat | None, thoughts: ThoughtFormat | None, output: Output, opened_by: str, is_within: bool
 ) -> OutputParser:
-    """The parser of a format that marks thoughts and calls with tags in one text."""
+    """The parser of a format that marks thoughts and calls with tags in one text.
+
+    Args:
+        opened_by: the opening tag of the thought that the prompt leaves open.
+        is_within: the output goes on within a text that the prompt has begun.
+    """
     scanner = Scanner()
-    return SteppedParser(scanner, output, _TaggedText(tools, thoughts, scanner, output).read(prompt))
+    return SteppedParser(scanner, output, _TaggedText(tools, thoughts, scanner, output).read(opened_by, is_within))
 
 
 class _TaggedText:
@@ -60,38 +65,52 @@ class _TaggedText:
         self._scanner = scanner
         self._output = output
         self._close = ""  # the closing tag of the thought that is open
-        self._lacks_close = False  # a call has ended the thought
+        self._late_close = ""  # that of a thought in which there was a call; the text after it is undecided
+        self._undecided = Undecided()
         self._answer_end = ""
         self._text_tags = Tags(*text_tags(tools, thoughts))
         opens = tools.opens if tools and thoughts and thoughts.with_calls else ()
         self._thought_tags = {close: Tags(close, *opens) for close in thoughts.closes} if thoughts else {}
 
-    def read(self, prompt: str) -> Generator[None, None, None]:
-        scanner, output = self._scanner, self._output
+    def read(self, opened_by: str, is_within: bool) -> Generator[None, None, None]:
         if self._thoughts:
-            yield from self._begin(self._thoughts, prompt)
+            yield from self._begin(self._thoughts, opened_by, is_within)
+        yield from self._read_all()
+        self._undecided.move_to(self._output.content)
+
+    @property
+    def _channel(self) -> Channel | Undecided:
+        """Where text goes."""
+        if self._close:
+            return self._output.reasoning
+        return self._undecided if self._late_close else self._output.content
+
+    def _read_all(self) -> Steps[None]:
+        scanner, output = self._scanner, self._output
         while True:
-            channel = output.reasoning if self._close else output.content
-            tag = yield from scanner.until(self._thought_tags.get(self._close, self._text_tags), channel.write)
+            tags = self._thought_tags.get(self._close, self._text_tags)
+            tag = yield from scanner.until(tags, self._channel.write)
             if not tag:
                 return
             if self._tools and tag in self._tools.opens:
-                scanner.keep()
-                is_call = yield from self._tools.read(tag, scanner, output)
-                text = tag + scanner.kept()
-                if is_call:
+                scanner.keep(tag)
+                num_before = output.num_begun
+                is_read = yield from self._tools.read(tag, scanner, output)
+                kept = scanner.kept()
+                if is_read or output.num_begun > num_before:
                     self._end_thought_with_call()
-                    if scanner.ended:  # what remains is the beginning of a tag
-                        return
-                else:
-                    channel.write(text)
+                if not is_read:
+                    self._channel.write(kept)
+                elif scanner.ended:  # what remains is the beginning of a tag
+                    return
             elif self._thoughts:
                 yield from self._thought_tag(self._thoughts, tag)
 
-    def _begin(self, thoughts: ThoughtFormat, prompt: str) -> Generator[None, None, None]:
+    def _begin(self, thoughts: ThoughtFormat, opened_by: str, is_within: bool) -> Steps[None]:
         """Take up what the prompt has begun."""
-        opened_by = thoughts.opened_by(prompt)
-        if thoughts.in_content:
+        if is_within:
+            self._close = "" if thoughts.in_content or not opened_by else dict(thoughts.pairs)[opened_by]
+        elif thoughts.in_content:
             self._output.content.write(opened_by)
         elif opened_by:
             yield from self._scanner.blanks()
@@ -100,40 +119,42 @@ class _TaggedText:
         else:
             yield from self._begin_answer(thoughts)
 
-    def _begin_thought(self, thoughts: ThoughtFormat, tag: str) -> Generator[None, None, None]:
-        self._close = dict(thoughts.pairs)[tag]
-        self._lacks_close = False
+    def _begin_thought(self, thoughts: ThoughtFormat, tag: str) -> Steps[None]:
+        self._undecided.move_to(self._output.content)
+        self._close, self._late_close = dict(thoughts.pairs)[tag], ""
         self._output.content.end()
         if thoughts.label:
             yield from self._scanner.blanks()
             yield from self._scanner.accept(thoughts.label)
 
-    def _begin_answer(self, thoughts: ThoughtFormat) -> Generator[None, None, None]:
+    def _begin_answer(self, thoughts: ThoughtFormat) -> Steps[None]:
         if thoughts.answer:
             yield from self._scanner.blanks()
             if (yield from self._scanner.accept(thoughts.answer[0])):
                 self._answer_end = thoughts.answer[1]
 
     def _end_thought_with_call(self) -> None:
-        self._lacks_close = self._lacks_close or bool(self._close)
-        self._close = ""
-        self._output.reasoning.end()
-
-    def _thought_tag(self, thoughts: ThoughtFormat, tag: str) -> Generator[None, None, None]:
-        content = self._output.content
         if self._close:
-            self._close = ""
+            self._output.reasoning.end()
+            self._close, self._late_close = "", self._close
+        elif self._late_close:
+            self._undecided.end()
+
+    def _thought_tag(self, thoughts: ThoughtFormat, tag: str) -> Steps[None]:
+        if tag in (self._close, self._late_close):
+            self._undecided.move_to(self._output.reasoning)
+            self._close = self._late_close = ""
             self._output.reasoning.end()
             yield from self._begin_answer(thoughts)
-        elif tag in thoughts.opens and (thoughts.anywhere or content.at_start):
+        elif tag in thoughts.opens and (thoughts.anywhere or self._channel.at_start):
             yield from self._begin_thought(thoughts, tag)
-        elif tag in thoughts.closes and (thoughts.anywhere or self._lacks_close):
-            self._lacks_close = False
+        elif tag in thoughts.closes and thoughts.anywhere:
+            pass
         elif tag == self._answer_end:
             self._answer_end = ""
-            content.end()
+            self._channel.end()
         else:
-            content.write(tag)
+            self._channel.write(tag)
 
 
 def text_tags(tools: ToolFormat | None, thoughts: ThoughtFormat | None) -> tuple[str, ...]:

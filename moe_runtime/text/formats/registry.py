@@ -173,6 +173,7 @@ class ChatFormat:
         calls: bool,
         num_earlier_calls: int,
         new_id: Callable[[], str],
+        continued: str = "",
     ) -> OutputParser:
         """A parser for one output.
 
@@ -182,6 +183,7 @@ class ChatFormat:
             calls: False makes no calls; their markup is left out all the same.
             num_earlier_calls: tool calls in the conversation so far, for formats that number them.
             new_id: returns a new random text for an id.
+            continued: the final message's content, if the model continues it.
         """
         tool_format = TOOL_FORMATS[self.tool_format] if self.tool_format else None
         thoughts = THOUGHT_FORMATS[self.reasoning_format] if self.reasoning_format else None
@@ -192,10 +194,19 @@ class ChatFormat:
             return short_id(new_id()) if tool_format and tool_format.short_ids else "call_" + new_id()
 
         is_harmony = _is_harmony(self.tool_format, self.reasoning_format)
-        output = Output(tools, call_id, calls and self.tool_format is not None, trim=thoughts is not None)
+        opened_by = thoughts.opened_by(prompt, continued) if thoughts else ""
+        is_within = thoughts.is_within(continued) if thoughts else continued != ""
+        continues_thought = opened_by != "" and thoughts is not None and not thoughts.in_content
+        output = Output(
+            tools,
+            call_id,
+            calls and self.tool_format is not None,
+            trim_content=continues_thought or (thoughts is not None and not is_within),
+            trim_reasoning=not is_within,
+        )
         if is_harmony:
             return harmony_parser(prompt, output, split_reasoning=self.reasoning_format is not None)
-        return tagged_parser(tool_format, thoughts, prompt, output)
+        return tagged_parser(tool_format, thoughts, output, opened_by, is_within)
 
 
 def choose_format(

@@ -17,6 +17,7 @@ Write = Callable[[str], object]
 
 BLANKS = " \t\r\n"
 NEVER = "(?!)"  # a pattern that matches nothing
+MAX_BLANKS = 64  # between two tags that belong together
 BLANK_RUN = re.compile(r"[ \t\r\n]*")
 
 
@@ -83,9 +84,9 @@ class Scanner:
         """Whether all text is consumed and no more follows."""
         return self.ended and self._at == len(self._text)
 
-    def keep(self) -> None:
-        """Start to keep the text that is consumed from here on."""
-        self._kept = []
+    def keep(self, begin: str = "") -> None:
+        """Keep the text that is consumed from here on, after `begin`, in place of what was kept before."""
+        self._kept = [begin]
 
     def kept(self) -> str:
         """The text since `keep`; ends keeping."""
@@ -138,6 +139,23 @@ class Scanner:
             if self.ended or not any(len(word) > len(rest) and word.startswith(rest) for word in words):
                 found = max((word for word in words if rest.startswith(word)), key=len, default="")
                 return self._consume(self._at + len(found))
+            yield
+
+    def comes(self, *words: str) -> Steps[bool]:
+        """Whether one of the words comes next, after `MAX_BLANKS` blanks at most. Nothing is consumed.
+
+        At the end of the text, nothing at all and the beginning of a word count too.
+        """
+        count = MAX_BLANKS + max(map(len, words))
+        while True:
+            ahead = self._text[self._at : self._at + count]
+            rest = ahead.lstrip(BLANKS)
+            if rest.startswith(words):
+                return True
+            if len(ahead) == count or not any(word.startswith(rest) for word in words):
+                return False
+            if self.ended:
+                return True
             yield
 
     def span(self, run: re.Pattern[str], write: Write) -> Steps[None]:

@@ -10,7 +10,7 @@ class ThoughtFormat:
     """Tags around a thought.
 
     Attributes:
-        pairs: opening and closing tags. A prompt that ends with an opening tag has opened the thought already.
+        pairs: opening and closing tags.
         label: a word after the opening tag that is no part of the thought.
         anywhere: the tags are control tokens, which no text can mention. Else an opening tag counts only where a
             segment of the content begins.
@@ -38,10 +38,33 @@ class ThoughtFormat:
     def tags(self) -> tuple[str, ...]:
         return (*self.opens, *self.closes, *(self.answer or ()))
 
-    def opened_by(self, prompt: str) -> str:
-        """The opening tag with which a prompt ends, or ""."""
-        end = prompt.rstrip().removesuffix(self.label)
+    def opened_by(self, prompt: str, continued: str) -> str:
+        """The opening tag of the thought that a prompt leaves open, or "".
+
+        Messages may mention tags, so only the assistant's turn that the prompt has begun counts.
+
+        Args:
+            continued: the final message's content, if the model continues it.
+        """
+        begun = self._after_thoughts(continued)
+        if self.anywhere:
+            opened = max(self.opens, key=begun.rfind)
+            is_open = opened in begun
+        else:
+            opened = next((tag for tag in self.opens if begun.startswith(tag)), "")
+            is_open = opened != ""
+        if is_open or any(close in continued for close in self.closes):
+            return opened if is_open else ""
+        end = prompt.rstrip().removesuffix(continued.strip()).rstrip().removesuffix(self.label)
         return next((tag for tag in self.opens if end.endswith(tag)), "")
+
+    def is_within(self, continued: str) -> bool:
+        """Whether a text that the model continues ends within a text. After a tag, blanks are left out."""
+        return self._after_thoughts(continued).removesuffix(self.label) not in ("", *self.tags)
+
+    def _after_thoughts(self, text: str) -> str:
+        """What follows the last closing tag, without the blanks around it."""
+        return text[max(text.rfind(close) + len(close) if close in text else 0 for close in self.closes) :].strip()
 
 
 def _think(answer: tuple[str, str] | None = None, with_calls: bool = True) -> ThoughtFormat:

@@ -42,6 +42,14 @@ OUTPUTS = {
         ("A <tool_call> tag.", "Hi.", 0),
     ),
     "a call after it": ("qwen3", "", f"<think>Why.</think>{CALL}", ("Why.", "", 1)),
+    "a call within it, and the rest of it": ("qwen3", "", f"<think>x {CALL} y\n{CALL}</think>z", ("x\ny", "z", 2)),
+    "a call within it, never closed": ("qwen3", "<think>", f"x {CALL} y\n{CALL}\nz\n", ("x", "y\nz\n", 2)),
+    "a call within it, then a new one": (
+        "qwen3",
+        "<think>",
+        f"x{CALL}y{CALL}<think>z</think>Hi.{CALL}End",
+        ("x\nz", "y\nHi.\nEnd", 3),
+    ),
     "thoughts between calls": (
         "minimax_m2",
         "<think>\n",
@@ -90,6 +98,45 @@ def test_thoughts(name):
     reasoning, prompt, output, expected = OUTPUTS[name]
     chat_format = chosen(reasoning, "hermes" if reasoning not in ("mistral", "gemma4") else "none")
     assert split(parse_at_every_cut(chat_format, output, prompt=prompt)) == expected
+
+
+CONTINUED = {  # the prompt before the final message, the final message, the output
+    "within it": ("qwen3", "<A>", "<think>\nLet me", " see.\n</think>\n\nAnswer", (" see.", "Answer", 0)),
+    "within it, glm": ("glm45", "<A>", "\n<think>Let me", " see.</think>\nAnswer", (" see.", "Answer", 0)),
+    "within it, mistral": (
+        "mistral",
+        "[THINK] a [/THINK]<A>",
+        "[THINK]Let me",
+        " see.[/THINK]No.",
+        (" see.", "No.", 0),
+    ),
+    "within it, after a text": ("mistral", "<A>", "Hi. [THINK]Let me", " see.[/THINK]No.", (" see.", "No.", 0)),
+    "within it, gemma4": ("gemma4", "<A>", "<|channel>thought\nLet", " us.<channel|>No.", (" us.", "No.", 0)),
+    "within it, granite": (
+        "granite",
+        "<A>",
+        "Here is my thought process:\nSo",
+        " what?\nHere is my response:\nHi.",
+        (" what?", "Hi.", 0),
+    ),
+    "the template opens it": ("qwen3", "<A><think>\n", "Let me", " see.</think>Hi.", (" see.", "Hi.", 0)),
+    "right after the tag": ("qwen3", "<A>", "<think>\n", "\nLet me.</think>Hi.", ("Let me.", "Hi.", 0)),
+    "a second one": ("qwen3", "<A>", "<think>a</think>\n<think>b", " c</think>Hi.", (" c", "Hi.", 0)),
+    "after it": ("qwen3", "<A>", "<think>a</think>\n\nHi", " you </think>.", ("", " you </think>.", 0)),
+    "right after its end": ("qwen3", "<A>", "<think>a</think>", "\n\nHi.", ("", "Hi.", 0)),
+    "the prompt has an empty one": ("qwen3", "<A><think>\n\n</think>\n\n", "Hi", " you.", ("", " you.", 0)),
+    "prose": ("qwen3", "<A>", "Write <think>", " so.", ("", " so.", 0)),
+    "other messages mention it": ("mistral", "Say [THINK]<A>", "Hi", " you.", ("", " you.", 0)),
+    "no thought at all": ("hunyuan_a13b", "<A>", "Hi", " you.", ("", " you.", 0)),
+    "in the content": ("minimax_m2_append_think", "<A>", "<think>Let me", " see.</think>", ("", " see.</think>", 0)),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_the_final_message_is_continued(name):
+    reasoning, prompt, continued, output, expected = CONTINUED[name]
+    parsed = parse_at_every_cut(chosen(reasoning), output, prompt=prompt + continued, continued=continued)
+    assert split(parsed) == expected
 
 
 def test_without_a_reasoning_format_the_tags_are_text():
