@@ -1,16 +1,20 @@
 """Texts of control tokens that a client sends, as plain text.
 
 Otherwise a user's "<|im_end|>" would end the user's turn. A mark within each such text tells it from the template's own
-control tokens once the prompt is rendered.
+control tokens once the prompt is rendered. Any added token can control a model, whether or not its tokenizer calls it
+special: DeepSeek's turns begin with added tokens that are not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from moe_runtime.text.chat_history import REASONING_FIELDS
+
 MARK = "\ufdd0"  # a code point that Unicode keeps free for a program's own use
+ESCAPED_MARKS = ("\\ufdd0", "%ef%b7%90")  # as filters such as tojson(ensure_ascii=true) and urlencode write it
 
 Encode = Callable[[str], list[int]]
 
@@ -20,19 +24,32 @@ class ControlTexts:
 
     Args:
         tokens: texts of all control tokens.
+        answer_tags: those that a model writes within an answer, around thoughts and calls.
     """
 
-    def __init__(self, tokens: Collection[str]) -> None:
-        longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    def __init__(self, tokens: Collection[str], answer_tags: Collection[str] = ()) -> None:
+        self._pattern = _any_of(tokens)
+        self._not_in_answers = _any_of(set(tokens).difference(answer_tags))
 
     def mark(self, value: Any) -> Any:
-        """A copy of messages or tools in which control texts are marked, in keys too."""
+        """A copy of a value in which control texts are marked, in keys too."""
         if isinstance(value, str):
-            return self._pattern.sub(_marked, value.replace(MARK, ""))
+            return _mark(self._pattern, value)
         if isinstance(value, Mapping):
             return {self.mark(key): self.mark(item) for key, item in value.items()}
         return [self.mark(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    def mark_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Messages with marks. Tags in an assistant's answer stay as they are: templates look for them there."""
+        marked = []
+        for message in messages:
+            copy = self.mark(message)
+            if message.get("role") == "assistant":
+                for name in ("content", *REASONING_FIELDS):
+                    if isinstance(text := message.get(name), str):
+                        copy[name] = _mark(self._not_in_answers, text)
+            marked.append(copy)
+        return marked
 
     def encode(self, text: str, encode: Encode, encode_plain: Callable[[str, bool], list[int]]) -> list[int]:
         """Token ids of a rendered prompt.
@@ -59,5 +76,17 @@ class ControlTexts:
         return token_ids + (encode(text[begin:]) if begin < len(text) else [])
 
 
-def _marked(found: re.Match[str]) -> str:
-    return found.group()[0] + MARK + found.group()[1:]
+def shows_mark(text: str) -> bool:
+    """Whether a template has changed a mark into other characters, which would stay in the prompt."""
+    return any(escaped in text.lower() for escaped in ESCAPED_MARKS)
+
+
+def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    # The mark stands after a token's first character, so a token of one character must not be followed by it.
+    patterns = [re.escape(token) + (f"(?!{MARK})" if len(token) == 1 else "") for token in longest_first]
+    return re.compile("|".join(patterns) or "(?!)")
+
+
+def _mark(pattern: re.Pattern[str], text: str) -> str:
+    return pattern.sub(lambda found: found.group()[0] + MARK + found.group()[1:], text.replace(MARK, ""))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.text.chat_history import template_messages
 from moe_runtime.text.chat_template import ChatTemplate
-from moe_runtime.text.escape import MARK, ControlTexts
+from moe_runtime.text.escape import MARK, ControlTexts, shows_mark
+from moe_runtime.text.formats.registry import ANSWER_TAGS
 from moe_runtime.types.sampling_params import is_unicode
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ class Tokenizer:
             messages: of OpenAI's form; each has a "role" and a "content" of text.
             tools: OpenAI's tool objects.
             add_generation_prompt, continue_final_message, template_kwargs: as `ChatTemplate.render` takes them.
-            escape_special_tokens: texts of control tokens in messages and tools are encoded as plain text.
+            escape_special_tokens: texts of control tokens in messages, tools and template_kwargs are encoded as plain
+                text, except for tags of thoughts and calls in an assistant's content and reasoning.
 
         Raises:
             ValueError: no chat template, messages of another form, or messages with which the template fails.
@@ -176,8 +178,10 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("messages: the model's tokenizer has no chat template; give a prompt")
         history: Any = template_messages(messages, self.chat_template.source(bool(tools)))
+        given = (history, tools, template_kwargs)
         if escape_special_tokens:
-            history, tools = self._control_texts.mark(history), self._control_texts.mark(tools)
+            history = self._control_texts.mark_messages(history)
+            tools, template_kwargs = self._control_texts.mark(tools), self._control_texts.mark(template_kwargs)
         text = self.chat_template.render(
             history,
             tools,
@@ -185,6 +189,10 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
+        if (history, tools, template_kwargs) != given and shows_mark(text):
+            raise ValueError(
+                "messages: a control token's text cannot be escaped, because the chat template changes it; remove it"
+            )
         if escape_special_tokens and MARK in text:
             token_ids = self._control_texts.encode(text, self._encode_rendered, self._encode_plain)
             return RenderedPrompt(text.replace(MARK, ""), token_ids)
@@ -196,7 +204,7 @@ class Tokenizer:
     @cached_property
     def _control_texts(self) -> ControlTexts:
         # Some tokenizers add runs of blanks as tokens; they control nothing.
-        return ControlTexts([text for text in self.added_tokens if not text.isspace()])
+        return ControlTexts([text for text in self.added_tokens if not text.isspace()], ANSWER_TAGS)
 
     def _encode_plain(self, text: str, begins_prompt: bool) -> list[int]:
         """Token ids of a text in which no control token is looked for.

@@ -81,6 +81,61 @@ def test_marks_are_made_everywhere_and_cannot_be_sent():
     assert ControlTexts([]).mark("<|end|>") == "<|end|>"
 
 
+def with_tokens(folder, template: str, *tokens: str) -> Tokenizer:
+    """The byte tokenizer with further added tokens that are not special."""
+    save_byte_tokenizer(folder)
+    raw = PreTrainedTokenizerFast.from_pretrained(folder)
+    raw.add_tokens(list(tokens))
+    raw.chat_template = template
+    return Tokenizer(raw)
+
+
+def test_templates_find_tags_in_an_assistant_s_answers_only(tmp_path):
+    template = (
+        "{% for m in messages %}{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
+        "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+    )
+    tokenizer = with_tokens(tmp_path, template, "<think>", "</think>")
+    thought = "<think>why</think>Hi <|end|>"
+    messages = [{"role": "assistant", "content": thought}, {"role": "user", "content": thought}]
+    prompt = tokenizer.apply_chat_template(messages, escape_special_tokens=True)
+    assert prompt.text == f"Hi <|end|><|end|>{thought}<|end|>", "a user's tags are no tags for the template"
+    control = set(tokenizer.added_tokens.values())
+    assert sum(token_id in control for token_id in prompt.token_ids) == 2, "those of the template"
+    assert tokenizer.decode(prompt.token_ids, skip_special_tokens=False) == prompt.text
+
+
+def test_an_added_token_that_is_not_special_or_has_one_character_is_escaped(tmp_path):
+    tokenizer = with_tokens(tmp_path, "{{ messages[0].content }}<|turn|>", "<|turn|>", "☃", "☃b")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a☃<|turn|>b☃☃b☃"}], escape_special_tokens=True)
+    control = set(tokenizer.added_tokens.values())
+    assert sum(token_id in control for token_id in prompt.token_ids) == 1
+    assert prompt.text == "a☃<|turn|>b☃☃b☃<|turn|>" == tokenizer.decode(prompt.token_ids)
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m.content | tojson(ensure_ascii=true) }}", "{{ m.content | urlencode }}", "{{ [m.content] }}"]
+)
+def test_a_mark_is_never_shown(tmp_path, content):
+    tokenizer = with_tokens(tmp_path, f"{{% for m in messages %}}{content}{{% endfor %}}<|end|>")
+    with pytest.raises(
+        ValueError, match=r"^messages: a control token's text cannot be escaped, because the chat templ"
+    ):
+        render(tokenizer, "<|end|>", escape=True)
+    for harmless in ("a", "\\ufdd0"):
+        assert render(tokenizer, harmless, escape=True) == render(tokenizer, harmless, escape=False)
+
+
+def test_variables_of_the_template_are_escaped(tmp_path):
+    tokenizer = with_tokens(tmp_path, "{{ documents[0].text }}<|end|>")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a"}],
+        template_kwargs={"documents": [{"text": "<|end|>"}]},
+        escape_special_tokens=True,
+    )
+    assert sum(token_id in tokenizer.special_ids for token_id in prompt.token_ids) == 1
+
+
 def test_a_tokenizer_that_cannot_write_the_text_in_another_way_refuses_it(tmp_path):
     words = {word: index for index, word in enumerate([*SPECIAL, "<unk>", "sea"])}
     raw = RawTokenizer(models.WordLevel(words, unk_token="<unk>"))

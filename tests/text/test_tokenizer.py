@@ -69,9 +69,9 @@ def test_chat_template(tokenizers):
 BAD_MESSAGES = [
     ([], r"^messages: \[\] is not allowed; it must be a list with at least one message$"),
     ("hello", r"^messages: 'hello' is not allowed"),
-    (["hello"], r"^messages\[0\]: 'hello' is not allowed; it must have \"role\" and \"content\" texts$"),
-    ([{"role": "user"}], r"^messages\[0\]: .* is not allowed"),
-    ([{"role": "user", "content": "a"}, {"role": 5, "content": "b"}], r"^messages\[1\]: .* is not allowed"),
+    (["hello"], r"^messages\.0: 'hello' is not allowed; it must have \"role\" and \"content\" texts$"),
+    ([{"role": "user"}], r"^messages\.0: .* is not allowed"),
+    ([{"role": "user", "content": "a"}, {"role": 5, "content": "b"}], r"^messages\.1: .* is not allowed"),
     ([{"role": "robot", "content": "a"}], r"^messages: the chat template fails: no robots$"),
     ([{"role": "user", "content": "\ud83d"}], r"not valid Unicode"),
 ]

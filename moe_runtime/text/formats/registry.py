@@ -99,6 +99,16 @@ THOUGHT_ALIASES: Mapping[str, str] = {
     "gpt-oss": "openai_gptoss",
 }
 
+# What models write around thoughts and calls.
+ANSWER_TAGS: frozenset[str] = frozenset(
+    tag
+    for tags in (
+        *(tools.all_tags for tools in TOOL_FORMATS.values() if tools),
+        *(thoughts.tags for thoughts in THOUGHT_FORMATS.values() if thoughts),
+    )
+    for tag in tags
+)
+
 # A text in the chat template that shows the format; the first that is found counts.
 TOOL_CLUES: Sequence[tuple[str, str]] = (
     ("<|tool_calls_section_begin|>", "kimi_k2"),
