@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from moe_runtime.text.formats.json_builder import JsonBuilder
-from moe_runtime.text.formats.json_text import read_calls
+from moe_runtime.text.formats.json_objects import FENCE, read_block
 from moe_runtime.text.formats.output import Call, Output
-from moe_runtime.text.formats.scanner import Scanner, Steps, Tags, drop
+from moe_runtime.text.formats.scanner import BLANK_RUN, Scanner, Steps, Tags, drop
 from moe_runtime.text.formats.schema import RawValue
 from moe_runtime.text.formats.tool_format import ToolFormat
 
@@ -15,37 +15,40 @@ CLOSE, KEY, KEY_END, VALUE, VALUE_END = "</tool_call>", "<arg_key>", "</arg_key>
 CALL_NAME = re.compile(r"[^\s<]*")
 KEY_TEXT = re.compile(r"[^<]*")
 BETWEEN = Tags(KEY, CLOSE)
-VALUE_ENDS = Tags(VALUE_END)
+VALUE_ENDS = Tags(VALUE_END, KEY, CLOSE, "\n" + KEY, "\n" + CLOSE)
 
 
 def _read(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
-    if (yield from scanner.blanks()) == "{":
-        found = yield from read_calls(scanner, output)
-        yield from scanner.blanks()
-        yield from scanner.accept(CLOSE)
-        return found
+    before = yield from scanner.word(BLANK_RUN)
+    if (yield from scanner.look(1)) in ("{", "[", FENCE[0]):
+        return (yield from read_block(scanner, output, CLOSE))
     name = yield from scanner.word(CALL_NAME)
-    yield from scanner.blanks()
+    after = yield from scanner.word(BLANK_RUN)
     if scanner.at_end:
         return True
-    found_tag = yield from scanner.accept(KEY, CLOSE)
-    # Without arguments, "<tool_call>x</tool_call>" may be a text about tags.
-    if not name or not found_tag or (found_tag == CLOSE and not output.knows(name)):
-        return scanner.ended and not found_tag
+    found = yield from scanner.accept(KEY, CLOSE)
+    # Without arguments, "<tool_call> and </tool_call>" may be a text about tags.
+    is_prose = found == CLOSE and " " in before + after and not output.knows(name)
+    if not name or not found or is_prose:
+        return scanner.ended and not found
     call = output.begin_call(name)
     builder = JsonBuilder(call.write)
     builder.open("{")
-    while found_tag == KEY:
-        if not (yield from _argument(scanner, call, builder)):
-            return True
-        found_tag = yield from scanner.until(BETWEEN, drop)
-    if found_tag:
+    while found == KEY:
+        found = yield from _argument(scanner, call, builder)
+        if found == VALUE_END:
+            found = yield from scanner.until(BETWEEN, drop)
+    if found:
         builder.close()
     return True
 
 
-def _argument(scanner: Scanner, call: Call, builder: JsonBuilder) -> Steps[bool]:
-    """Read a key and its value. False: the text ends before. The tags between them may be missing or doubled."""
+def _argument(scanner: Scanner, call: Call, builder: JsonBuilder) -> Steps[str]:
+    """Read a key and its value. The tags between them may be missing or doubled.
+
+    Returns:
+        The tag that ends the value: its closing tag, or if that is missing, the next one. "" if the text ends before.
+    """
     key = ""
     while not key and not scanner.at_end:
         key = (yield from scanner.word(KEY_TEXT)).strip()
@@ -54,13 +57,13 @@ def _argument(scanner: Scanner, call: Call, builder: JsonBuilder) -> Steps[bool]
     yield from scanner.accept(KEY_END)
     yield from scanner.blanks()
     if not (yield from scanner.accept(VALUE)) and scanner.ended:
-        return False
+        return ""
     builder.scalar(JsonBuilder.quote(key))
     value = RawValue(call.types.get(key, frozenset()), builder)
-    if not (yield from scanner.until(VALUE_ENDS, value.write, release=False)):
-        return False
-    value.close()
-    return True
+    found = yield from scanner.until(VALUE_ENDS, value.write, release=False)
+    if found:
+        value.close()
+    return found.removeprefix("\n")
 
 
 GLM = ToolFormat(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator
 
-from moe_runtime.text.formats.json_text import pass_arguments
+from moe_runtime.text.formats.json_objects import pass_arguments
 from moe_runtime.text.formats.output import Output
 from moe_runtime.text.formats.parser import OutputParser, SteppedParser
 from moe_runtime.text.formats.scanner import Scanner, Steps, Tags, drop
@@ -21,6 +21,8 @@ HARMONY_STOPS = (CALL, RETURN)
 HEADER_END = Tags(MESSAGE, START, END, CALL, RETURN)
 BODY_END = Tags(END, CALL, RETURN, START, CHANNEL)
 NEXT_HEADER = Tags(START, CHANNEL, MESSAGE)
+HEADER_TAGS = (CHANNEL, START, MESSAGE, CONSTRAIN)
+NOT_BLANK = re.compile(r"[^\s<]*")
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 FUNCTIONS = "functions."
@@ -39,15 +41,16 @@ class _Harmony:
         self._scanner = scanner
         self._output = output
         self._split_reasoning = split_reasoning
+        self._early = ""  # the beginning of an answer that could have been a header
 
     def read(self, prompt: str) -> Generator[None, None, None]:
         header, ended_by, _ = prompt.rpartition(START)[2].partition(MESSAGE) if START in prompt else ("", "", "")
         if not ended_by:
             yield from self._scanner.blanks()
-            begun = yield from self._scanner.accept(CHANNEL, START, MESSAGE, CONSTRAIN, "to=", "assistant")
+            begun = yield from self._begun_header()
             if begun:
-                header, ended_by = header + " " + begun, begun
-            elif self._scanner.ended:
+                header, ended_by = f"{header} {begun}", MESSAGE if begun.endswith(MESSAGE) else begun
+            elif self._scanner.at_end:
                 return
             else:  # a model that writes no header writes an answer
                 ended_by = MESSAGE
@@ -63,6 +66,24 @@ class _Harmony:
             if not ended_by:
                 return
             header = CHANNEL if ended_by == CHANNEL else ""
+
+    def _begun_header(self) -> Steps[str]:
+        """What shows that the output begins with a header; "" if it does not. An answer may begin with its words."""
+        scanner = self._scanner
+        scanner.keep()
+        begun = yield from scanner.accept(*HEADER_TAGS, "to=", "assistant")
+        if begun == "assistant":
+            yield from scanner.blanks()
+            begun += " " + (yield from scanner.accept(*HEADER_TAGS, "to="))
+        if begun.endswith("to="):
+            recipient = yield from scanner.word(NOT_BLANK)
+            yield from scanner.blanks()
+            begun += recipient if recipient.startswith(FUNCTIONS) or (yield from scanner.look(2)) == "<|" else " "
+        kept = scanner.kept()
+        if begun.endswith(" ") and not scanner.at_end:
+            self._early = kept
+            return ""
+        return begun
 
     def _body(self, header: str) -> Steps[str]:
         """Read a message up to its end. Returns the tag that ends it."""
@@ -83,4 +104,6 @@ class _Harmony:
         channel = output.reasoning if is_thought else output.content
         if not channel.is_empty:
             channel.end()
+        channel.write(self._early)
+        self._early = ""
         return (yield from self._scanner.until(BODY_END, channel.write))

@@ -19,16 +19,25 @@ class JsonBuilder:
     """Writes one JSON value; it is valid JSON whatever it is told.
 
     Commas and colons follow from the order of the items: in an object, keys and values alternate.
+
+    Attributes:
+        has_source: some text was no value of the looser language, and became a string.
     """
 
     def __init__(self, write: Write) -> None:
         self._write = write
         self._levels: list[_Level] = []
+        self.has_source = False
 
     @property
     def depth(self) -> int:
         """Number of open lists and objects."""
         return len(self._levels)
+
+    @property
+    def wants_value(self) -> bool:
+        """Whether a key waits for its value."""
+        return bool(self._levels) and self._levels[-1].wants_value
 
     @property
     def wants_key(self) -> bool:
@@ -61,6 +70,11 @@ class JsonBuilder:
         self._begin_item()
         self._write(text)
         self._end_item()
+
+    def source(self, text: str) -> None:
+        """A text that is no value of the looser language; it becomes a string."""
+        self.has_source = True
+        self.scalar(self.quote(text))
 
     def begin_string(self) -> None:
         self._begin_item()

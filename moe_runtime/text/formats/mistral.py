@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_runtime.text.formats.json_text import pass_arguments, read_calls
+from moe_runtime.text.formats.json_objects import pass_arguments, read_calls
 from moe_runtime.text.formats.output import Output
 from moe_runtime.text.formats.scanner import Scanner, Steps
 from moe_runtime.text.formats.tool_format import NAME, ToolFormat
@@ -18,8 +18,10 @@ def _read(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
     yield from scanner.blanks()
     if (yield from scanner.accept(CALL_ID)):
         yield from scanner.word(NAME)
-    has_arguments = yield from scanner.accept(ARGS)
-    if name and (has_arguments or not scanner.ended):
+    if not (yield from scanner.accept(ARGS)) and (yield from scanner.look(1)) != "{":
+        rest = yield from scanner.look(len(CALL_ID))
+        return any(tag.startswith(rest) for tag in (CALL_ID, ARGS))  # cut off
+    if name:
         call = output.begin_call(name)
         yield from pass_arguments(scanner, call)
         if not scanner.at_end:

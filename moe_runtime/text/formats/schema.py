@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_runtime.text.formats.json_builder import JsonBuilder
+from moe_runtime.text.formats.json_kinds import NULLS, PYTHON_SPELLINGS, kind_of_text, kind_of_value
+from moe_runtime.text.formats.python_values import literal_json
 
 Types = Mapping[str, frozenset[str]]  # JSON types that a parameter may have; none means that nothing is known
 MAX_DEPTH = 16  # of combined schemas and references; more says nothing
 
 STRING = frozenset({"string"})
-NULLS = ("null", "None")
-PYTHON_SPELLINGS = {"True": "true", "False": "false", "None": "null"}
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII)
-INTEGER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.0+)?", re.ASCII)
+# JSON Schema's names of types, and others that tools are described with. What is not here says nothing.
+TYPE_NAMES: Mapping[str, str] = {
+    spelling: name
+    for name, spellings in {
+        "string": "str text char varchar date time datetime",
+        "integer": "int long short byte int32 int64 bigint",
+        "number": "float double decimal float32 float64",
+        "boolean": "bool",
+        "array": "list tuple set arraylist",
+        "object": "dict dictionary map hashmap json",
+        "null": "none nonetype",
+    }.items()
+    for spelling in (name, *spellings.split())
+}
+LOOSE_NUMBER = re.compile(
+    r"\+?(?P<minus>-?)(?=\.?\d)(?P<whole>\d*)(?P<rest>(?:\.\d*)?(?:(?<=\d)[eE][+-]?\d+)?)", re.ASCII
+)
 
 
 def parameter_types(function: Mapping[str, Any]) -> Types:
@@ -32,14 +46,13 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
     if not isinstance(schema, Mapping) or depth == 0:
         return set()
     named = schema.get("type")
-    if isinstance(named, str):
-        types = {named}
-    elif isinstance(named, Sequence):
-        types = {name for name in named if isinstance(name, str)}
+    if isinstance(named, str) or (isinstance(named, Sequence) and named):
+        names = {TYPE_NAMES.get(str(name).lower(), "") for name in ([named] if isinstance(named, str) else named)}
+        types = set() if "" in names else names
     elif isinstance(reference := schema.get("$ref"), str):
         types = _types(_resolve(reference, root), root, depth - 1)
     elif isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
-        types = {_type_of(value) for value in values}
+        types = {kind_of_value(value) for value in values}
     else:
         types = _combined_types(schema, root, depth)
     return types | {"null"} if schema.get("nullable") is True and types else types
@@ -63,52 +76,30 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
     return part
 
 
-def _type_of(value: object) -> str:
-    if value is None:
-        return "null"
-    for types, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array")):
-        if isinstance(value, types):
-            return name
-    return "object"
-
-
 def json_of(text: str, types: frozenset[str]) -> str | None:
     """JSON text of a raw value that fits one of the types other than string (without types: any). None if it fits none.
 
-    The model's own spelling of a number, a list or an object is kept. True, False and None are read too.
+    The model's own spelling of a number, a list or an object is kept. True, False and None are read too, and where the
+    schema asks for the type, so are other spellings: TRUE, .5, +1, and lists and objects as Python writes them.
     """
     text = text.strip()
     text = PYTHON_SPELLINGS.get(text, text)
-    kind = _kind_of(text)
+    kind = kind_of_text(text)
+    if kind is None and types:
+        text = _respelled(text, types)
+        kind = kind_of_text(text)
     if kind is None or (types and kind not in types and not (kind == "integer" and "number" in types)):
         return None
     return text
 
 
-def _kind_of(text: str) -> str | None:
-    """The JSON type of a text; None if it is no JSON."""
-    if text == "null":
-        return "null"
-    if text in ("true", "false"):
-        return "boolean"
-    if NUMBER.fullmatch(text):
-        return "integer" if INTEGER.fullmatch(text) or _is_integral(text) else "number"
-    if text[:1] not in ("{", "[", '"'):
-        return None
-    try:
-        value = json.loads(text, parse_constant=_refuse, parse_int=float)  # float: int refuses 4,301 digits
-    except (ValueError, RecursionError):
-        return None
-    return _type_of(value)
-
-
-def _is_integral(text: str) -> bool:
-    """Whether a number such as 1e3 is an integer."""
-    return float(text).is_integer() if len(text) < 32 else False
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+def _respelled(text: str, types: frozenset[str]) -> str:
+    """A value that is no JSON in JSON's spelling, as far as its types are asked for."""
+    if "boolean" in types and text.lower() in ("true", "false"):
+        return text.lower()
+    if types & {"integer", "number"} and (number := LOOSE_NUMBER.fullmatch(text)):
+        return f"{number['minus']}{number['whole'] or '0'}{number['rest'].removesuffix('.')}"
+    return literal_json(text) or text if types & {"array", "object"} and text[:1] in ("[", "{", "(") else text
 
 
 class RawValue:

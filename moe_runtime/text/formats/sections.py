@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_runtime.text.formats.json_text import pass_arguments
+from moe_runtime.text.formats.json_objects import pass_arguments
 from moe_runtime.text.formats.output import Call, Output
 from moe_runtime.text.formats.scanner import Scanner, Steps, Tags, drop
 from moe_runtime.text.formats.tool_format import ToolFormat
 
 LINE = re.compile(r"[^\n<{`]*")
 KIMI_ID = re.compile(r"(?:functions\.)?(?P<name>.*?)(?::\d+)?", re.DOTALL)
+KIMI_COUNTER = re.compile(r"(?:call_?)?\d*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,24 @@ def _deepseek_name(head: str, scanner: Scanner, output: Output) -> Steps[str]:
         return head
     name = yield from scanner.word(LINE)
     yield from scanner.blanks()
-    yield from scanner.accept("```json", "```")
-    yield from scanner.blanks()
+    if (yield from scanner.accept("```json", "```")):
+        yield from scanner.blanks()
+        yield from scanner.accept("```")  # an empty block
     return name.strip()
 
 
 def _kimi_name(head: str, scanner: Scanner, output: Output) -> Steps[str]:
-    """The id holds the name: `functions.NAME:0`. A number alone leaves only one tool to mean, if there is one."""
+    """The id holds the name: `functions.NAME:0`. A counter alone (`0`, `call00003`) means the only tool.
+
+    If there are several tools, nothing says which one is meant, and the call is left out.
+    """
     yield from scanner.blanks()
     found = KIMI_ID.fullmatch(head)
     assert found is not None
     name = found["name"].strip()
-    return output.tool_names[0] if (name.isdigit() or not name) and len(output.tool_names) == 1 else name
+    if not KIMI_COUNTER.fullmatch(name) or output.knows(name):
+        return name
+    return output.tool_names[0] if len(output.tool_names) == 1 else ""
 
 
 def _sections(reader: SectionReader, stop_tokens: tuple[str, ...] = (), numbered_ids: bool = False) -> ToolFormat:

@@ -10,7 +10,8 @@ from moe_runtime.text.formats.output import Output
 from moe_runtime.text.formats.scanner import Scanner, Steps
 
 # Reads calls after an opening tag, which is consumed. Returns whether there was a call, or one that is cut off. If not,
-# the tag and what was consumed after it is text.
+# the tag and what was consumed after it is text. A reader that has called `Scanner.keep` itself has read calls up to
+# there, and only what was consumed after that is text.
 ReadCalls = Callable[[str, Scanner, Output], Steps[bool]]
 NewId = Callable[[str, int], str]  # a call's id, from its name and its number in the conversation
 NAME = re.compile(r"[^\s<>()\[\]{}|,:=\"']*")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from moe_runtime.text.formats.json_builder import JsonBuilder
-from moe_runtime.text.formats.json_text import read_calls
+from moe_runtime.text.formats.json_objects import FENCE, read_block
+from moe_runtime.text.formats.json_text import pass_value
 from moe_runtime.text.formats.output import Call, Output
 from moe_runtime.text.formats.scanner import Scanner, Steps, Tags, drop
 from moe_runtime.text.formats.schema import RawValue
@@ -18,7 +20,9 @@ class XmlReader:
     """Reads `<block> <call NAME> <parameter KEY>VALUE</parameter> </call> </block>`.
 
     The block's opening tag may be missing if the name is that of a tool. A value loses one newline at each end. It ends
-    at its closing tag; if that is missing, at the next tag at the start of a line.
+    at its closing tag, or, if that is missing, at the next tag. A tag within a value is told apart by what follows it:
+    only a tag of the grammar or the end of the text may follow. A parameter that begins within a value must begin a
+    line, and be one of the tool's that has no value yet.
 
     Args:
         block: name of the outer tag.
@@ -27,22 +31,24 @@ class XmlReader:
     """
 
     def __init__(self, block: str, call: str, call_end: str, parameter: str, parameter_end: str) -> None:
-        self.opens = (f"<{block}>", call)
-        self.tags = (f"</{block}>", call_end, parameter, parameter_end)
-        self._block_end, self._call, self._call_end = f"</{block}>", call, call_end
-        self._parameter, self._parameter_end = parameter, parameter_end
-        self._between = Tags(parameter, call_end, self._block_end)
-        enders = (parameter_end, parameter, call_end, self._block_end)
-        self._value_ends = Tags(parameter_end, *("\n" + ender for ender in enders))
+        block_begin, block_end = f"<{block}>", f"</{block}>"
+        self.opens = (block_begin, call)
+        self.tags = (block_end, call_end, parameter, parameter_end)
+        self._block_end, self._call, self._call_end = block_end, call, call_end
+        self._parameter = parameter
+        self._between = Tags(parameter, call_end, block_end)
+        self._followers = {
+            parameter_end: (parameter, call_end, block_end),
+            call_end: (block_end, call),
+            block_end: (block_begin, call),
+        }
+        self._value_ends = Tags(*self._followers, *(f"\n{end}" for end in self._followers), f"\n{parameter}")
 
     def read(self, tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
         is_bare = tag == self._call
         if not is_bare:
-            if (yield from scanner.blanks()) in ("{", "["):
-                found = yield from read_calls(scanner, output)
-                yield from scanner.blanks()
-                yield from scanner.accept(self._block_end)
-                return found
+            if (yield from scanner.blanks()) in ("{", "[", FENCE[0]):
+                return (yield from read_block(scanner, output, self._block_end))
             if not (yield from scanner.accept(self._call)):
                 return scanner.ended
         num_calls = 0
@@ -50,8 +56,8 @@ class XmlReader:
             name = _clean((yield from scanner.word(TAG_NAME)))
             if scanner.at_end:
                 return num_calls > 0 or not is_bare or output.may_become_known(name)
-            is_call = (yield from scanner.accept(">")) and name and (not is_bare or output.knows(name))
-            if not is_call:
+            is_tag = (yield from scanner.accept(">", "\n")) and name
+            if not is_tag or (is_bare and not output.knows(name)):
                 return num_calls > 0
             num_calls += 1
             if not (yield from self._arguments(scanner, output.begin_call(name))):
@@ -62,28 +68,58 @@ class XmlReader:
 
     def _arguments(self, scanner: Scanner, call: Call) -> Steps[bool]:
         """Read the parameters of a call and its closing tag. False: the text ends before."""
+        if (yield from scanner.blanks()) == "{":  # the model writes JSON instead
+            yield from pass_value(scanner, call.write)
+            is_closed = yield from scanner.until(self._between, drop)
+            return is_closed != ""
         builder = JsonBuilder(call.write)
         builder.open("{")
-        found = ""
-        while found != self._call_end and found != self._block_end:
-            if found != self._parameter:
-                found = yield from scanner.until(self._between, drop)
-            if found == self._parameter:
-                key = _clean((yield from scanner.word(TAG_NAME)))
-                yield from scanner.accept(">")
+        seen: set[str] = set()
+        found = yield from scanner.until(self._between, drop)
+        while found == self._parameter:
+            key = _clean((yield from scanner.word(TAG_NAME)))
+            yield from scanner.accept(">")
+            while key and found == self._parameter:
                 yield from scanner.accept("\n")
                 if scanner.at_end:
                     return False
+                seen.add(key)
                 builder.scalar(JsonBuilder.quote(key))
                 value = RawValue(call.types.get(key, frozenset()), builder)
-                ender = yield from scanner.until(self._value_ends, value.write, release=False)
-                found = ender.removeprefix("\n")
-                if found:
-                    value.close()
-            if not found:
-                return False
+                found, key = yield from self._value(
+                    scanner, value, lambda name: not call.types or (name in call.types and name not in seen)
+                )
+                if not found:
+                    return False
+                value.close()
+            if found != self._call_end and found != self._block_end:
+                found = yield from scanner.until(self._between, drop)
+        if not found:
+            return False
         builder.close()
         return True
+
+    def _value(self, scanner: Scanner, value: RawValue, is_next: Callable[[str], bool]) -> Steps[tuple[str, str]]:
+        """Read a value and the tag that ends it; "" at the end of the text.
+
+        Returns:
+            The tag, and the key if it is an opening tag of a parameter, which is consumed then.
+        """
+        while tag := (yield from scanner.until(self._value_ends, value.write, release=False)):
+            end = tag.removeprefix("\n")
+            if end != self._parameter:
+                if (yield from scanner.comes(*self._followers[end])):
+                    return end, ""
+                value.write(tag)
+                continue
+            name = yield from scanner.word(TAG_NAME)
+            is_tag = yield from scanner.accept(">")
+            if scanner.at_end and not is_tag:
+                return "", ""
+            if is_tag and _clean(name) and is_next(_clean(name)):
+                return end, _clean(name)
+            value.write(tag + name + is_tag)
+        return "", ""
 
 
 def _clean(name: str) -> str:

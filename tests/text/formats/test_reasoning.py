@@ -185,6 +185,11 @@ HARMONY = {
     "an end is missing": ("<|channel|>analysis<|message|>Why.<|channel|>final<|message|>Hi.", ("Why.", "Hi.", 0)),
     "strange words in the header": ("<|channel|>final ok <|constrain|>text<|message|>Hi.", ("", "Hi.", 0)),
     "no header": ("Hi.", ("", "Hi.", 0)),
+    "no header, and a word of one": ("assistants are here", ("", "assistants are here", 0)),
+    "no header, and two words of one": ("assistant to=me, please.", ("", "assistant to=me, please.", 0)),
+    "no header, and a recipient": ("to=whom? <b>", ("", "to=whom? <b>", 0)),
+    "a header without a start": ("assistant<|channel|>final<|message|>Hi.", ("", "Hi.", 0)),
+    "a header with nothing but a role": ("assistant <|message|>Hi.", ("", "Hi.", 0)),
     "a header that is cut off": ("<|channel|>comment", ("", "", 0)),
     "nothing": ("", ("", "", 0)),
 }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 
 import pytest
 from chat_wire import CITY, TOOLS, parse, parse_at_every_cut
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_runtime.text.formats.registry import ChatFormat, choose_format
+from moe_runtime.text.formats.scanner import MAX_BLANKS
 
 PARIS, ROME = ("get_weather", {"city": "Paris"}), ("get_weather", {"city": "Rome"})
 NOW = ("now", {})
@@ -53,6 +58,17 @@ CALLS = {
         '<tool_call>{"name": "get_weather", "arguments": {"city": "</tool_call>}\\"]"}}</tool_call>',
         [("get_weather", {"city": '</tool_call>}"]'})],
     ),
+    "hermes, OpenAI's form": (
+        "hermes",
+        '<tool_call>{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}, "id": 1}'
+        "</tool_call>",
+        [PARIS],
+    ),
+    "hermes, in a fence": (
+        "hermes",
+        '<tool_call>\n```json\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n```\n</tool_call>',
+        [PARIS],
+    ),
     "hermes, an unknown tool": ("hermes", '<tool_call>{"name": "x.y-z", "arguments": {}}</tool_call>', [("x.y-z", {})]),
     "qwen3_coder": (
         "qwen3_xml",
@@ -80,6 +96,27 @@ CALLS = {
     "qwen3_coder, JSON in its place": (
         "qwen3_coder",
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        [PARIS],
+    ),
+    "qwen3_coder, JSON in place of parameters": (
+        "qwen3_coder",
+        '<tool_call>\n<function=get_weather>\n{"city": "Paris"}\n</function>\n</tool_call>',
+        [PARIS],
+    ),
+    "qwen3_coder, closing tags are missing in a line": (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=city>Paris</parameter><parameter=days>3</function></tool_call>",
+        [("get_weather", {"city": "Paris", "days": 3})],
+    ),
+    "qwen3_coder, all closing tags are missing": (
+        "qwen3_coder",
+        "<tool_call><function=get_weather>\n<parameter=days>\n3\n</tool_call>\n<tool_call>\n<function=now></function>"
+        "</tool_call>",
+        [("get_weather", {"days": 3}), NOW],
+    ),
+    "qwen3_coder, an angle bracket is missing": (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
         [PARIS],
     ),
     "qwen3_coder, one newline is taken off": (
@@ -111,6 +148,11 @@ CALLS = {
     ),
     "llama3": ("llama3_json", '{"name": "get_weather", "parameters": {"city": "Paris"}}', [PARIS]),
     "llama3, arguments": ("llama3", '{"type": "function", "name": "now", "arguments": {}}', [NOW]),
+    "llama3, OpenAI's form": (
+        "llama3_json",
+        '{"type": "function", "function": {"name": "get_weather", "parameters": {"city": "Paris"}}}',
+        [PARIS],
+    ),
     "llama3, several": (
         "llama3_json",
         '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}; {"name": "now", "parameters": {}}',
@@ -120,6 +162,11 @@ CALLS = {
         "pythonic",
         '[get_weather(city="Paris", days=-3), now()]',
         [("get_weather", {"city": "Paris", "days": -3}), NOW],
+    ),
+    "pythonic, unpacked arguments": (
+        "pythonic",
+        "[get_weather(**{'city': 'Paris', \"days\": 3}, exact=True), now(**{})]",
+        [("get_weather", {"city": "Paris", "days": 3, "exact": True}), NOW],
     ),
     "pythonic, literals": (
         "lfm2",
@@ -150,6 +197,14 @@ CALLS = {
             "<|tool~call~end|><|tool~calls~end|>"
         ),
         [PARIS, NOW],
+    ),
+    "deepseek_v3, an empty block": (
+        "deepseek_v3",
+        deepseek(
+            "<|tool~calls~begin|><|tool~call~begin|>function<|tool~sep|>now\n```json\n\n```<|tool~call~end|>"
+            "<|tool~calls~end|>"
+        ),
+        [NOW],
     ),
     "deepseek_v31": (
         "deepseek_v31",
@@ -208,6 +263,21 @@ CALLS = {
             NOW,
         ],
     ),
+    "gemma4, quotes of JSON": (
+        "gemma4",
+        '<|tool_call>call:get_weather{"city":"Paris","days":3,"opt":{"unit":"C"}}<tool_call|>',
+        [("get_weather", {"city": "Paris", "days": 3, "opt": {"unit": "C"}})],
+    ),
+    "gemma4, a value is missing": (
+        "gemma4",
+        "<|tool_call>call:get_weather{city:,days:3}<tool_call|>",
+        [("get_weather", {"city": None, "days": 3})],
+    ),
+    "gemma4, commas in a bare value": (
+        "gemma4",
+        '<|tool_call>call:get_weather{city:Paris, France, Europe,days:3,"exact":true,tags:[a,1],}<tool_call|>',
+        [("get_weather", {"city": "Paris, France, Europe", "days": 3, "exact": True, "tags": ["a", 1]})],
+    ),
     "gemma4, a delimiter is missing": ("gemma4", '<|tool_call>call:get_weather{city:Paris<|"|>}<tool_call|>', [PARIS]),
     "granite 3.0": ("granite", '<|tool_call|> [{"name": "get_weather", "arguments": {"city": "Paris"}}]', [PARIS]),
     "granite 3.1": (
@@ -263,7 +333,7 @@ def test_pythonic_calls_within_a_text():
 PROSE = {
     "hermes": ["Use <tool_call> tags.", "The <tool_call>{1}</tool_call> block", "a < b <tool", "<tool_cal"],
     "qwen3_coder": ["Use <tool_call> tags.", "Write <function=x> so", "x <parameter=a>"],
-    "glm45": ["Use <tool_call> and </tool_call> tags.", "<tool_call>x</tool_call> is a call"],
+    "glm45": ["Use <tool_call> and </tool_call> tags.", "<tool_call>x </tool_call> is a call"],
     "minimax_m2": ['Use <invoke name="x"> here', "<minimax:tool_call> is a tag"],
     "pythonic": ["[", "[[get_weathers", "[unknown(a=1)]"],
     "llama3_json": ["{", '{"name": "unknown", "parameters": {}}', '{"a": {"name": 1}}', "{}"],
@@ -274,6 +344,184 @@ PROSE = {
 def test_prose_that_mentions_tags_stays(tools, text):
     parsed = parse_at_every_cut(chosen(tools), text)
     assert (parsed.content, parsed.calls) == (text, [])
+
+
+KEPT = {  # what stays text or goes on after a call: tool format, output, calls, content
+    "pythonic, an unknown tool after a call": (
+        "pythonic",
+        "[now(), unknown(a=1)] tail",
+        [NOW, ("unknown", {"a": 1})],
+        "tail",
+    ),
+    "pythonic, a text after a call": ("pythonic", "[now(), then some] tail", [NOW], "then some] tail"),
+    "pythonic, a call that is none": ("pythonic", "[now() for x in y] tail", [NOW], "for x in y] tail"),
+    "hermes, a brace too many": (
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": {}}}</tool_call>x',
+        [NOW],
+        "x",
+    ),
+    "llama3, a brace too many": ("llama3_json", '{"name": "now", "parameters": {}}} x', [NOW], "x"),
+    "llama3, a list": (
+        "llama3_json",
+        '[{"name": "now", "parameters": {}},\n{"name": "get_weather", "parameters": {"city": "Rome"}}\n] x',
+        [NOW, ROME],
+        "x",
+    ),
+    "llama3, a list with others": (
+        "llama3_json",
+        '[{"name": "now"}, {"name": "x"}] y',
+        [NOW],
+        '{"name": "x"}] y',
+    ),
+    "llama3, a name within other JSON": (
+        "llama3_json",
+        '{"name": "x", "value": {"name": "now"}} [{"name": 1, "v": [{"name": "now"}]}, 2]',
+        [],
+        '{"name": "x", "value": {"name": "now"}} [{"name": 1, "v": [{"name": "now"}]}, 2]',
+    ),
+    "glm, an unknown tool without arguments": ("glm45", "<tool_call>x.y\n</tool_call> z", [("x.y", {})], "z"),
+    "glm, a closing tag is missing": (
+        "glm45",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</tool_call> tail",
+        [PARIS],
+        "tail",
+    ),
+    "glm, closing tags are missing": (
+        "glm45",
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris\n<arg_key>days</arg_key>\n<arg_value>3\n"
+        "</tool_call>tail",
+        [("get_weather", {"city": "Paris", "days": 3})],
+        "tail",
+    ),
+    "qwen3_coder, the name is missing": ("qwen3_coder", "<tool_call><function=<x> y", [], "<tool_call><function=<x> y"),
+    "mistral, a text after the token": ("mistral", "a [TOOL_CALLS] b c d", [], "a [TOOL_CALLS] b c d"),
+    "kimi, a counter in place of a name": (
+        "kimi_k2",
+        "a<|tool_call_begin|>call00003<|tool_call_argument_begin|>{}<|tool_call_end|>",
+        [],
+        "a",
+    ),
+    "granite, the closing tag of Phi": (
+        "granite",
+        '<|tool_call|>[{"name": "now", "arguments": {}}]<|/tool_call|>x',
+        [NOW],
+        "x",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_no_call_stays_and_what_is_one_leaves_nothing(name):
+    tools, text, calls, content = KEPT[name]
+    parsed = parse_at_every_cut(chosen(tools), text)
+    assert (parsed.values(), parsed.content) == (calls, content)
+
+
+PYTHON = [  # the source of a value, the value
+    ("10**30", "10**30"),
+    ("1,000", "1,000"),
+    ('"a" "b"', "ab"),
+    ("'a' + \"b\" +\n r'\\n'", "ab\\n"),
+    ('"a" + x', "a + x"),
+    ('"a".format(1, "b)")', 'a.format(1, "b)")'),
+    ('{"a", "b"}', ["a", "b"]),
+    ("{1, 2}", [1, 2]),
+    ("{1: 2, 'k': {3}}", {"1": 2, "k": [3]}),
+    ("{(1, 2): 3}", {"": [1, 2], "3": None}),
+    ("{}", {}),
+    ("g(1)", "g(1)"),
+    ("g(1, 'x)', [2])", "g(1, 'x)', [2])"),
+    ("[g(1), -2]", ["g(1)", -2]),
+    ("[1] + g(2, 3)", [1]),
+    ('float("inf")', 'float("inf")'),
+    ("L'Aquila", "L'Aquila"),
+    ("lambda x: x", "lambda x: x"),
+    ("'\\101\\0\\7b'", "A\0\x07b"),
+    ("'\\N{DEGREE SIGN}C \\N{nothing}'", "°C \\N{nothing}"),
+    ("r'\\d\\n'", "\\d\\n"),
+    ("-0x1F", -31),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("source", "value"), PYTHON)
+def test_python_values(source, value):
+    parsed = parse_at_every_cut(chosen("pythonic"), f"[get_weather(any={source}, days=3)] x")
+    assert parsed.values() == [("get_weather", {"any": value, "days": 3})]
+    assert parsed.content == "x"
+
+
+@given(st.text("[](){}'\"\\,:=+* ab1", max_size=24))
+def test_any_value_in_python_gives_valid_json_at_every_cut(source):
+    whole = parse(chosen("lfm2"), [text := f"<|tool_call_start|>[f(a={source}"])
+    assert parse(chosen("lfm2"), list(text)) == whole
+    closed = parse(chosen("lfm2"), [text + ")]<|tool_call_end|>"])
+    assert closed.calls[0]["arguments"].startswith(whole.calls[0]["arguments"])
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        value = ast.literal_eval(source)
+        if not isinstance(value, str | tuple | bytes):
+            assert json.loads(closed.calls[0]["arguments"])["a"] == json.loads(json.dumps(as_json(value)))
+
+
+def as_json(value: object) -> object:
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, set | list | tuple):
+        if isinstance(value, set) and len(value) > 1:
+            raise TypeError
+        return [as_json(item) for item in value]
+    return value
+
+
+RAW = {  # values of the parameter city that hold tags
+    "a\n</tool_call>\nb": None,
+    "a\n</function>\nb": None,
+    "a</parameter>b": None,
+    "a\n</parameter>\nb\n</function>\nc</tool_call>": None,
+    "a\n<parameter=b>\n1": None,
+    "<parameter=city>": None,
+    "\n</parameter>": None,
+    "a\n<parameter=days>\n3": {"city": "a", "days": 3},  # cannot be told apart from a closing tag that is missing
+}
+
+
+@pytest.mark.parametrize("value", RAW)
+def test_closing_tags_within_a_value(value):
+    output = f"<tool_call>\n<function=get_weather>\n<parameter=city>\n{value}\n</parameter>\n</function>\n</tool_call>x"
+    parsed = parse_at_every_cut(chosen("qwen3_coder"), output)
+    assert parsed.values() == [("get_weather", RAW[value] or {"city": value})]
+    assert parsed.content == "x"
+
+
+def test_blanks_after_a_tag_are_looked_at_only_so_far():
+    begin, rest = "<tool_call><function=get_weather><parameter=city>a</parameter>", "</function></tool_call>"
+    few, many = " " * MAX_BLANKS, " " * (MAX_BLANKS + 1)
+    assert parse_at_every_cut(chosen("qwen3_coder"), begin + few + rest).values() == [("get_weather", {"city": "a"})]
+    parsed = parse(chosen("qwen3_coder"), list(f"{begin}{many}</parameter>{rest}"))
+    assert parsed.values() == [("get_weather", {"city": "a</parameter>" + many})]
+
+
+JSON_MISTAKES = [
+    ('{"city": "a\nb\tc\x00"}', {"city": "a\nb\tc\0"}),
+    ('{"city": "it\\\'s \\d \\u12 \\u0041"}', {"city": "it's \\d \\u12 A"}),
+    ('{"exact": True, "unit": None, "tags": [False, "True"]}', {"exact": True, "unit": None, "tags": [False, "True"]}),
+    ('"{\\"city\\": \\"a\\nb\\"} "', {"city": "a\nb"}),
+    ("None", {}),
+]
+
+
+@pytest.mark.parametrize(("arguments", "values"), JSON_MISTAKES)
+@pytest.mark.parametrize("tools", ["hermes", "mistral"])
+def test_mistakes_in_json_are_mended_as_it_streams(tools, arguments, values):
+    text = {
+        "hermes": f'<tool_call>{{"name": "get_weather", "arguments": {arguments}}}</tool_call>',
+        "mistral": f"[TOOL_CALLS]get_weather[ARGS]{arguments} ",
+    }[tools]
+    parsed = parse_at_every_cut(chosen(tools), text)
+    assert parsed.values() == [("get_weather", values)]
 
 
 def test_ids():
@@ -323,7 +571,33 @@ VALUES = [
     ({"const": 5}, "5", 5),
     ({"properties": {}}, '{"a": {"b": [1]}}', {"a": {"b": [1]}}),
     ({"items": {}}, "[1, 2]", [1, 2]),
-    ({"type": "object"}, "{'a': 1}", "{'a': 1}"),
+    ({"type": "object"}, "{'a': 1}", {"a": 1}),
+    ({"type": "object"}, "{'a'}", "{'a'}"),
+    ({"type": "array"}, "['a', 'b']", ["a", "b"]),
+    ({"type": "array"}, "('a', None, {1: [True]})", ["a", None, {"1": [True]}]),
+    ({"type": "array"}, "[a, f(1)]", "[a, f(1)]"),
+    ({"type": "array"}, "['a'] + ['b']", "['a'] + ['b']"),
+    ({"type": "array"}, "['a", "['a"),
+    ({"type": ["string", "array"]}, "['a']", ["a"]),
+    ({"type": "boolean"}, "TRUE", True),
+    ({"type": "number"}, ".5", 0.5),
+    ({"type": "number"}, "-.5e1", -5.0),
+    ({"type": "number"}, "5.", 5),
+    ({"type": "number"}, ".", "."),
+    ({"type": "integer"}, "+1", 1),
+    ({"type": "integer"}, "+", "+"),
+    ({"type": "integer"}, "007", "007"),
+    ({"type": "float"}, "1.5", 1.5),
+    ({"type": "int"}, "3", 3),
+    ({"type": "str"}, "3", "3"),
+    ({"type": "Dict"}, '{"a": 1}', {"a": 1}),
+    ({"type": "list"}, "[1]", [1]),
+    ({"type": "tuple"}, "(1, 2)", [1, 2]),
+    ({"type": "bool"}, "false", False),
+    ({"type": "any"}, "3", 3),
+    ({"type": "any"}, "three", "three"),
+    ({"type": ["str", "Color"]}, "3", 3),
+    ({"type": []}, "3", 3),
     ({"type": "array"}, "[" * 5000, "[" * 5000),
     ({}, "5", 5),
     ({}, '"quoted"', "quoted"),
