@@ -65,6 +65,7 @@ def parse(
     calls: bool = True,
     num_earlier_calls: int = 0,
     continued: str = "",
+    is_complete: bool = False,
 ) -> Parsed:
     numbers = itertools.count()
     parser = chat_format.parser(
@@ -78,7 +79,7 @@ def parse(
     parsed = Parsed()
     for piece in pieces:
         parsed.add(parser.feed(piece))
-    parsed.add(parser.finish())
+    parsed.add(parser.finish(is_complete))
     return parsed
 
 

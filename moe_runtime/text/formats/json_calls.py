@@ -10,6 +10,7 @@ from moe_runtime.text.formats.scanner import Scanner, Steps, drop
 from moe_runtime.text.formats.tool_format import ToolFormat
 
 PYTHON_TAG = "<|python_tag|>"
+BARE = ("{", "[")
 EXTRA_BRACES = re.compile(r"[ \t\r\n}]*")
 
 
@@ -28,8 +29,6 @@ def _read_llama3(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
         if char in ("{", "["):
             yield from read_calls(scanner, output)
         return True  # else code for a built-in tool, which is shown without its tag
-    if not output.tool_names:
-        return False
     if tag == "[":
         return (yield from read_known_calls(scanner, output))
     found = yield from read_open_call(scanner, output, known_only=True)
@@ -42,4 +41,9 @@ def _read_llama3(tag: str, scanner: Scanner, output: Output) -> Steps[bool]:
 HERMES = json_between(("<tool_call>",), "</tool_call>")
 GRANITE = json_between(("<|tool_call|>", "<tool_call>"), "</tool_call>", "<|/tool_call|>")
 HUNYUAN = json_between(("<tool_calls>",), "</tool_calls>")
-LLAMA3 = ToolFormat(opens=(PYTHON_TAG, "{", "["), read=_read_llama3, stop_tokens=("<|eom_id|>", "<|eot_id|>"))
+LLAMA3 = ToolFormat(
+    opens=(PYTHON_TAG, *BARE),
+    read=_read_llama3,
+    plain_opens=BARE,
+    stop_tokens=("<|eom_id|>", "<|eot_id|>"),
+)

@@ -151,6 +151,7 @@ class Output:
         self._tools = {function["name"]: function for function in functions if isinstance(function.get("name"), str)}
         self._new_id = new_id
         self._calls = calls
+        self._last_call: Call | None = None
         self.num_begun = 0
         self._deltas: list[ToolCallDelta] = []
         self.content = Channel(trim_content)
@@ -175,9 +176,12 @@ class Output:
         if not self._calls:
             return Call(types, drop)
         self._deltas.append(ToolCallDelta(index, self._new_id(name, index), name, ""))
-        return Call(types, lambda text: self._deltas.append(ToolCallDelta(index, None, None, text)))
+        self._last_call = Call(types, lambda text: self._deltas.append(ToolCallDelta(index, None, None, text)))
+        return self._last_call
 
-    def finish(self) -> None:
+    def finish(self, is_complete: bool) -> None:
+        if is_complete and self._last_call:
+            self._last_call.close()
         self.content.finish()
         self.reasoning.finish()
 

@@ -17,8 +17,12 @@ class OutputParser(Protocol):
     def feed(self, text: str) -> ChatDelta:
         """The next piece of the decoded text."""
 
-    def finish(self) -> ChatDelta:
-        """No more text follows; returns what was held back."""
+    def finish(self, is_complete: bool = False) -> ChatDelta:
+        """No more text follows; returns what was held back.
+
+        Args:
+            is_complete: the model has ended the output itself, so arguments that have not begun are an empty object.
+        """
 
 
 class SteppedParser:
@@ -34,10 +38,10 @@ class SteppedParser:
         next(self._steps, None)
         return self._output.take()
 
-    def finish(self) -> ChatDelta:
+    def finish(self, is_complete: bool = False) -> ChatDelta:
         self._scanner.end()
         next(self._steps, None)
-        self._output.finish()
+        self._output.finish(is_complete)
         return self._output.take()
 
 
@@ -68,8 +72,9 @@ class _TaggedText:
         self._late_close = ""  # that of a thought in which there was a call; the text after it is undecided
         self._undecided = Undecided()
         self._answer_end = ""
-        self._text_tags = Tags(*text_tags(tools, thoughts))
-        opens = tools.opens if tools and thoughts and thoughts.with_calls else ()
+        ignored = tools.plain_opens if tools and not output.tool_names else ()
+        self._text_tags = Tags(*(tag for tag in text_tags(tools, thoughts) if tag not in ignored))
+        opens = [tag for tag in tools.opens if tag not in ignored] if tools and thoughts and thoughts.with_calls else ()
         self._thought_tags = {close: Tags(close, *opens) for close in thoughts.closes} if thoughts else {}
 
     def read(self, opened_by: str, is_within: bool) -> Generator[None, None, None]:

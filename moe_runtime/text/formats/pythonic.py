@@ -79,6 +79,7 @@ PYTHONIC = ToolFormat(
     opens=("<|python_start|>", BARE_LIST),
     read=_read,
     tags=("<|python_end|>",),
+    plain_opens=(BARE_LIST,),
     stop_tokens=("<|eom|>", "<|eot|>"),
 )
 LFM2 = ToolFormat(opens=("<|tool_call_start|>",), read=_read, tags=("<|tool_call_end|>",))

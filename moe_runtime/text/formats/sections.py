@@ -87,7 +87,7 @@ def _kimi_name(head: str, scanner: Scanner, output: Output) -> Steps[str]:
 
 
 def _sections(reader: SectionReader, stop_tokens: tuple[str, ...] = (), numbered_ids: bool = False) -> ToolFormat:
-    return ToolFormat(reader.opens, reader.read, reader.tags, stop_tokens, numbered_ids)
+    return ToolFormat(reader.opens, reader.read, reader.tags, stop_tokens=stop_tokens, numbered_ids=numbered_ids)
 
 
 DEEPSEEK = _sections(

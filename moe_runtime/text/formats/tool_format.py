@@ -23,6 +23,7 @@ class ToolFormat:
 
     Attributes:
         opens: tags of which one begins every call.
+        plain_opens: those that plain text may hold too. They count only if there are tools.
         read: reads calls after such a tag.
         tags: all other tags that the reader looks for.
         stop_tokens: tokens that end a turn with calls, besides the model's own.
@@ -33,6 +34,7 @@ class ToolFormat:
     opens: tuple[str, ...]
     read: ReadCalls
     tags: tuple[str, ...] = ()
+    plain_opens: tuple[str, ...] = ()
     stop_tokens: tuple[str, ...] = ()
     numbered_ids: bool = False
     short_ids: bool = False

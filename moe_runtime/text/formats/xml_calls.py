@@ -129,7 +129,7 @@ def _clean(name: str) -> str:
 
 def _xml(block: str, call: str, call_end: str, parameter: str, parameter_end: str) -> ToolFormat:
     reader = XmlReader(block, call, call_end, parameter, parameter_end)
-    return ToolFormat(opens=reader.opens, read=reader.read, tags=reader.tags)
+    return ToolFormat(opens=reader.opens, read=reader.read, tags=reader.tags, plain_opens=(call,))
 
 
 QWEN3_CODER = _xml("tool_call", "<function=", "</function>", "<parameter=", "</parameter>")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_runtime.text.formats.registry import choose_format
-from moe_runtime.text.formats.scanner import Scanner, Tags, overlap
+from moe_runtime.text.formats.scanner import MAX_BLANKS, Scanner, Tags, overlap
 
 TAGS = ("ab", "\nab", "<ac", "c|", "<<")
 
@@ -127,3 +127,60 @@ def test_prose_full_of_opening_tags_is_linear_work(monkeypatch, tools):
     parsed = parse(choose_format("", None, [], tools, "none"), [text])
     assert parsed.content == text
     assert count == len(text), "every character is consumed once"
+
+
+@pytest.mark.parametrize("tools", ["llama3_json", "pythonic"])
+def test_without_tools_brackets_are_no_work(monkeypatch, tools):
+    text = "{[" * 500
+    monkeypatch.setattr(Scanner, "keep", lambda self, begin="": pytest.fail("a reader has begun"))
+    assert parse(choose_format("", None, [], tools, "none"), [text], tools=[]).content == text
+
+
+FULL_OF_TAGS = {  # tool format, begin, what is repeated, end
+    "closing tags in a value": (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=city>\n",
+        "</parameter>\n</tool_call>\n x\n<parameter=y> </function> \n",
+        "\n</parameter></function></tool_call>",
+    ),
+    "blanks after closing tags": (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=city>\n",
+        "</parameter>" + " " * 200,
+        "\n</parameter></function></tool_call>",
+    ),
+    "an expression": ("lfm2", "<|tool_call_start|>[get_weather(city=", "f('a', \"b\" [1, {2: 3}]) + ", "1)]"),
+    "strings that are added": ("lfm2", "<|tool_call_start|>[get_weather(city=", "'a' + \"b\" r'c' ", "'')]"),
+    "escapes": ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "', '\\d\n\\u00zz\\"', '"}}'),
+    "a text after a call": (
+        "hermes",
+        '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>',
+        "a <b> \n",
+        ".",
+    ),
+    "other JSON": ("llama3_json", '{"name": "x", "value": [', '{"name": "get_weather", "parameters": {}}, ', "]}"),
+}
+
+
+@pytest.mark.parametrize("name", FULL_OF_TAGS)
+def test_what_is_read_twice_is_short(monkeypatch, name):
+    tools, begin, repeated, end = FULL_OF_TAGS[name]
+    text = begin + repeated * 300 + end
+    longest = count = 0
+    consume, feed = Scanner._consume, Scanner.feed
+
+    def counting_consume(self: Scanner, end: int) -> str:
+        nonlocal count
+        count += end - self._at
+        return consume(self, end)
+
+    def counting_feed(self: Scanner, text: str) -> None:
+        nonlocal longest
+        longest = max(longest, len(self._text) - self._at)
+        feed(self, text)
+
+    monkeypatch.setattr(Scanner, "_consume", counting_consume)
+    monkeypatch.setattr(Scanner, "feed", counting_feed)
+    parse(choose_format("", None, [], tools, "qwen3"), list(text), prompt="<think>")
+    assert count <= 1.1 * len(text), "every character is consumed once"
+    assert longest <= MAX_BLANKS + 20, "what is looked at before it is consumed"

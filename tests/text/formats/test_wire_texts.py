@@ -504,6 +504,21 @@ def test_blanks_after_a_tag_are_looked_at_only_so_far():
     assert parsed.values() == [("get_weather", {"city": "a</parameter>" + many})]
 
 
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        ("mistral", "[TOOL_CALLS]now[ARGS]"),
+        ("hermes", '<tool_call>{"name": "now", "arguments": '),
+        ("gpt-oss", "<|channel|>commentary to=functions.now<|message|>"),
+    ],
+)
+def test_arguments_that_have_not_begun_are_empty_if_the_model_ends_the_output(tools, text):
+    assert parse_at_every_cut(chosen(tools), text, is_complete=True).values() == [NOW]
+    assert [call["arguments"] for call in parse_at_every_cut(chosen(tools), text).calls] == [""], "cut off"
+    begun = text + '{"a'
+    assert [call["arguments"] for call in parse_at_every_cut(chosen(tools), begun, is_complete=True).calls] == ['{"a']
+
+
 JSON_MISTAKES = [
     ('{"city": "a\nb\tc\x00"}', {"city": "a\nb\tc\0"}),
     ('{"city": "it\\\'s \\d \\u12 \\u0041"}', {"city": "it's \\d \\u12 A"}),
