@@ -81,6 +81,15 @@ def shows_mark(text: str) -> bool:
     return any(escaped in text.lower() for escaped in ESCAPED_MARKS)
 
 
+def has_mark(value: Any) -> bool:
+    """Whether a control text is marked in messages, tools or variables."""
+    if isinstance(value, str):
+        return MARK in value
+    if isinstance(value, Mapping):
+        return any(has_mark(part) for item in value.items() for part in item)
+    return isinstance(value, (list, tuple)) and any(map(has_mark, value))
+
+
 def _any_of(tokens: Collection[str]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
     # The mark stands after a token's first character, so a token of one character must not be followed by it.

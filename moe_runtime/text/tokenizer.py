@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_runtime.text.chat_history import template_messages
 from moe_runtime.text.chat_template import ChatTemplate
-from moe_runtime.text.escape import MARK, ControlTexts, shows_mark
+from moe_runtime.text.escape import MARK, ControlTexts, has_mark, shows_mark
 from moe_runtime.text.formats.registry import ANSWER_TAGS
 from moe_runtime.types.sampling_params import is_unicode
 
@@ -178,7 +178,6 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("messages: the model's tokenizer has no chat template; give a prompt")
         history: Any = template_messages(messages, self.chat_template.source(bool(tools)))
-        given = (history, tools, template_kwargs)
         if escape_special_tokens:
             history = self._control_texts.mark_messages(history)
             tools, template_kwargs = self._control_texts.mark(tools), self._control_texts.mark(template_kwargs)
@@ -189,7 +188,7 @@ class Tokenizer:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
-        if (history, tools, template_kwargs) != given and shows_mark(text):
+        if escape_special_tokens and shows_mark(text) and has_mark([history, tools, template_kwargs]):
             raise ValueError(
                 "messages: a control token's text cannot be escaped, because the chat template changes it; remove it"
             )

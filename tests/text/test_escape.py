@@ -124,6 +124,7 @@ def test_a_mark_is_never_shown(tmp_path, content):
         render(tokenizer, "<|end|>", escape=True)
     for harmless in ("a", "\\ufdd0"):
         assert render(tokenizer, harmless, escape=True) == render(tokenizer, harmless, escape=False)
+    tokenizer.apply_chat_template([{"role": "user", "content": "\\ufdd0"}], tools=(), escape_special_tokens=True)
 
 
 def test_variables_of_the_template_are_escaped(tmp_path):
