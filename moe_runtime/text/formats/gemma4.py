@@ -86,7 +86,9 @@ def _read_bare(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
             break
         text, next_key = f"{text},{next_key}", ""
     is_quoted = not next_key and (yield from scanner.accept(QUOTE))
-    if scanner.at_end and not is_quoted:
+    rest = yield from scanner.look(len(QUOTE))
+    if len(rest) < len(QUOTE) and QUOTE.startswith(rest) and not is_quoted:  # cut off
+        yield from scanner.take(len(rest))
         return
     text = text.strip()
     found = None if is_quoted else json_of(text, frozenset())

@@ -97,7 +97,7 @@ def read_string(scanner: Scanner, write: Write, quote: str = '"', escape: ReadEs
     """
     yield from scanner.accept(quote)
     while True:
-        found = yield from scanner.until(QUOTES[quote], write)
+        found = yield from scanner.until(QUOTES[quote], write, release=False)
         if found != "\\":
             return found == quote
         write((yield from (escape or read_escape)(scanner)))

@@ -20,6 +20,7 @@ PYTHON_ESCAPES = {**JSON_ESCAPES, "'": "'", "\n": "", "a": "\a", "v": "\v"}
 PYTHON_ESCAPES.pop("/")
 OCTAL = re.compile(r"[0-7]{1,3}")
 CHARACTER_NAME = re.compile(r"[A-Za-z0-9 \-]*")  # within \N{...}
+STRING_PREFIX = re.compile(r"[rbuRBU]{0,2}")
 STRING_BEGIN = re.compile(r"(?P<prefix>[rbuRBU]{0,2})(?P<quote>[\"'])")
 PLAIN_SOURCE = re.compile(r"""[^()\[\]{}"',:]*""")
 CLOSERS = (")", "]", "}")
@@ -119,7 +120,10 @@ def _read_strings(scanner: Scanner, builder: JsonBuilder) -> Steps[None]:
             blanks += "+" + (yield from scanner.word(BLANK_RUN))
         if not (yield from _begins_string(scanner)):
             break
-    if (yield from scanner.look(1)) not in ("", ",", ":", *CLOSERS):
+    ahead = yield from scanner.look(3)
+    if len(ahead) < 3 and STRING_PREFIX.fullmatch(ahead):  # cut off
+        yield from scanner.take(3)
+    elif ahead[0] not in (",", ":", *CLOSERS):
         builder.has_source = True
         builder.string(blanks)
         yield from pass_source(scanner, builder.string)
@@ -148,7 +152,7 @@ def _python_escape(scanner: Scanner) -> Steps[str]:
     if octal := OCTAL.match(ahead):
         yield from scanner.take(octal.end())
         return chr(int(octal.group(), 8)) if octal.end() == 3 or len(ahead) > octal.end() else ""  # else cut off
-    if ahead.startswith("N{"):
+    if ahead.startswith("N{") or ahead == "N":
         yield from scanner.take(2)
         name = yield from scanner.word(CHARACTER_NAME)
         end = yield from scanner.accept("}")
@@ -183,7 +187,7 @@ def _read_source(scanner: Scanner, builder: JsonBuilder, is_key: bool, is_argume
     while True:
         yield from pass_source(scanner, pieces.append)
         following = yield from scanner.look(2)
-        if not following:  # it may be cut off
+        if not following or (following == "," and is_argument):  # it may be cut off
             return
         is_within = following[1:].isdigit() if following[0] == "," and is_argument else following[0] == ":"
         if is_key or not is_within:

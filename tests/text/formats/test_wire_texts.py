@@ -452,6 +452,22 @@ def test_python_values(source, value):
     assert parsed.content == "x"
 
 
+CUT = [
+    *((tools, text) for tools, text, _ in CALLS.values()),
+    *(("pythonic", f"[get_weather(any={source}, days=3)]") for source, _ in PYTHON),
+]
+
+
+@pytest.mark.parametrize(("tools", "text"), CUT)
+def test_arguments_that_are_cut_off_are_a_prefix(tools, text):
+    whole = parse(chosen(tools), [text])
+    for end in range(len(text)):
+        part = parse(chosen(tools), [text[:end]])
+        assert len(part.calls) <= len(whole.calls)
+        for begun, full in zip(part.calls, whole.calls, strict=False):
+            assert full["arguments"].startswith(begun["arguments"])
+
+
 @given(st.text("[](){}'\"\\,:=+* ab1", max_size=24))
 def test_any_value_in_python_gives_valid_json_at_every_cut(source):
     whole = parse(chosen("lfm2"), [text := f"<|tool_call_start|>[f(a={source}"])
