@@ -220,6 +220,14 @@ def test_template_options_reach_the_template() -> None:
     assert (rendered["add_generation_prompt"], rendered["continue_final_message"]) == (False, True)
 
 
+def test_a_continued_thought_is_reasoning() -> None:
+    history = [*HELLO, {"role": "assistant", "content": "<think>\nLet me"}]
+    (choice,) = post(scripted(" see.\n</think>\n\nParis."), messages=history, continue_final_message=True).json()[
+        "choices"
+    ]
+    assert plain(choice)["reasoning_content"].strip() == "see." and plain(choice)["content"].strip() == "Paris."
+
+
 def test_a_request_beyond_the_models_defaults() -> None:
     """Fields that a request leaves out have the values of the model's `generation_config.json`."""
     engine = scripted("ok")

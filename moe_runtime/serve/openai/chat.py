@@ -26,6 +26,7 @@ def answer_parser(found: ChatFormat, chat: Chat, prompt: str) -> OutputParser:
         chat.tools,
         calls=bool(chat.tools),
         num_earlier_calls=count_calls(chat.messages),
+        continued=(chat.messages[-1].get("content") or "") if chat.continue_final_message else "",
         new_id=lambda: uuid.uuid4().hex[:24],
     )
 

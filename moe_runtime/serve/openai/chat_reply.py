@@ -91,7 +91,8 @@ class ChatReply(OpenAIReply):
         """What a part of the output adds to the answer."""
         found = [self._parsers[index].feed(part.text)]
         if part.finish_reason is not None:
-            found.append(self._parsers[index].finish())
+            was_cut = part.finish_reason != "stop" or isinstance(part.stop_reason, str)
+            found.append(self._parsers[index].finish(is_complete=not was_cut))
         kept = [self._wanted(each) for each in found]
         for call in (call for each in kept for call in each.tool_calls):
             if call.id is not None:
