@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 from chat_wire import TOOLS, WIRES, Parsed, parse, to_json
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.text.formats.harmony import HARMONY_TAGS
@@ -76,6 +76,8 @@ def cut(text: str, at: list[int]) -> list[str]:
 @given(turn=turns, cuts=st.lists(st.integers(0, 10**6), max_size=6))
 def test_a_turn_gives_what_was_written_at_every_cut(name, turn, cuts):
     turn = (*turn[:2], [call for call in turn[2] if can_hold(name, call[1])])
+    # A bracket before calls of llama3 is the beginning of a list of calls.
+    assume(name != "llama3_json" or not turn[1].rstrip(BLANKS).endswith("["))
     output, content, reasoning = written(name, turn)
     whole = parse(the_format(name), [output])
     assert whole.content.strip(BLANKS) == content
