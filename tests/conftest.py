@@ -155,7 +155,7 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)  # one more than cores: many tests wait for processes
 
 
 @pytest.hookimpl(optionalhook=True)

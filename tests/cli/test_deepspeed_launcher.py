@@ -91,6 +91,7 @@ def test_serve_answers_and_stops(launch: Callable[..., Script], tmp_path: Path) 
     assert script.wait(40) == 0, script.output
 
 
+@pytest.mark.slow  # test_torchrun.py kills ranks of the same hosts
 def test_a_rank_killed_with_9_is_named_and_ends_all(launch: Callable[..., Script]) -> None:
     script = launch("fake_front")
     script.wait_for("ready")

@@ -30,7 +30,9 @@ def has_compiler() -> bool:
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_two_processes_compile_once_and_leave_one_whole_file(tmp_path):
     code = "from moe_runtime.kernels.cpu import library; print(library.ensure_library()[0])"
-    environment = os.environ | {"MOE_RUNTIME_CACHE": str(tmp_path / "new" / "cache"), "PYTHONSAFEPATH": "1"}
+    compiler = write_compiler(tmp_path / "cxx", f"sleep 2; {copy_of(library.ensure_library()[0])}")
+    cache = {"MOE_RUNTIME_CACHE": str(tmp_path / "new" / "cache"), "CXX": compiler}
+    environment = os.environ | cache | {"PYTHONSAFEPATH": "1"}
     children = [
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)
@@ -97,6 +99,11 @@ def test_the_file_is_named_after_compiler_and_source(tmp_path, monkeypatch):
     assert library.ensure_library(cache_dir=tmp_path)[0] != first
 
 
+def copy_of(file):
+    """The script of a compiler that makes `file`, since compiling takes most of a test's time."""
+    return f'while [ $# -gt 1 ]; do shift; done; cp {file} "$1"'
+
+
 def damage_by_truncating(file):
     os.truncate(file, file.stat().st_size // 2)
 
@@ -131,8 +138,7 @@ def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch, caplog, damag
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_a_process_survives_a_truncated_library(tmp_path):
     code = "from moe_runtime.kernels.cpu import native; print(native.load().library.moe_num_threads() >= 1)"
-    whole, _ = library.ensure_library()  # compiling it here would take most of the test
-    script = f'while [ $# -gt 1 ]; do shift; done; cp {whole} "$1"'
+    script = copy_of(library.ensure_library()[0])
     environment = os.environ | {
         "MOE_RUNTIME_CACHE": str(tmp_path),
         "PYTHONSAFEPATH": "1",
