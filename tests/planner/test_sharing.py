@@ -22,7 +22,7 @@ def test_between_the_counts_it_is_straight():
     assert ending_times([1, 2, 4], seconds).tolist() == pytest.approx([2.0] * 3)
 
 
-@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=9), st.floats(0, 3), st.floats(0, 1))
+@given(st.lists(st.just(0.0) | st.floats(1e-9, 1e3), min_size=1, max_size=9), st.floats(0, 3), st.floats(0, 1))
 def test_each_ends_between_alone_and_always_beside_all(works, slower, bends):
     """With a slowdown that grows with the number at work; those with more work end later."""
     counts = counts_up_to(len(works))
