@@ -33,7 +33,7 @@ def test_load_that_stays_is_balanced_once(monkeypatch: pytest.MonkeyPatch, copy_
     at_first, looks = ranks.rebalancer.stats().moves, ranks.num_looks
     assert ranks.balancedness(load) > 0.9
     ranks.serve(load, 60)
-    assert ranks.rebalancer.stats().moves - at_first <= at_first / 4
+    assert ranks.rebalancer.stats().moves - at_first <= at_first / 2
     assert sum(look > looks for look in ranks.moved_at) <= 2
 
 
