@@ -173,11 +173,12 @@ class LLM:
         completions = {choice: Completion() for ids in choices.values() for choice in ids}
         try:
             for row, ids in enumerate(choices.values()):
-                for index, choice in enumerate(ids):
-                    try:
-                        self._engine.add_request(choice, prompts[row], params[row].choice(index))
-                    except ValueError as error:
-                        raise ValueError(f"prompts[{row}]: {error}" if len(prompts) > 1 else str(error)) from error
+                try:
+                    prompt = self._engine.token_ids(prompts[row])
+                    for index, choice in enumerate(ids):
+                        self._engine.add_request(choice, prompt, params[row].choice(index))
+                except ValueError as error:
+                    raise ValueError(f"prompts[{row}]: {error}" if len(prompts) > 1 else str(error)) from error
             self._finish(completions, use_tqdm)
         finally:
             for choice in completions:  # left by an error or Ctrl-C; the engine ignores finished ones

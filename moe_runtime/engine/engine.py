@@ -117,6 +117,10 @@ class Engine:
         self._by_seq_id[request.seq_id] = request
         self._scheduler.add(request)
 
+    def token_ids(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids. Raises ValueError if it is a text and there is no tokenizer, or it is no Unicode."""
+        return self._intake.token_ids(prompt)
+
     def abort(self, request_id: str) -> None:
         """End a request. Its pages become free at once; the next step returns its last delta, "abort".
 

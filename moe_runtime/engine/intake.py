@@ -47,7 +47,7 @@ class Intake:
             ValueError: the request cannot be served; the message says why.
         """
         assert params.n == 1, "each continuation is a request"
-        token_ids = self._token_ids(prompt)
+        token_ids = self.token_ids(prompt)
         params = replace(params, routing=self._rules.check(token_ids, params))
         room = self._rules.max_model_len - len(token_ids)
         return Request(
@@ -64,7 +64,8 @@ class Intake:
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
 
-    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+    def token_ids(self, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids. Raises ValueError as `request`."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self._tokenizer is None:

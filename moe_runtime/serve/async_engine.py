@@ -84,11 +84,10 @@ class RequestStream:
         item = await self._items.get()
         if isinstance(item, UnavailableError):
             raise item
-        if item.error is not None:
-            self._unfinished.discard(item.request_id)
-            raise RequestFailedError(item.error)
         if item.finish_reason is not None:
             self._unfinished.discard(item.request_id)
+        if item.error is not None:
+            raise RequestFailedError(item.error)
         return item
 
     def close(self) -> None:

@@ -9,15 +9,14 @@ from pydantic_core import PydanticCustomError
 
 from moe_runtime.serve.bodies import TEXT, FirstErrorList, unsupported, with_nulls, without_nulls, wrong
 
+MAX_MESSAGES = 2**14  # of a chat; also parts of a message, tool calls, and tools
+TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
+
 
 def _function(value: Any) -> str:
     if value == "function":
         return "function"
     raise wrong("'function'; other kinds of tools are not supported")
-
-
-MAX_MESSAGES = 2**14  # of a chat; also parts of a message, tool calls, and tools
-TEXT_PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
 
 
 def _content(value: Any) -> str:

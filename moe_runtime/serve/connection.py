@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.errors import error_body
+from moe_runtime.serve.limits import RETRY_SECONDS
 
 LINGER_SECONDS = 2.0  # for a refused client to take the reply; its data is read and forgotten meanwhile
 MAX_LINGERING = 128  # connections above the limit that get a reply
@@ -156,7 +157,7 @@ def _whole_reply(status: int, message: str) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         f"X-Request-Id: {uuid.uuid4().hex}",
-        *(["Retry-After: 1"] if status == 503 else []),
+        *([f"Retry-After: {RETRY_SECONDS}"] if status == 503 else []),
         "Connection: close",
     )
     return ("\r\n".join(lines) + "\r\n\r\n" + body).encode()

@@ -110,9 +110,14 @@ def error_response(
     return response
 
 
+def event(data: str) -> bytes:
+    """A server-sent event."""
+    return f"data: {data}\n\n".encode()
+
+
 def error_event(status: int, message: str) -> bytes:
     """An error as the last event of a stream."""
-    return f"data: {json.dumps(error_body(status, message))}\n\n".encode()
+    return event(json.dumps(error_body(status, message)))
 
 
 def shown(value: object) -> str:

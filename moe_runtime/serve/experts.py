@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict
 
-from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.errors import ApiError, error_responses, json_response, shown
+from moe_runtime.serve.requests import engine_of
 
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
@@ -42,7 +42,7 @@ router = APIRouter(prefix="/experts")
 @router.get("/load")
 async def load(request: Request) -> Response:
     """Tokens per phase, layer and expert since the start."""
-    load: ExpertLoad = await _engine(request).query("expert_load")
+    load: ExpertLoad = await engine_of(request).query("expert_load")
     return json_response(load.to_dict())
 
 
@@ -52,7 +52,7 @@ async def heatmap(suffix: str, request: Request) -> Response:
     if suffix not in MEDIA_TYPES:
         allowed = ", ".join(MEDIA_TYPES)
         raise ApiError(404, f"suffix: {shown(suffix)} is not allowed; it must be one of {allowed}", "suffix")
-    load: ExpertLoad = await _engine(request).query("expert_load")
+    load: ExpertLoad = await engine_of(request).query("expert_load")
     async with request.app.state.drawing:
         content = await asyncio.to_thread(load.render, suffix)
     return Response(content, media_type=MEDIA_TYPES[suffix])
@@ -61,25 +61,20 @@ async def heatmap(suffix: str, request: Request) -> Response:
 @router.get("/placement")
 async def placement(request: Request) -> Response:
     """Which expert is in which slot of which rank."""
-    placement: Placement = await _engine(request).query("placement")
+    placement: Placement = await engine_of(request).query("placement")
     return json_response(placement.to_dict())
 
 
 @router.get("/decisions")
 async def decisions(request: Request) -> Response:
     """The balancer's recent decisions with their figures, newest last."""
-    return json_response({"decisions": await _engine(request).query("decisions")})
+    return json_response({"decisions": await engine_of(request).query("decisions")})
 
 
 @router.post("/rebalance", responses=error_responses(409))
 async def rebalance(request: Request, options: RebalanceOptions | None = None) -> Response:
     """Move experts to a better placement for the recent load. Replies once they have moved."""
     try:
-        return json_response(await _engine(request).rebalance(options.dry_run if options else False))
+        return json_response(await engine_of(request).rebalance(options.dry_run if options else False))
     except ValueError as error:
         raise ApiError(409, str(error)) from None
-
-
-def _engine(request: Request) -> AsyncEngine:
-    engine: AsyncEngine = request.app.state.engine
-    return engine

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from moe_runtime.serve.async_engine import AsyncEngine, State, UnavailableError
+from moe_runtime.serve.async_engine import State, UnavailableError
 from moe_runtime.serve.errors import json_response
 from moe_runtime.serve.page import docs_page, index_page
+from moe_runtime.serve.requests import engine_of
 from moe_runtime.types.version import __version__
 
 SCRAPE_SECONDS = 1.0  # how long a scrape waits for the engine's load; a long step takes longer
@@ -23,7 +24,7 @@ router = APIRouter()
 @router.get("/", include_in_schema=False)
 async def index(request: Request) -> Response:
     """A page with links and the current heatmap."""
-    return HTMLResponse(index_page(_engine(request)))
+    return HTMLResponse(index_page(engine_of(request)))
 
 
 @router.get("/docs", include_in_schema=False)
@@ -42,7 +43,7 @@ async def version() -> Response:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """503 once the engine is dead, otherwise 200: also while it loads or shuts down."""
-    engine = _engine(request)
+    engine = engine_of(request)
     body: dict[str, object] = {
         "status": str(engine.state),
         "pid": os.getpid(),
@@ -60,7 +61,7 @@ async def health(request: Request) -> Response:
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 while requests are accepted, otherwise 503 with the reason."""
-    engine = _engine(request)
+    engine = engine_of(request)
     if engine.state is State.READY:
         return json_response({"status": "ready"})
     return json_response({"status": str(engine.state), "reason": engine.reason}, 503)
@@ -69,13 +70,8 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """The metrics in Prometheus' text format. If the engine is in a long step, the gauges of load are older."""
-    engine = _engine(request)
+    engine = engine_of(request)
     if engine.state in (State.READY, State.DRAINING):
         with contextlib.suppress(UnavailableError):
             engine.metrics.set_expert_load(await engine.query("expert_load", SCRAPE_SECONDS))
     return Response(engine.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _engine(request: Request) -> AsyncEngine:
-    engine: AsyncEngine = request.app.state.engine
-    return engine

@@ -14,6 +14,12 @@ from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
 
 
+def engine_of(request: Request) -> AsyncEngine:
+    """The application's engine, in whatever state it is."""
+    engine: AsyncEngine = request.app.state.engine
+    return engine
+
+
 @dataclass(frozen=True)
 class Front:
     """What a route needs of the application.
@@ -33,8 +39,8 @@ class Front:
     @classmethod
     def of(cls, request: Request) -> Front:
         """Raises UnavailableError unless the engine accepts requests."""
-        state = request.app.state
-        return cls(state.engine, state.engine.require_ready(), state.server_config, state.tokenising)
+        state, engine = request.app.state, engine_of(request)
+        return cls(engine, engine.require_ready(), state.server_config, state.tokenising)
 
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:
         """Raise ValueError for a request that asks for more than the server's options allow."""

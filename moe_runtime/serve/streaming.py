@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from moe_runtime.serve.async_engine import AsyncEngine, RequestFailedError, RequestStream, UnavailableError
 from moe_runtime.serve.engine_messages import AddRequest
-from moe_runtime.serve.errors import ApiError, error_body, json_response, user_error
+from moe_runtime.serve.errors import ApiError, error_event, event, json_response, user_error
 from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:
@@ -130,12 +130,12 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
-        async def send_events(events: Iterable[dict[str, Any]]) -> None:
-            for event in events:
-                await send_data(json.dumps(event, allow_nan=False))
+        async def send_part(part: bytes) -> None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
 
-        async def send_data(data: str) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+        async def send_events(values: Iterable[dict[str, Any]]) -> None:
+            for value in values:
+                await send_part(event(json.dumps(value, allow_nan=False)))
 
         try:
             await send_events(self._reply.first_events())
@@ -144,7 +144,7 @@ class EventStream(Response):
             await send_events(self._reply.last_events())
         except (UnavailableError, RequestFailedError) as error:
             status = 503 if isinstance(error, UnavailableError) else 500
-            await send_events([error_body(status, str(error))])
+            await send_part(error_event(status, str(error)))
         else:
-            await send_data(DONE)
+            await send_part(event(DONE))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -10,9 +10,9 @@ from moe_runtime.serve.errors import error_responses, user_error
 from moe_runtime.serve.openai.answers import ChatAnswer
 from moe_runtime.serve.openai.chat_reply import ChatReply
 from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
-from moe_runtime.serve.openai.models import check_model
+from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.rendering import Chat, answer_format, encode_chat
-from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.requests import choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.text.chat_history import count_calls
 from moe_runtime.text.formats.parser import OutputParser
@@ -37,9 +37,7 @@ router = APIRouter(prefix="/v1")
 @router.post("/chat/completions", responses=answers(ChatAnswer) | error_responses(404))
 async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a chat, with `n` choices."""
-    front = Front.of(request)
-    check_model(body.model, front.info)
-    request.app.state.unknown_fields.note(body)
+    front = front_of(request, body)
     renamed = {"prompt": "messages"}
     if body.max_completion_tokens is not None:
         renamed["max_tokens"] = "max_completion_tokens"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.serve.engine_messages import AddRequest
@@ -18,6 +19,27 @@ from moe_runtime.types.outputs import Completion
 if TYPE_CHECKING:
     from moe_runtime.text.tokenizer import Tokenizer
     from moe_runtime.types.outputs import OutputDelta
+
+
+@dataclass
+class _Call:
+    """A tool call of an answer, as far as it is known."""
+
+    id: str | None
+    name: str | None
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the arguments are an object. They are none if a limit or a stop string cut the call off."""
+        try:
+            return isinstance(json.loads(self.arguments), dict)
+        except (ValueError, RecursionError):
+            return False
 
 
 class ChatReply(OpenAIReply):
@@ -44,7 +66,7 @@ class ChatReply(OpenAIReply):
         super().__init__(completion_id, model, body, commands)
         self._request = body
         self._parsers = parsers
-        self._arguments: list[list[list[str]]] = [[] for _ in parsers]  # of each choice's calls, in pieces
+        self._calls: list[list[_Call]] = [[] for _ in parsers]  # of each choice
         self._own_stops = own_stops
         self._texts = TokenTexts(tokenizer, body.skip_special_tokens)
 
@@ -64,41 +86,44 @@ class ChatReply(OpenAIReply):
             yield event if found is None else {**event, "prompt_logprobs": prompt_logprobs(found)}
 
     def _choice(self, index: int, done: Completion) -> dict[str, Any]:
-        parts = self._parse(index, done)
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(part.content for part in parts)}
-        message["refusal"] = None
-        if reasoning := "".join(part.reasoning for part in parts):
-            message["reasoning_content"] = reasoning
-        if calls := _joined([call for part in parts for call in part.tool_calls]):
-            message["tool_calls"] = calls
-            message["content"] = message["content"] or None
+        answer = self._parse(index, done)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if calls := self._calls[index]:
+            message["content"] = answer.content or None
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in calls
+            ]
         return self._with_end(index, "message", message, done)
 
     def _chunk_choice(self, index: int, delta: OutputDelta) -> dict[str, Any] | None:
         content: dict[str, Any] = {}
-        parts = self._parse(index, delta)
-        if text := "".join(part.content for part in parts):
-            content["content"] = text
-        if reasoning := "".join(part.reasoning for part in parts):
-            content["reasoning_content"] = reasoning
-        if calls := [_call(call) for part in parts for call in part.tool_calls]:
-            content["tool_calls"] = calls
+        found = self._parse(index, delta)
+        if found.content:
+            content["content"] = found.content
+        if found.reasoning:
+            content["reasoning_content"] = found.reasoning
+        if found.tool_calls:
+            content["tool_calls"] = [_piece(call) for call in found.tool_calls]
         if not content and delta.finish_reason is None and delta.logprobs is None and delta.prompt_logprobs is None:
             return None
         return self._with_end(index, "delta", content, delta)
 
-    def _parse(self, index: int, part: Completion | OutputDelta) -> list[ChatDelta]:
+    def _parse(self, index: int, part: Completion | OutputDelta) -> ChatDelta:
         """What a part of the output adds to the answer."""
-        found = [self._parsers[index].feed(part.text)]
+        found = self._parsers[index].feed(part.text)
         if part.finish_reason is not None:
             was_cut = part.finish_reason != "stop" or isinstance(part.stop_reason, str)
-            found.append(self._parsers[index].finish(is_complete=not was_cut))
-        kept = [self._wanted(each) for each in found]
-        for call in (call for each in kept for call in each.tool_calls):
-            if call.id is not None:
-                self._arguments[index].append([])
-            self._arguments[index][call.index].append(call.arguments)
-        return kept
+            found += self._parsers[index].finish(is_complete=not was_cut)
+        found = self._wanted(found)
+        calls = self._calls[index]
+        for piece in found.tool_calls:
+            if piece.id is not None:
+                calls.append(_Call(piece.id, piece.name))
+            calls[piece.index].pieces.append(piece.arguments)
+        return found
 
     def _wanted(self, found: ChatDelta) -> ChatDelta:
         """What the client wants of a delta."""
@@ -111,7 +136,7 @@ class ChatReply(OpenAIReply):
         self, index: int, name: str, content: dict[str, Any], part: Completion | OutputDelta
     ) -> dict[str, Any]:
         reason = part.finish_reason
-        if reason == "stop" and self._arguments[index] and all(map(_is_object, self._arguments[index])):
+        if reason == "stop" and self._calls[index] and all(call.is_complete for call in self._calls[index]):
             reason = "tool_calls"
         num_best = self._request.top_logprobs or 0
         return {
@@ -125,27 +150,9 @@ class ChatReply(OpenAIReply):
         }
 
 
-def _is_object(pieces: list[str]) -> bool:
-    """Whether the arguments of a call are complete. They are not if a limit or a stop string cut the call off."""
-    try:
-        return isinstance(json.loads("".join(pieces)), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _call(delta: ToolCallDelta) -> dict[str, Any]:
+def _piece(delta: ToolCallDelta) -> dict[str, Any]:
     """A piece of a call in a chunk; its first one has id, type and name."""
     function: dict[str, Any] = {"arguments": delta.arguments}
     if delta.id is None:
         return {"index": delta.index, "function": function}
     return {"index": delta.index, "id": delta.id, "type": "function", "function": {"name": delta.name, **function}}
-
-
-def _joined(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
-    """The calls of a whole answer."""
-    calls: list[dict[str, Any]] = []
-    for delta in deltas:
-        if delta.id is not None:
-            calls.append({"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": ""}})
-        calls[delta.index]["function"]["arguments"] += delta.arguments
-    return calls

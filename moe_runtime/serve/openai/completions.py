@@ -16,7 +16,7 @@ from moe_runtime.serve.errors import error_responses, user_error
 from moe_runtime.serve.openai.answers import CompletionAnswer
 from moe_runtime.serve.openai.fields import OpenAIFields
 from moe_runtime.serve.openai.logprobs import TextLogprobs, TokenTexts
-from moe_runtime.serve.openai.models import check_model
+from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.openai.reply import OpenAIReply, routed
 from moe_runtime.serve.prompts import encode, require_tokenizer
 from moe_runtime.serve.requests import Front, choices_of
@@ -134,9 +134,7 @@ router = APIRouter(prefix="/v1")
 @router.post("/completions", responses=answers(CompletionAnswer) | error_responses(404))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one or more prompts, with `n` choices for each."""
-    front = Front.of(request)
-    check_model(body.model, front.info)
-    request.app.state.unknown_fields.note(body)
+    front = front_of(request, body)
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, len(body.prompts))
@@ -163,8 +161,11 @@ def _encode(
             tokenizer = require_tokenizer(tokenizer, "prompt")
             prompts.append(encode(tokenizer, prompt, rules, params, gone, body.add_special_tokens is not False))
             texts.append(prompt)
-        else:
-            rules.check(prompt, params)
-            prompts.append(prompt)
-            texts.append(tokenizer.decode(prompt, body.skip_special_tokens) if body.echo and tokenizer else "")
+            continue
+        prompts.append(prompt)
+        text = ""
+        if body.echo and tokenizer is not None:
+            rules.check(prompt, params)  # the engine does so too, but ids that do not exist have no text
+            text = tokenizer.decode(prompt, body.skip_special_tokens)
+        texts.append(text)
     return prompts, texts

@@ -29,9 +29,9 @@ class TokenTexts:
         """The token's text; an incomplete character is U+FFFD."""
         return f"token_id:{token_id}" if self._tokenizer is None else self._tokenizer.token_text(token_id)
 
-    def data(self, token_id: int, shows_special: bool = False) -> bytes:
-        """The bytes that the token adds to the text; with `shows_special` a special token adds its own text."""
-        if token_id in self._hidden and not shows_special:
+    def data(self, token_id: int, shown: bool = False) -> bytes:
+        """The bytes that the token adds to the text. A hidden one adds some only where it is `shown`."""
+        if token_id in self._hidden and not shown:
             return b""
         return self.text(token_id).encode() if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
@@ -85,8 +85,11 @@ class TextLogprobs:
             found["tokens"].append(self._texts.text(token_id))
             found["token_logprobs"].append(None if position is None else finite(position[token_id].logprob))
             found["top_logprobs"].append(None if position is None else self._by_text(position))
-            special = shown.startswith(self._texts.data(token_id, True).decode(errors="replace"), self._offset - start)
-            found["text_offset"].append(self._advance(self._texts.data(token_id, bool(shown) and special)))
+            data = self._texts.data(token_id)
+            if shown and not data:  # a special token: the client may have written it, or the tokenizer added it
+                own = self._texts.data(token_id, shown=True)
+                data = own if shown.startswith(own.decode(), self._offset - start) else data
+            found["text_offset"].append(self._advance(data))
         return found
 
     def _advance(self, data: bytes) -> int:

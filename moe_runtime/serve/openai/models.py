@@ -6,9 +6,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.engine_messages import Loaded
 from moe_runtime.serve.errors import ApiError, error_responses, json_response, shown
+from moe_runtime.serve.openai.fields import OpenAIFields
+from moe_runtime.serve.requests import Front, engine_of
 
 router = APIRouter(prefix="/v1/models")
 
@@ -22,7 +23,7 @@ async def models(request: Request) -> Response:
 @router.get("/{model_id:path}", responses=error_responses(404))
 async def model(model_id: str, request: Request) -> Response:
     """The model of this name. Names may have slashes."""
-    check_model(model_id, _info(request))
+    check_model(model_id, engine_of(request).require_ready())
     return json_response(_model(request))
 
 
@@ -32,13 +33,21 @@ def check_model(model: str | None, info: Loaded) -> None:
         raise ApiError(404, f"model: {shown(model)} is not served here; it must be {info.model_name!r}", "model")
 
 
-def _info(request: Request) -> Loaded:
-    engine: AsyncEngine = request.app.state.engine
-    return engine.require_ready()
+def front_of(request: Request, body: OpenAIFields) -> Front:
+    """What a route needs, for a request to the model that is served. Fields without effect are noted.
+
+    Raises:
+        ApiError: another model is asked for.
+        UnavailableError: the engine accepts no requests.
+    """
+    front = Front.of(request)
+    check_model(body.model, front.info)
+    request.app.state.unknown_fields.note(body)
+    return front
 
 
 def _model(request: Request) -> dict[str, Any]:
-    info = _info(request)
+    info = engine_of(request).require_ready()
     return {
         "id": info.model_name,
         "object": "model",

@@ -34,6 +34,11 @@ class ChatDelta:
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
 
+    def __add__(self, later: ChatDelta) -> ChatDelta:
+        return ChatDelta(
+            self.content + later.content, self.reasoning + later.reasoning, self.tool_calls + later.tool_calls
+        )
+
 
 class Channel:
     """Text of one field, in segments that other things separate.
