@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 import numpy as np
@@ -25,16 +26,19 @@ def loads() -> Iterator[np.ndarray]:
 
 @pytest.mark.parametrize("copy_seconds", [0.001, 0.1, 1.0])
 def test_load_that_stays_is_balanced_once(monkeypatch: pytest.MonkeyPatch, copy_seconds: float) -> None:
-    ranks, load = SimulatedRanks(monkeypatch, copy_seconds), next(loads())
-    assert ranks.balancedness(load) < 0.6
-    ranks.serve(load, 15)
-    # Averages of the first looks are rough, and where copies cost next to nothing every better plan pays back: how
-    # often experts move until here is chance. From here on it is not.
-    at_first, looks = ranks.rebalancer.stats().moves, ranks.num_looks
-    assert ranks.balancedness(load) > 0.9
-    ranks.serve(load, 60)
-    assert ranks.rebalancer.stats().moves - at_first <= at_first / 2
-    assert sum(look > looks for look in ranks.moved_at) <= 2
+    shares = []
+    for load in (next(loads()) for _ in range(3)):
+        ranks = SimulatedRanks(monkeypatch, copy_seconds)
+        assert ranks.balancedness(load) < 0.6
+        ranks.serve(load, 15)
+        # Averages of the first looks are rough, and where copies cost next to nothing every better plan pays back: how
+        # often experts move until here is chance. From here on it is not.
+        at_first, looks = ranks.rebalancer.stats().moves, ranks.num_looks
+        assert ranks.balancedness(load) > 0.9
+        ranks.serve(load, 60)
+        shares.append((ranks.rebalancer.stats().moves - at_first) / at_first)
+        assert sum(look > looks for look in ranks.moved_at) <= 2
+    assert statistics.median(shares) <= 1 / 4, "one of 150 loads moves more again"
 
 
 @pytest.mark.parametrize("copy_seconds", [0.001, 0.1])
