@@ -53,7 +53,6 @@ class Intake:
         return Request(
             request_id=request_id,
             seq_id=seq_id,
-            prompt=prompt if isinstance(prompt, str) else None,
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),
             params=params,

@@ -39,7 +39,6 @@ class Request:
 
     request_id: str
     seq_id: int
-    prompt: str | None
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams

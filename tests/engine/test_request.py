@@ -13,7 +13,6 @@ def make_request(max_output_tokens: int = 3, **params) -> Request:
     return Request(
         request_id="a",
         seq_id=0,
-        prompt=None,
         token_ids=[1, 2, 3, 4, 5],
         num_prompt_tokens=5,
         params=SamplingParams(**params),

@@ -16,7 +16,6 @@ def make_request(seq_id: int, num_tokens: int, max_output_tokens: int = 1000) ->
     return Request(
         request_id=str(seq_id),
         seq_id=seq_id,
-        prompt=None,
         token_ids=list(range(num_tokens)),
         num_prompt_tokens=num_tokens,
         params=SamplingParams(),
