@@ -1,8 +1,10 @@
-"""Checks loads and speeds from callers, and converts them to float64 arrays of a known scale.
+"""Checks slots, loads and speeds from callers; loads and speeds become float64 arrays of a known scale.
 
 Shape suffixes: L MoE layers, E logical experts, W ranks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,21 @@ import numpy.typing as npt
 from moe_runtime.balancer.flow import Floats
 
 NEGLIGIBLE = 1e-30
+
+
+def check_integers(name: str, values: npt.ArrayLike, dimensions: tuple[str, ...]) -> npt.NDArray[np.integer[Any]]:
+    """`values` as an array of their own integer type.
+
+    Raises:
+        ValueError: another shape, no values, or values that are not integers.
+    """
+    array = np.asarray(values)
+    if array.ndim != len(dimensions) or array.size == 0 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: an array of {array.dtype} and shape {array.shape} is not allowed; "
+            f"it must be of integers [{', '.join(dimensions)}] and must not be empty"
+        )
+    return array
 
 
 def check_load(name: str, load: npt.ArrayLike, dimensions: tuple[str, ...]) -> Floats:

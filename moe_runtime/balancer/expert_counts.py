@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
+from moe_runtime.balancer.checks import check_integers
 from moe_runtime.balancer.placement import Placement, check_layer_ids
 
 FORMAT = "moe_runtime.expert_load"
@@ -175,13 +176,7 @@ def _ratio(above_L: npt.NDArray[Any], below_L: npt.NDArray[Any]) -> npt.NDArray[
 
 
 def _checked_counts(phase: str, counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    counts_LE = np.asarray(counts)
-    if counts_LE.ndim != 2 or counts_LE.size == 0 or counts_LE.dtype.kind not in "iu":
-        raise ValueError(
-            f"{phase}: an array of {counts_LE.dtype} and shape {counts_LE.shape} is not allowed; "
-            "it must be of integers [layers, experts] and must not be empty"
-        )
-    counts_LE = counts_LE.astype(np.int64)
+    counts_LE = check_integers(phase, counts, ("layers", "experts")).astype(np.int64)
     if (counts_LE < 0).any():
         raise ValueError(f"{phase}: {counts_LE.min()} is not allowed; counts must be at least 0")
     counts_LE.setflags(write=False)

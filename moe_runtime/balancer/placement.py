@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moe_runtime.balancer.checks import check_integers
 from moe_runtime.system.files import field, parse_json, read_text, require_format
 
 FORMAT = "moe_runtime.placement"
@@ -44,12 +45,7 @@ class Placement:
     version: int = 0
 
     def __post_init__(self) -> None:
-        slots = np.asarray(self.slots)
-        if slots.ndim != 3 or slots.size == 0 or slots.dtype.kind not in "iu":
-            raise ValueError(
-                f"slots: an array of {slots.dtype} and shape {slots.shape} is not allowed; "
-                "it must be of integers [layers, ranks, slots] and must not be empty"
-            )
+        slots = check_integers("slots", self.slots, ("layers", "ranks", "slots"))
         object.__setattr__(self, "layer_ids", check_layer_ids(self.layer_ids, len(slots)))
         self._check_experts(slots)
         slots = slots.astype(np.int32)

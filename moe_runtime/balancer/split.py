@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moe_runtime.balancer.checks import check_load, check_speed, relative
+from moe_runtime.balancer.checks import check_integers, check_load, check_speed, relative
 from moe_runtime.balancer.flow import Floats, balance
 from moe_runtime.balancer.placement import EMPTY
 
@@ -34,12 +34,7 @@ def split_tokens(
     Raises:
         ValueError: loads or speeds that are not finite or negative, an expert without a slot, wrong shapes.
     """
-    slots_WS = np.asarray(slots_layer)
-    if slots_WS.ndim != 2 or slots_WS.size == 0 or slots_WS.dtype.kind not in "iu":
-        raise ValueError(
-            f"slots_layer: an array of {slots_WS.dtype} and shape {slots_WS.shape} is not allowed; "
-            "it must be of integers [ranks, slots] and must not be empty"
-        )
+    slots_WS = check_integers("slots_layer", slots_layer, ("ranks", "slots"))
     load_E = check_load("load_layer", load_layer, ("experts",))
     num_experts, num_ranks = len(load_E), len(slots_WS)
     speed_W = check_speed(rank_speed, num_ranks)
