@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig, parse_redundant
-from moe_runtime.config.model import AttentionConfig, ModelConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
 from moe_runtime.memory.budget import (
     Budget,
@@ -144,10 +145,6 @@ def _with_ranks(engine: EngineConfig, ep_size: int) -> EngineConfig:
     return replace(engine, ep_size=ep_size, redundant_experts=0 if ep_size == 1 else engine.redundant_experts)
 
 
-def _attention(attention: AttentionConfig) -> str:
-    return f"{attention.num_heads} heads and {attention.num_kv_heads} key/value heads of {attention.head_dim}"
-
-
 def _decode(model: ModelConfig, dtype: str, batch_size: int, native: bool) -> dict[str, Any]:
     read = decode_bytes(model, dtype, batch_size, native=native)
     return {
@@ -188,8 +185,7 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
         ),
         (
             "attention",
-            f"{'; '.join(map(_attention, dict.fromkeys(layer.attention for layer in model.layers)))}; "
-            f"KV cache {found['kv_bytes_per_token'] / 1e3:.1f} kB per token",
+            f"{_attention(model)}; KV cache {found['kv_bytes_per_token'] / 1e3:.1f} kB per token",
         ),
         ("context", f"{found['max_model_len']} tokens"),
         ("weights", gigabytes(found["weight_bytes"])),
@@ -223,6 +219,14 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
             *_aligned(memory),
         ]
     )
+
+
+def _attention(model: ModelConfig) -> str:
+    """The kinds of attention, and how many layers have each if there are several."""
+    kinds = Counter(layer.attention for layer in model.layers)
+    if len(kinds) == 1:
+        return str(model.layers[0].attention)
+    return "; ".join(f"{count} layers with {attention}" for attention, count in kinds.items())
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

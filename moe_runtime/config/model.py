@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
+
+from moe_runtime.config.attention import AnyAttention, AttentionConfig, KVSpec, LatentAttentionConfig
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of `rotary_dim` of each head's dims. `kind` and its parameters are as in HF's configs."""
+    """Rotary embedding of `rotary_dim` of each head's dims. `kind` and its parameters are as in HF's configs.
+
+    Attributes:
+        interleaved: in the checkpoint, dimension 2i rotates with 2i + 1. The reader reorders the rows of the
+            projections, so that i rotates with i + rotary_dim / 2, as the kernels have it.
+        query_scale: beta and length: latent attention multiplies queries by
+            1 + beta * log(1 + floor(position / length)). None: it does not.
+    """
 
     theta: float
     rotary_dim: int
@@ -25,78 +35,63 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    interleaved: bool = False
+    query_scale: tuple[float, int] | None = None
+
+
+def yarn_magnitude(factor: float, mscale: float) -> float:
+    """YaRN's factor on cos and sin for a context of `factor` times the trained one (arXiv:2309.00071, equation 22)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The sparse block of a layer: experts, gate and shared experts."""
+    """The sparse block of a layer: experts, gate and shared experts.
+
+    Attributes:
+        groups_by_best: a group of experts counts by its best choice, else by the sum of its two best.
+        shared_gate: each token weighs the shared experts' output by the sigmoid of a product with its own row.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     shared_intermediate_size: int = 0
+    shared_gate: bool = False
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize_topk: bool = True
     routed_scaling_factor: float = 1.0
     num_groups: int = 1
     topk_groups: int = 1
+    groups_by_best: bool = False
     correction_bias: bool = False
     gate_float32: bool = False
 
 
 @dataclass(frozen=True)
-class KVSpec:
-    """The state that a layer keeps for each token of a sequence.
+class LayerConfig:
+    """One decoder layer: its attention, and the intermediate size of its dense MLP; None for a sparse layer.
 
-    Attributes:
-        kind: with "full", all later tokens read it; with "window", only the next `window - 1` tokens do.
-        bytes_per_token: size of one token's keys and values.
-        window: number of tokens that a token attends to, including itself; None with "full".
+    One of the kinds of attention is given. They are fields apart because a message can't carry a choice of dataclasses.
     """
 
-    kind: Literal["full", "window"]
-    bytes_per_token: int
-    window: int | None
-
-    def tokens_read(self, context_len: int) -> int:
-        """How many of `context_len` tokens the next token attends to."""
-        return min(context_len, self.window or context_len)
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention of a layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    sliding_window: int | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-
-    @property
-    def query_size(self) -> int:
-        """Outputs of the query projection."""
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Outputs of the key projection, and of the value projection."""
-        return self.num_kv_heads * self.head_dim
-
-    def kv_spec(self, itemsize: int) -> KVSpec:
-        """The layer's state, in elements of `itemsize` bytes."""
-        kind: Literal["full", "window"] = "full" if self.sliding_window is None else "window"
-        return KVSpec(kind, 2 * self.kv_size * itemsize, self.sliding_window)
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """One decoder layer: its attention, and the intermediate size of its dense MLP; None for a sparse layer."""
-
-    attention: AttentionConfig
+    grouped: AttentionConfig | None
+    latent: LatentAttentionConfig | None
     dense_intermediate_size: int | None
+
+    @classmethod
+    def of(cls, attention: AnyAttention, dense_intermediate_size: int | None) -> LayerConfig:
+        """A layer with either kind of attention."""
+        if isinstance(attention, LatentAttentionConfig):
+            return cls(None, attention, dense_intermediate_size)
+        return cls(attention, None, dense_intermediate_size)
+
+    @property
+    def attention(self) -> AnyAttention:
+        """The attention, of whichever kind."""
+        found = self.grouped or self.latent
+        assert found is not None
+        return found
 
     @property
     def is_sparse(self) -> bool:
@@ -104,12 +99,23 @@ class LayerConfig:
 
 
 def layers_alike(
-    num_layers: int, attention: AttentionConfig, sparse: Container[int], dense_intermediate_size: int
+    num_layers: int,
+    attention: AnyAttention,
+    sparse: Container[int],
+    dense_intermediate_size: int,
+    windows: Sequence[int | None] | None = None,
 ) -> tuple[LayerConfig, ...]:
-    """Layers with the same attention; those whose index is not in `sparse` have a dense MLP."""
-    return tuple(
-        LayerConfig(attention, None if index in sparse else dense_intermediate_size) for index in range(num_layers)
-    )
+    """Layers with the same attention; those whose index is not in `sparse` have a dense MLP.
+
+    Args:
+        windows: each layer's sliding window; None: all layers have that of `attention`.
+    """
+    attentions = [attention] * num_layers
+    if windows is not None:
+        assert isinstance(attention, AttentionConfig)
+        attentions = [replace(attention, sliding_window=window) for window in windows]
+    sizes = [None if index in sparse else dense_intermediate_size for index in range(num_layers)]
+    return tuple(map(LayerConfig.of, attentions, sizes))
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,9 @@ class ModelConfig:
 
     Attributes:
         eos_token_ids: tokens that end an output.
+        embedding_multiplier: factor on the embedding's rows.
+        residual_multiplier: factor on each block's output, before it is added to the residual rows.
+        logits_scaling: the head's rows are divided by it.
         default_sampling: fields of `SamplingParams` for requests that leave them out.
     """
 
@@ -132,6 +141,9 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str
     eos_token_ids: tuple[int, ...]
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     default_sampling: Mapping[str, float | int] = field(default_factory=dict, hash=False)
 
     @property

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_runtime.kernels import invariant_ops, ops
+from moe_runtime.kernels import invariant_ops, ops, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 
 
@@ -20,22 +20,27 @@ class PagedAttention(Protocol):
         self,
         q_THd: Tensor,
         k_cache_NBGd: Tensor,
-        v_cache_NBGd: Tensor,
+        v_cache_NBGe: Tensor,
         meta: AttentionMetadata,
         *,
         scale: float,
         sliding_window: int | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Forms:
-    """One form of each op: `linear` is `torch.nn.functional.linear` of rows, the others are as in `ops`."""
+    """One form of each op: `linear` is `torch.nn.functional.linear` of rows, `head_products` is as in `torch_ops` on
+    any device, the others are as in `ops`."""
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    head_products: Callable[[Tensor, Tensor], Tensor]
     grouped_mlp: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
     paged_attention: PagedAttention
 
 
-USUAL = Forms(F.linear, ops.grouped_mlp, ops.paged_attention)
-INVARIANT = Forms(invariant_ops.linear, invariant_ops.grouped_mlp, invariant_ops.paged_attention)
+USUAL = Forms(F.linear, torch_ops.head_products, ops.grouped_mlp, ops.paged_attention)
+INVARIANT = Forms(
+    invariant_ops.linear, invariant_ops.head_products, invariant_ops.grouped_mlp, invariant_ops.paged_attention
+)

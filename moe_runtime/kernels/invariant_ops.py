@@ -5,10 +5,12 @@ Signatures and meanings are those of `moe_runtime.kernels.ops` and `torch.nn.fun
 one tile per dtype, for any number of rows, and every row uses decode attention. Elsewhere these are the slow twins,
 which compute each row by itself. All other ops of `ops` are already batch-invariant.
 
-Shape suffixes: as in `torch_ops`; I and O input and output features.
+Shape suffixes: as in `torch_ops` and `torch_attention`; I and O input and output features.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,13 @@ def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     for row, x_I in enumerate(x_NI):
         out_NO[row] = F.linear(x_I, weight_OI, bias_O)
     return out_NO
+
+
+def head_products(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
+    """`x @ weight.T` of each head, `[T, H, O]`; see `torch_ops.head_products`."""
+    return torch.stack(
+        [linear(x_THI[:, head].contiguous(), weight_OI) for head, weight_OI in enumerate(weight_HOI)], dim=1
+    )
 
 
 def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
@@ -50,27 +59,28 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
 def paged_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     meta: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
     if ops.uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import attention
 
         return attention.invariant_paged_attention(
-            q_THd, k_cache_NBGd, v_cache_NBGd, meta, scale=scale, sliding_window=sliding_window
+            q_THd, k_cache_NBGd, v_cache_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
         )
-    out_THd = torch.empty_like(q_THd)
+    out_THe = q_THd.new_empty(*q_THd.shape[:2], v_cache_NBGe.shape[3])
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "sinks_H": sinks_H}
     for row, (sequence, position) in enumerate(zip(*_rows(meta), strict=True)):
         table = meta.page_table[sequence : sequence + 1]
         alone = AttentionMetadata(1, [0, 1], [position + 1], table)
-        out_THd[row] = torch_attention.paged_attention(
-            q_THd[row : row + 1], k_cache_NBGd, v_cache_NBGd, alone, scale=scale, sliding_window=sliding_window
-        )[0]
-    return out_THd
+        one_1Hd = q_THd[row : row + 1]
+        out_THe[row] = torch_attention.paged_attention(one_1Hd, k_cache_NBGd, v_cache_NBGe, alone, **options)[0]
+    return out_THe
 
 
 def _rows(meta: AttentionMetadata) -> tuple[list[int], list[int]]:

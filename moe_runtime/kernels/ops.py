@@ -31,6 +31,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_store_kv",
+    "scale_rows",
     "silu_mul",
     "store_kv",
     "topk_gate",
@@ -62,13 +63,15 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return torch_ops.rms_norm(x_TD, weight_D, eps)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`(normed, residual + x)`; see `torch_ops.add_rms_norm`."""
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`(normed, residual + multiplier * x)`; see `torch_ops.add_rms_norm`."""
     if uses_triton(x_TD.device):
         from moe_runtime.kernels.triton import norms
 
-        return norms.add_rms_norm(x_TD, residual_TD, weight_D, eps)
-    return torch_ops.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+        return norms.add_rms_norm(x_TD, residual_TD, weight_D, eps, multiplier)
+    return torch_ops.add_rms_norm(x_TD, residual_TD, weight_D, eps, multiplier)
 
 
 def silu_mul(gate_up_T2F: Tensor) -> Tensor:
@@ -78,6 +81,15 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
 
         return norms.silu_mul(gate_up_T2F)
     return torch_ops.silu_mul(gate_up_T2F)
+
+
+def scale_rows(out_TD: Tensor, x_TD: Tensor, gate_D: Tensor) -> Tensor:
+    """Rows times the sigmoid of a product; see `torch_ops.scale_rows`."""
+    if uses_triton(out_TD.device):
+        from moe_runtime.kernels.triton import norms
+
+        return norms.scale_rows(out_TD, x_TD, gate_D)
+    return torch_ops.scale_rows(out_TD, x_TD, gate_D)
 
 
 def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,11 +134,12 @@ def rotary_store_kv(
 def paged_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     meta: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
     if uses_triton(q_THd.device):
@@ -135,13 +148,15 @@ def paged_attention(
         implementation = attention.paged_attention
     else:
         implementation = torch_attention.paged_attention
-    return implementation(q_THd, k_cache_NBGd, v_cache_NBGd, meta, scale=scale, sliding_window=sliding_window)
+    return implementation(
+        q_THd, k_cache_NBGd, v_cache_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
+    )
 
 
 def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     page_table: Tensor,
     sequence_T: Tensor,
     position_T: Tensor,
@@ -149,10 +164,16 @@ def decode_attention(
     max_context: int,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of single rows, without a device sync; see `torch_attention.decode_attention`."""
-    operands = (q_THd, k_cache_NBGd, v_cache_NBGd, page_table, sequence_T, position_T)
-    options: dict[str, Any] = {"max_context": max_context, "scale": scale, "sliding_window": sliding_window}
+    operands = (q_THd, k_cache_NBGd, v_cache_NBGe, page_table, sequence_T, position_T)
+    options: dict[str, Any] = {
+        "max_context": max_context,
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "sinks_H": sinks_H,
+    }
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton.decode_attention import decode_attention as implementation
 
@@ -168,6 +189,7 @@ def topk_gate(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +207,7 @@ def topk_gate(
         correction_bias_E=correction_bias_E,
         num_groups=num_groups,
         topk_groups=topk_groups,
+        groups_by_best=groups_by_best,
         normalize=normalize,
         scale=scale,
     )

@@ -16,16 +16,17 @@ from moe_runtime.kernels.torch_ops import Scoring
 def paged_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     meta: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention one query and one head at a time, its keys looked up one by one."""
     block_size, num_groups = k_cache_NBGd.shape[1:3]
     heads_per_group = q_THd.shape[1] // num_groups
-    out_THd = torch.zeros_like(q_THd)
+    out_THe = q_THd.new_zeros(*q_THd.shape[:2], v_cache_NBGe.shape[3])
     for sequence, context in enumerate(meta.context_len):
         start, end = meta.query_start[sequence : sequence + 2]
         for row in range(start, end):
@@ -36,12 +37,16 @@ def paged_attention(
                 for key in range(first, position + 1)
             ]
             k_CGd = torch.stack([k_cache_NBGd[place] for place in places]).double()
-            v_CGd = torch.stack([v_cache_NBGd[place] for place in places]).double()
+            v_CGe = torch.stack([v_cache_NBGe[place] for place in places]).double()
             for head in range(q_THd.shape[1]):
                 group = head // heads_per_group
-                weights_C = (k_CGd[:, group] @ q_THd[row, head].double() * scale).softmax(0)
-                out_THd[row, head] = (weights_C @ v_CGd[:, group]).to(q_THd.dtype)
-    return out_THd
+                score_C = k_CGd[:, group] @ q_THd[row, head].double() * scale
+                if sinks_H is None:
+                    weights_C = score_C.softmax(0)
+                else:  # as one key more, which has no value
+                    weights_C = torch.cat((score_C, sinks_H[head].double()[None])).softmax(0)[:-1]
+                out_THe[row, head] = (weights_C @ v_CGe[:, group]).to(q_THd.dtype)
+    return out_THe
 
 
 def topk_gate(
@@ -52,6 +57,7 @@ def topk_gate(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -70,7 +76,7 @@ def topk_gate(
             group_scores = []
             for group in range(num_groups):
                 best_first = sorted(choice_E[group * group_size : (group + 1) * group_size], reverse=True)
-                group_scores.append(float(best_first[0] + best_first[1]))
+                group_scores.append(float(best_first[0] if groups_by_best else best_first[0] + best_first[1]))
             groups = sorted(range(num_groups), key=lambda g: (-group_scores[g], g))[:topk_groups]
             allowed = [expert for expert in allowed if expert // group_size in groups]
         experts = sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]

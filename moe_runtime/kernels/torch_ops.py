@@ -28,30 +28,31 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D * (x_f32 * scale).to(x_TD.dtype)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`residual + x`, and its norm: returns `(normed, new residual)`, the sum rounded before the norm."""
-    residual_TD = residual_TD + x_TD
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`residual + multiplier * x`, and its norm: returns `(normed, new residual)`, the sum rounded before the norm."""
+    residual_TD = torch.add(residual_TD, x_TD, alpha=multiplier)
     return rms_norm(residual_TD, weight_D, eps), residual_TD
 
 
 def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (arXiv:2104.09864) of the first `r` dimensions of each head; the rest is unchanged.
 
-    Dimension `i` rotates with `i + r/2` (the NeoX pairing).
+    Dimension `i` rotates with `i + r/2` (the NeoX pairing). Products and sums are in float32 and rounded once.
 
     Args:
-        cos_Tr, sin_Tr: float32, both halves of `r` filled; rounded to the dtype of `q_THd` before use.
+        cos_Tr, sin_Tr: float32, both halves of `r` filled.
     """
-    cos_T1r = cos_Tr.to(q_THd.dtype)[:, None]
-    sin_T1r = sin_Tr.to(q_THd.dtype)[:, None]
+    cos_T1r, sin_T1r = cos_Tr[:, None], sin_Tr[:, None]
     return _rotate(q_THd, cos_T1r, sin_T1r), _rotate(k_TGd, cos_T1r, sin_T1r)
 
 
 def _rotate(x_THd: Tensor, cos_T1r: Tensor, sin_T1r: Tensor) -> Tensor:
     r = cos_T1r.shape[-1]
-    turned, passed = x_THd[..., :r], x_THd[..., r:]
+    turned, passed = x_THd[..., :r].float(), x_THd[..., r:]
     first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos_T1r + torch.cat((-second, first), dim=-1) * sin_T1r
+    turned = (turned * cos_T1r + torch.cat((-second, first), dim=-1) * sin_T1r).to(x_THd.dtype)
     return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
 
 
@@ -59,6 +60,20 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """`silu(gate) * up` of the first and second half of the last dimension (SwiGLU, arXiv:2002.05202)."""
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
+
+
+def head_products(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
+    """`x @ weight.T` of each head, `[T, H, O]`, rounded once."""
+    return torch.bmm(x_THI.transpose(0, 1), weight_HOI.transpose(1, 2)).transpose(0, 1)
+
+
+def scale_rows(out_TD: Tensor, x_TD: Tensor, gate_D: Tensor) -> Tensor:
+    """Each row of `out_TD` times the sigmoid of its `x` row's product with `gate_D`; rounded once.
+
+    Qwen1.5-MoE weighs its shared expert like that.
+    """
+    score_T1 = (x_TD.float() * gate_D.float()).sum(-1, keepdim=True)
+    return (out_TD.float() * score_T1.sigmoid()).to(out_TD.dtype)
 
 
 def check_contiguous(**operands: Tensor | None) -> None:
@@ -99,6 +114,7 @@ def topk_gate(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +122,8 @@ def topk_gate(
 
     Scores are the softmax over all experts or the sigmoid of each logit, in float32. Experts are chosen by score plus
     correction bias; with groups, only from the `topk_groups` groups whose two best choices have the largest sum
-    (DeepSeek-V3, arXiv:2412.19437). Weights are the scores without bias, divided by their sum if `normalize`,
+    (DeepSeek-V3, arXiv:2412.19437), or whose best choice is largest if `groups_by_best` (DeepSeek-V2,
+    arXiv:2405.04434). Weights are the scores without bias, divided by their sum if `normalize`,
     then times `scale`.
 
     Args:
@@ -126,6 +143,7 @@ def topk_gate(
         correction_bias_E=correction_bias_E,
         num_groups=num_groups,
         topk_groups=topk_groups,
+        groups_by_best=groups_by_best,
     )
     experts_TK = _stable_topk(choice_TE, top_k)
     weights_TK = scores_TE.gather(1, experts_TK)
@@ -141,6 +159,7 @@ def gate_scores(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`(scores_TE, choice_TE)` in float32: `topk_gate` weights experts by the scores and chooses them by the choice.
 
@@ -151,7 +170,7 @@ def gate_scores(
     scores_TE = logits_TE.softmax(-1) if scoring == "softmax" else logits_TE.double().sigmoid().float()
     choice_TE = scores_TE if correction_bias_E is None else scores_TE + correction_bias_E
     if num_groups > 1:
-        choice_TE = _mask_groups(choice_TE, num_groups, topk_groups)
+        choice_TE = _mask_groups(choice_TE, num_groups, topk_groups, 1 if groups_by_best else 2)
     return scores_TE, choice_TE
 
 
@@ -160,9 +179,9 @@ def _stable_topk(scores: Tensor, k: int) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
 
 
-def _mask_groups(choice_TE: Tensor, num_groups: int, topk_groups: int) -> Tensor:
+def _mask_groups(choice_TE: Tensor, num_groups: int, topk_groups: int, num_best: int) -> Tensor:
     choice_TgE = choice_TE.view(len(choice_TE), num_groups, choice_TE.shape[1] // num_groups)
-    group_score_Tg = choice_TgE.topk(2, dim=-1).values.sum(-1)
+    group_score_Tg = choice_TgE.topk(num_best, dim=-1).values.sum(-1)
     kept_Tg = torch.zeros_like(group_score_Tg, dtype=torch.bool)
     kept_Tg.scatter_(1, _stable_topk(group_score_Tg, topk_groups), True)
     return choice_TgE.masked_fill(~kept_Tg[..., None], float("-inf")).flatten(1)

@@ -75,6 +75,7 @@ class LayerLimits:
             correction_bias_E=self.correction_bias_E,
             num_groups=config.num_groups,
             topk_groups=config.topk_groups,
+            groups_by_best=config.groups_by_best,
         )
         before_TK = experts_TK
         nothing_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=logits_TE.device)

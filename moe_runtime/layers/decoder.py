@@ -47,6 +47,7 @@ class Decoder:
         sparse_blocks: the layers' sparse MLPs, in order.
         attention_step: makes the attention input that all layers of a step share.
         nbytes: bytes of this rank's weights.
+        embedding_multiplier, logits_scaling: see `ModelConfig`.
     """
 
     embed: Embedding
@@ -57,6 +58,8 @@ class Decoder:
     rope: RotaryEmbedding
     attention_step: StepMaker
     nbytes: int
+    embedding_multiplier: float
+    logits_scaling: float
 
     def begin(self, token_T: Tensor, batch: Batch, step: object, layers: LayerRunner) -> HiddenRows:
         """Start on tokens, int64 ids; the rows are hidden states `[T, D]` after the last norm.
@@ -65,8 +68,11 @@ class Decoder:
         what the kit's `bind` made from the layers and a cache.
         """
         residual_TD = self.embed(token_T)
+        if self.embedding_multiplier != 1.0:
+            residual_TD = residual_TD * self.embedding_multiplier
         return layers.begin(self.first_norm(residual_TD), residual_TD, step, batch)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """`[T, V]` in float32."""
-        return self.head(x_TD)
+        logits_TV = self.head(x_TD)
+        return logits_TV if self.logits_scaling == 1.0 else logits_TV / self.logits_scaling

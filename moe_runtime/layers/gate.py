@@ -60,6 +60,7 @@ class TorchGate:
             correction_bias_E=self.correction_bias_E,
             num_groups=self.config.num_groups,
             topk_groups=self.config.topk_groups,
+            groups_by_best=self.config.groups_by_best,
             normalize=self.config.normalize_topk,
             scale=self.config.routed_scaling_factor,
         )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.config.model import AttentionConfig, MoEConfig
+from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.layers.batch import Batch, StepPolicies
@@ -36,13 +37,20 @@ class Linear(Protocol):
         """Fill the outputs from `first_row` on."""
 
 
+class HeadMatrices(Protocol):
+    """A matrix of each attention head."""
+
+    def put(self, head: int, first_row: int, weight_OI: Tensor, /) -> None:
+        """Fill the outputs of one head from `first_row` on."""
+
+
 class Norm(Protocol):
-    """RMS norm of rows."""
+    """RMS norm of rows, and the sum with the residual rows before it."""
 
     def __call__(self, x_TD: Tensor, /) -> Tensor: ...
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum; they may overwrite `x` and `residual`."""
+        """The norm of `residual + residual_multiplier * x`, and that sum; they may overwrite `x` and `residual`."""
 
 
 class Embedding(Protocol):
@@ -201,7 +209,7 @@ class Kit(Protocol):
 
     def embedding(self, weight_VD: Tensor) -> Embedding: ...
 
-    def norm(self, weight_D: Tensor, eps: float) -> Norm: ...
+    def norm(self, weight_D: Tensor, eps: float, residual_multiplier: float) -> Norm: ...
 
     def attention(
         self,
@@ -217,7 +225,31 @@ class Kit(Protocol):
 
         Args:
             eps: of the norms on queries and keys.
-            q_norm, k_norm: weights `[d]`, or None.
+            q_norm, k_norm: weights of the sizes `config.norm_sizes`, or None.
+            next_norm: the norm after it.
+        """
+
+    def head_matrices(self, num_heads: int, outputs: int, inputs: int) -> HeadMatrices: ...
+
+    def latent_attention(
+        self,
+        config: LatentAttentionConfig,
+        down: Linear,
+        up: Linear | None,
+        key: HeadMatrices,
+        value: HeadMatrices,
+        output: Linear,
+        query_norm: Tensor | None,
+        latent_norm: Tensor,
+        next_norm: Norm,
+    ) -> AttentionBlock:
+        """Latent attention from its projections.
+
+        Args:
+            down: to the compressed queries (or to the queries), the latent and the shared key, in this order.
+            up: from the compressed queries to the queries, or None.
+            key, value: matrices of each head, `[latent, nope]` and `[value, latent]`.
+            query_norm, latent_norm: weights of the norms on compressed queries and on the latent.
             next_norm: the norm after it.
         """
 
@@ -229,7 +261,8 @@ class Kit(Protocol):
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerRunner: ...
 
-    def mlp(self, hidden_size: int, intermediate_size: int) -> MLP: ...
+    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> MLP:
+        """SwiGLU. With `gate_D`, a row's output is multiplied by the sigmoid of its product with the gate."""
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> MLPBlock: ...
 

@@ -1,17 +1,17 @@
 """The paged key/value cache of one rank, and how large it may be.
 
-Shape suffixes: N pages, B tokens per page, G key/value heads, d head dim.
+Shape suffixes: N pages, B tokens per page, G key/value heads, d key size, e value size.
 """
 
 from __future__ import annotations
 
-import math
 import mmap
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe_runtime.config.attention import AnyAttention, LatentAttentionConfig
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_cache_pages
@@ -20,10 +20,10 @@ from moe_runtime.system.pages import ask_for_huge_pages
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer."""
+    """Keys and values of one layer; the values may be a part of the keys."""
 
     k_NBGd: Tensor
-    v_NBGd: Tensor
+    v_NBGe: Tensor
 
 
 class KVCache:
@@ -32,23 +32,29 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shapes = [
-            (num_pages, block_size, layer.attention.num_kv_heads, layer.attention.head_dim) for layer in config.layers
-        ]
-        sizes = [math.prod(shape) for shape in shapes]
         self.num_pages = num_pages
-        self._keys, self._values = (_zeros(sum(sizes), dtype, device) for _ in range(2))
+        sizes = [num_pages * block_size * layer.attention.kept_size for layer in config.layers]
+        self._kept = _zeros(sum(sizes), dtype, device)
         self._layers = [
-            LayerCache(keys.view(shape), values.view(shape))
-            for keys, values, shape in zip(self._keys.split(sizes), self._values.split(sizes), shapes, strict=True)
+            _layer_cache(layer.attention, kept, num_pages, block_size)
+            for layer, kept in zip(config.layers, self._kept.split(sizes), strict=True)
         ]
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        return self._kept.nbytes
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+
+def _layer_cache(attention: AnyAttention, kept: Tensor, num_pages: int, block_size: int) -> LayerCache:
+    shape = (num_pages, block_size, attention.num_kv_heads)
+    if isinstance(attention, LatentAttentionConfig):
+        keys = kept.view(*shape, attention.key_size)
+        return LayerCache(keys, keys[..., : attention.value_size])
+    keys, values = kept.view(2, *shape, attention.head_dim)
+    return LayerCache(keys, values)
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

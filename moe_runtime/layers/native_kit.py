@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher, RowOps
-from moe_runtime.config.model import AttentionConfig, MoEConfig
+from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
+from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, gate_config
 from moe_runtime.kernels.cpu.native_step import NativeStep
-from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear, PackedMatrices
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import LayerLoop
-from moe_runtime.layers.kit import MLP, DecoderLayer, Experts, Gate, Linear, Norm
+from moe_runtime.layers.kit import MLP, DecoderLayer, Experts, Gate, HeadMatrices, Linear, Norm
 from moe_runtime.layers.kv_cache import KVCache
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.layers.native_layers import (
@@ -32,6 +34,7 @@ from moe_runtime.layers.native_layers import (
     NativeDenseBlock,
     NativeGate,
     NativeHead,
+    NativeLatentAttention,
     NativeMLP,
     NativeMoELayer,
     NativeNorm,
@@ -75,8 +78,8 @@ class NativeKit:
     def embedding(self, weight_VD: Tensor) -> TorchEmbedding:
         return TorchEmbedding(weight_VD)
 
-    def norm(self, weight_D: Tensor, eps: float) -> NativeNorm:
-        return NativeNorm(self.kernels, weight_D, eps)
+    def norm(self, weight_D: Tensor, eps: float, residual_multiplier: float) -> NativeNorm:
+        return NativeNorm(self.kernels, weight_D, eps, residual_multiplier)
 
     def attention(
         self,
@@ -96,20 +99,55 @@ class NativeKit:
             num_heads=config.num_heads,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
+            scale=config.softmax_scale,
             sliding_window=config.sliding_window,
-            q_norm_d=q_norm,
-            k_norm_d=k_norm,
+            qk_norm=config.qk_norm,
+            q_norm=q_norm,
+            k_norm=k_norm,
             eps=eps,
             next_norm=next_norm.after,
         )
         return NativeAttention(call)
 
+    def head_matrices(self, num_heads: int, outputs: int, inputs: int) -> PackedMatrices:
+        return PackedMatrices(self.kernels, self.dtype, outputs, inputs, num_heads)
+
+    def latent_attention(
+        self,
+        config: LatentAttentionConfig,
+        down: Linear,
+        up: Linear | None,
+        key: HeadMatrices,
+        value: HeadMatrices,
+        output: Linear,
+        query_norm: Tensor | None,
+        latent_norm: Tensor,
+        next_norm: Norm,
+    ) -> NativeLatentAttention:
+        assert isinstance(down, PackedLinear) and isinstance(output, PackedLinear) and isinstance(next_norm, NativeNorm)
+        assert up is None or isinstance(up, PackedLinear)
+        assert isinstance(key, PackedMatrices) and isinstance(value, PackedMatrices)
+        call = LatentCall(
+            self.kernels,
+            down,
+            up,
+            key,
+            value,
+            output,
+            query_norm=query_norm,
+            latent_norm=latent_norm,
+            rope_size=config.rope_size,
+            scale=config.scale,
+            eps=config.norm_eps,
+            next_norm=next_norm.after,
+        )
+        return NativeLatentAttention(call)
+
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> NativeStep:
         """What all layers of a step share."""
         assert isinstance(batch.attention, AttentionMetadata)
         angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
-        return NativeStep(batch.attention, batch.cache_position_T, *angles)
+        return NativeStep(batch.attention, batch.cache_position_T, *angles, rope.query_scale(batch.position_T))
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         return self.kernels.argmax(logits_BV)
@@ -119,18 +157,18 @@ class NativeKit:
         loop, calls, form, symmetric = LayerLoop(layers, cache), [], SparseForm.WHOLE, None
         for layer in layers:
             attention, mlp = layer.attention, layer.mlp
-            assert isinstance(attention, NativeAttention)
+            assert isinstance(attention, NativeAttention | NativeLatentAttention)
             if not isinstance(mlp, NativeSparseBlock | NativeDenseBlock | NativeMoELayer):
                 return loop
             if isinstance(mlp, NativeMoELayer):
                 form, symmetric = SparseForm.EXCHANGE, mlp.symmetric
             calls.append((attention.call, mlp.call))
         pages = [cache.layer(index) for index in range(len(layers))]
-        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGd) for layer in pages])
+        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGe) for layer in pages])
         return FusedLayers(fused, form, symmetric, loop)
 
-    def mlp(self, hidden_size: int, intermediate_size: int) -> NativeMLP:
-        return NativeMLP(self.experts(1, hidden_size, intermediate_size))
+    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> NativeMLP:
+        return NativeMLP(PackedExperts(self.kernels, 1, hidden_size, intermediate_size, self.dtype, gate_D))
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> NativeDenseBlock:
         assert isinstance(mlp, NativeMLP) and isinstance(next_norm, NativeNorm)
@@ -154,6 +192,7 @@ class NativeKit:
             correction_bias_E=bias_E,
             num_groups=config.num_groups,
             topk_groups=config.topk_groups,
+            groups_by_best=config.groups_by_best,
             normalize=config.normalize_topk,
             scale=config.routed_scaling_factor,
         )

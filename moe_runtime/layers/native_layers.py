@@ -23,6 +23,7 @@ from moe_runtime.kernels.cpu.blocks import (
     NextNorm,
     SparseCall,
 )
+from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.kernels.cpu.native_step import NativeStep
@@ -42,18 +43,21 @@ class NativeNorm:
     kernels: Kernels
     weight_D: Tensor
     eps: float
+    residual_multiplier: float = 1.0
 
     @property
     def after(self) -> NextNorm:
         """The norm in the form that blocks take."""
-        return NextNorm(self.weight_D, self.eps)
+        return NextNorm(self.weight_D, self.eps, self.residual_multiplier)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         return self.kernels.rms_norm(x_TD, self.weight_D, self.eps)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of `residual + x`, and that sum; they overwrite `x` and `residual`."""
-        return self.kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps, in_place=True)
+        """See `layers.kit.Norm`."""
+        return self.kernels.add_rms_norm(
+            x_TD, residual_TD, self.weight_D, self.eps, self.residual_multiplier, in_place=True
+        )
 
 
 class NativeAttention:
@@ -68,7 +72,22 @@ class NativeAttention:
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
         assert isinstance(step, NativeStep)
-        return self.call(x_TD, step, cache.k_NBGd, cache.v_NBGd, residual_TD, in_place=True), residual_TD
+        return self.call(x_TD, step, cache.k_NBGd, cache.v_NBGe, residual_TD, in_place=True), residual_TD
+
+
+class NativeLatentAttention:
+    """See `TorchLatentAttention`."""
+
+    def __init__(self, call: LatentCall) -> None:
+        self.call = call
+
+    @property
+    def nbytes(self) -> int:
+        return self.call.nbytes
+
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        assert isinstance(step, NativeStep)
+        return self.call(x_TD, step, cache.k_NBGd, residual_TD, in_place=True), residual_TD
 
 
 class NativeMLP:

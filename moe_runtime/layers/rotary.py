@@ -6,11 +6,12 @@ Shape suffixes: T tokens, r rotary dimensions.
 from __future__ import annotations
 
 import math
+from operator import truediv
 
 import torch
 from torch import Tensor
 
-from moe_runtime.config.model import RopeConfig
+from moe_runtime.config.model import RopeConfig, yarn_magnitude
 
 TABLE_STEP = 4096  # positions
 
@@ -44,6 +45,13 @@ class RotaryEmbedding:
             positions = torch.arange(length, device=position_T.device)
             self._table = self(positions, positions)
         return *self._table, position_T
+
+    def query_scale(self, position_T: Tensor) -> Tensor | None:
+        """Factor on the queries of latent attention at these positions, float32; None: no factor."""
+        if self.rope.query_scale is None:
+            return None
+        beta, length = self.rope.query_scale
+        return 1.0 + beta * torch.log1p((position_T // length).float())
 
     def __call__(self, position_T: Tensor, num_prompt_T: Tensor) -> tuple[Tensor, Tensor]:
         """`cos_Tr, sin_Tr` in float32 for tokens at these positions of sequences with prompts of these lengths."""
@@ -98,11 +106,9 @@ def _yarn(rope: RopeConfig, inv_freq: Tensor) -> tuple[Tensor, float]:
     interpolated = ramp.clamp(0.0, 1.0)
     inv_freq = inv_freq / rope.factor * interpolated + inv_freq * (1 - interpolated)
 
-    def magnitude(mscale: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
-
     if rope.attention_factor is not None:
         return inv_freq, rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return inv_freq, magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return inv_freq, magnitude(1.0)
+        magnitudes = (yarn_magnitude(rope.factor, mscale) for mscale in (rope.mscale, rope.mscale_all_dim))
+        return inv_freq, truediv(*magnitudes)
+    return inv_freq, yarn_magnitude(rope.factor, 1.0)

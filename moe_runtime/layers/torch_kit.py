@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_runtime.all2all.dispatch import TORCH_ROWS, Dispatcher, RowOps
-from moe_runtime.config.model import AttentionConfig, MoEConfig
+from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
+from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels import ops, torch_ops
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
@@ -20,14 +21,18 @@ from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import LayerLoop
 from moe_runtime.layers.gate import TorchGate
-from moe_runtime.layers.kit import MLP, DecoderLayer, Experts, Gate, Linear, Norm
+from moe_runtime.layers.kit import MLP, DecoderLayer, Experts, Gate, HeadMatrices, Linear, Norm
 from moe_runtime.layers.kv_cache import KVCache
 from moe_runtime.layers.moe import MoELayer
 from moe_runtime.layers.rotary import RotaryEmbedding
-from moe_runtime.layers.torch_layers import (
+from moe_runtime.layers.torch_attention import (
     AttentionStep,
-    RMSNorm,
     TorchAttention,
+    TorchHeadMatrices,
+    TorchLatentAttention,
+)
+from moe_runtime.layers.torch_layers import (
+    RMSNorm,
     TorchDenseBlock,
     TorchEmbedding,
     TorchHead,
@@ -75,8 +80,8 @@ class TorchKit:
     def embedding(self, weight_VD: Tensor) -> TorchEmbedding:
         return TorchEmbedding(weight_VD)
 
-    def norm(self, weight_D: Tensor, eps: float) -> RMSNorm:
-        return RMSNorm(weight_D, eps)
+    def norm(self, weight_D: Tensor, eps: float, residual_multiplier: float) -> RMSNorm:
+        return RMSNorm(weight_D, eps, residual_multiplier)
 
     def attention(
         self,
@@ -91,11 +96,34 @@ class TorchKit:
         assert isinstance(qkv, TorchLinear) and isinstance(output, TorchLinear)
         return TorchAttention(config, eps, qkv, output, q_norm, k_norm, next_norm, self.forms)
 
+    def head_matrices(self, num_heads: int, outputs: int, inputs: int) -> TorchHeadMatrices:
+        return TorchHeadMatrices(torch.empty(num_heads, outputs, inputs, dtype=self.dtype, device=self.device))
+
+    def latent_attention(
+        self,
+        config: LatentAttentionConfig,
+        down: Linear,
+        up: Linear | None,
+        key: HeadMatrices,
+        value: HeadMatrices,
+        output: Linear,
+        query_norm: Tensor | None,
+        latent_norm: Tensor,
+        next_norm: Norm,
+    ) -> TorchLatentAttention:
+        assert isinstance(down, TorchLinear) and isinstance(output, TorchLinear)
+        assert up is None or isinstance(up, TorchLinear)
+        assert isinstance(key, TorchHeadMatrices) and isinstance(value, TorchHeadMatrices)
+        return TorchLatentAttention(
+            config, down, up, key, value, output, query_norm, latent_norm, next_norm, self.forms
+        )
+
     def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> AttentionStep:
         cos_Nr, sin_Nr, row_T = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
         if row_T is not None:
             cos_Nr, sin_Nr = cos_Nr[row_T], sin_Nr[row_T]
-        return AttentionStep(cos_Nr.to(self.dtype), sin_Nr.to(self.dtype), batch.cache_position_T, batch.attention)
+        scale_T = rope.query_scale(batch.position_T)
+        return AttentionStep(cos_Nr, sin_Nr, batch.cache_position_T, batch.attention, scale_T)
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         return torch_ops.argmax(logits_BV)
@@ -103,9 +131,9 @@ class TorchKit:
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop:
         return LayerLoop(layers, cache)
 
-    def mlp(self, hidden_size: int, intermediate_size: int) -> TorchMLP:
+    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> TorchMLP:
         gate_up = self.linear(2 * intermediate_size, hidden_size)
-        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size))
+        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size), gate_D)
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> TorchDenseBlock:
         return TorchDenseBlock(mlp, next_norm)

@@ -165,7 +165,7 @@ def buffer_bytes(engine: EngineConfig, model: ModelConfig, local_ranks: int) -> 
     at_once, queues = tokens, engine.limits is not None and engine.limits.queues
     if not may_use_cuda(engine.device) and not queues:
         at_once = min(tokens, tokens_at_once(moe.num_experts, moe.top_k, engine.ep_size))
-    attention = 7 * hidden + max(2 * layer.attention.query_size + 2 * layer.attention.kv_size for layer in model.layers)
+    attention = 7 * hidden + max(layer.attention.row_size for layer in model.layers)
     inner = max(layer.dense_intermediate_size or 0 for layer in model.layers)
     dense = 3 * max(moe.shared_intermediate_size, inner)
     experts = moe.top_k * (2 * hidden + 3 * moe.intermediate_size)
@@ -196,7 +196,7 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     pairs = rows * engine.ep_size * model.moe.top_k
     exchange = pairs * (3 * model.hidden_size + model.moe.intermediate_size)
     chunks = -(-(engine.max_model_len or model.max_model_len) // DECODE_CHUNK)
-    merged = rows * chunks * max(layer.attention.num_heads * (layer.attention.head_dim + 2) for layer in model.layers)
+    merged = rows * chunks * max(layer.attention.num_heads * (layer.attention.value_size + 2) for layer in model.layers)
     return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 

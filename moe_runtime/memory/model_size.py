@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_runtime.config.model import AttentionConfig, ModelConfig
+from moe_runtime.config.attention import AnyAttention
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.weight_format import WeightFormat
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -26,7 +27,7 @@ class Parameters:
         head: V * D, or 0 if it is tied to the embedding.
         attention: projections, their biases, and the norms of queries and keys.
         dense_mlp: layers without experts.
-        shared_experts: experts that every token uses.
+        shared_experts: experts that every token uses, and the gates on them.
         gate, gate_bias: gates of the sparse layers, and their correction biases.
         norms: before attention, before the MLP, and the last one.
         expert: one routed expert, 3 * D * F.
@@ -71,7 +72,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
         head=0 if config.tie_word_embeddings else config.vocab_size * hidden,
         attention=sum(_attention_parameters(layer.attention, hidden) for layer in config.layers),
         dense_mlp=3 * hidden * sum(dense_sizes),
-        shared_experts=num_sparse * 3 * hidden * moe.shared_intermediate_size,
+        shared_experts=num_sparse * (3 * hidden * moe.shared_intermediate_size + _shared_gate(config)),
         gate=num_sparse * moe.num_experts * hidden,
         gate_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
         norms=(2 * config.num_layers + 1) * hidden,
@@ -81,19 +82,14 @@ def count_parameters(config: ModelConfig) -> Parameters:
     )
 
 
-def _attention_parameters(attention: AttentionConfig, hidden: int) -> int:
-    qkv_size = attention.query_size + 2 * attention.kv_size
-    return hidden * (qkv_size + attention.query_size) + _attention_vectors(attention, hidden)
+def _shared_gate(config: ModelConfig) -> int:
+    """Parameters of a layer's gate on its shared experts."""
+    return config.hidden_size if config.moe.shared_gate else 0
 
 
-def _attention_vectors(attention: AttentionConfig, hidden: int) -> int:
-    """Parameters of the biases, and of the norms of queries and keys."""
-    count = attention.query_size + 2 * attention.kv_size if attention.qkv_bias else 0
-    if attention.output_bias:
-        count += hidden
-    if attention.qk_norm:
-        count += 2 * attention.head_dim
-    return count
+def _attention_parameters(attention: AnyAttention, hidden: int) -> int:
+    matrices = sum(outputs * inputs for outputs, inputs in attention.matrices(hidden))
+    return matrices + attention.num_vector_weights(hidden)
 
 
 def weights_dtype(asked: str, stored: str) -> str:
@@ -120,14 +116,13 @@ def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     matrix = WeightFormat.of(dtype, native)
     gate = WeightFormat.of("float32" if moe.gate_float32 else dtype, native)
     embedding = 0 if config.tie_word_embeddings else count.embedding
-    vectors = count.norms + sum(_attention_vectors(layer.attention, hidden) for layer in config.layers)
+    vectors = count.norms + len(config.moe_layers) * _shared_gate(config)
+    vectors += sum(layer.attention.num_vector_weights(hidden) for layer in config.layers)
     matrices = matrix.nbytes(config.vocab_size, hidden) + len(config.moe_layers) * (
         gate.nbytes(moe.num_experts, hidden) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size)
     )
     for layer in config.layers:
-        attention = layer.attention
-        matrices += matrix.nbytes(attention.query_size + 2 * attention.kv_size, hidden)
-        matrices += matrix.nbytes(hidden, attention.query_size)
+        matrices += sum(matrix.nbytes(outputs, inputs) for outputs, inputs in layer.attention.matrices(hidden))
         matrices += _mlp_bytes(matrix, hidden, layer.dense_intermediate_size or 0)
     return matrices + (embedding + vectors) * ITEMSIZE[dtype] + 4 * count.gate_bias
 
@@ -144,7 +139,7 @@ def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool =
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes of keys and values of one token over all layers, 2 * L * G * d elements."""
+    """Bytes that all layers keep of one token; with grouped-query attention 2 * L * G * d elements."""
     return page_bytes(config, 1, ITEMSIZE[dtype])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
@@ -32,6 +33,10 @@ ROPE_KEYS = {
         }
     ),
 }
+# Of the type "dynamic" with `alpha`; all but that one have no effect.
+NTK_ALPHA_KEYS = frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
+
+QUERY_SCALE_KEYS = frozenset({"llama_4_scaling_beta", "max_position_embeddings"})
 
 
 class HFConfig:
@@ -70,6 +75,13 @@ class HFConfig:
         """A finite number. Null is not allowed."""
         return self._number(names[0], self._given(names, default))
 
+    def positive(self, name: str, default: float) -> float:
+        """A finite number above 0. Null is not allowed."""
+        value = self.number(name, default=default)
+        if value <= 0:
+            raise self._refusal(name, value, "a number above 0")
+        return value
+
     def number_or_none(self, name: str) -> float | None:
         """A finite number; None if the key is absent or null."""
         value = self.get(name)
@@ -82,20 +94,45 @@ class HFConfig:
             raise self._refusal(name, value, "true or false")
         return value
 
-    def window(self, default: int | None = None) -> int | None:
-        """The sliding window in tokens; null means none, also where the family has a default for an absent key."""
+    def window(self, default: int | None = None, *, is_used: bool = True) -> int | None:
+        """The sliding window in tokens; null means none, also where the family has a default for an absent key.
+
+        If it is not used, its value has no effect.
+        """
         self.seen.add("sliding_window")
-        value = self.values.get("sliding_window", default)
+        value = self.values.get("sliding_window", default) if is_used else None
         if value is not None and (not _is_integer(value) or value < 1):
             raise self._refusal("sliding_window", value, "null or an integer >= 1")
         return value
 
-    def layer_numbers(self, name: str) -> set[int]:
-        """A list of layers; absent or null is none."""
-        value = self.get(name, default=[])
-        if not isinstance(value, list) or not all(map(_is_integer, value)):
-            raise self._refusal(name, value, "a list of integers")
-        return set(value)
+    def integer_of_layers(self, *names: str, num_layers: int, default: int) -> int:
+        """An integer of at least 1, which may be written once for each layer."""
+        value = self._given(names, default)
+        if isinstance(value, list) and value and value == value[:1] * num_layers:
+            value = value[0]
+        if not _is_integer(value) or value < 1:
+            raise self._refusal(names[0], value, f"an integer >= 1, or a list of {num_layers} times the same")
+        return int(value)
+
+    def sparse_layers(self, num_layers: int) -> list[int]:
+        """Layers with experts: every `decoder_sparse_step`-th one that `mlp_only_layers` does not name."""
+        dense = self.get("mlp_only_layers", default=[])
+        if not isinstance(dense, list) or not all(map(_is_integer, dense)):
+            raise self._refusal("mlp_only_layers", dense, "a list of integers")
+        stride = self.integer("decoder_sparse_step", default=1)
+        return [index for index in range(num_layers) if index not in dense and (index + 1) % stride == 0]
+
+    def sparse_of_types(self, name: str, num_layers: int) -> list[int] | None:
+        """Layers that a list of "dense" and "sparse" names; None if it is absent."""
+        value = self.get(name)
+        if value is None:
+            return None
+        allowed = ("dense", "sparse")
+        if not isinstance(value, list) or len(value) != num_layers or not all(kind in allowed for kind in value):
+            raise self._refusal(
+                name, value, f"a list that gives each of the {num_layers} layers one of {list(allowed)}"
+            )
+        return [index for index, kind in enumerate(value) if kind == "sparse"]
 
     def require(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
         """A key of which only some values are supported."""
@@ -117,6 +154,17 @@ class HFConfig:
             rule = f"each of the {num_layers} layers must be {kind!r}"
             raise ValueError(f"layer_types: {shown(value)} in {self.where} is not supported; {rule}")
 
+    def layer_windows(self, with_window: Sequence[bool], window: int | None) -> list[int | None]:
+        """Each layer's sliding window; `layer_types` says which layers have one, else `with_window` does."""
+        kinds = ["sliding_attention" if has_window else "full_attention" for has_window in with_window]
+        value = self.get("layer_types", default=kinds)
+        allowed = ["full_attention"] if window is None else ["full_attention", "sliding_attention"]
+        if not isinstance(value, list) or len(value) != len(kinds) or not all(kind in allowed for kind in value):
+            raise self._refusal(
+                "layer_types", value, f"a list that gives each of the {len(kinds)} layers one of {allowed}"
+            )
+        return [window if kind == "sliding_attention" else None for kind in value]
+
     def head_dim(self, hidden_size: int, num_heads: int) -> int:
         if self.get("head_dim") is not None:
             return self.integer("head_dim")
@@ -124,17 +172,37 @@ class HFConfig:
             raise ValueError(f"head_dim: missing in config.json, and {num_heads} heads do not divide {hidden_size}")
         return hidden_size // num_heads
 
-    def rope(self, head_dim: int, max_position: int, *, theta: float, rotary_factor: float = 1.0) -> RopeConfig:
+    def rope(
+        self,
+        head_dim: int,
+        max_position: int,
+        *,
+        theta: float,
+        rotary_factor: float = 1.0,
+        interleaved: bool = False,
+        ntk_alpha: bool = False,
+        query_scale: bool = False,
+    ) -> RopeConfig:
         """Rotary parameters from `rope_scaling` + `rope_theta` (old) or `rope_parameters` (new).
 
         Where several spellings are present, the one that transformers takes counts.
+
+        Args:
+            theta, rotary_factor: defaults of the family.
+            interleaved: see `RopeConfig`.
+            ntk_alpha: with `alpha`, the type "dynamic" stretches the base once, whatever the length.
+            query_scale: `llama_4_scaling_beta` may be given; see `RopeConfig`.
         """
         scaling = self._rope_values()
         kind = scaling.get("rope_type", "type", default="default")
         if kind not in list(ROPE_KEYS):
             raise ValueError(f"rope_type: {shown(kind)} in config.json is not supported; supported: {list(ROPE_KEYS)}")
+        alpha = scaling.number_or_none("alpha") if ntk_alpha and kind == "dynamic" else None
+        known = ROPE_KEYS["default"] | (ROPE_KEYS[kind] if alpha is None else NTK_ALPHA_KEYS)
+        if query_scale:
+            known |= QUERY_SCALE_KEYS
         for key, value in scaling.values.items():
-            if key not in ROPE_KEYS[kind] | ROPE_KEYS["default"] and not is_empty(value):
+            if key not in known and not is_empty(value):
                 raise ValueError(f"{key}: not supported in config.json's rope parameters of type {kind!r}")
         factor = scaling.number_or_none("factor")
         if kind in ("linear", "dynamic", "llama3") and factor is None:
@@ -146,9 +214,16 @@ class HFConfig:
         own, inner = (values.number_or_none("partial_rotary_factor") for values in (self, scaling))
         partial = next((value for value in (inner, own) if value is not None), rotary_factor)
         rotary_dim = int(head_dim * partial)
-        if rotary_dim % 2 or rotary_dim < 2:
+        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
             raise ValueError(f"partial_rotary_factor: {partial} in config.json rotates {rotary_dim} of {head_dim} dims")
-        defaults = RopeConfig(theta=theta, rotary_dim=rotary_dim)
+        if alpha is not None:
+            if alpha <= 0:
+                raise scaling._refusal("alpha", alpha, "above 0")
+            theta *= alpha ** (head_dim / (head_dim - 2))
+            kind = "default"
+        defaults = RopeConfig(theta=theta, rotary_dim=rotary_dim, interleaved=interleaved)
+        if kind == "default":
+            return defaults
         return RopeConfig(
             theta=theta,
             rotary_dim=rotary_dim,
@@ -163,6 +238,8 @@ class HFConfig:
             mscale=scaling.number_or_none("mscale"),
             mscale_all_dim=scaling.number_or_none("mscale_all_dim"),
             truncate=scaling.flag("truncate", True),
+            interleaved=interleaved,
+            query_scale=(beta, int(original)) if (beta := scaling.number_or_none("llama_4_scaling_beta")) else None,
         )
 
     def finish(self) -> None:

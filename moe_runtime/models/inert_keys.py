@@ -14,11 +14,11 @@ INERT: dict[str, str] = {
         """,
     "only training uses them": """
         initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop router_jitter_noise
-        router_aux_loss_coef aux_loss_alpha output_router_logits seq_aux
+        router_aux_loss_coef aux_loss_alpha output_router_logits seq_aux moe_capacity
         """,
     "they choose what a call in Python returns": "return_dict output_attentions output_hidden_states is_decoder",
     "they name tokens": """
-        bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id prefix
+        bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id prefix eod_token_id
         """,
     "they are settings of transformers' generate": """
         max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings do_sample num_beams
@@ -27,9 +27,11 @@ INERT: dict[str, str] = {
         bad_words_ids force_words_ids constraints renormalize_logits forced_bos_token_id forced_eos_token_id
         remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
         token_healing guidance_scale watermarking_config num_return_sequences output_scores output_logits
-        return_dict_in_generate cache_implementation cache_config max_cache_len penalty_alpha dola_layers use_mtp
+        return_dict_in_generate cache_implementation cache_config max_cache_len penalty_alpha dola_layers
         """,
-    "layers for multi-token prediction are not read": "num_nextn_predict_layers num_mtp_layers",
+    "layers for multi-token prediction are not read": """
+        num_nextn_predict_layers num_mtp_layers use_mtp num_mtp_modules mtp_transformer_layers
+        """,
     "transformers does not read them in this family": "use_sliding_window max_window_layers",
 }
 INERT_PREFIXES = ("unsloth_",)  # marks of a training library

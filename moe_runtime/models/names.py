@@ -7,11 +7,35 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SwiGLUNames:
-    """Names of a SwiGLU's three matrices, below its own prefix."""
+    """Names of a SwiGLU's three matrices, below its own prefix.
+
+    Attributes:
+        gate_up: gate and up in one matrix `[2F, D]`, gate first; it replaces `gate` and `up`. Empty: there is none.
+    """
 
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    gate_up: str = ""
+
+
+@dataclass(frozen=True)
+class LatentNames:
+    """Names of latent attention's tensors, below the layer; projections have a `.weight` and perhaps a `.bias`.
+
+    Attributes:
+        query_down, query_norm, query_up: of compressed queries.
+        latent_down: to the latent and the shared key.
+        latent_norm: of the latent.
+        latent_up: from the latent to each head's key and value, `[H * (n + v), L]`.
+    """
+
+    query_down: str = "self_attn.q_a_proj"
+    query_norm: str = "self_attn.q_a_layernorm.weight"
+    query_up: str = "self_attn.q_b_proj"
+    latent_down: str = "self_attn.kv_a_proj_with_mqa"
+    latent_norm: str = "self_attn.kv_a_layernorm.weight"
+    latent_up: str = "self_attn.kv_b_proj"
 
 
 @dataclass(frozen=True)
@@ -23,15 +47,19 @@ class TensorNames:
         attention_norm, mlp_norm: before the attention, before the MLP.
         query, key, value, attention_output: projections; each has a `.weight` and perhaps a `.bias`.
         query_norm, key_norm: of the heads.
+        latent: of latent attention, beside `query` and `attention_output`.
         dense: prefix of a dense MLP.
         dense_parts: its matrices.
         sparse: prefix of a sparse block. A checkpoint may use `dense` instead.
         gate, correction_bias: below `sparse`.
-        shared: prefix of the shared experts, below `sparse`; matrices as `dense_parts`.
+        correction_bias_is_row: it is stored as `[1, E]`.
+        shared: prefix of the shared experts.
+        shared_parts: their matrices.
+        shared_gate: `[1, D]`, if tokens weigh the shared experts.
         expert: prefix of one expert, below `sparse`; `{}` is its number.
         expert_parts: its matrices.
-        fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, below the layer. They replace
-            the single experts.
+        fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, if the family has names of its
+            own for them. They replace the single experts.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -46,13 +74,17 @@ class TensorNames:
     attention_output: str = "self_attn.o_proj"
     query_norm: str = "self_attn.q_norm.weight"
     key_norm: str = "self_attn.k_norm.weight"
+    latent: LatentNames = field(default_factory=LatentNames)
     dense: str = "mlp"
     dense_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
     sparse: str = "mlp"
     gate: str = "gate.weight"
     correction_bias: str = "gate.e_score_correction_bias"
-    shared: str = "shared_experts"
+    correction_bias_is_row: bool = False
+    shared: str = "mlp.shared_experts"
+    shared_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
+    shared_gate: str = ""
     expert: str = "experts.{}"
     expert_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
-    fused_gate_up: str = "mlp.experts.gate_up_proj"
-    fused_down: str = "mlp.experts.down_proj"
+    fused_gate_up: str = ""
+    fused_down: str = ""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatcher
 from moe_runtime.balancer.placement import Placement
+from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.parts import ExpertPart
@@ -94,7 +95,18 @@ class ModelReader:
         nbytes = head.nbytes + (0 if tied else embed.nbytes)
         nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
         rope = RotaryEmbedding(config.rope, kit.device)
-        return Decoder(embed, first_norms[0], layers, sparse_blocks, head, rope, kit.attention_step, nbytes)
+        return Decoder(
+            embed=embed,
+            first_norm=first_norms[0],
+            layers=layers,
+            sparse_blocks=sparse_blocks,
+            head=head,
+            rope=rope,
+            attention_step=kit.attention_step,
+            nbytes=nbytes,
+            embedding_multiplier=config.embedding_multiplier,
+            logits_scaling=config.logits_scaling,
+        )
 
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
@@ -118,35 +130,79 @@ class ModelReader:
         linear.put(0, torch.cat(found).to(self.kit.dtype) if len(found) > 1 else found[0].to(self.kit.dtype))
 
     def norm(self, name: str) -> Norm:
-        return self.kit.norm(self.tensor(name, self.config.hidden_size), self.config.rms_norm_eps)
+        weight_D = self.tensor(name, self.config.hidden_size)
+        return self.kit.norm(weight_D, self.config.rms_norm_eps, self.config.residual_multiplier)
 
     def attention(self, index: int, next_norm: Norm) -> AttentionBlock:
-        names, hidden, config = self.names, self.config.hidden_size, self.config.layers[index].attention
-        prefix = self._prefix(index)
+        config = self.config.layers[index].attention
+        if isinstance(config, LatentAttentionConfig):
+            return self._latent_attention(self._prefix(index), config, next_norm)
+        return self._grouped_attention(self._prefix(index), config, next_norm)
+
+    def _grouped_attention(self, prefix: str, config: AttentionConfig, next_norm: Norm) -> AttentionBlock:
+        names, hidden = self.names, self.config.hidden_size
         rows = {names.query: config.query_size, names.key: config.kv_size, names.value: config.kv_size}
-        bias = out_bias = None
-        if config.qkv_bias:
-            bias = torch.cat([self.tensor(f"{prefix}.{part}.bias", count) for part, count in rows.items()])
-        qkv = self.kit.linear(sum(rows.values()), hidden, bias)
-        self.fill(qkv, {f"{prefix}.{part}.weight": count for part, count in rows.items()})
-        if config.output_bias:
-            out_bias = self.tensor(f"{prefix}.{names.attention_output}.bias", hidden)
-        output = self.kit.linear(hidden, config.query_size, out_bias)
-        self.fill(output, {f"{prefix}.{names.attention_output}.weight": hidden}, config.query_size)
+        turned = (names.query, names.key)
+
+        def stacked(suffix: str, *inputs: int) -> Tensor:
+            found = {part: self.tensor(f"{prefix}.{part}.{suffix}", count, *inputs) for part, count in rows.items()}
+            return torch.cat([self._halves(x, config.head_dim) if part in turned else x for part, x in found.items()])
+
+        qkv = self.kit.linear(sum(rows.values()), hidden, stacked("bias") if config.qkv_bias else None)
+        qkv.put(0, stacked("weight", hidden))
+        output = self._attention_output(prefix, config.query_size, config.output_bias)
         q_norm, k_norm = (
-            self.tensor(f"{prefix}.{name}", config.head_dim) if config.qk_norm else None
-            for name in (names.query_norm, names.key_norm)
+            self._halves(self.tensor(f"{prefix}.{name}", size), config.head_dim) if size else None
+            for name, size in zip((names.query_norm, names.key_norm), config.norm_sizes, strict=True)
         )
         return self.kit.attention(config, self.config.rms_norm_eps, qkv, output, q_norm, k_norm, next_norm)
+
+    def _latent_attention(self, prefix: str, config: LatentAttentionConfig, next_norm: Norm) -> AttentionBlock:
+        names, hidden, kit, rank = self.names.latent, self.config.hidden_size, self.kit, config.query_rank
+        query = self.names.query if rank is None else names.query_down
+        head_size = config.nope_size + config.rope_size
+
+        def down_rows(suffix: str, *inputs: int) -> Tensor:
+            queries = self.tensor(f"{prefix}.{query}.{suffix}", rank or config.query_size, *inputs)
+            if rank is None:
+                queries = self._halves(queries, head_size, config.nope_size)
+            latent = self.tensor(f"{prefix}.{names.latent_down}.{suffix}", config.key_size, *inputs)
+            return torch.cat((queries, self._halves(latent, config.key_size, config.latent_size)))
+
+        down = kit.linear(config.down_size, hidden, down_rows("bias") if config.bias else None)
+        down.put(0, down_rows("weight", hidden))
+        up = query_norm = None
+        if rank is not None:
+            query_norm = self.tensor(f"{prefix}.{names.query_norm}", rank)
+            up = kit.linear(config.query_size, rank)
+            weight = self.tensor(f"{prefix}.{names.query_up}.weight", config.query_size, rank)
+            up.put(0, self._halves(weight, head_size, config.nope_size))
+        key = kit.head_matrices(config.num_heads, config.latent_size, config.nope_size)
+        value = kit.head_matrices(config.num_heads, config.head_value_size, config.latent_size)
+        size = config.nope_size + config.head_value_size
+        both = self.tensor(f"{prefix}.{names.latent_up}.weight", config.num_heads * size, config.latent_size)
+        for head, weight in enumerate(both.unflatten(0, (config.num_heads, size))):
+            key.put(head, 0, weight[: config.nope_size].T.contiguous())
+            value.put(head, 0, weight[config.nope_size :])
+        output = self._attention_output(prefix, config.output_size, config.bias)
+        latent_norm = self.tensor(f"{prefix}.{names.latent_norm}", config.latent_size)
+        return kit.latent_attention(config, down, up, key, value, output, query_norm, latent_norm, next_norm)
+
+    def _attention_output(self, prefix: str, inputs: int, has_bias: bool) -> Linear:
+        name, hidden = f"{prefix}.{self.names.attention_output}", self.config.hidden_size
+        output = self.kit.linear(hidden, inputs, self.tensor(f"{name}.bias", hidden) if has_bias else None)
+        self.fill(output, {f"{name}.weight": hidden}, inputs)
+        return output
 
     def dense_block(self, index: int, next_norm: Norm) -> MLPBlock:
         size = self.config.layers[index].dense_intermediate_size
         assert size is not None
-        return self.kit.dense_block(self.mlp(f"{self._prefix(index)}.{self.names.dense}", size), next_norm)
+        mlp = self.mlp(f"{self._prefix(index)}.{self.names.dense}", self.names.dense_parts, size)
+        return self.kit.dense_block(mlp, next_norm)
 
-    def mlp(self, prefix: str, intermediate: int) -> MLP:
-        mlp = self.kit.mlp(self.config.hidden_size, intermediate)
-        for part, matrix in self._matrices(prefix, self.names.dense_parts, intermediate):
+    def mlp(self, prefix: str, names: SwiGLUNames, intermediate: int, gate_D: Tensor | None = None) -> MLP:
+        mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D)
+        for part, matrix in self._matrices(prefix, names, intermediate):
             mlp.put(0, part, 0, matrix.read(self.source, range(matrix.num_rows)).to(self.kit.dtype))
         return mlp
 
@@ -158,7 +214,8 @@ class ModelReader:
         weight_ED = self.tensor(f"{prefix}.{names.gate}", moe.num_experts, c.hidden_size, dtype=gate_dtype)
         bias_E = None
         if moe.correction_bias:
-            bias_E = self.tensor(f"{prefix}.{names.correction_bias}", moe.num_experts, dtype=torch.float32)
+            shape = (1, moe.num_experts) if names.correction_bias_is_row else (moe.num_experts,)
+            bias_E = self.tensor(f"{prefix}.{names.correction_bias}", *shape, dtype=torch.float32).flatten()
         slot_E = torch.from_numpy(self.placement.first_slot[row]).to(device=self.kit.device, dtype=torch.int64)
         slots_WS = self.placement.slots[row]
         counts_2E, limits = self.counter.layer(row), None
@@ -171,31 +228,61 @@ class ModelReader:
             if expert >= 0:
                 for _ in self.copy_expert(experts, slot, row, expert, WHOLE):
                     pass
-        shared = None
-        if moe.shared_intermediate_size:
-            shared = self.mlp(f"{prefix}.{names.shared}", moe.shared_intermediate_size)
+        shared = self._shared_experts(index) if moe.shared_intermediate_size else None
         return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers, limits)
+
+    def _shared_experts(self, index: int) -> MLP:
+        moe, names, prefix = self.config.moe, self.names, self._prefix(index)
+        gate_D = None
+        if moe.shared_gate:
+            gate_D = self.tensor(f"{prefix}.{names.shared_gate}", 1, self.config.hidden_size)[0]
+        return self.mlp(f"{prefix}.{names.shared}", names.shared_parts, moe.shared_intermediate_size, gate_D)
+
+    def _halves(self, x: Tensor, head_size: int, first: int = 0) -> Tensor:
+        """Rows of heads, whose rotary pairs are brought from neighbours to halves if the checkpoint interleaves them.
+
+        `first` is the first rotated row of a head.
+        """
+        rope = self.config.rope
+        if not rope.interleaved:
+            return x
+        order = torch.arange(head_size)
+        rotated = slice(first, first + rope.rotary_dim)
+        order[rotated] = order[rotated].view(-1, 2).T.flatten()
+        return x.view(-1, head_size, *x.shape[1:])[:, order].flatten(0, 1)
 
     def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
         """The matrices of one logical expert, stored by itself or fused with the others of its layer."""
         hidden, inner, total = self.config.hidden_size, self.config.moe.intermediate_size, self.config.moe.num_experts
-        gate_up_name, down_name = (
-            f"{self._prefix(index)}.{name}" for name in (self.names.fused_gate_up, self.names.fused_down)
-        )
-        if not self.source.has(gate_up_name):
-            prefix = f"{self._sparse_prefix(index)}.{self.names.expert.format(expert)}"
-            yield from self._matrices(prefix, self.names.expert_parts, inner)
+        prefix = self._sparse_prefix(index)
+        fused = self._fused_names(index, prefix)
+        if fused is None:
+            yield from self._matrices(f"{prefix}.{self.names.expert.format(expert)}", self.names.expert_parts, inner)
             return
+        gate_up, down = fused
         shape = (total, 2 * inner, hidden)
-        yield "gate", StoredMatrix(gate_up_name, shape, inner, 0, expert)
-        yield "up", StoredMatrix(gate_up_name, shape, inner, inner, expert)
-        yield "down", StoredMatrix(down_name, (total, hidden, inner), hidden, 0, expert)
+        yield "gate", StoredMatrix(gate_up, shape, inner, 0, expert)
+        yield "up", StoredMatrix(gate_up, shape, inner, inner, expert)
+        yield "down", StoredMatrix(down, (total, hidden, inner), hidden, 0, expert)
+
+    def _fused_names(self, index: int, sparse: str) -> tuple[str, str] | None:
+        """Names of all experts' matrices in one tensor: the family's own, or those that newer checkpoints of all
+        families use; None if experts are stored one by one."""
+        names, layer = self.names, self._prefix(index)
+        own = [(f"{layer}.{names.fused_gate_up}", f"{layer}.{names.fused_down}")] if names.fused_gate_up else []
+        usual = [(f"{sparse}.experts.gate_up_proj{end}", f"{sparse}.experts.down_proj{end}") for end in ("", ".weight")]
+        return next((pair for pair in (*own, *usual) if self.source.has(pair[0])), None)
 
     def _matrices(self, prefix: str, parts: SwiGLUNames, inner: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
         """The three matrices of a SwiGLU that are stored under `prefix`."""
         hidden = self.config.hidden_size
-        yield "gate", StoredMatrix(f"{prefix}.{parts.gate}.weight", (inner, hidden), inner)
-        yield "up", StoredMatrix(f"{prefix}.{parts.up}.weight", (inner, hidden), inner)
+        if parts.gate_up:
+            name, shape = f"{prefix}.{parts.gate_up}.weight", (2 * inner, hidden)
+            yield "gate", StoredMatrix(name, shape, inner)
+            yield "up", StoredMatrix(name, shape, inner, inner)
+        else:
+            yield "gate", StoredMatrix(f"{prefix}.{parts.gate}.weight", (inner, hidden), inner)
+            yield "up", StoredMatrix(f"{prefix}.{parts.up}.weight", (inner, hidden), inner)
         yield "down", StoredMatrix(f"{prefix}.{parts.down}.weight", (hidden, inner), hidden)
 
     def _prefix(self, index: int) -> str:

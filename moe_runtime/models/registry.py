@@ -29,9 +29,28 @@ logger = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
 FAMILIES = {
-    "qwen3_moe": "moe_runtime.models.families.qwen3_moe",
-    "mixtral": "moe_runtime.models.families.mixtral",
-    "glm4_moe": "moe_runtime.models.families.glm4_moe",
+    name: f"moe_runtime.models.families.{name}"
+    for name in (
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "granitemoe",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "minimax_m2",
+        "mistral4",
+        "mixtral",
+        "olmoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "solar_open",
+    )
+} | {
+    "hunyuan": "moe_runtime.models.families.hunyuan_v1_moe",  # its name before transformers had it
+    "kimi_k2": "moe_runtime.models.families.deepseek_v3",
 }
 
 

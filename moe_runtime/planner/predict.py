@@ -5,6 +5,7 @@ docs/planner.md has the formulas. Shape suffixes: L layers, E logical experts, W
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -134,16 +135,16 @@ class _Rates:
         return total
 
     def attention(self, shape: ModelShape, work: Workload, sequences_W: Floats) -> Floats:
-        """Seconds of a layer's attention without its projections: reading or multiplying keys and values."""
-        hardware, keys = self.hardware, min(work.length, shape.sliding_window or work.length)
-        if work.phase == "decode":
-            pairs, flops = float(keys), shape.decode_flops_per_key
-        else:
-            pairs = keys * (keys + 1) / 2 + (work.length - keys) * float(keys)
-            flops = shape.prefill_flops_per_key
+        """Seconds of all layers' attention without its projections: reading or multiplying keys and values."""
+        hardware, is_decode = self.hardware, work.phase == "decode"
+        flops = shape.decode_flops_per_key if is_decode else shape.prefill_flops_per_key
         rate = hardware.rate(hardware.attention_dtype, self.num_ranks, self.active) * hardware.attention_rate
-        read = keys * shape.kv_bytes / (self.bandwidth * hardware.attention_bandwidth)
-        found: Floats = sequences_W * max(read, pairs * flops / rate)
+        bandwidth, total = self.bandwidth * hardware.attention_bandwidth, 0.0
+        for window, num_layers in Counter(shape.windows).items():
+            keys = min(work.length, window or work.length)
+            pairs = float(keys) if is_decode else keys * (keys + 1) / 2 + (work.length - keys) * float(keys)
+            total += num_layers * max(keys * shape.kv_bytes / bandwidth, pairs * flops / rate)
+        found: Floats = sequences_W * total
         return found
 
 
@@ -170,7 +171,7 @@ def predict(
     beside_experts_W = rates.products((*shape.shared, shape.gate), tokens_W)
     layers_W = {
         "attention": shape.num_layers * rates.products(shape.attention, tokens_W),
-        "kv": shape.num_layers * rates.attention(shape, work, half_W),
+        "kv": rates.attention(shape, work, half_W),
         "dense": num_dense * rates.products(shape.dense_mlp, tokens_W) + shape.num_sparse_layers * beside_experts_W,
     }
     sparse = _sparse_layers(shape, hardware, placement, routing, tokens_W)
@@ -291,7 +292,7 @@ def _bytes_read(
 ) -> float:
     """Bytes that all ranks together read in a step; `expert_bytes`: read of the experts of one sparse layer."""
     at_work = float((sequences_W > 0).sum())
-    pages = shape.num_layers * work.sequences * work.length * shape.kv_bytes
+    pages = work.sequences * shape.keys_seen(work.length) * shape.kv_bytes
     return at_work * hardware.stored_bytes(shape.dense) + shape.num_sparse_layers * expert_bytes + pages
 
 

@@ -66,7 +66,7 @@ class ModelShape:
         head: maps rows to logits.
         embedding_bytes: bytes of the embedding table; 0 if it is tied to the head.
         kv_bytes: bytes of the keys and values of one token in one layer.
-        sliding_window: the largest number of keys that a token sees, or None.
+        windows: each layer's sliding window, the largest number of keys that a token sees there, or None.
         decode_flops_per_key, prefill_flops_per_key: operations of one query token with one key and value, in one layer,
             in decode and in prompts.
         bytes_out, bytes_back: bytes of a token's row to an expert's rank, and of an expert's row on the return path.
@@ -85,7 +85,7 @@ class ModelShape:
     head: Matrix
     embedding_bytes: int
     kv_bytes: int
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
     decode_flops_per_key: int
     prefill_flops_per_key: int
     bytes_out: int
@@ -102,30 +102,34 @@ class ModelShape:
             self.head,
         )
 
+    def keys_seen(self, length: int) -> int:
+        """Keys that the token after `length` sees, summed over the layers."""
+        return sum(min(length, window or length) for window in self.windows)
+
     @classmethod
     def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
         """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
         hidden, moe = config.hidden_size, config.moe
-        (attention,) = {layer.attention for layer in config.layers}  # only one kind of attention per model is supported
-        query, key_value = attention.query_size, attention.kv_size
-        flops = 4 * query  # one product with the key, one with the value
+        attention = config.layers[0].attention  # layers differ only in their windows
+        # One product with the key, one with the value.
+        flops = 2 * attention.num_heads * (attention.key_size + attention.value_size)
         item = ITEMSIZE[dtype]
-        kept = attention.kv_spec(item)
+        kept = config.kv_specs(item)
         return cls(
             name=name,
             num_layers=config.num_layers,
             num_sparse_layers=len(config.moe_layers),
             num_experts=moe.num_experts,
             top_k=moe.top_k,
-            attention=(Matrix(query + 2 * key_value, hidden, dtype), Matrix(hidden, query, dtype)),
+            attention=tuple(Matrix(*size, dtype) for size in attention.matrices(hidden)),
             dense_mlp=_mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype),
             shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
             gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),
             expert=_mlp(hidden, moe.intermediate_size, dtype),
             head=Matrix(config.vocab_size, hidden, dtype),
             embedding_bytes=0 if config.tie_word_embeddings else config.vocab_size * hidden * item,
-            kv_bytes=kept.bytes_per_token,
-            sliding_window=kept.window,
+            kv_bytes=kept[0].bytes_per_token,
+            windows=tuple(spec.window for spec in kept),
             decode_flops_per_key=flops,
             prefill_flops_per_key=flops,
             bytes_out=hidden * item,
@@ -184,7 +188,7 @@ class ModelShape:
             expert=_mlp(hidden, size["expert_intermediate_size"], dtype),
             head=head,
             embedding_bytes=0 if tied else head.parameters * ITEMSIZE[head.dtype],
-            sliding_window=window,
+            windows=(window,) * size["num_layers"],
             **{key: size[key] for key in ("num_layers", "num_sparse_layers", "num_experts", "top_k", "kv_bytes")},
             **{key: size[key] for key in ("decode_flops_per_key", "prefill_flops_per_key", "bytes_out", "bytes_back")},
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,13 +16,16 @@ import torch
 from torch import Tensor
 
 from moe_runtime.system.pages import give_freed_memory_back
-from moe_runtime.weights.safetensors_file import SafetensorsFile, StoredTensor
+from moe_runtime.weights.safetensors_file import SafetensorsFile
 
 logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+USUAL_PREFIX = "model."
+PREFIXES = (USUAL_PREFIX, "model.language_model.", "language_model.model.", "")
 ALL_ROWS = slice(None)
 NOTHING: tuple[tuple[str, int | None], Tensor] = ("", None), torch.empty(0)
 
@@ -104,19 +108,21 @@ class Checkpoint:
         if ignored := sorted(set(present) - set(names)):
             logger.info("model: ignored in %s, as they are not the model's: %s", path, ", ".join(ignored))
         files = {name: self._open(name) for name in names}
-        self._file_of = _files_of(files, path) if listed is None else {key: files[listed[key]] for key in listed}
+        file_of = _files_of(files, path) if listed is None else {key: files[listed[key]] for key in listed}
+        self._place_of = {name: (file_of[key], key) for name, key in decoder_names(file_of).items()}
 
     def has(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._place_of
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
-        file, found = self._find(name)
+        file, key = self._find(name)
+        found = file.tensors[key]
         if found.dtype not in READABLE:
             known = list(READABLE)
-            raise ValueError(f"model: tensor {name!r} has dtype {found.dtype}, which is not supported ({known})")
+            raise ValueError(f"model: tensor {key!r} has dtype {found.dtype}, which is not supported ({known})")
         if found.shape != shape:
             have, want = list(found.shape), list(shape)
-            raise ValueError(f"model: tensor {name!r} has shape {have}, but config.json means {want}")
+            raise ValueError(f"model: tensor {key!r} has shape {have}, but config.json means {want}")
         start, nbytes = found.start, found.nbytes
         if index is not None:
             shape, nbytes = shape[1:], nbytes // shape[0]
@@ -132,19 +138,40 @@ class Checkpoint:
         """Return freed memory to the system."""
         give_freed_memory_back()
 
-    def _find(self, name: str) -> tuple[SafetensorsFile, StoredTensor]:
-        if name not in self._file_of:
+    def _find(self, name: str) -> tuple[SafetensorsFile, str]:
+        """The file of a tensor, and its name there."""
+        if name not in self._place_of:
             raise ValueError(f"model: {self.path} has no tensor {name!r}")
-        file = self._file_of[name]
-        if name not in file.tensors:
-            raise ValueError(f"model: {file.path} has no tensor {name!r}, but model.safetensors.index.json says so")
-        return file, file.tensors[name]
+        file, key = self._place_of[name]
+        if key not in file.tensors:
+            raise ValueError(f"model: {file.path} has no tensor {key!r}, but model.safetensors.index.json says so")
+        return file, key
 
     def _open(self, name: str) -> SafetensorsFile:
         file = self.path / name
         if not file.exists():
             raise ValueError(f"model: {file} is missing, but model.safetensors.index.json names it")
         return SafetensorsFile(file)
+
+
+def decoder_names(keys: Iterable[str]) -> dict[str, str]:
+    """The name in a checkpoint for each name in a checkpoint of the language model alone.
+
+    They differ where the model is part of a larger one, for example beside a vision tower, or was saved without its
+    head's class.
+    """
+    keys = list(keys)
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}{EMBEDDING}" in keys), USUAL_PREFIX)
+    if prefix == USUAL_PREFIX:
+        return {key: key for key in keys}
+    names = {f"{USUAL_PREFIX}{key.removeprefix(prefix)}": key for key in keys if key.startswith(prefix)}
+    head = next((key for key in (HEAD, f"language_model.{HEAD}") if key in keys), None)
+    if head is not None:
+        names[HEAD] = head
+    rest = sorted(set(keys) - set(names.values()))
+    if rest:
+        logger.info("model: %d tensors that are no part of the language model are not read, as %s", len(rest), rest[0])
+    return names
 
 
 def _files_of(files: dict[str, SafetensorsFile], path: Path) -> dict[str, SafetensorsFile]:

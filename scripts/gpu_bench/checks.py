@@ -113,11 +113,13 @@ def _rows(shape: Shape, make: Make, device: torch.device) -> Cases:
     with poisoned():
         k_cache, v_cache = torch.zeros_like(k).new_zeros(2, 64 // PAGE, PAGE, G, d)
         normed, added = ops.add_rms_norm(x, residual, weight, 1e-6)
+        scaled = ops.scale_rows(residual, x, weight)
         turned = ops.rotary_store_kv(q, k, v, angle.cos(), angle.sin(), k_cache, v_cache, slot)
         activated, product = ops.silu_mul(parts.flatten(1)[:, : 2 * D].contiguous()), invariant_ops.linear(x, matrix)
         plain = ops.rms_norm(q, weight[:1].expand(d).contiguous(), 1e-6)
     yield "add_rms_norm", normed, weight.double() * total / (total.square().mean(1, keepdim=True) + 1e-6).sqrt()
     yield "add_rms_norm sum", added, total
+    yield "scale_rows", scaled, residual.double() * (x.double() @ weight.double()).sigmoid()[:, None]
     wide = q.double()
     yield "rms_norm", plain, weight[0].double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     yield "rotary_store_kv queries", turned, _rotate(q.double(), angle.double())

@@ -9,6 +9,7 @@ import triton
 
 from moe_runtime.kernels.torch_ops import Scoring
 from moe_runtime.kernels.triton import attention, decode_attention, gate, group, grouped_gemm, norms, rotary, tiles
+from moe_runtime.kernels.triton.attend import HeadSizes
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 BFLOAT16 = "bf16"
@@ -42,7 +43,7 @@ class Form:
 def types_of(kernel: triton.JITFunction, meta: dict[str, int], **pointers: str) -> dict[str, str]:
     """Argument types: those of the named pointers; every other argument that is no constant is an int32."""
     constant = set(meta) | {name for name in kernel.arg_names if name.isupper() or name.endswith("_ptr")}
-    floats = {name: "fp32" for name in ("eps", "scale") if name in kernel.arg_names}
+    floats = {name: "fp32" for name in ("eps", "scale", "multiplier") if name in kernel.arg_names}
     return dict.fromkeys((n for n in kernel.arg_names if n not in constant), "i32") | floats | pointers
 
 
@@ -83,16 +84,18 @@ def tile_map_form(num_slots: int) -> Form:
     return Form(f"tile_map {num_slots} slots", kernel, types, meta)
 
 
-def gate_form(num_experts: int, top_k: int, scoring: Scoring, num_groups: int = 1, topk_groups: int = 1) -> Form:
-    """A gate; sigmoid gates have a correction bias."""
+def gate_form(
+    num_experts: int, top_k: int, scoring: Scoring, num_groups: int = 1, topk_groups: int = 1, bias: bool = False
+) -> Form:
+    """A gate, perhaps with a correction bias."""
     kernel = gate.topk_gate_kernel
     meta = gate.topk_gate_meta(
         num_experts, top_k=top_k, scoring=scoring, num_groups=num_groups, topk_groups=topk_groups, normalize=True
     )
     pointers = {"logits_ptr": "*fp32", "weights_ptr": "*fp32", "experts_ptr": "*i64"}
-    pointers |= {"bias_ptr": "*fp32"} if scoring == "sigmoid" else {}
+    pointers |= {"bias_ptr": "*fp32"} if bias else {}
     groups = f" {topk_groups} of {num_groups} groups" if num_groups > 1 else ""
-    name = f"topk_gate {scoring} {top_k} of {num_experts}{groups}"
+    name = f"topk_gate {scoring}{' with bias' if bias else ''} {top_k} of {num_experts}{groups}"
     return Form(name, kernel, types_of(kernel, meta, **pointers), meta)
 
 
@@ -122,12 +125,18 @@ def row_forms(dtype: str) -> Iterator[Form]:
         names = ["x_ptr", "weight_ptr", "out_ptr", *(["residual_ptr", "sum_ptr"] if residual else [])]
         types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"))
         yield Form(f"{'add_' if residual else ''}rms_norm {dtype} {size}", kernel, types, meta)
+    kernel, meta = norms.scale_rows_kernel, norms.scale_rows_meta(2048)
+    names = [name for name in kernel.arg_names if name.endswith("_ptr")]
+    yield Form(f"scale_rows {dtype}", kernel, types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}")), meta)
     kernel, meta = norms.silu_mul_kernel, norms.silu_mul_meta(14336)
     yield Form(f"silu_mul {dtype}", kernel, types_of(kernel, meta, x_ptr=f"*{dtype}", out_ptr=f"*{dtype}"), meta)
     for heads, kv_heads, size, rotary_dim in ((32, 4, 128, 128), (96, 8, 128, 64)):
         kernel, meta = rotary.rotary_kernel, rotary.rotary_meta(heads, kv_heads, size, rotary_dim)
         names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "slot_ptr"]
-        types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"), slot_ptr="*i64")
+        types = types_of(
+            kernel, meta, **dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
+            slot_ptr="*i64",
+        )  # fmt: skip
         yield Form(f"rotary_store_kv {dtype} {heads}/{kv_heads} heads {rotary_dim} of {size}", kernel, types, meta)
     kernel, meta = rotary.store_kv_kernel, rotary.store_kv_meta(8, 128)
     names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "slot_ptr"]
@@ -135,26 +144,39 @@ def row_forms(dtype: str) -> Iterator[Form]:
     yield Form(f"store_kv {dtype}", kernel, types, meta)
 
 
-def attention_forms(dtype: str, head_size: int, window: int | None, heads_per_group: int = 8) -> Iterator[Form]:
-    """Decode, merge and prefill."""
+def attention_forms(
+    dtype: str, sizes: HeadSizes, window: int | None, *, heads_per_group: int = 8, sinks: bool = False
+) -> Iterator[Form]:
+    """Decode, merge and prefill. With sinks, decode is that of a single chunk, because else the merge has them."""
     operands = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"table_ptr": "*i64"}
-    shape = f"{dtype} heads of {head_size}{f' window {window}' if window else ''}"
+    sink = {"sinks_ptr": "*fp32"} if sinks else {}
+    shape = f"{dtype} {attention_shape(sizes, window, heads_per_group, sinks)}"
     uses_tensor_cores = dtype != FLOAT32
-    kernel = decode_attention.decode_attention_kernel
-    meta = decode_attention.decode_attention_meta(head_size, 16, window, ITEMSIZE[dtype], heads_per_group)
-    pointers = operands | dict.fromkeys(("sequence_ptr", "position_ptr"), "*i32")
-    pointers |= dict.fromkeys(("out_ptr", "part_ptr"), "*fp32")
-    yield Form(f"decode_attention {shape}", kernel, types_of(kernel, meta, **pointers), meta, uses_tensor_cores)
-    kernel, meta = decode_attention.merge_chunks_kernel, decode_attention.merge_chunks_meta(head_size, window)
-    pointers = {"sum_ptr": "*fp32", "part_ptr": "*fp32", "position_ptr": "*i32", "out_ptr": f"*{dtype}"}
-    yield Form(f"merge_chunks {shape}", kernel, types_of(kernel, meta, **pointers), meta)
-    kernel = attention.prefill_attention_kernel
-    pointers = operands | {"query_start_ptr": "*i32", "context_ptr": "*i32", "out_ptr": f"*{dtype}"}
     for chips in ((80,), (90, 100)):
         chip = tiles.CHIPS[chips[0] // 10, 0]
-        meta = attention.prefill_attention_meta(head_size, 16, window, ITEMSIZE[dtype], chip)
+        kernel = decode_attention.decode_attention_kernel
+        meta = decode_attention.decode_attention_meta(sizes, 16, window, ITEMSIZE[dtype], heads_per_group, chip)
+        pointers = operands | sink | dict.fromkeys(("sequence_ptr", "position_ptr"), "*i32")
+        pointers |= {"out_ptr": f"*{dtype}"} if sinks else dict.fromkeys(("out_ptr", "part_ptr"), "*fp32")
+        types = types_of(kernel, meta, **pointers)
+        yield Form(f"decode_attention {shape}", kernel, types, meta, uses_tensor_cores, chips=chips)
+    kernel, meta = decode_attention.merge_chunks_kernel, decode_attention.merge_chunks_meta(sizes.value, window)
+    pointers = {"sum_ptr": "*fp32", "part_ptr": "*fp32", "position_ptr": "*i32", "out_ptr": f"*{dtype}"} | sink
+    yield Form(f"merge_chunks {shape}", kernel, types_of(kernel, meta, **pointers), meta)
+    kernel = attention.prefill_attention_kernel
+    pointers = operands | sink | {"query_start_ptr": "*i32", "context_ptr": "*i32", "out_ptr": f"*{dtype}"}
+    for chips in ((80,), (90, 100)):
+        chip = tiles.CHIPS[chips[0] // 10, 0]
+        meta = attention.prefill_attention_meta(sizes, 16, window, ITEMSIZE[dtype], chip)
         types = types_of(kernel, meta, **pointers)
         yield Form(f"prefill_attention {shape}", kernel, types, meta, uses_tensor_cores, chips=chips)
+
+
+def attention_shape(sizes: HeadSizes, window: int | None, heads_per_group: int, sinks: bool) -> str:
+    """What the names of attention forms call a shape."""
+    numbers = f"{sizes.key}" if sizes.key == sizes.value else f"{sizes.key}/{sizes.value}"
+    shape = f"MLA {numbers} {heads_per_group} heads" if sizes.in_keys else f"heads of {numbers}"
+    return shape + (f" window {window}" if window else "") + (" sinks" if sinks else "")
 
 
 def all_forms() -> list[Form]:
@@ -164,25 +186,31 @@ def all_forms() -> list[Form]:
         forms += [*gemm_forms(dtype, some_tiles), dense_gemm_form(dtype)]
     forms += [tile_map_form(8), tile_map_form(512)]
     forms += [gate_form(8, 2, "softmax"), gate_form(128, 8, "softmax"), gate_form(512, 10, "softmax")]
-    forms += [gate_form(160, 8, "sigmoid"), gate_form(256, 8, "sigmoid", 8, 4)]
+    forms += [gate_form(64, 6, "softmax", bias=True)]
+    forms += [gate_form(160, 8, "sigmoid", bias=True), gate_form(256, 8, "sigmoid", 8, 4, bias=True)]
     forms += [*group_forms(256, 128), *group_forms(131072, 256), *group_forms(131072, 8)]
     for dtype in (BFLOAT16, FLOAT32):
         forms += [*combine_forms(dtype), *row_forms(dtype)]
         for head_size in (64, 128, 256):
-            forms += attention_forms(dtype, head_size, None)
-        forms += attention_forms(dtype, 128, 4096)
+            forms += attention_forms(dtype, HeadSizes(head_size, head_size), None)
+        forms += attention_forms(dtype, HeadSizes(128, 128), 4096)
+        forms += attention_forms(dtype, HeadSizes(64, 64), 128, sinks=True)
+        forms += attention_forms(dtype, HeadSizes(192, 128), None)
+        for heads in (16, 128):
+            forms += attention_forms(dtype, HeadSizes(576, 512, in_keys=True), None, heads_per_group=heads)
     return forms
 
 
 def one_tile_forms() -> list[Form]:
-    """One form of each kernel."""
+    """One form of each kernel, of attention two that are not alike."""
     return [
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5]),
         dense_gemm_form(BFLOAT16),
         tile_map_form(512),
-        gate_form(256, 8, "sigmoid", 8, 4),
+        gate_form(256, 8, "sigmoid", 8, 4, bias=True),
         *group_forms(131072, 256),
         *combine_forms(BFLOAT16),
         *list(row_forms(BFLOAT16))[2:],
-        *attention_forms(BFLOAT16, 128, 4096),
+        *attention_forms(BFLOAT16, HeadSizes(64, 64), 128, sinks=True),
+        *attention_forms(BFLOAT16, HeadSizes(576, 512, in_keys=True), None, heads_per_group=128),
     ]

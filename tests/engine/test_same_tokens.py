@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import WAYS, Pools, generate, in_bytes, pool_engine, possible
-from tiny_models import VOCAB, make_model, save
+from tiny_models import FIRST_CASES, VOCAB, make_model, save
 
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -31,7 +31,7 @@ ALL_WAYS = WAYS | {
 }
 
 
-@pytest.mark.parametrize("case", ["qwen3 dense between", "mixtral dynamic", "glm4 groups"])
+@pytest.mark.parametrize("case", ["qwen3 dense between", "mixtral dynamic", "glm4 groups", *FIRST_CASES[3:]])
 def test_greedy_tokens_are_those_of_transformers(rank_pool: Pools, tmp_path: Path, case: str) -> None:
     model = make_model(case)
     model.generation_config.max_length = None

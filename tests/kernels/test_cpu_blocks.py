@@ -16,14 +16,15 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 
 @DTYPES
-@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("norm", [None, "head", "token", "rotated_head"])
 @pytest.mark.parametrize(("head_dim", "rotated"), [(32, 32), (64, 20), (18, 6)])
 @pytest.mark.parametrize("table", [True, False])
-def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
+def test_attention_block(kernels, dtype, norm, head_dim, rotated, table):
     heads, groups, hidden, tokens = 6, 2, 50, 21
     qkv = normal((heads + 2 * groups) * head_dim, hidden, dtype=dtype) / 5
     bias, out_weight = normal(len(qkv), dtype=dtype), normal(hidden, heads * head_dim, dtype=dtype) / 8
-    q_norm, k_norm = (normal(head_dim, dtype=dtype), normal(head_dim, dtype=dtype)) if norms else (None, None)
+    norm_sizes = (heads * head_dim, groups * head_dim) if norm == "token" else (head_dim, head_dim)
+    q_norm, k_norm = (normal(size, dtype=dtype) if norm else None for size in norm_sizes)
     k_cache, v_cache, meta, blocks = cache_and_meta([1, tokens - 1], [40, 33], groups, head_dim, dtype)
     positions = [39, *range(33 - tokens + 1, 33)]
     slots = torch.tensor(
@@ -39,8 +40,9 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
         "head_dim": head_dim,
         "scale": head_dim**-0.5,
         "sliding_window": None,
-        "q_norm_d": q_norm,
-        "k_norm_d": k_norm,
+        "qk_norm": norm,
+        "q_norm": q_norm,
+        "k_norm": k_norm,
         "eps": 1e-6,
     }
     weights = PackedLinear.pack(kernels, qkv, bias), PackedLinear.pack(kernels, out_weight)
@@ -50,24 +52,27 @@ def test_attention_block(kernels, dtype, norms, head_dim, rotated, table):
     own_k, own_v = k_cache.clone(), v_cache.clone()
     actual = block(x, step, own_k, own_v)
 
-    projected = torch.nn.functional.linear(x, qkv, bias).view(tokens, -1, head_dim)
-    q, k, v = projected.split((heads, groups, groups), dim=1)
-    if norms:
-        q, k = torch_ops.rms_norm(q, q_norm, 1e-6), torch_ops.rms_norm(k, k_norm, 1e-6)
+    def normed(*heads):
+        return [torch_ops.rms_norm(x, weight, 1e-6) for x, weight in zip(heads, (q_norm, k_norm), strict=True)]
+
+    projected = torch.nn.functional.linear(x, qkv, bias)
+    q, k, v = projected.split([count * head_dim for count in (heads, groups, groups)], dim=1)
+    q, k = normed(q, k) if norm == "token" else (q, k)
+    q, k, v = (part.view(tokens, -1, head_dim) for part in (q, k, v.contiguous()))
+    q, k = normed(q, k) if norm == "head" else (q, k)
     q, k = torch_ops.apply_rotary(q, k, cos[rows], sin[rows])
+    q, k = normed(q, k) if norm == "rotated_head" else (q, k)
     torch_attention.store_kv(k, v, k_cache, v_cache, slots)
     attended = torch_attention.paged_attention(q, k_cache, v_cache, meta, scale=head_dim**-0.5, sliding_window=None)
     # A projection's last bit may differ, and norms and scores pass it on.
     assert_close(own_k, k_cache, scale=4)
     assert_close(own_v, v_cache)
     assert_close(actual, torch.nn.functional.linear(attended.flatten(1), out_weight), scale=8)
-    next_norm, residual = NextNorm(normal(hidden, dtype=dtype), 1e-5), normal(tokens, hidden, dtype=dtype)
+    next_norm, residual = NextNorm(normal(hidden, dtype=dtype), 1e-5, 0.3), normal(tokens, hidden, dtype=dtype)
     total = residual.clone()
-    normed = AttentionCall(kernels, *weights, **options, next_norm=next_norm)(x, step, own_k, own_v, total)
-    for fused, plain in zip(
-        (normed, total), kernels.add_rms_norm(actual, residual, next_norm.weight_D, 1e-5), strict=True
-    ):
-        assert torch.equal(fused, plain)
+    fused = AttentionCall(kernels, *weights, **options, next_norm=next_norm)(x, step, own_k, own_v, total), total
+    plain = kernels.add_rms_norm(actual, residual, next_norm.weight_D, 1e-5, 0.3)
+    assert all(map(torch.equal, fused, plain))
     kept = block(x, step, own_k, own_v, in_place=True)
     assert kept is x and torch.equal(x, actual)
     untouched = torch.ones(k_cache.shape[:2], dtype=torch.bool)
@@ -89,8 +94,9 @@ def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype,
         head_dim=head_dim,
         scale=1.0,
         sliding_window=None,
-        q_norm_d=None,
-        k_norm_d=None,
+        qk_norm=None,
+        q_norm=None,
+        k_norm=None,
         eps=1e-6,
     )
     k_cache, v_cache, meta, blocks = cache_and_meta([tokens], [tokens], 1, head_dim, dtype)
@@ -105,6 +111,7 @@ def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype,
 
 
 def sparse_block(kernels, dtype, gate_dtype, shared, num_experts=12, hidden=72, inner=40):
+    """`shared` is False, True or "gated"."""
     gate = native.gate_config(num_experts, top_k=3, scoring="softmax", normalize=True)
     weight = normal(num_experts, hidden, dtype=gate_dtype) / 8
     w13 = normal(num_experts, 2 * inner, hidden, dtype=dtype) / 8
@@ -112,14 +119,15 @@ def sparse_block(kernels, dtype, gate_dtype, shared, num_experts=12, hidden=72, 
     slot_E, counts = torch.randperm(num_experts), torch.zeros(2, 3, num_experts, dtype=torch.int64)
     gate = GateCall(kernels, gate, weight, counts[:, 1])
     shared_weights = (normal(1, 34, hidden, dtype=dtype) / 8, normal(1, hidden, 17, dtype=dtype) / 8)
-    shared_experts = experts_of(kernels, *shared_weights) if shared else None
+    row_gate = normal(hidden, dtype=dtype) / 8 if shared == "gated" else None
+    shared_experts = experts_of(kernels, *shared_weights, row_gate) if shared else None
     block = SparseCall(gate, slot_E[:, None], experts_of(kernels, w13, w2), shared_experts)
     return block, weight, w13, w2, slot_E, counts, shared_weights if shared else None
 
 
 @DTYPES
 @pytest.mark.parametrize("float32_router", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, False, "gated"])
 @pytest.mark.parametrize("tokens", [0, 1, 30, 1100])  # the last in three parts
 def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
     gate_dtype = torch.float32 if float32_router else dtype
@@ -138,7 +146,8 @@ def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
     y[order] = torch_ops.grouped_mlp(x, order // 3, rows_per_slot, w13, w2)
     expected = torch_ops.combine_topk(y.view(tokens, 3, x.shape[1]), weights)
     if shared_weights:
-        expected = expected + torch_ops.grouped_mlp(x, None, torch.tensor([tokens]), *shared_weights)
+        rows = torch_ops.grouped_mlp(x, None, torch.tensor([tokens]), *shared_weights)
+        expected = expected + (torch_ops.scale_rows(rows, x, block.shared.gate_D) if shared == "gated" else rows)
     assert_close(actual, expected, scale=8)
 
     expected_counts = torch.zeros_like(counts)  # counted by both calls
@@ -149,7 +158,7 @@ def test_sparse_block(kernels, dtype, float32_router, shared, tokens):
 
 @DTYPES
 def test_a_token_leaves_the_sparse_block_with_the_same_bits_in_any_batch(kernels, dtype):
-    block, *_ = sparse_block(kernels, dtype, torch.float32, shared=True)
+    block, *_ = sparse_block(kernels, dtype, torch.float32, shared="gated")
     x = normal(1100, block.experts.hidden_size, dtype=dtype)  # takes three parts
     kernels.set_threads(1)
     together = block(x, 0)

@@ -44,7 +44,7 @@ class Case:
         qkv, output = (normal(*shape, dtype=self.dtype) / 7 for shape in ((80, HIDDEN), (HIDDEN, 48)))
         weights = PackedLinear.pack(self.kernels, qkv), PackedLinear.pack(self.kernels, output)
         return AttentionCall(
-            self.kernels, *weights, **sizes, q_norm_d=None, k_norm_d=None, eps=1e-6, next_norm=self.norm()
+            self.kernels, *weights, **sizes, qk_norm=None, q_norm=None, k_norm=None, eps=1e-6, next_norm=self.norm()
         )
 
     def mlp(self, count):

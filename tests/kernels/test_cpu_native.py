@@ -114,6 +114,9 @@ def test_norms(kernels, dtype, shape):
         expected, expected_total = torch_ops.add_rms_norm(x, residual, weight, 1e-6)
         assert torch.equal(total, expected_total)
         assert_close(normed, expected)
+        scaled = kernels.add_rms_norm(x, residual, weight, 1e-6, 0.22)
+        for actual, twin in zip(scaled, torch_ops.add_rms_norm(x, residual, weight, 1e-6, 0.22), strict=True):
+            assert_close(actual, twin, scale=4)  # the sum's last bit may differ, and the norm passes it on
         kernels.add_rms_norm(x, residual, weight, 1e-6, in_place=True)
         assert torch.equal(x, normed) and torch.equal(residual, total)
 

@@ -38,14 +38,22 @@ def test_grouped_mlp(dtype):
     assert torch.equal(in_order, together)
 
 
+@pytest.mark.parametrize("kind", ["equal", "smaller values", "values in keys"])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_paged_attention(dtype, window):
+def test_paged_attention(dtype, window, with_sinks, kind):
     cpu = torch.device("cpu")
-    k_cache, v_cache = torch.randn(2, 8, 4, 2, 8).to(dtype)
-    q = torch.randn(6, 4, 8).to(dtype)
+    groups, head_size, value_size = {"equal": (2, 8, 8), "smaller values": (2, 24, 16), "values in keys": (1, 24, 16)}[
+        kind
+    ]
+    k_cache = torch.randn(8, 4, groups, head_size).to(dtype)
+    v_cache = torch.randn(8, 4, groups, value_size).to(dtype)
+    if kind == "values in keys":
+        v_cache = k_cache[..., :value_size]
+    q = torch.randn(6, 4, head_size).to(dtype)
     blocks = [[5, 2, 7], [1, 0]]
-    options = {"scale": 0.3, "sliding_window": window}
+    options = {"scale": 0.3, "sliding_window": window, "sinks_H": torch.randn(4) if with_sinks else None}
     meta = AttentionMetadata.build([1, 5], [9, 7], blocks, cpu)
     together = invariant_ops.paged_attention(q, k_cache, v_cache, meta, **options)
     near(together, torch_attention.paged_attention(q, k_cache, v_cache, meta, **options))

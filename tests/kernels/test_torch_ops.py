@@ -35,9 +35,19 @@ def test_rotary_equals_transformers(dtype, rotated):
     q, k = torch.randn(5, 4, 16).to(dtype), torch.randn(5, 2, 16).to(dtype)
     angles = torch.rand(5, rotated // 2) * 6
     cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
-    expected = apply_rotary_pos_emb(q, k, cos.to(dtype), sin.to(dtype), unsqueeze_dim=1)
+    expected = apply_rotary_pos_emb(q.float(), k.float(), cos, sin, unsqueeze_dim=1)
     for actual, theirs in zip(ops.apply_rotary(q, k, cos, sin), expected, strict=True):
-        assert actual.dtype == dtype and torch.equal(actual, theirs)
+        assert actual.dtype == dtype and torch.equal(actual, theirs.to(dtype))
+
+
+@DTYPES
+@torch.no_grad()
+def test_scale_rows_equals_transformers(dtype):
+    """On numbers of few bits, so that no sum is rounded."""
+    rows, x, gate = torch.randn(5, 16).to(dtype), torch.randint(-3, 4, (5, 16)).to(dtype), torch.randn(16) / 4
+    gate = (gate * 8).round().div(8).to(dtype)
+    weights = torch.nn.functional.linear(x, gate[None]).float().sigmoid()
+    assert torch.equal(ops.scale_rows(rows, x, gate), (weights * rows.float()).to(dtype))
 
 
 @DTYPES

@@ -20,14 +20,25 @@ STEPS = {
 
 
 def random_step(
-    step: str, device: torch.device, dtype: torch.dtype, *, heads: int = 6, groups: int = 2, head_size: int = 8
+    step: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    heads: int = 6,
+    groups: int = 2,
+    head_size: int = 8,
+    value_size: int = 8,
+    in_keys: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
-    """Queries, caches and metadata of sequences whose pages lie scattered; pages of nobody are poison."""
+    """Queries, caches and metadata of sequences whose pages lie scattered; pages of nobody are poison. With `in_keys`,
+    values are a view of the keys."""
     num_query, context_len = STEPS[step]
     num_pages = [-(-context // BLOCK_SIZE) for context in context_len]
     pages = torch.randperm(sum(num_pages) + 3).tolist()
     blocks = [[pages.pop() for _ in range(count)] for count in num_pages]
-    k_cache, v_cache = torch.randn(2, sum(num_pages) + 3, BLOCK_SIZE, groups, head_size, device=device).to(dtype)
+    shape = (sum(num_pages) + 3, BLOCK_SIZE, groups)
+    k_cache = torch.randn(*shape, head_size, device=device).to(dtype)
+    v_cache = k_cache[..., :value_size] if in_keys else torch.randn(*shape, value_size, device=device).to(dtype)
     k_cache[pages] = v_cache[pages] = float("nan")
     meta = AttentionMetadata.build(num_query, context_len, blocks, device)
     wide = torch.randn(sum(num_query), heads + 2, head_size, device=device).to(dtype)  # as a part of a projection
@@ -48,15 +59,37 @@ def attention_case(step: str) -> Case:
     return check
 
 
-def heads_case(heads: int, groups: int, head_size: int) -> Case:
+def heads_case(heads: int, groups: int, head_size: int, value_size: int, in_keys: bool = False) -> Case:
     def check(device: torch.device, dtype: torch.dtype) -> None:
         from moe_runtime.kernels.triton import attention
 
-        sizes = {"heads": heads, "groups": groups, "head_size": head_size}
         for step in ("decodes", "whole prompt"):  # 21 heads make more than one block of pairs
-            operands = random_step(step, device, dtype, **sizes)
+            operands = random_step(
+                step,
+                device,
+                dtype,
+                heads=heads,
+                groups=groups,
+                head_size=head_size,
+                value_size=value_size,
+                in_keys=in_keys,
+            )
             expected = reference.paged_attention(*operands, scale=0.2, sliding_window=None)
             assert_near(attention.paged_attention(*operands, scale=0.2, sliding_window=None), expected)
+
+    return check
+
+
+def sinks_case(window: int | None) -> Case:
+    def check(device: torch.device, dtype: torch.dtype) -> None:
+        from moe_runtime.kernels.triton import attention
+
+        operands = random_step("mixed", device, dtype, head_size=24, value_size=16)
+        sinks = torch.tensor([500.0, -500, *torch.randn(4) * 2], device=device)
+        options = {"scale": 0.3, "sliding_window": window, "sinks_H": sinks}
+        expected = reference.paged_attention(*operands, **options)
+        assert_near(attention.paged_attention(*operands, **options), expected)
+        assert_near(attention.invariant_paged_attention(*operands, **options), expected)
 
     return check
 
@@ -64,9 +97,11 @@ def heads_case(heads: int, groups: int, head_size: int) -> Case:
 def decode_bits_do_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
     from moe_runtime.kernels.triton import attention
 
-    for window in (None, 5):
-        q, k_cache, v_cache, meta = random_step("mixed", device, dtype)
-        options = {"scale": 0.3, "sliding_window": window}
+    sinks = torch.randn(6, device=device)
+    for window, sinks_H in ((None, None), (5, sinks), (None, sinks)):
+        sizes = {"groups": 1, "head_size": 40, "value_size": 32, "in_keys": True} if window is None else {}
+        q, k_cache, v_cache, meta = random_step("mixed", device, dtype, **sizes)
+        options = {"scale": 0.3, "sliding_window": window, "sinks_H": sinks_H}
         together = attention.invariant_paged_attention(q, k_cache, v_cache, meta, **options)
         places = meta.on_device
         for row in torch.randperm(meta.num_tokens)[:2].tolist():
@@ -82,12 +117,25 @@ def longer_grids_give_the_same_bits(device: torch.device, dtype: torch.dtype) ->
 
     q, k_cache, v_cache, meta = random_step("decodes", device, dtype)
     places = (meta.page_table, meta.on_device.sequence_T, meta.on_device.position_T)
-    for window in (None, 7):
+    for window, sinks_H in ((None, torch.randn(6, device=device)), (7, None)):
+        options = {"scale": 0.3, "sliding_window": window, "sinks_H": sinks_H}
         out = [
-            attention.decode_attention(q, k_cache, v_cache, *places, max_context=most, scale=0.3, sliding_window=window)
+            attention.decode_attention(q, k_cache, v_cache, *places, max_context=most, **options)
             for most in (300, 1500)
         ]
         assert torch.equal(*out)
+
+
+def rows_that_take_turns_give_the_same_bits(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import decode_attention
+
+    q, k_cache, v_cache, meta = random_step("whole prompt", device, dtype)
+    places = (meta.page_table, meta.on_device.sequence_T, meta.on_device.position_T)
+    options = {"max_context": 262, "scale": 0.3, "sliding_window": None, "sinks_H": torch.randn(6, device=device)}
+    together = decode_attention.decode_attention(q, k_cache, v_cache, *places, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_attention, "MOST_SUMS", 1)
+        assert torch.equal(decode_attention.decode_attention(q, k_cache, v_cache, *places, **options), together)
 
 
 def decode_gives_what_its_twin_gives(device: torch.device, dtype: torch.dtype) -> None:
@@ -96,8 +144,8 @@ def decode_gives_what_its_twin_gives(device: torch.device, dtype: torch.dtype) -
     q, k_cache, v_cache, meta = random_step("mixed", device, dtype)
     caches = (k_cache.nan_to_num(), v_cache.nan_to_num())  # the twin reads padding, with a weight of 0
     places = (meta.page_table, meta.on_device.sequence_T, meta.on_device.position_T)
-    for window in (None, 7):
-        options = {"max_context": 270, "scale": 0.3, "sliding_window": window}
+    for window, sinks_H in ((None, None), (7, torch.randn(6, device=device))):
+        options = {"max_context": 270, "scale": 0.3, "sliding_window": window, "sinks_H": sinks_H}
         table = torch.nn.functional.pad(meta.page_table, (0, 70 - meta.page_table.shape[1]))
         actual = attention.decode_attention(q, *caches, *places, **options)
         assert_near(actual, torch_attention.decode_attention(q, *caches, table, *places[1:], **options))
@@ -110,10 +158,14 @@ def norms_give_what_their_twins_give(device: torch.device, dtype: torch.dtype) -
         x, residual = torch.randn(2, *shape, device=device).to(dtype)
         weight = torch.randn(shape[-1], device=device).to(dtype)
         assert_near(norms.rms_norm(x, weight, 1e-6), torch_ops.rms_norm(x, weight, 1e-6))
-        normed, total = norms.add_rms_norm(x, residual, weight, 1e-6)
-        expected_normed, expected_total = torch_ops.add_rms_norm(x, residual, weight, 1e-6)
-        assert torch.equal(total, expected_total)
-        assert_near(normed, expected_normed)
+        for multiplier in (1.0, 0.22):
+            normed, total = norms.add_rms_norm(x, residual, weight, 1e-6, multiplier)
+            expected_normed, expected_total = torch_ops.add_rms_norm(x, residual, weight, 1e-6, multiplier)
+            assert_near(total, expected_total)
+            assert multiplier != 1.0 or torch.equal(total, expected_total)
+            assert_near(normed, expected_normed)
+        if len(shape) == 2:
+            assert_near(norms.scale_rows(x, residual, weight), torch_ops.scale_rows(x, residual, weight))
     q = torch.randn(5, 12, 16, device=device).to(dtype)[:, 2:8]
     weight = torch.randn(16, device=device).to(dtype)
     assert_near(norms.rms_norm(q, weight, 1e-5), torch_ops.rms_norm(q, weight, 1e-5))
@@ -161,8 +213,18 @@ def unfit_operands_are_refused(device: torch.device, dtype: torch.dtype) -> None
     options = {"scale": 0.3, "sliding_window": None}
     with pytest.raises(ValueError, match="q_THd: shape"):
         attention.paged_attention(q[:, :5], k_cache, v_cache, meta, **options)
-    with pytest.raises(ValueError, match=r"v_cache_NBGd: .* must be contiguous"):
-        attention.paged_attention(q, k_cache, v_cache.transpose(0, 1), meta, **options)
+    with pytest.raises(ValueError, match=r"k_cache_NBGd: .* must be contiguous"):
+        attention.paged_attention(q[..., :4], k_cache[..., :4], v_cache, meta, **options)
+    for wrong in (v_cache[..., :4], k_cache[..., 4:], k_cache.mT.contiguous().mT):
+        with pytest.raises(ValueError, match=r"v_cache_NBGe: strides .* must be contiguous, or the first numbers"):
+            attention.paged_attention(q, k_cache, wrong, meta, **options)
+    with pytest.raises(ValueError, match="v_cache_NBGe: shape"):
+        attention.paged_attention(q, k_cache, v_cache[:, :, :1], meta, **options)
+    for wrong in (torch.randn(5, device=device), torch.randn(6, device=device).half()):
+        with pytest.raises(ValueError, match=r"sinks_H: .* must be float32 of 6 query heads"):
+            attention.paged_attention(q, k_cache, v_cache, meta, **options, sinks_H=wrong)
+    with pytest.raises(ValueError, match="sinks_H: strides"):
+        attention.paged_attention(q, k_cache, v_cache, meta, **options, sinks_H=torch.randn(12, device=device)[::2])
     with pytest.raises(ValueError, match=r"weight_D: .* must be"):
         norms.rms_norm(q, torch.ones(9, device=device, dtype=dtype), 1e-6)
     with pytest.raises(ValueError, match="cache positions must be int64"):
@@ -173,14 +235,21 @@ def unfit_operands_are_refused(device: torch.device, dtype: torch.dtype) -> None
 CASES: dict[str, Case] = {
     **{f"attention, {step}": attention_case(step) for step in STEPS},
     **{
-        f"attention, {h} heads of {d} in {g} groups": heads_case(h, g, d)
-        for h, g, d in ((1, 1, 20), (4, 4, 64), (21, 1, 7))
+        f"attention, {h} heads of {d}/{e} in {g} groups": heads_case(h, g, d, e)
+        for h, g, d, e in ((1, 1, 20, 20), (4, 4, 64, 64), (21, 1, 7, 7), (6, 2, 24, 16), (2, 1, 40, 20))
     },
+    # Values that are a key's first block, also with heads in two blocks, and values that are a part of it.
+    **{
+        f"attention, {h} heads of {d}/{e}, values in {g} groups of keys": heads_case(h, g, d, e, in_keys=True)
+        for h, g, d, e in ((4, 2, 40, 32), (34, 1, 72, 64), (5, 1, 24, 16))
+    },
+    **{f"attention with sinks, window {window}": sinks_case(window) for window in (None, 3)},
     **{
         check.__name__: check
         for check in (
             decode_bits_do_not_depend_on_the_batch,
             longer_grids_give_the_same_bits,
+            rows_that_take_turns_give_the_same_bits,
             decode_gives_what_its_twin_gives,
             norms_give_what_their_twins_give,
             silu_mul_gives_what_its_twin_gives,

@@ -10,8 +10,9 @@ import torch
 from fakes import model_config
 from tiny_models import make_model, save
 
+from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import AttentionConfig, LayerConfig, ModelConfig
+from moe_runtime.config.model import LayerConfig, ModelConfig
 from moe_runtime.layers.kv_cache import KVCache, available_host_memory, choose_num_pages
 from moe_runtime.memory.model_size import decode_bytes, page_bytes
 from moe_runtime.models.registry import read_model_config
@@ -29,7 +30,7 @@ def test_a_page_is_as_large_as_its_tensors(model: ModelConfig) -> None:
         cache = KVCache(model, 5, 16, dtype, CPU)
         assert cache.nbytes == 5 * page_bytes(model, 16, dtype.itemsize)
         for index, layer in enumerate(model.layers):
-            for stored in (cache.layer(index).k_NBGd, cache.layer(index).v_NBGd):
+            for stored in (cache.layer(index).k_NBGd, cache.layer(index).v_NBGe):
                 assert stored.shape == (5, 16, layer.attention.num_kv_heads, layer.attention.head_dim)
                 assert stored.is_contiguous() and not stored.any()
 
@@ -77,7 +78,7 @@ def test_layers_may_keep_different_heads() -> None:
     """The cache, a page's bytes and the budget follow each layer's own specification."""
     wide, narrow = AttentionConfig(4, 2, 16), AttentionConfig(4, 1, 8, sliding_window=7)
     model = dataclasses.replace(
-        model_config(), layers=(LayerConfig(wide, None), LayerConfig(narrow, None), LayerConfig(wide, 8))
+        model_config(), layers=(LayerConfig.of(wide, None), LayerConfig.of(narrow, None), LayerConfig.of(wide, 8))
     )
     cache = KVCache(model, 3, 8, torch.bfloat16, CPU)
     assert [cache.layer(index).k_NBGd.shape for index in range(3)] == [(3, 8, 2, 16), (3, 8, 1, 8), (3, 8, 2, 16)]
@@ -86,4 +87,4 @@ def test_layers_may_keep_different_heads() -> None:
     long, short = (decode_bytes(model, "float32", 1, context_len=length) for length in (30, 20))
     assert long - short == 10 * 2 * 4 * 2 * 32, "the layer with a window reads no more"
     cache.layer(1).k_NBGd.fill_(1)
-    assert not cache.layer(0).k_NBGd.any() and not cache.layer(2).k_NBGd.any() and not cache.layer(1).v_NBGd.any()
+    assert not cache.layer(0).k_NBGd.any() and not cache.layer(2).k_NBGd.any() and not cache.layer(1).v_NBGe.any()

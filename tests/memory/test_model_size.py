@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import CASES, make_model, save
 
+from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.kernels.cpu.native import Kernels, load_or_none
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedMatrices
 from moe_runtime.memory import model_size as size
@@ -29,7 +30,7 @@ KNOWN = ModelConfig(
     max_position_embeddings=40960,
     rope=RopeConfig(theta=1e6, rotary_dim=128),
     moe=MoEConfig(num_experts=128, top_k=8, intermediate_size=768),
-    layers=layers_alike(48, AttentionConfig(32, 4, 128, qk_norm=True), range(48), 6144),
+    layers=layers_alike(48, AttentionConfig(32, 4, 128, qk_norm="head"), range(48), 6144),
     tie_word_embeddings=False,
     dtype="bfloat16",
     eos_token_ids=(1,),
@@ -63,7 +64,11 @@ def test_a_known_model() -> None:
     assert 3.3 <= count.active / 1e9 < 3.4
 
 
-@pytest.mark.parametrize("case", ["qwen3 bias, tied", "qwen3 dense between", "mixtral", "glm4", "glm4 norm, bias"])
+SIZED = ["qwen3 bias, tied", "qwen3 dense between", "mixtral", "glm4", "glm4 norm, bias"]
+SIZED += ["olmoe", "qwen2", "granite shared", "deepseek3", "glm4 lite"]
+
+
+@pytest.mark.parametrize("case", SIZED)
 @pytest.mark.parametrize(("dtype", "num_ranks"), [("bfloat16", 1), ("float32", 2), ("bfloat16", 3)])
 def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: int, tmp_path: Path) -> None:
     """Ranks leave norms and correction biases out of their figure."""
@@ -76,7 +81,10 @@ def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: i
     for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
         loaded = Worker(engine, config, path, rank=rank, num_ranks=num_ranks).info.weight_bytes
         count = size.count_parameters(config)
-        norms = count.norms + sum(2 * layer.attention.head_dim for layer in config.layers if layer.attention.qk_norm)
+        norms = count.norms
+        for layer in config.layers:
+            latent = layer.latent
+            norms += sum(layer.grouped.norm_sizes) if latent is None else (latent.query_rank or 0) + latent.latent_size
         expected = size.weight_bytes(config, dtype, num_slots, has_native_weights("cpu"))
         assert loaded == expected - size.ITEMSIZE[dtype] * norms - 4 * count.gate_bias
 

@@ -11,12 +11,14 @@ import torch
 from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
 from rank_pool import RankPool
-from tiny_models import VOCAB, make_model, save
+from tiny_models import FIRST_CASES, VOCAB, make_model, save
 from torch import Tensor
 
 from moe_runtime.wire.messages import StepPlan
 
 CASES = ["qwen3 bias, tied", "qwen3 window", "mixtral dynamic", "glm4 groups", "glm4 partial yarn"]
+CASES += [case for case in FIRST_CASES if case not in ("qwen3", "mixtral", "glm4")]
+CASES += ["qwen2 windows", "deepseek3 odd sizes"]
 # Token by token, as many sequences run together as are this long or longer. The kernels are the same for all families,
 # so one case has every number of rows from 34 to 1, and the others have some.
 ALL_LENGTHS = [*range(1, 34), 70]
@@ -72,7 +74,9 @@ def test_logits_do_not_depend_on_company_chunks_ranks_or_dispatcher(
                     assert torch.equal(ours, theirs), (num_ranks, name, way, length)
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("qwen3 window", "bfloat16"), ("glm4 groups", "float32")])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [("qwen3 window", "bfloat16"), ("glm4 groups", "float32"), ("deepseek3", "float32")]
+)
 def test_batch_invariant_torch(rank_pool: Callable[[int], RankPool], tmp_path: Path, case: str, dtype: str) -> None:
     """The forms that compute each row by itself, on CPUs; what the option chooses on GPUs has the same signatures."""
     save(make_model(case).bfloat16(), tmp_path)

@@ -88,10 +88,11 @@ def test_many_rows_are_bound_by_computing():
 def test_a_window_bounds_the_keys():
     shape = tiny(top_k=4)
     wide = predict(shape, IDEAL, even(shape, 1), certain(shape), Workload("decode", 1, 30))
-    narrow = predict(
-        replace(shape, sliding_window=10), IDEAL, even(shape, 1), certain(shape), Workload("decode", 1, 30)
-    )
-    assert narrow.parts["kv"] == pytest.approx(wide.parts["kv"] / 3)
+    for windows, share in (((10, 10), 1 / 3), ((10, None), 2 / 3)):
+        narrow = predict(
+            replace(shape, windows=windows), IDEAL, even(shape, 1), certain(shape), Workload("decode", 1, 30)
+        )
+        assert narrow.parts["kv"] == pytest.approx(wide.parts["kv"] * share)
 
 
 @pytest.mark.parametrize(("rule", "out"), [("expert", 2), ("rank", 1)])

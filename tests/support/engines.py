@@ -44,7 +44,9 @@ def in_bytes(options: dict[str, Any], model: Any) -> dict[str, Any]:
     if "kv_cache_memory_bytes" not in options:
         return options
     c = model.config
-    page = 2 * c.num_hidden_layers * options["block_size"] * c.num_key_value_heads * c.head_dim * 4
+    rank = getattr(c, "kv_lora_rank", None)
+    kept = 2 * c.num_key_value_heads * c.head_dim if rank is None else rank + c.qk_rope_head_dim
+    page = c.num_hidden_layers * options["block_size"] * kept * 4
     return options | {"kv_cache_memory_bytes": options["kv_cache_memory_bytes"] * page}
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_runtime.cluster.rank import RankArguments, run_rank
-from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.config.attention import AttentionConfig
+from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig, layers_alike
 from moe_runtime.engine.engine import Engine
 from moe_runtime.text.tokenizer import Tokenizer
 from moe_runtime.types.sampling_params import SamplingParams

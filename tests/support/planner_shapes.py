@@ -63,7 +63,7 @@ def tiny(num_experts: int = 4, top_k: int = 1, **changes: object) -> ModelShape:
         head=Matrix(1000, 50, "bfloat16"),
         embedding_bytes=0,
         kv_bytes=200,
-        sliding_window=None,
+        windows=(None, None),
         decode_flops_per_key=1,
         prefill_flops_per_key=1,
         bytes_out=1000,

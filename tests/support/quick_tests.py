@@ -29,7 +29,10 @@ cluster/test_process_executor.py::test_ranks_say_hello_and_report
 cluster/test_process_executor.py::test_each_rank_gets_its_own_plan_and_results_come_in_order_with_two_in_flight
 cluster/test_process_executor.py::test_a_rank_that_raises_is_named_with_its_error
 worker/test_sampler.py
-models/test_parity.py::test_float32_logits
+models/test_parity.py::test_float32_logits[qwen3 bias, tied-4-native]
+models/test_parity.py::test_float32_logits[glm4 groups-2-torch]
+models/test_parity.py::test_float32_logits[granite shared-1-torch]
+models/test_parity.py::test_float32_logits[deepseek3-1-native]
 models/test_hf_config.py
 weights/test_checkpoint.py::test_sharded_and_fused_hold_the_same_as_one_file
 layers/test_capacity.py

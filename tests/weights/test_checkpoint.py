@@ -40,10 +40,10 @@ from moe_runtime.layers.native_layers import (
     NativeNorm,
     NativeSparseBlock,
 )
+from moe_runtime.layers.torch_attention import TorchAttention, TorchHeadMatrices, TorchLatentAttention
 from moe_runtime.layers.torch_kit import TorchKit
 from moe_runtime.layers.torch_layers import (
     RMSNorm,
-    TorchAttention,
     TorchDenseBlock,
     TorchEmbedding,
     TorchHead,
@@ -89,6 +89,8 @@ def values(part: object) -> list[torch.Tensor]:
         case ExpertSlots():
             whole = zip(part.w13_SGD, part.w2_SDF, strict=True)
             return [tensor for w13_GD, w2_DF in whole for tensor in (*w13_GD.chunk(2), w2_DF)]
+        case TorchHeadMatrices():
+            return [part.weight_HOI]
         case TorchLinear():
             return [part.weight]
         case TorchMLP():
@@ -108,6 +110,7 @@ def values(part: object) -> list[torch.Tensor]:
         NativeMLP: ("experts",),
         GateCall: ("linear",),
         TorchAttention: ("qkv", "output", "next_norm"),
+        TorchLatentAttention: ("down", "up", "key", "value", "output", "next_norm"),
         NativeAttention: ("call",),
         AttentionCall: ("qkv", "output"),
         TorchDenseBlock: ("mlp",),
@@ -142,8 +145,8 @@ def fuse_experts(path: Path, config: ModelConfig) -> None:
             fused = f"model.layers.{layer}.mlp.experts"
             state[f"{fused}.gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in experts])
             state[f"{fused}.down_proj"] = torch.stack([down for _, _, down in experts])
-            if block != "mlp":
-                state[f"model.layers.{layer}.mlp.gate.weight"] = state.pop(f"{prefix}.gate.weight")
+            for name in [name for name in state if name.startswith(f"{prefix}.") and block != "mlp"]:
+                state[name.replace(f".{block}.", ".mlp.")] = state.pop(name)
     save_file(state, file)
 
 
@@ -406,3 +409,33 @@ assert file_bytes() < 0.5 * before, (before, file_bytes())
 assert torch.ones(3).sum() == 3  # what is needed again comes back
 """
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("model.language_model.", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("", "lm_head.weight"),
+    ],
+)
+def test_a_model_within_a_larger_one_is_read(
+    tmp_path: Path, prefix: str, head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(make_model("glm4 groups"), tmp_path)
+    expected = tensors(build(path, Checkpoint(path)))
+    file = path / "model.safetensors"
+    state = load_file(file)
+    state["lm_head.weight"] = state["lm_head.weight"].clone()
+    renamed = {
+        head if name == "lm_head.weight" else name.replace("model.", prefix, 1): tensor
+        for name, tensor in state.items()
+    }
+    if prefix:
+        renamed["vision_tower.patch.weight"] = torch.ones(3)
+        renamed["model.layers.3.eh_proj.weight"] = torch.ones(3)  # of multi-token prediction
+    save_file(renamed, file)
+    with caplog.at_level("INFO", "moe_runtime.weights"):
+        found = tensors(build(path, Checkpoint(path)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert ("no part of the language model" in caplog.text) == bool(prefix)

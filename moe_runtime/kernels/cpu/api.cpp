@@ -113,12 +113,12 @@ void moe_rms_norm(Element element, const void* x, const void* weight, int64_t ro
 }
 
 void moe_add_rms_norm(Element element, const void* x, const void* residual, const void* weight, int64_t rows, int64_t size,
-                      float eps, void* total, void* out) {
+                      float eps, float multiplier, void* total, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
     for_rows(engine.pool, rows, [&](int64_t i) {
       add_rms_norm_row(static_cast<const T*>(x) + i * size, static_cast<const T*>(residual) + i * size,
-                       static_cast<const T*>(weight), size, eps, static_cast<T*>(total) + i * size,
+                       static_cast<const T*>(weight), size, eps, multiplier, static_cast<T*>(total) + i * size,
                        static_cast<T*>(out) + i * size);
     });
   });
@@ -149,6 +149,15 @@ void moe_attention_block(Element element, const Attention* block, const StepLayo
     using T = decltype(type);
     attention_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
                     static_cast<T*>(value_cache), static_cast<T*>(residual), static_cast<T*>(out));
+  });
+}
+
+void moe_latent_block(Element element, const LatentAttention* block, const StepLayout* step, const StepHeads* heads,
+                      const void* x, void* key_cache, void* residual, void* out) {
+  dispatch(element, [&](auto type) {
+    using T = decltype(type);
+    latent_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
+                 static_cast<T*>(residual), static_cast<T*>(out));
   });
 }
 

@@ -42,13 +42,13 @@ inline int64_t list_tasks(std::vector<AttentionTask>& tasks, const AttentionShap
   return parts;
 }
 
-// out[tokens, heads, head_size]; a token's queries are `stride` elements after the previous token's.
+// out[tokens, heads, value_size]; a token's queries are `stride` elements after the previous token's.
 template <class T>
 void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayout& step, const T* queries,
                      int64_t stride, const T* key_cache, const T* value_cache, T* out) {
   std::vector<AttentionTask>& tasks = engine.attention_tasks;
   const int64_t parts = list_tasks(tasks, shape, step, engine.pool.size());
-  const int64_t count = static_cast<int64_t>(tasks.size()), panels = ceil_div(shape.head_size, kPanel);
+  const int64_t count = static_cast<int64_t>(tasks.size()), panels = ceil_div(shape.value_size, kPanel);
   const int64_t group_heads = shape.heads / shape.kv_heads;
   const int64_t part_size = RowSums::size(shape.heads, panels);
   float* memory = engine.parts.get<float>(parts * part_size);
@@ -71,8 +71,11 @@ void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayo
     for (int64_t next = index + 1; next < count && same_rows(tasks[next], task); next++) {
       all.append(RowSums(memory + tasks[next].part * part_size, all.rows, panels));
     }
-    T* rows = out + (step.query_start[task.sequence] * shape.heads + task.first_group * group_heads) * shape.head_size;
-    for (int64_t row = 0; row < all.rows; row++) all.write(row, shape.head_size, rows + row * shape.head_size);
+    const int64_t first_head = task.first_group * group_heads;
+    T* rows = out + (step.query_start[task.sequence] * shape.heads + first_head) * shape.value_size;
+    for (int64_t row = 0; row < all.rows; row++) {
+      all.write(row, shape.value_size, shape.sink(first_head + row), rows + row * shape.value_size);
+    }
   });
 }
 

@@ -18,6 +18,7 @@
 namespace moe {
 
 constexpr int64_t kSpan = 8 * kKeys;  // keys that are summed from zero
+constexpr float kLog2E = 1.44269504f;
 
 // Softmax sums of rows over some keys: the maximum score, the sum of powers, and the values weighted by the powers, in
 // panels.
@@ -55,9 +56,13 @@ struct RowSums {
   }
 
   template <class T>
-  void write(int64_t row, int64_t head_size, T* out) const {
-    const Vec sum = set1(total[row]);
-    for_lanes(head_size, [&](int64_t i, int n) {
+  void write(int64_t row, int64_t value_size, const float* sink, T* out) const {
+    Vec sum = set1(total[row]);
+    if (sink) {  // in units of the largest score
+      const float logit = std::min(*sink * kLog2E - maximum[row], 126.0f);
+      sum = sum + set1(std::exp2(logit));
+    }
+    for_lanes(value_size, [&](int64_t i, int n) {
       store_first(out + i, load(value(row, i / kPanel) + i % kPanel) / sum, n);
     });
   }
@@ -125,7 +130,7 @@ class AttentionTile {
   AttentionTile(const AttentionShape& shape, const StepLayout& step, const AttentionTask& task, Scratch& scratch)
       : shape_(shape), step_(step), task_(task), group_heads_(shape.heads / shape.kv_heads),
         group_rows_(task.num_queries * group_heads_), rows_(task.num_groups * group_rows_),
-        panels_(ceil_div(shape.head_size, kPanel)), query_stride_(num_steps<T>(shape.head_size) * kStepInputs<T>),
+        panels_(ceil_div(shape.value_size, kPanel)), query_stride_(num_steps<T>(shape.head_size) * kStepInputs<T>),
         first_row_(step.query_start[task.sequence] + task.first_query), first_position_(position_of(step, task)),
         scores_(scratch.sums.get<float>(rows_ * kPanel + 2 * RowSums::size(rows_, panels_))),
         span_(scores_ + rows_ * kPanel, rows_, panels_),
@@ -168,7 +173,8 @@ class AttentionTile {
     }
     if (task_.part >= 0) return;
     for (int64_t row = 0; row < rows_; row++) {
-      all.write(row, shape_.head_size, out + (token(row) * shape_.heads + head(row)) * shape_.head_size);
+      T* to = out + (token(row) * shape_.heads + head(row)) * shape_.value_size;
+      all.write(row, shape_.value_size, shape_.sink(head(row)), to);
     }
   }
 
@@ -206,14 +212,16 @@ class AttentionTile {
     if (shape_.window) end_query = std::min(end_query, first_key + kKeys - 1 + shape_.window - first_position_);
     const int64_t count = (end_query - first_query) * group_heads_;
     const int64_t words = num_steps<T>(shape_.head_size);
-    const bool few = count <= kTileRows && shape_.head_size % kTileOutputs == 0;
+    const bool few =
+        count <= kTileRows && shape_.head_size % kTileOutputs == 0 && shape_.value_size % kTileOutputs == 0;
     const int64_t seen = std::min(kKeys, first_position_ + end_query - first_key);
     const int64_t lanes = ceil_div(seen, kLanes), steps = ceil_div(seen, kStepInputs<T>);
-    const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.head_size / kTileOutputs) : 4;
+    const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.value_size / kTileOutputs) : 4;
     Ahead<T> ahead(next, next_groups * shape_.head_size, task_.num_groups * calls);
 
     for (int64_t group = 0; group < task_.num_groups; group++) {
       const int64_t first = group * group_rows_ + first_query * group_heads_, offset = group * shape_.head_size;
+      const int64_t value_offset = group * shape_.value_size;
       const T *const *queries = pointers_ + first, *const *weights = queries + rows_;
       float* scores = scores_ + first * kPanel;
       if (few) {
@@ -231,14 +239,14 @@ class AttentionTile {
       for (int64_t row = first; row < first + count; row++) soften(row, first_key);
       if (few) {
         with_rows(count, [&](auto rows) {
-          for (int64_t i = 0; i < shape_.head_size; i += kTileOutputs) {
-            weigh_values<decltype(rows)::value>(weights, block.values, offset + i, steps, ahead,
+          for (int64_t i = 0; i < shape_.value_size; i += kTileOutputs) {
+            weigh_values<decltype(rows)::value>(weights, block.values, value_offset + i, steps, ahead,
                                                 sums_.value(first, i / kPanel) + i % kPanel);
           }
         });
       } else {
         ahead.ask();
-        block.pack_values(group, shape_.head_size, packed_values_);
+        block.pack_values(group, shape_.value_size, packed_values_);
         ahead.ask();
         for (int64_t panel = 0; panel < panels_; panel++) {
           multiply_panel<false>(weights, count, packed_values_ + panel * panel_elements<T>(kKeys),
@@ -254,7 +262,7 @@ class AttentionTile {
     const int64_t position = first_position_ + query(row);
     const int end = static_cast<int>(std::min(kKeys, position - first_key + 1));
     const int begin = static_cast<int>(std::max<int64_t>(0, first_seen(shape_, position) - first_key));
-    const Vec nothing = set1(-std::numeric_limits<float>::infinity()), scale = set1(shape_.scale * 1.44269504f);
+    const Vec nothing = set1(-std::numeric_limits<float>::infinity()), scale = set1(shape_.scale * kLog2E);
     Vec scores[kVecs], most = nothing;
     for (int j = 0; j < kVecs; j++) {
       scores[j] = load(scores_ + row * kPanel + j * kLanes) * scale;

@@ -19,13 +19,19 @@ from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
 
+HEAD_NORMS = {None: 0, "head": 1, "token": 2, "rotated_head": 3}  # `HeadNorm` of heads.h
+
 
 @dataclass(frozen=True)
 class NextNorm:
-    """The norm after a block: `residual += output`, then the norm of the residual, as `torch_ops.add_rms_norm`."""
+    """The norm after a block: `residual += multiplier * output`, then the norm of the residual.
+
+    See `torch_ops.add_rms_norm`.
+    """
 
     weight_D: Tensor
     eps: float
+    multiplier: float = 1.0
 
 
 class AttentionCall:
@@ -35,7 +41,9 @@ class AttentionCall:
     Args:
         qkv: projection to `(H + 2 G) * d`; query rows, key rows, value rows.
         output: projection from `H * d`.
-        q_norm_d, k_norm_d: weights of the head norms, or None.
+        qk_norm: which norm queries and keys have, as in `AttentionConfig`.
+        q_norm, k_norm: its weights, or None.
+        sinks_H: float32, see `AttentionShape`; None: no sinks.
         next_norm: the norm after the block, or None.
     """
 
@@ -50,18 +58,29 @@ class AttentionCall:
         head_dim: int,
         scale: float,
         sliding_window: int | None,
-        q_norm_d: Tensor | None,
-        k_norm_d: Tensor | None,
+        qk_norm: str | None,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
         eps: float,
         next_norm: NextNorm | None = None,
+        sinks_H: Tensor | None = None,
     ) -> None:
         assert qkv.outputs == (num_heads + 2 * num_kv_heads) * head_dim and output.inputs == num_heads * head_dim
         assert num_heads % num_kv_heads == 0
         self.kernels, self.qkv, self.output = kernels, qkv, output
         self.struct = structs.AttentionStruct(
-            _next_norm(next_norm),
-            AttentionShape(num_heads, num_kv_heads, head_dim, 0, sliding_window or 0, scale),
-            HeadOps(pointer(q_norm_d), pointer(k_norm_d), eps),
+            next_norm_struct(next_norm),
+            AttentionShape(
+                heads=num_heads,
+                kv_heads=num_kv_heads,
+                head_size=head_dim,
+                value_size=head_dim,
+                value_stride=num_kv_heads * head_dim,
+                window=sliding_window or 0,
+                sinks=pointer(sinks_H),
+                scale=scale,
+            ),
+            HeadOps(pointer(q_norm), pointer(k_norm), eps, HEAD_NORMS[qk_norm]),
             qkv.weight,
             pointer(qkv.bias),
             output.weight,
@@ -69,9 +88,9 @@ class AttentionCall:
         )
         self.address = ctypes.addressof(self.struct)
         self.next_norm = next_norm
-        self._keep = (q_norm_d, k_norm_d)
-        self._dtype = qkv.dtype
-        self._element = qkv.format.native
+        self._keep = (q_norm, k_norm, sinks_H)
+        self.dtype = qkv.dtype
+        self.element = qkv.format.native
 
     @property
     def nbytes(self) -> int:
@@ -88,19 +107,19 @@ class AttentionCall:
         in_place: bool = False,
     ) -> Tensor:
         """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' keys and values into the cache."""
-        assert x_TD.dtype == k_cache_NBGd.dtype == self._dtype and len(x_TD) == step.layout.tokens
+        assert x_TD.dtype == k_cache_NBGd.dtype == self.dtype and len(x_TD) == step.layout.tokens
         step.heads.page_size = k_cache_NBGd.shape[1]
-        out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self._dtype)
+        out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self.dtype)
         assert out_TD.shape == (len(x_TD), self.output.outputs)
         self.kernels.library.moe_attention_block(
-            self._element,
+            self.element,
             self.address,
             step.address,
             step.heads_address,
             pointer(x_TD),
             pointer(k_cache_NBGd),
             pointer(v_cache_NBGd),
-            _residual(self.next_norm, residual_TD, out_TD),
+            residual_pointer(self.next_norm, residual_TD, out_TD),
             out_TD.data_ptr(),
         )
         return out_TD
@@ -218,7 +237,7 @@ class SparseCall:
         assert exchange is not None or int(slot_EP.max()) < experts.num_slots
         self.gate, self.experts, self.shared, self.next_norm = gate, experts, shared, next_norm
         self.struct = structs.SparseStruct(
-            _next_norm(next_norm),
+            next_norm_struct(next_norm),
             gate.address,
             experts.address,
             None if shared is None else shared.address,
@@ -246,7 +265,7 @@ class SparseCall:
         assert x_TD.dtype == self.experts.dtype and x_TD.shape[1] == self.experts.hidden_size
         assert self.has_exchange == (spread is not None)
         out_TD = torch.empty_like(x_TD)
-        residual = _residual(self.next_norm, residual_TD, out_TD)
+        residual = residual_pointer(self.next_norm, residual_TD, out_TD)
         asked = policies.struct(len(x_TD), self.gate.top_k)
         late = self.experts.kernels.library.moe_sparse_block(
             self._element,
@@ -274,7 +293,7 @@ class DenseCall:
     def __init__(self, mlp: PackedExperts, next_norm: NextNorm | None = None) -> None:
         assert mlp.num_slots == 1
         self.mlp, self.next_norm = mlp, next_norm
-        self.struct = structs.DenseStruct(_next_norm(next_norm), mlp.address)
+        self.struct = structs.DenseStruct(next_norm_struct(next_norm), mlp.address)
         self.address = ctypes.addressof(self.struct)
         self._element = mlp.format.native
 
@@ -282,20 +301,20 @@ class DenseCall:
         """`[T, D]`."""
         assert x_TD.dtype == self.mlp.dtype and x_TD.shape[1] == self.mlp.hidden_size
         out_TD = torch.empty_like(x_TD)
-        residual = _residual(self.next_norm, residual_TD, out_TD)
+        residual = residual_pointer(self.next_norm, residual_TD, out_TD)
         self.mlp.kernels.library.moe_dense_block(
             self._element, self.address, pointer(x_TD), len(x_TD), residual, out_TD.data_ptr()
         )
         return out_TD
 
 
-def _next_norm(norm: NextNorm | None) -> structs.NextNormStruct:
+def next_norm_struct(norm: NextNorm | None) -> structs.NextNormStruct:
     if norm is None:
-        return structs.NextNormStruct(None, 0.0)
-    return structs.NextNormStruct(pointer(norm.weight_D), norm.eps)
+        return structs.NextNormStruct(None, 0.0, 1.0)
+    return structs.NextNormStruct(pointer(norm.weight_D), norm.eps, norm.multiplier)
 
 
-def _residual(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:
+def residual_pointer(norm: NextNorm | None, residual_TD: Tensor | None, out_TD: Tensor) -> int | None:
     assert (norm is None) == (residual_TD is None), "a block with a norm takes the residual, one without does not"
     if residual_TD is None:
         return None

@@ -66,7 +66,7 @@ struct Engine {
   std::vector<PanelTask> panel_tasks;
   std::vector<AttentionTask> attention_tasks;
   Buffer padded, widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, groups,
-      parts;
+      parts, row_factors, projected, queries;
 };
 
 // Splits rows into tasks of several rows, for operations with little work per row.

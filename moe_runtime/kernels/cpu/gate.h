@@ -13,6 +13,7 @@ struct GateConfig {
   int64_t topk_groups;
   int32_t sigmoid;  // else softmax
   int32_t normalize;
+  int32_t groups_by_best;  // a group's rank is its best choice, else the sum of its two best
   float scale;
   const float* correction_bias;  // affects the choice, not the weights; may be null
 };
@@ -66,7 +67,7 @@ inline void softmax_row(const float* logits, int64_t size, float* scores) {
   for_lanes(size, [&](int64_t i, int n) { store_first(scores + i, load_first(scores + i, n) / sum_of_all, n); });
 }
 
-// Sets `choice` to -inf for experts outside the best groups. A group's rank is the sum of its two best choices.
+// Sets `choice` to -inf for experts outside the best groups.
 inline void keep_best_groups(const GateConfig& config, float* choice, float* group_scores) {
   const int64_t size = config.experts / config.groups;
   std::fill_n(group_scores, whole_lanes(config.groups), kTaken);
@@ -77,7 +78,7 @@ inline void keep_best_groups(const GateConfig& config, float* choice, float* gro
       second = std::max(second, std::min(best, value));
       best = std::max(best, value);
     }
-    group_scores[g] = best + second;
+    group_scores[g] = config.groups_by_best ? best : best + second;
   }
   for (int64_t kept = 0; kept < config.topk_groups; kept++) {
     group_scores[first_largest(group_scores, whole_lanes(config.groups))] = kTaken;

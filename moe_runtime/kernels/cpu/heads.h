@@ -7,11 +7,15 @@
 
 namespace moe {
 
-// Weights of the norms.
+// Which norm queries and keys have: of each head, of all heads of a token together, of each head after the rotation.
+enum HeadNorm : int32_t { kNoNorm = 0, kHead = 1, kToken = 2, kRotatedHead = 3 };
+
+// Weights of the norms: [head_size], or of all heads for kToken.
 struct HeadOps {
-  const void* query_norm;  // [head_size], or null: no norms
+  const void* query_norm;
   const void* key_norm;
   float eps;
+  int32_t norm;
 };
 
 // The inputs that are the same for all layers of a step.
@@ -22,6 +26,7 @@ struct StepHeads {
   const int64_t* rope_row;    // row of cos and sin for each token; null: token i uses row i
   const int64_t* cache_position;  // page * page_size + offset of each token
   int64_t page_size;
+  const float* query_scale;  // factor on each token's queries, or null; latent attention only
 };
 
 // Changes the queries in `qkv` in place.
@@ -33,15 +38,21 @@ void finish_heads(Engine& engine, const AttentionShape& shape, const HeadOps& op
   engine.pool.run(ceil_div(tokens, kTokens), [&](int64_t task, int) {
     for (int64_t token = task * kTokens; token < std::min(tokens, (task + 1) * kTokens); token++) {
       const int64_t angle = (step.rope_row ? step.rope_row[token] : token) * step.rotated;
-      T* heads = qkv + token * row_size;
+      T *heads = qkv + token * row_size, *keys = heads + shape.heads * d;
+      const T *query_norm = static_cast<const T*>(ops.query_norm), *key_norm = static_cast<const T*>(ops.key_norm);
+      if (ops.norm == kToken) {
+        rms_norm_row(heads, query_norm, shape.heads * d, ops.eps, heads);
+        rms_norm_row(keys, key_norm, shape.kv_heads * d, ops.eps, keys);
+      }
       for (int64_t head = 0; head < shape.heads + shape.kv_heads; head++) {
         T* values = heads + head * d;
-        const void* norm = head < shape.heads ? ops.query_norm : ops.key_norm;
-        if (norm) rms_norm_row(values, static_cast<const T*>(norm), d, ops.eps, values);
+        const T* norm = head < shape.heads ? query_norm : key_norm;
+        if (ops.norm == kHead) rms_norm_row(values, norm, d, ops.eps, values);
         if (step.rotated) rotate_head(values, step.cos + angle, step.sin + angle, step.rotated);
+        if (ops.norm == kRotatedHead) rms_norm_row(values, norm, d, ops.eps, values);
       }
       const int64_t place = step.cache_position[token] * shape.kv_heads * d, bytes = shape.kv_heads * d * sizeof(T);
-      std::memcpy(key_cache + place, heads + shape.heads * d, bytes);
+      std::memcpy(key_cache + place, keys, bytes);
       std::memcpy(value_cache + place, heads + (shape.heads + shape.kv_heads) * d, bytes);
     }
   });

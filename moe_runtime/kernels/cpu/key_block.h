@@ -11,10 +11,15 @@ constexpr int64_t kKeys = kPanel;  // keys of a block
 struct AttentionShape {
   int64_t heads;
   int64_t kv_heads;
-  int64_t head_size;
+  int64_t head_size;     // of queries and keys
+  int64_t value_size;    // of values
+  int64_t value_stride;  // elements between the values of two tokens
   int64_t page_size;
   int64_t window;  // 0: none
+  const float* sinks;  // a logit of each head that takes its share of the weights and adds nothing; or null
   float scale;
+
+  const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
 };
 
 // A step's sequences; all arrays are int64.
@@ -40,14 +45,16 @@ struct KeyBlock {
            const T* key_cache, const T* value_cache) {
     const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
     const int64_t* page = step.page_table + task.sequence * step.max_pages + first_key / shape.page_size;
-    const int64_t key_size = shape.kv_heads * shape.head_size, group = task.first_group * shape.head_size;
+    const int64_t key_stride = shape.kv_heads * shape.head_size;
+    const T *first = key_cache + task.first_group * shape.head_size;
+    const T *first_value = value_cache + task.first_group * shape.value_size;
     int64_t in_page = first_key % shape.page_size;
     for (int64_t i = 0; i < count; page++, in_page = 0) {
-      int64_t offset = (*page * shape.page_size + in_page) * key_size + group;
+      int64_t place = *page * shape.page_size + in_page;
       const int64_t end = std::min(count, i + shape.page_size - in_page);
-      for (; i < end; i++, offset += key_size) {
-        keys[i] = key_cache + offset;
-        values[i] = value_cache + offset;
+      for (; i < end; i++, place++) {
+        keys[i] = first + place * key_stride;
+        values[i] = first_value + place * shape.value_stride;
       }
     }
     std::fill(keys + count, keys + kKeys, keys[count - 1]);
@@ -78,9 +85,9 @@ struct KeyBlock {
   }
 
   // Packs one head's values in panels of 64 outputs: head dimensions are outputs, keys are inputs.
-  void pack_values(int64_t group, int64_t head_size, T* packed) const {
-    for (int64_t first = 0; first < head_size; first += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, head_size - first), offset = group * head_size + first;
+  void pack_values(int64_t group, int64_t value_size, T* packed) const {
+    for (int64_t first = 0; first < value_size; first += kPanel) {
+      const int64_t width = std::min<int64_t>(kPanel, value_size - first), offset = group * value_size + first;
       for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
         // A float32 step has one key, so it has no odd key.
         const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;

@@ -4,24 +4,11 @@
 #include "attention.h"
 #include "exchange.h"
 #include "heads.h"
+#include "latent.h"
 #include "moe.h"
+#include "next_norm.h"
 
 namespace moe {
-
-// The norm between a block and the next: residual += out, out = norm(residual). No norm if `weight` is null.
-struct NextNorm {
-  const void* weight;
-  float eps;
-};
-
-template <class T>
-void normalize(Engine& engine, const NextNorm& next, int64_t rows, int64_t size, T* residual, T* out) {
-  if (next.weight == nullptr) return;
-  for_rows(engine.pool, rows, [&](int64_t i) {
-    T *total = residual + i * size, *row = out + i * size;
-    add_rms_norm_row(row, total, static_cast<const T*>(next.weight), size, next.eps, total, row);
-  });
-}
 
 struct Attention {
   NextNorm next;
@@ -126,9 +113,10 @@ int64_t sparse_block(Engine& engine, const Sparse& block, const Policies& polici
   return -1;
 }
 
-// One of `sparse` and `dense` is null. A norm follows each block.
+// One of `attention` and `latent` is null, and one of `sparse` and `dense`. A norm follows each block.
 struct Layer {
   const Attention* attention;
+  const LatentAttention* latent;
   const Sparse* sparse;
   const Dense* dense;
   void* key_cache;
@@ -157,8 +145,12 @@ int64_t run_layers(Engine& engine, const LayersCall& call) {
   const Policies* policies = call.policies;
   T *residual = static_cast<T*>(call.residual), *x = static_cast<T*>(call.x);
   for (const Layer* layer = call.layers; layer < call.layers + call.count; layer++) {
-    attention_block(engine, *layer->attention, *call.step, *call.heads, x, static_cast<T*>(layer->key_cache),
-                    static_cast<T*>(layer->value_cache), residual, x);
+    T *keys = static_cast<T*>(layer->key_cache), *values = static_cast<T*>(layer->value_cache);
+    if (layer->latent) {
+      latent_block(engine, *layer->latent, *call.step, *call.heads, x, keys, residual, x);
+    } else {
+      attention_block(engine, *layer->attention, *call.step, *call.heads, x, keys, values, residual, x);
+    }
     if (layer->dense) {
       dense_block(engine, *layer->dense, x, call.step->tokens, residual, x);
       continue;

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
 from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, LayerPolicies, SparseCall
+from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.native import check_arrived
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 
@@ -22,11 +23,14 @@ class Layers:
     Args:
         blocks: attention and MLP of each layer, each with the norm after it. Either all sparse blocks have an
             exchange, or none has.
-        caches: keys and values `[N, B, G, d]` of each layer.
+        caches: keys `[N, B, G, d]` and values `[N, B, G, e]` of each layer; the values are the front of the keys in
+            latent attention.
     """
 
     def __init__(
-        self, blocks: Sequence[tuple[AttentionCall, SparseCall | DenseCall]], caches: Sequence[tuple[Tensor, Tensor]]
+        self,
+        blocks: Sequence[tuple[AttentionCall | LatentCall, SparseCall | DenseCall]],
+        caches: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
         assert all(part.next_norm is not None for layer in blocks for part in layer)
         self._keep = (list(blocks), list(caches))
@@ -38,16 +42,17 @@ class Layers:
         assert self._has_exchange == all(mlp.has_exchange for mlp in sparse)
         self.num_sparse = len(self._top_k)
         self._library = blocks[0][0].kernels.library
-        self._dtype = blocks[0][0].qkv.dtype
-        self._element = blocks[0][0].qkv.format.native
+        self._dtype = blocks[0][0].dtype
+        self._element = blocks[0][0].element
         self._layers = (structs.LayerStruct * len(blocks))(
             *(
                 structs.LayerStruct(
-                    attention.address,
-                    mlp.address if isinstance(mlp, SparseCall) else None,
-                    mlp.address if isinstance(mlp, DenseCall) else None,
-                    pointer(keys),
-                    pointer(values),
+                    attention=attention.address if isinstance(attention, AttentionCall) else None,
+                    latent=attention.address if isinstance(attention, LatentCall) else None,
+                    sparse=mlp.address if isinstance(mlp, SparseCall) else None,
+                    dense=mlp.address if isinstance(mlp, DenseCall) else None,
+                    key_cache=pointer(keys),
+                    value_cache=pointer(values) if isinstance(attention, AttentionCall) else None,
                 )
                 for (attention, mlp), (keys, values) in zip(blocks, caches, strict=True)
             )

@@ -8,7 +8,8 @@ namespace moe {
 
 // Packed SwiGLU experts, one after another. For each expert, w13 holds the panels of the gate projection, then those of
 // the up projection, each [intermediate, hidden]. w2 holds the panels of the down projection [hidden, intermediate].
-// The escapes have a list for each bf16 panel.
+// The escapes have a list for each bf16 panel. Unless `row_gate` [hidden] is null, a row's output is multiplied by the
+// sigmoid of its product with x's row.
 struct Experts {
   const void* w13;
   const void* w2;
@@ -17,6 +18,7 @@ struct Experts {
   int64_t slots;
   int64_t hidden;
   int64_t intermediate;
+  const void* row_gate;
 };
 
 // One task per slot, panel and chunk of the slot's rows; the chunks of a panel follow each other.
@@ -35,6 +37,18 @@ inline void list_tasks(std::vector<PanelTask>& tasks, const int64_t* counts, int
   }
 }
 
+// factors[row] = sigmoid(x[row] @ gate)
+template <class T>
+void row_factors(Engine& engine, const T* x, int64_t rows, int64_t stride, int64_t size, const T* gate, float* factors) {
+  for_rows(engine.pool, rows, [&](int64_t row) {
+    Vec total = zero();
+    for_lanes(size, [&](int64_t i, int n) {
+      total = fma(load_first(x + row * stride + i, n), load_first(gate + i, n), total);
+    });
+    factors[row] = first_lane(sigmoid(set1(sum(total))));
+  });
+}
+
 // y[R, hidden], rows grouped by slot: w2 @ round(silu(gate @ x) * (up @ x)), rounded once. Row i of the grouped order
 // is x[row[i]], or x[i] where `row` is null.
 template <class T>
@@ -47,6 +61,11 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
   const int64_t up_panels = ceil_div(experts.intermediate, kPanel), down_panels = ceil_div(experts.hidden, kPanel);
   const int64_t hidden_stride = down_steps * kStepInputs<T>;
   T* hidden = engine.hidden.get<T>(total * hidden_stride);
+  float* factors = nullptr;
+  if (experts.row_gate) {
+    factors = engine.row_factors.get<float>(num_rows);
+    row_factors(engine, x, num_rows, stride, experts.hidden, static_cast<const T*>(experts.row_gate), factors);
+  }
 
   list_tasks(engine.panel_tasks, counts, experts.slots, up_panels);
   engine.pool.run(engine.panel_tasks.size(), [&](int64_t index, int thread) {
@@ -82,8 +101,10 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
                    down_steps, sums);
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, experts.hidden - column);
     for (int64_t i = 0; i < task.rows; i++) {
-      T* out = y + (task.first_row + i) * experts.hidden + column;
-      for_lanes(width, [&](int64_t j, int n) { store_first(out + j, load(sums + i * kPanel + j), n); });
+      const int64_t place = task.first_row + i;
+      const Vec factor = set1(factors ? factors[row ? row[place] : place] : 1.0f);
+      T* out = y + place * experts.hidden + column;
+      for_lanes(width, [&](int64_t j, int n) { store_first(out + j, load(sums + i * kPanel + j) * factor, n); });
     }
   });
 }

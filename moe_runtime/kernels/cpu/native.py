@@ -95,6 +95,7 @@ def gate_config(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
     normalize: bool,
     scale: float = 1.0,
 ) -> GateConfig:
@@ -102,7 +103,17 @@ def gate_config(
     check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
     assert correction_bias_E is None or correction_bias_E.dtype == torch.float32
     bias = pointer(correction_bias_E)
-    config = GateConfig(num_experts, top_k, num_groups, topk_groups, scoring == "sigmoid", normalize, scale, bias)
+    config = GateConfig(
+        experts=num_experts,
+        top_k=top_k,
+        groups=num_groups,
+        topk_groups=topk_groups,
+        sigmoid=scoring == "sigmoid",
+        normalize=normalize,
+        groups_by_best=groups_by_best,
+        scale=scale,
+        correction_bias=bias,
+    )
     config.keep = correction_bias_E
     return config
 
@@ -147,7 +158,14 @@ class Kernels:
         return out
 
     def add_rms_norm(
-        self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, in_place: bool = False
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        weight_D: Tensor,
+        eps: float,
+        multiplier: float = 1.0,
+        *,
+        in_place: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `torch_ops.add_rms_norm`; with `in_place` the results overwrite `x_TD` and `residual_TD`."""
         out, total = (x_TD, residual_TD) if in_place else (torch.empty_like(x_TD), torch.empty_like(x_TD))
@@ -162,6 +180,7 @@ class Kernels:
             rows,
             size,
             eps,
+            multiplier,
             total.data_ptr(),
             out.data_ptr(),
         )
@@ -178,21 +197,32 @@ class Kernels:
         self,
         q_THd: Tensor,
         k_cache_NBGd: Tensor,
-        v_cache_NBGd: Tensor,
+        v_cache_NBGe: Tensor,
         meta: AttentionMetadata | NativeStep,
         *,
         scale: float,
         sliding_window: int | None,
+        sinks_H: Tensor | None = None,
     ) -> Tensor:
         """See `torch_attention.paged_attention`; bitwise independent of chunking and batching."""
         step = meta if isinstance(meta, NativeStep) else NativeStep(meta)
         num_tokens, heads, head_size = q_THd.shape
-        assert num_tokens == step.layout.tokens and q_THd.dtype == k_cache_NBGd.dtype == v_cache_NBGd.dtype
-        assert k_cache_NBGd.shape == v_cache_NBGd.shape and heads % k_cache_NBGd.shape[2] == 0
+        assert num_tokens == step.layout.tokens and q_THd.dtype == k_cache_NBGd.dtype == v_cache_NBGe.dtype
+        _, page_size, groups, value_size = v_cache_NBGe.shape
+        assert k_cache_NBGd.shape[:3] == v_cache_NBGe.shape[:3] and heads % groups == 0
+        assert v_cache_NBGe.stride()[2:] == (value_size, 1) or groups == 1
         shape = AttentionShape(
-            heads, k_cache_NBGd.shape[2], head_size, k_cache_NBGd.shape[1], sliding_window or 0, scale
+            heads=heads,
+            kv_heads=groups,
+            head_size=head_size,
+            value_size=value_size,
+            value_stride=v_cache_NBGe.stride(1),
+            page_size=page_size,
+            window=sliding_window or 0,
+            sinks=pointer(sinks_H),
+            scale=scale,
         )
-        out_THd = torch.empty_like(q_THd)
+        out_THe = q_THd.new_empty(num_tokens, heads, value_size)
         self.library.moe_paged_attention(
             element(q_THd),
             ctypes.addressof(shape),
@@ -200,10 +230,10 @@ class Kernels:
             pointer(q_THd),
             heads * head_size,
             pointer(k_cache_NBGd),
-            pointer(v_cache_NBGd),
-            out_THd.data_ptr(),
+            v_cache_NBGe.data_ptr(),
+            out_THe.data_ptr(),
         )
-        return out_THd
+        return out_THe
 
     def topk_gate(
         self,
@@ -214,6 +244,7 @@ class Kernels:
         correction_bias_E: Tensor | None = None,
         num_groups: int = 1,
         topk_groups: int = 1,
+        groups_by_best: bool = False,
         normalize: bool,
         scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
@@ -226,6 +257,7 @@ class Kernels:
             correction_bias_E=correction_bias_E,
             num_groups=num_groups,
             topk_groups=topk_groups,
+            groups_by_best=groups_by_best,
             normalize=normalize,
             scale=scale,
         )

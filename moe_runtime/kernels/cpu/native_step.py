@@ -34,6 +34,7 @@ class NativeStep:
         cache_position_T: int64, where each token's key and value go; None where nothing is written.
         cos_Nr, sin_Nr: float32 angles; a row per token, or a table.
         rope_row_T: int64, the row of the table for each token; None if they have a row each.
+        query_scale_T: float32, factor on each token's queries, in latent attention; None: no factor.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class NativeStep:
         cos_Nr: Tensor | None = None,
         sin_Nr: Tensor | None = None,
         rope_row_T: Tensor | None = None,
+        query_scale_T: Tensor | None = None,
     ) -> None:
         for index in (cache_position_T, rope_row_T):
             assert index is None or (index.dtype == torch.int64 and len(index) == meta.num_tokens)
-        for angle in (cos_Nr, sin_Nr):
+        for angle in (cos_Nr, sin_Nr, query_scale_T):
             assert angle is None or angle.dtype == torch.float32
         num_seqs = len(meta.context_len)
         ints = array("q", meta.query_start + meta.context_len)  # a tensor takes longer than all the rest of this
@@ -58,7 +60,12 @@ class NativeStep:
         self.address = ctypes.addressof(self.layout)
         rotated = 0 if cos_Nr is None else cos_Nr.shape[1]
         self.heads = StepHeads(
-            rotated, pointer(cos_Nr), pointer(sin_Nr), pointer(rope_row_T), pointer(cache_position_T)
+            rotated=rotated,
+            cos=pointer(cos_Nr),
+            sin=pointer(sin_Nr),
+            rope_row=pointer(rope_row_T),
+            cache_position=pointer(cache_position_T),
+            query_scale=pointer(query_scale_T),
         )
         self.heads_address = ctypes.addressof(self.heads)
-        self._keep = (ints, table, cache_position_T, cos_Nr, sin_Nr, rope_row_T)
+        self._keep = (ints, table, cache_position_T, cos_Nr, sin_Nr, rope_row_T, query_scale_T)

@@ -19,11 +19,13 @@ void rms_norm_row(const T* x, const T* weight, int64_t size, float eps, T* out) 
   });
 }
 
-// total = residual + x, then the norm of total.
+// total = residual + multiplier * x, then the norm of total.
 template <class T>
-void add_rms_norm_row(const T* x, const T* residual, const T* weight, int64_t size, float eps, T* total, T* out) {
+void add_rms_norm_row(const T* x, const T* residual, const T* weight, int64_t size, float eps, float multiplier,
+                      T* total, T* out) {
+  const Vec factor = set1(multiplier);
   for_lanes(size, [&](int64_t i, int n) {
-    store_first(total + i, load_first(residual + i, n) + load_first(x + i, n), n);
+    store_first(total + i, fma(load_first(x + i, n), factor, load_first(residual + i, n)), n);
   });
   rms_norm_row(total, weight, size, eps, out);
 }
@@ -34,12 +36,14 @@ void rotate_head(T* head, const float* cos, const float* sin, int64_t turned) {
   const int64_t half = turned / 2;
   for_lanes(half, [&](int64_t i, int n) {
     const Vec first = load_first(head + i, n), second = load_first(head + half + i, n);
-    const Vec cos1 = rounded<T>(load_first(cos + i, n)), cos2 = rounded<T>(load_first(cos + half + i, n));
-    const Vec sin1 = rounded<T>(load_first(sin + i, n)), sin2 = rounded<T>(load_first(sin + half + i, n));
-    store_first(head + i, rounded<T>(first * cos1) - rounded<T>(second * sin1), n);
-    store_first(head + half + i, rounded<T>(second * cos2) + rounded<T>(first * sin2), n);
+    const Vec cos1 = load_first(cos + i, n), cos2 = load_first(cos + half + i, n);
+    const Vec sin1 = load_first(sin + i, n), sin2 = load_first(sin + half + i, n);
+    store_first(head + i, first * cos1 - second * sin1, n);
+    store_first(head + half + i, second * cos2 + first * sin2, n);
   });
 }
+
+inline Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
 
 inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
 

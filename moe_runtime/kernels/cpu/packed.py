@@ -28,6 +28,7 @@ class PackedMatrices:
         data: uint8 `[copies, bytes]`.
         escapes: int64 `[copies, panels]`, addresses of the escape lists of bfloat16 panels; 0 for none. This object
             owns the lists.
+        weight: the C struct.
 
     Raises:
         ValueError: a dtype that is neither float32 nor bfloat16.
@@ -39,6 +40,7 @@ class PackedMatrices:
         self.outputs, self.inputs = outputs, inputs
         self.data = kernels.packed_empty(dtype, outputs, inputs, copies)
         self.escapes = torch.zeros(copies, -(-outputs // PANEL), dtype=torch.int64)
+        self.weight = Weight(self.data.data_ptr(), self.escapes.data_ptr(), outputs, inputs)
         weakref.finalize(self, _free_escapes, kernels, self.escapes)
 
     @property
@@ -102,7 +104,7 @@ class PackedLinear:
         self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs, self.bias = outputs, inputs, bias
         self.matrix = PackedMatrices(kernels, dtype, outputs, inputs)
-        self.weight = Weight(self.matrix.data.data_ptr(), self.matrix.escapes.data_ptr(), outputs, inputs)
+        self.weight = self.matrix.weight
         self.format = self.matrix.format
         self._address = ctypes.addressof(self.weight)
         self._bias = pointer(bias)
@@ -152,11 +154,22 @@ class PackedLinear:
 
 
 class PackedExperts:
-    """SwiGLU experts of one layer, packed, in slots; with one slot, a dense MLP. Fill a slot before its use."""
+    """SwiGLU experts of one layer, packed, in slots; with one slot, a dense MLP. Fill a slot before its use.
+
+    Args:
+        gate_D: a row's output is multiplied by the sigmoid of its product with the gate; None: it is not.
+    """
 
     def __init__(
-        self, kernels: Kernels, num_slots: int, hidden_size: int, intermediate_size: int, dtype: torch.dtype
+        self,
+        kernels: Kernels,
+        num_slots: int,
+        hidden_size: int,
+        intermediate_size: int,
+        dtype: torch.dtype,
+        gate_D: Tensor | None = None,
     ) -> None:
+        assert gate_D is None or (gate_D.dtype == dtype and gate_D.shape == (hidden_size,))
         self.kernels, self.dtype = kernels, dtype
         self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
         # Gate and up projections each begin at a panel boundary.
@@ -171,13 +184,15 @@ class PackedExperts:
             num_slots,
             hidden_size,
             intermediate_size,
+            pointer(gate_D),
         )
+        self.gate_D = gate_D
         self.address = ctypes.addressof(self.experts)
         self.format = self.w13.format
 
     @property
     def nbytes(self) -> int:
-        return self.w13.nbytes + self.w2.nbytes
+        return self.w13.nbytes + self.w2.nbytes + (0 if self.gate_D is None else self.gate_D.nbytes)
 
     def put(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
         """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot.

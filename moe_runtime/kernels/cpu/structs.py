@@ -19,8 +19,11 @@ class AttentionShape(ctypes.Structure):
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_size", c_int64),
+        ("value_size", c_int64),
+        ("value_stride", c_int64),
         ("page_size", c_int64),
         ("window", c_int64),
+        ("sinks", c_void_p),
         ("scale", c_float),
     )
 
@@ -41,6 +44,7 @@ class HeadOps(ctypes.Structure):
         ("query_norm", c_void_p),
         ("key_norm", c_void_p),
         ("eps", c_float),
+        ("norm", c_int32),
     )
 
 
@@ -52,6 +56,7 @@ class StepHeads(ctypes.Structure):
         ("rope_row", c_void_p),
         ("cache_position", c_void_p),
         ("page_size", c_int64),
+        ("query_scale", c_void_p),
     )
 
 
@@ -63,6 +68,7 @@ class GateConfig(ctypes.Structure):
         ("topk_groups", c_int64),
         ("sigmoid", c_int32),
         ("normalize", c_int32),
+        ("groups_by_best", c_int32),
         ("scale", c_float),
         ("correction_bias", c_void_p),
     )
@@ -70,7 +76,7 @@ class GateConfig(ctypes.Structure):
 
 
 class NextNormStruct(ctypes.Structure):
-    _fields_ = (("weight", c_void_p), ("eps", c_float))
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("multiplier", c_float))
 
 
 class ReplicasStruct(ctypes.Structure):
@@ -116,9 +122,32 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+class LatentSizes(ctypes.Structure):
+    _fields_ = (("query_rank", c_int64), ("latent", c_int64), ("nope", c_int64), ("rope", c_int64))
+
+
+class LatentStruct(ctypes.Structure):
+    _fields_ = (
+        ("next", NextNormStruct),
+        ("shape", AttentionShape),
+        ("sizes", LatentSizes),
+        ("down", Weight),
+        ("down_bias", c_void_p),
+        ("query_norm", c_void_p),
+        ("latent_norm", c_void_p),
+        ("eps", c_float),
+        ("up", Weight),
+        ("key", Weight),
+        ("value", Weight),
+        ("output", Weight),
+        ("output_bias", c_void_p),
+    )
+
+
 class LayerStruct(ctypes.Structure):
     _fields_ = (
         ("attention", c_void_p),
+        ("latent", c_void_p),
         ("sparse", c_void_p),
         ("dense", c_void_p),
         ("key_cache", c_void_p),
@@ -153,6 +182,7 @@ class ExpertsStruct(ctypes.Structure):
         ("slots", c_int64),
         ("hidden", c_int64),
         ("intermediate", c_int64),
+        ("row_gate", c_void_p),
     )
 
 
@@ -201,7 +231,7 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_rms_norm": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p)),
     "moe_add_rms_norm": (
         None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p),
+        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_float, c_void_p, c_void_p),
     ),
     "moe_silu_mul": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
     "moe_paged_attention": (
@@ -211,6 +241,10 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_attention_block": (
         None,
         (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    ),
+    "moe_latent_block": (
+        None,
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
     "moe_layers_begin": (None, (c_void_p,)),
     "moe_layers_end": (c_int64, (c_void_p,)),

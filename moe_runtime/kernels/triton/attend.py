@@ -1,51 +1,88 @@
 """Shared by both attention kernels: the loop over a sequence's keys, its constants, and the checks of operands.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
-X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
+A key's numbers are one block, or a block and a smaller one for the rest, so that little of a head of 192 or 576 numbers
+is padding.
+
+Shape suffixes: T tokens, H query heads, G key/value heads, d head size of keys, e of values, N pages, B tokens per
+page, S sequences, X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D and R are the first and
+the rest of a key's numbers, E a value's numbers.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.torch_attention import check_attention
+from moe_runtime.kernels.torch_ops import check_contiguous
 from moe_runtime.kernels.triton.rotary import check_heads
+from moe_runtime.kernels.triton.tiles import Chip
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def load_part(
+    ptr: tl.tensor,
+    place_M: tl.tensor,
+    is_row_M: tl.tensor,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Numbers `FIRST .. FIRST + BLOCK` of each row; zeros from `SIZE` on, and where there is no row."""
+    d_D = tl.arange(0, BLOCK)
+    is_x_MD = is_row_M[:, None]
+    if FIRST + BLOCK > SIZE:
+        is_x_MD = is_x_MD & (d_D < SIZE - FIRST)[None, :]
+    return tl.load(ptr + FIRST + place_M[:, None] + d_D[None, :], mask=is_x_MD, other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def attend(
     q_MD: tl.tensor,
+    q_MR: tl.tensor,
     position_M: tl.tensor,
     first_key: tl.tensor,
     end_key: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     table_ptr: tl.tensor,
-    key_stride: tl.tensor,
-    head_size: tl.tensor,
+    num_groups: tl.tensor,
     scale: tl.tensor,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    REUSE_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Weighted sum of values, sum of weights and largest score (base 2) of each row, over keys `first .. end`."""
-    d_D = tl.arange(0, BLOCK_D)
-    acc_MD = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    """Weighted sum of values, sum of weights and largest score (base 2) of each row, over keys `first .. end`.
+
+    `q_MR` counts if `BLOCK_R` is not 0. With `REUSE_KEYS`, the first block of a key is its value."""
+    acc_ME = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
     total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
     max_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     for start in range(first_key, end_key, BLOCK_C):
         key_C = start + tl.arange(0, BLOCK_C)
         is_key_C = key_C < end_key
         page_C = tl.load(table_ptr + key_C // PAGE, mask=is_key_C, other=0)
-        place_C = (page_C * PAGE + key_C % PAGE) * key_stride
+        place_C = (page_C * PAGE + key_C % PAGE) * num_groups
         # After the last key, values belong to no sequence. They are read as zeros, because 0 times NaN is NaN.
-        is_k_CD = is_key_C[:, None] if EVEN_D else is_key_C[:, None] & (d_D < head_size)[None, :]
-        k_CD = tl.load(k_ptr + place_C[:, None] + d_D[None, :], mask=is_k_CD, other=0.0)
-        score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee") * scale
+        k_CD = load_part(k_ptr, place_C * HEAD_SIZE, is_key_C, 0, HEAD_SIZE, BLOCK_D)
+        score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee")
+        if BLOCK_R > 0:
+            k_CR = load_part(k_ptr, place_C * HEAD_SIZE, is_key_C, BLOCK_D, HEAD_SIZE, BLOCK_R)
+            score_MC = tl.dot(q_MR, tl.trans(k_CR), score_MC, input_precision="ieee")
+        score_MC = score_MC * scale
         visible_MC = (key_C[None, :] <= position_M[:, None]) & is_key_C[None, :]
         if WINDOW > 0:
             visible_MC &= key_C[None, :] > position_M[:, None] - WINDOW
@@ -56,42 +93,105 @@ def attend(
         weight_MC = tl.exp2(score_MC - finite_M[:, None])
         shrink_M = tl.exp2(max_M - finite_M)
         total_M = total_M * shrink_M + tl.sum(weight_MC, 1)
-        v_CD = tl.load(v_ptr + place_C[:, None] + d_D[None, :], mask=is_k_CD, other=0.0)
-        acc_MD = tl.dot(weight_MC.to(v_CD.dtype), v_CD, acc_MD * shrink_M[:, None], input_precision="ieee")
+        v_CE = k_CD if REUSE_KEYS else load_part(v_ptr, place_C * VALUE_STRIDE, is_key_C, 0, VALUE_SIZE, BLOCK_E)
+        acc_ME = tl.dot(weight_MC.to(v_CE.dtype), v_CE, acc_ME * shrink_M[:, None], input_precision="ieee")
         max_M = new_max_M
-    return acc_MD, total_M, max_M
+    return acc_ME, total_M, max_M
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sink_weight(sink: tl.tensor, largest: tl.tensor) -> tl.tensor:
+    """The weight of sinks beside a largest score of base 2. The product is in float64, because in float32 the compiler
+    may join it with the difference, which changes bits from one kernel to another."""
+    score = (sink.to(tl.float64) * LOG2_E).to(tl.float32)
+    return tl.exp2(tl.minimum(score - largest, 100.0))  # beside a weight of 2 ** 100 all others are nothing
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Numbers of a head.
+
+    Attributes:
+        key: of a query and a key.
+        value: of a value.
+        in_keys: whether values are a view of the keys, the first numbers of each.
+    """
+
+    key: int
+    value: int
+    in_keys: bool = False
+
+    @property
+    def key_blocks(self) -> tuple[int, int]:
+        """Blocks, powers of two, for the first and the rest of a key's numbers; no rest if one block is as small."""
+        whole = max(16, triton.next_power_of_2(self.key))
+        first = whole // 2
+        rest = max(16, triton.next_power_of_2(self.key - first))  # a tensor core takes at least 16 numbers
+        return (first, rest) if first + rest < whole else (whole, 0)
+
+    @property
+    def value_block(self) -> int:
+        """The block, a power of two, for a value's numbers."""
+        block: int = max(16, triton.next_power_of_2(self.value))
+        return block
+
+    @property
+    def widest(self) -> int:
+        """The largest of these blocks."""
+        return max(self.key_blocks[0], self.value_block)
+
+    @property
+    def most(self) -> int:
+        """Numbers in blocks: of a key or of a value, whichever are more."""
+        return max(sum(self.key_blocks), self.value_block)
 
 
 def attention_meta(
-    head_size: int, page_size: int, sliding_window: int | None, itemsize: int, *, rows: int, keys: int
+    sizes: HeadSizes, page_size: int, sliding_window: int | None, itemsize: int, chip: Chip, *, rows: int, keys: int
 ) -> dict[str, int]:
     """Constants and launch options that both attention kernels share; `rows` (token, head) pairs and `keys` a step."""
-    block_d = max(16, triton.next_power_of_2(head_size))
-    large = rows * block_d > 64 * 128 or itemsize == 4  # float32 is multiplied in registers
+    block_d, block_r = sizes.key_blocks
+    large = rows * sizes.most > 64 * 128
+    num_stages = 3 if rows > 64 else 2
+    if itemsize == 4:  # float32 is multiplied in registers
+        keys, large, num_stages = 16, True, 3
+    elif sizes.widest > 256:  # one program takes an SM; five stages give it two blocks of keys
+        keys, num_stages = 32 if chip.has_new_mma else 16, 5
+    elif sizes.widest > 128:
+        keys = 32
     return {
         "WINDOW": sliding_window or 0,
         "PAGE": page_size,
-        "EVEN_D": head_size == block_d,
+        "HEAD_SIZE": sizes.key,
+        "VALUE_SIZE": sizes.value,
+        "VALUE_STRIDE": sizes.key if sizes.in_keys else sizes.value,
+        "REUSE_KEYS": sizes.in_keys and sizes.value == block_d,
         "BLOCK_M": rows,
-        "BLOCK_C": 16 if itemsize == 4 else 32 if block_d > 128 else keys,
+        "BLOCK_C": keys,
         "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "BLOCK_E": sizes.value_block,
         "num_warps": 8 if large else 4,
-        "num_stages": 3 if rows > 64 or itemsize == 4 else 2,
+        "num_stages": num_stages,
         "enable_fp_fusion": True,
     }
 
 
-def check_attention(q_THd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor) -> int:
-    """Refuse operands that do not fit together; returns the number of key/value heads.
+def check_operands(
+    q_THd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGe: Tensor, sinks_H: Tensor | None
+) -> tuple[int, HeadSizes]:
+    """Refuse operands that do not fit together; returns the number of key/value heads and the numbers of a head.
 
     Raises:
         ValueError: the operand and what is allowed.
     """
     check_heads(q_THd=q_THd)
-    num_groups, head_size = k_cache_NBGd.shape[2:]
-    for name, cache in (("k_cache_NBGd", k_cache_NBGd), ("v_cache_NBGd", v_cache_NBGd)):
-        if cache.shape != k_cache_NBGd.shape or cache.dtype != q_THd.dtype or not cache.is_contiguous():
-            raise ValueError(f"{name}: {cache.dtype} {tuple(cache.shape)} must be contiguous pages of {q_THd.dtype}")
-    if q_THd.shape[2] != head_size or q_THd.shape[1] % num_groups:
-        raise ValueError(f"q_THd: shape {tuple(q_THd.shape)} does not fit caches {tuple(k_cache_NBGd.shape)}")
-    return num_groups
+    check_attention(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H)
+    check_contiguous(k_cache_NBGd=k_cache_NBGd, sinks_H=sinks_H)
+    in_keys = v_cache_NBGe.data_ptr() == k_cache_NBGd.data_ptr() and v_cache_NBGe.stride() == k_cache_NBGd.stride()
+    if not in_keys and not v_cache_NBGe.is_contiguous():
+        raise ValueError(
+            f"v_cache_NBGe: strides {v_cache_NBGe.stride()} are not allowed; it must be contiguous, or the first "
+            "numbers of each key of k_cache_NBGd"
+        )
+    return k_cache_NBGd.shape[2], HeadSizes(k_cache_NBGd.shape[3], v_cache_NBGe.shape[3], in_keys)

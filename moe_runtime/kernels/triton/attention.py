@@ -3,8 +3,7 @@
 A program has a block of (token, head) pairs of one sequence and one group, and reads the keys once. So each key read
 serves all heads that share it. Softmax is in float32.
 
-Shape suffixes: T tokens, H query heads, G key/value heads, d head size, N pages, B tokens per page, S sequences,
-X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D of the head's numbers.
+Shape suffixes: as in `attend`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.triton.attend import attend, attention_meta, check_attention
+from moe_runtime.kernels.triton.attend import (
+    HeadSizes,
+    attend,
+    attention_meta,
+    check_operands,
+    load_part,
+    sink_weight,
+)
 from moe_runtime.kernels.triton.decode_attention import decode_attention
 from moe_runtime.kernels.triton.tiles import Chip, chip_of
 
@@ -30,6 +36,7 @@ def prefill_attention_kernel(
     table_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
     context_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     first_sequence: tl.tensor,
     q_token_stride: tl.tensor,
@@ -37,16 +44,21 @@ def prefill_attention_kernel(
     table_stride: tl.tensor,
     num_groups: tl.tensor,
     heads_per_group: tl.tensor,
-    head_size: tl.tensor,
     scale: tl.tensor,
     WINDOW: tl.constexpr,
     PAGE: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    REUSE_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ) -> None:
-    """A block of (token, head) pairs of one sequence and one group, over all keys that any of them sees."""
+    """A block of (token, head) pairs of one sequence and one group, over all keys that any of them sees. Without sinks,
+    `sinks_ptr` is `None`."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # blocks with the most keys begin first
     group = tl.program_id(1)
     sequence = first_sequence + tl.program_id(2)
@@ -59,104 +71,117 @@ def prefill_attention_kernel(
         return
 
     pair_M = first_pair + tl.arange(0, BLOCK_M)
+    is_pair_M = pair_M < num_pairs
     token_M = tl.minimum(pair_M, num_pairs - 1) // heads_per_group
     head_M = group * heads_per_group + pair_M % heads_per_group
-    d_D = tl.arange(0, BLOCK_D)
-    is_q_MD = (pair_M < num_pairs)[:, None] & (d_D < head_size)[None, :]
     row_M = (start + token_M).to(tl.int64)
-    q_ptr_MD = q_ptr + (row_M * q_token_stride + head_M * q_head_stride)[:, None] + d_D[None, :]
-    q_MD = tl.load(q_ptr_MD, mask=is_q_MD, other=0.0)
+    q_place_M = row_M * q_token_stride + head_M * q_head_stride
+    q_MD = load_part(q_ptr, q_place_M, is_pair_M, 0, HEAD_SIZE, BLOCK_D)
+    q_MR = q_MD
+    if BLOCK_R > 0:
+        q_MR = load_part(q_ptr, q_place_M, is_pair_M, BLOCK_D, HEAD_SIZE, BLOCK_R)
     last_token = tl.minimum(first_pair + BLOCK_M, num_pairs) - 1
     first_key = 0
     if WINDOW > 0:
         first_seen = tl.maximum(first_query + first_pair // heads_per_group - (WINDOW - 1), 0)
         first_key = first_seen // BLOCK_C * BLOCK_C
-    acc_MD, total_M, _ = attend(
-        q_MD, first_query + token_M, first_key, first_query + last_token // heads_per_group + 1,
-        k_ptr + group * head_size, v_ptr + group * head_size, table_ptr + sequence.to(tl.int64) * table_stride,
-        num_groups * head_size, head_size, scale,
-        WINDOW, PAGE, EVEN_D, BLOCK_M, BLOCK_C, BLOCK_D,
+    acc_ME, total_M, max_M = attend(
+        q_MD, q_MR, first_query + token_M, first_key, first_query + last_token // heads_per_group + 1,
+        k_ptr + group * HEAD_SIZE, v_ptr + group * VALUE_STRIDE, table_ptr + sequence.to(tl.int64) * table_stride,
+        num_groups, scale,
+        WINDOW, PAGE, HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, REUSE_KEYS, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_R, BLOCK_E,
     )  # fmt: skip
-    out_ptr_MD = out_ptr + ((row_M * num_groups * heads_per_group + head_M) * head_size)[:, None] + d_D[None, :]
-    tl.store(out_ptr_MD, (acc_MD / total_M[:, None]).to(out_ptr.dtype.element_ty), mask=is_q_MD)
+    if sinks_ptr is not None:
+        total_M += sink_weight(tl.load(sinks_ptr + head_M), max_M)
+    e_E = tl.arange(0, BLOCK_E)
+    is_out_ME = is_pair_M[:, None] & (e_E < VALUE_SIZE)[None, :]
+    out_ptr_ME = out_ptr + ((row_M * num_groups * heads_per_group + head_M) * VALUE_SIZE)[:, None] + e_E[None, :]
+    tl.store(out_ptr_ME, (acc_ME / total_M[:, None]).to(out_ptr.dtype.element_ty), mask=is_out_ME)
 
 
 def prefill_attention_meta(
-    head_size: int, page_size: int, sliding_window: int | None, itemsize: int, chip: Chip
+    sizes: HeadSizes, page_size: int, sliding_window: int | None, itemsize: int, chip: Chip
 ) -> dict[str, int]:
     """Constants and launch options of `prefill_attention_kernel`."""
-    rows = 16 if itemsize == 4 else 128 if head_size <= 128 else 64
-    keys = 64 if chip.has_new_mma else 32  # mma.sync takes its operands from registers
-    return attention_meta(head_size, page_size, sliding_window, itemsize, rows=rows, keys=keys)
+    # mma.sync takes its operands from registers, which hold the sums as well.
+    narrow = (sizes.widest if chip.has_new_mma else sizes.most) <= 128
+    rows = 16 if itemsize == 4 else 128 if narrow else 64 if sizes.widest <= 256 else 32
+    keys = 64 if chip.has_new_mma else 32
+    return attention_meta(sizes, page_size, sliding_window, itemsize, chip, rows=rows, keys=keys)
 
 
 def paged_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     meta: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """The Triton form of `torch_attention.paged_attention`, same arguments and result.
+
+    Caches and sinks are contiguous, or values are `k_cache_NBGd[..., :e]`.
 
     Raises:
         ValueError: operands do not fit together.
     """
-    num_groups = check_attention(q_THd, k_cache_NBGd, v_cache_NBGd)
-    num_tokens, num_heads, head_size = q_THd.shape
+    num_groups, sizes = check_operands(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H)
+    num_tokens, num_heads, _ = q_THd.shape
     assert num_tokens == meta.num_tokens, (q_THd.shape, meta.num_tokens)
-    out_THd = torch.empty(q_THd.shape, dtype=q_THd.dtype, device=q_THd.device)
+    out_THe = torch.empty(num_tokens, num_heads, sizes.value, dtype=q_THd.dtype, device=q_THd.device)
     on_device = meta.on_device
     if meta.num_decode:
         decode = slice(0, meta.num_decode)
         decode_attention(
             q_THd[decode],
             k_cache_NBGd,
-            v_cache_NBGd,
+            v_cache_NBGe,
             meta.page_table,
             on_device.sequence_T[decode],
             on_device.position_T[decode],
             max_context=max(meta.context_len[decode]),
             scale=scale,
             sliding_window=sliding_window,
-            out_THd=out_THd[decode],
+            sinks_H=sinks_H,
+            out_THe=out_THe[decode],
         )
     if num_chunks := len(meta.context_len) - meta.num_decode:
         options = prefill_attention_meta(
-            head_size, k_cache_NBGd.shape[1], sliding_window, q_THd.element_size(), chip_of(q_THd.device)
+            sizes, k_cache_NBGd.shape[1], sliding_window, q_THd.element_size(), chip_of(q_THd.device)
         )
         heads_per_group = num_heads // num_groups
         most_pairs = max(meta.num_query[meta.num_decode :]) * heads_per_group
         prefill_attention_kernel[(triton.cdiv(most_pairs, options["BLOCK_M"]), num_groups, num_chunks)](
             q_THd,
             k_cache_NBGd,
-            v_cache_NBGd,
+            v_cache_NBGe,
             meta.page_table,
             on_device.query_start,
             on_device.context_len,
-            out_THd,
+            sinks_H,
+            out_THe,
             meta.num_decode,
             *q_THd.stride()[:2],
             meta.page_table.stride(0),
             num_groups,
             heads_per_group,
-            head_size,
             scale * math.log2(math.e),
             **options,
         )
-    return out_THd
+    return out_THe
 
 
 def invariant_paged_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
-    v_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
     meta: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention` with decode attention for every row: the same bits for any cut of a prompt into chunks.
 
@@ -166,11 +191,12 @@ def invariant_paged_attention(
     return decode_attention(
         q_THd,
         k_cache_NBGd,
-        v_cache_NBGd,
+        v_cache_NBGe,
         meta.page_table,
         meta.on_device.sequence_T,
         meta.on_device.position_T,
         max_context=meta.max_context,
         scale=scale,
         sliding_window=sliding_window,
+        sinks_H=sinks_H,
     )

@@ -31,6 +31,7 @@ def topk_gate_kernel(
     TOP_K: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOPK_GROUPS: tl.constexpr,
+    GROUPS_BY_BEST: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -57,9 +58,10 @@ def topk_gate_kernel(
 
     if NUM_GROUPS > 1:
         best_J = tl.max(choice_JM, 1)
-        best_member_J = tl.min(tl.where(choice_JM == best_J[:, None], member_M[None, :], BLOCK_M), 1)
-        second_J = tl.max(tl.where(member_M[None, :] == best_member_J[:, None], float("-inf"), choice_JM), 1)
-        group_score_J = best_J + second_J
+        group_score_J = best_J
+        if not GROUPS_BY_BEST:
+            best_member_J = tl.min(tl.where(choice_JM == best_J[:, None], member_M[None, :], BLOCK_M), 1)
+            group_score_J += tl.max(tl.where(member_M[None, :] == best_member_J[:, None], float("-inf"), choice_JM), 1)
         is_kept_J = group_J < 0
         for _ in range(TOPK_GROUPS):
             best_group = tl.min(tl.where(group_score_J == tl.max(group_score_J), group_J, BLOCK_J))
@@ -87,7 +89,14 @@ def topk_gate_kernel(
 
 
 def topk_gate_meta(
-    num_experts: int, *, top_k: int, scoring: Scoring, num_groups: int, topk_groups: int, normalize: bool
+    num_experts: int,
+    *,
+    top_k: int,
+    scoring: Scoring,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    groups_by_best: bool = False,
 ) -> dict[str, int]:
     """Constants and launch options of `topk_gate_kernel`."""
     return {
@@ -96,6 +105,7 @@ def topk_gate_meta(
         "TOP_K": top_k,
         "NUM_GROUPS": num_groups,
         "TOPK_GROUPS": topk_groups,
+        "GROUPS_BY_BEST": groups_by_best,
         "BLOCK_J": triton.next_power_of_2(num_groups),
         "BLOCK_M": triton.next_power_of_2(num_experts // num_groups),
         "BLOCK_K": triton.next_power_of_2(top_k),
@@ -112,6 +122,7 @@ def topk_gate(
     correction_bias_E: Tensor | None = None,
     num_groups: int = 1,
     topk_groups: int = 1,
+    groups_by_best: bool = False,
     normalize: bool,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -134,6 +145,7 @@ def topk_gate(
         num_groups=num_groups,
         topk_groups=topk_groups,
         normalize=normalize,
+        groups_by_best=groups_by_best,
     )
     group_size = num_experts // num_groups
     topk_gate_kernel[(num_tokens,)](

@@ -32,10 +32,11 @@ def rms_norm_kernel(
     head_stride: tl.tensor,
     size: tl.tensor,
     eps: tl.tensor,
+    multiplier: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """The norm of each row; with `residual_ptr` and `sum_ptr` (else `None`), of its sum with the residual's row."""
+    """The norm of each row; with `residual_ptr` and `sum_ptr` (else `None`), of `residual + multiplier * x`."""
     row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     d_D = tl.arange(0, BLOCK_D)
     is_x_RD = (row_R < num_rows)[:, None] & (d_D < size)[None, :]
@@ -45,7 +46,7 @@ def rms_norm_kernel(
 
     x_RD = tl.load(x_ptr + place_RD, mask=is_x_RD, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        x_RD += tl.load(residual_ptr + out_RD, mask=is_x_RD, other=0.0).to(tl.float32)
+        x_RD = x_RD * multiplier + tl.load(residual_ptr + out_RD, mask=is_x_RD, other=0.0).to(tl.float32)
         sum_RD = x_RD.to(dtype)
         tl.store(sum_ptr + out_RD, sum_RD, mask=is_x_RD)
         x_RD = sum_RD.to(tl.float32)
@@ -65,6 +66,31 @@ def silu_mul_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, BLOCK
     up_F = tl.load(x_ptr + row * 2 * size + size + f_F, mask=f_F < size, other=0.0).to(tl.float32)
     gate_F = (gate_F / (1.0 + tl.exp(-gate_F))).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * size + f_F, (gate_F * up_F).to(dtype), mask=f_F < size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_rows_kernel(
+    x_ptr: tl.tensor,
+    gate_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    size: tl.tensor,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """A row times the sigmoid of the product of its row of `x_ptr` with the gate."""
+    row = tl.program_id(0).to(tl.int64)
+    d_D = tl.arange(0, BLOCK_D)
+    x_D = tl.load(x_ptr + row * size + d_D, mask=d_D < size, other=0.0).to(tl.float32)
+    gate_D = tl.load(gate_ptr + d_D, mask=d_D < size, other=0.0).to(tl.float32)
+    factor = 1.0 / (1.0 + tl.exp(-tl.sum(x_D * gate_D)))
+    row_D = tl.load(rows_ptr + row * size + d_D, mask=d_D < size, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * size + d_D, (row_D * factor).to(out_ptr.dtype.element_ty), mask=d_D < size)
+
+
+def scale_rows_meta(size: int) -> dict[str, int]:
+    """Constants and launch options of `scale_rows_kernel`."""
+    block_d = triton.next_power_of_2(size)
+    return {"BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 16, "enable_fp_fusion": False}
 
 
 def rms_norm_meta(size: int) -> dict[str, int]:
@@ -92,7 +118,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _norm(x_TD, None, weight_D, eps)[0]
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The Triton form of `torch_ops.add_rms_norm`, same arguments and result.
 
     Raises:
@@ -101,10 +129,12 @@ def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
     check_contiguous(x_TD=x_TD, residual_TD=residual_TD)
     if x_TD.shape != residual_TD.shape or x_TD.dtype != residual_TD.dtype:
         raise ValueError(f"residual_TD: {residual_TD.dtype} {tuple(residual_TD.shape)} must be those of x_TD")
-    return _norm(x_TD, residual_TD, weight_D, eps)
+    return _norm(x_TD, residual_TD, weight_D, eps, multiplier)
 
 
-def _norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(
+    x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float, multiplier: float = 1.0
+) -> tuple[Tensor, Tensor]:
     size = x_TD.shape[-1]
     if weight_D.shape != (size,) or weight_D.dtype != x_TD.dtype:
         raise ValueError(f"weight_D: {weight_D.dtype} {tuple(weight_D.shape)} must be {x_TD.dtype} ({size},)")
@@ -129,6 +159,7 @@ def _norm(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, eps: float
             rows_THD.stride(1),
             size,
             float(eps),
+            float(multiplier),
             **meta,
         )
     return out_TD, out_TD if sum_TD is None else sum_TD
@@ -148,3 +179,21 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
         grid = (out_TF.numel() // size, triton.cdiv(size, meta["BLOCK_F"]))
         silu_mul_kernel[grid](gate_up_T2F, out_TF, size, **meta)
     return out_TF
+
+
+def scale_rows(out_TD: Tensor, x_TD: Tensor, gate_D: Tensor) -> Tensor:
+    """The Triton form of `torch_ops.scale_rows`, same arguments and result.
+
+    Raises:
+        ValueError: operands do not fit together, or are not contiguous.
+    """
+    check_contiguous(out_TD=out_TD, x_TD=x_TD, gate_D=gate_D)
+    if out_TD.shape != x_TD.shape or gate_D.shape != x_TD.shape[1:]:
+        raise ValueError(
+            f"gate_D: {tuple(gate_D.shape)} and out_TD {tuple(out_TD.shape)} must fit x_TD {tuple(x_TD.shape)}"
+        )
+    scaled_TD = torch.empty_like(out_TD)
+    num_rows, size = x_TD.shape
+    if num_rows:
+        scale_rows_kernel[(num_rows,)](x_TD, gate_D, out_TD, scaled_TD, size, **scale_rows_meta(size))
+    return scaled_TD

@@ -58,14 +58,12 @@ def rotate_heads(
     first_HP = tl.load(from_HP, mask=is_pair_HP, other=0.0).to(tl.float32)
     second_HP = tl.load(from_HP + half, mask=is_pair_HP, other=0.0).to(tl.float32)
     # Both halves of cos and sin are read, because the twin multiplies with both.
-    cos1_P = tl.load(cos_ptr + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
-    cos2_P = tl.load(cos_ptr + half + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
-    sin1_P = tl.load(sin_ptr + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
-    sin2_P = tl.load(sin_ptr + half + p_P, mask=p_P < half, other=0.0).to(dtype).to(tl.float32)
-    turned1_HP = (first_HP * cos1_P[None, :]).to(dtype).to(tl.float32)
-    turned1_HP -= (second_HP * sin1_P[None, :]).to(dtype).to(tl.float32)
-    turned2_HP = (second_HP * cos2_P[None, :]).to(dtype).to(tl.float32)
-    turned2_HP += (first_HP * sin2_P[None, :]).to(dtype).to(tl.float32)
+    cos1_P = tl.load(cos_ptr + p_P, mask=p_P < half, other=0.0)
+    cos2_P = tl.load(cos_ptr + half + p_P, mask=p_P < half, other=0.0)
+    sin1_P = tl.load(sin_ptr + p_P, mask=p_P < half, other=0.0)
+    sin2_P = tl.load(sin_ptr + half + p_P, mask=p_P < half, other=0.0)
+    turned1_HP = first_HP * cos1_P[None, :] - second_HP * sin1_P[None, :]
+    turned2_HP = second_HP * cos2_P[None, :] + first_HP * sin2_P[None, :]
     to_HP = to_ptr + head_H[:, None] * head_size + p_P[None, :]
     tl.store(to_HP, turned1_HP.to(dtype), mask=is_pair_HP)
     tl.store(to_HP + half, turned2_HP.to(dtype), mask=is_pair_HP)

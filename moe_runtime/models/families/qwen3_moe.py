@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_runtime.config.model import AttentionConfig, ModelConfig, MoEConfig, layers_alike
+from moe_runtime.config.model import ModelConfig, MoEConfig, layers_alike
+from moe_runtime.models.decoder_config import grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import TensorNames
 
@@ -16,49 +17,24 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     hf = HFConfig(config, "qwen3_moe")
     hf.require("hidden_act", ("silu",), "silu")
     hf.always(use_qk_norm=True, scoring_func="softmax", n_group=1, topk_group=1, routed_scaling_factor=1.0)
-    hidden_size = hf.integer("hidden_size", default=2048)
-    num_layers = hf.integer("num_hidden_layers", default=24)
-    num_heads = hf.integer("num_attention_heads", default=32)
-    head_dim = hf.head_dim(hidden_size, num_heads)
-    max_position = hf.integer("max_position_embeddings", default=32768)
-    window = hf.window(default=4096)
-    if not hf.flag("use_sliding_window", False):
-        window = None
+    sizes = read_sizes(hf, vocab_size=151936, hidden_size=2048, num_layers=24, num_heads=32, max_position=32768)
+    window = hf.window(default=4096, is_used=hf.flag("use_sliding_window", False))
     bias = hf.flag("attention_bias", False)
-    dense = hf.layer_numbers("mlp_only_layers")
-    stride = hf.integer("decoder_sparse_step", default=1)
-    attention = AttentionConfig(
-        num_heads=num_heads,
-        num_kv_heads=hf.integer("num_key_value_heads", default=4),
-        head_dim=head_dim,
-        sliding_window=window,
-        qkv_bias=bias,
-        output_bias=bias,
-        qk_norm=True,
+    attention = grouped_attention(
+        hf, sizes, num_kv_heads=4, sliding_window=window, qkv_bias=bias, output_bias=bias, qk_norm="head"
     )
-    model = ModelConfig(
-        family="qwen3_moe",
-        vocab_size=hf.integer("vocab_size", default=151936),
-        hidden_size=hidden_size,
-        rms_norm_eps=hf.number("rms_norm_eps", default=1e-6),
-        max_position_embeddings=max_position,
-        rope=hf.rope(head_dim, max_position, theta=10_000.0),
-        moe=MoEConfig(
-            num_experts=hf.integer("num_local_experts", "num_experts", default=128),
-            top_k=hf.integer("num_experts_per_tok", default=8),
-            intermediate_size=hf.integer("moe_intermediate_size", default=768),
-            normalize_topk=hf.flag("norm_topk_prob", False),
-        ),
-        layers=layers_alike(
-            num_layers,
-            attention,
-            [i for i in range(num_layers) if i not in dense and (i + 1) % stride == 0],
-            hf.integer("intermediate_size", default=6144),
-        ),
-        tie_word_embeddings=hf.flag("tie_word_embeddings", False),
-        dtype=hf.dtype,
-        eos_token_ids=hf.eos_token_ids,
+    moe = MoEConfig(
+        num_experts=hf.integer("num_local_experts", "num_experts", default=128),
+        top_k=hf.integer("num_experts_per_tok", default=8),
+        intermediate_size=hf.integer("moe_intermediate_size", default=768),
+        normalize_topk=hf.flag("norm_topk_prob", False),
     )
-    hf.layer_types(num_layers, window)
-    hf.finish()
-    return model
+    dense_size = hf.integer("intermediate_size", default=6144)
+    return model_config(
+        hf,
+        sizes,
+        rope=hf.rope(attention.head_dim, sizes.max_position, theta=10_000.0),
+        moe=moe,
+        layers=layers_alike(sizes.num_layers, attention, hf.sparse_layers(sizes.num_layers), dense_size),
+        rms_norm_eps=1e-6,
+    )

@@ -98,6 +98,8 @@ def prompts() -> list[list[int]]:
         pytest.param("mixtral", 2, 0, "bfloat16", marks=needs_native_kernels),
         ("qwen3", 2, (0, 3), "float32"),
         pytest.param("glm4", 4, (4, 0, 1, 0), "bfloat16", marks=needs_native_kernels),
+        pytest.param("deepseek3", 2, 2, "bfloat16", marks=needs_native_kernels),
+        ("granite shared", 2, 1, "float32"),
     ],
 )
 def test_tokens_are_the_same_before_while_and_after_experts_move(
