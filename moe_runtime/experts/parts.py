@@ -1,4 +1,4 @@
-"""An expert's matrices, and a checksum over a slot's content."""
+"""An expert's matrices and biases, and a checksum over a slot's content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ExpertPart = Literal["gate", "up", "down"]  # gate and up are [intermediate, hidden], down is [hidden, intermediate]
+# Gate and up are [intermediate, hidden], down is [hidden, intermediate]; a bias is a vector of its matrix's outputs.
+ExpertPart = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
 
 CHUNK_WORDS = 1 << 20
 

@@ -1,15 +1,18 @@
-"""The experts' weights of one layer on one rank, in slots.
+"""The experts' weights and biases of one layer on one rank, in slots.
 
-Shape suffixes: S slots, D hidden, F expert intermediate, G = 2F (gate rows, then up rows), N rows, R computations.
+Shape suffixes: S slots, D hidden, F expert intermediate, G = 2F (of gate, then of up), N rows, R computations.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.forms import USUAL, Forms
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.weight_format import WeightFormat
 
 
@@ -18,8 +21,10 @@ class ExpertSlots:
 
     Args:
         num_slots, hidden_size, intermediate_size: S, D, F.
-        dtype, device: of the weights.
+        dtype, device: of the weights and biases.
         forms: of the products.
+        swiglu: the activation.
+        has_bias: whether the matrices have biases; they are zero until they are put in.
     """
 
     def __init__(
@@ -30,11 +35,19 @@ class ExpertSlots:
         dtype: torch.dtype,
         device: torch.device,
         forms: Forms = USUAL,
+        swiglu: SwiGLU = PLAIN,
+        has_bias: bool = False,
     ) -> None:
         self.forms = forms
+        self.swiglu = swiglu
         self.format = WeightFormat.of(str(dtype).removeprefix("torch."))
         self.w13_SGD = torch.empty(num_slots, 2 * intermediate_size, hidden_size, dtype=dtype, device=device)
         self.w2_SDF = torch.empty(num_slots, hidden_size, intermediate_size, dtype=dtype, device=device)
+        self.b13_SG: Tensor | None = None
+        self.b2_SD: Tensor | None = None
+        if has_bias:
+            self.b13_SG = torch.zeros(num_slots, 2 * intermediate_size, dtype=dtype, device=device)
+            self.b2_SD = torch.zeros(num_slots, hidden_size, dtype=dtype, device=device)
 
     @property
     def num_slots(self) -> int:
@@ -42,18 +55,41 @@ class ExpertSlots:
 
     @property
     def nbytes(self) -> int:
-        return self.w13_SGD.nbytes + self.w2_SDF.nbytes
+        return sum(tensor.nbytes for tensor in self._tensors())
 
     def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
-        """Copy rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot."""
+        """Copy rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot, or of its biases.
+
+        Args:
+            rows: `[n, inputs]`, or `[n]` of a bias, for the outputs from `first_row` on.
+        """
+        matrix, _, bias = part.partition("_")
+        up, down = (self.b13_SG, self.b2_SD) if bias else (self.w13_SGD, self.w2_SDF)
+        assert up is not None and down is not None, f"{part}: no room for biases"
         inner = self.w2_SDF.shape[2]
-        whole = {"gate": self.w13_SGD[slot, :inner], "up": self.w13_SGD[slot, inner:], "down": self.w2_SDF[slot]}[part]
+        whole = {"gate": up[slot, :inner], "up": up[slot, inner:], "down": down[slot]}[matrix]
         whole[first_row : first_row + len(rows)] = rows
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """A slot's content as stored in memory; the same on every rank for the same expert."""
-        return self.w13_SGD[slot], self.w2_SDF[slot]
+        return tuple(tensor[slot] for tensor in self._tensors())
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
-        """`w2 @ (silu(gate @ x) * (up @ x))` of the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order."""
-        return self.forms.grouped_mlp(x_ND, row_R, counts_S, self.w13_SGD, self.w2_SDF)
+        """The experts' outputs for the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order.
+
+        See `kernels.ops.grouped_mlp`.
+        """
+        return self.forms.grouped_mlp(
+            x_ND,
+            row_R,
+            counts_S,
+            self.w13_SGD,
+            self.w2_SDF,
+            b13_SG=self.b13_SG,
+            b2_SD=self.b2_SD,
+            swiglu=self.swiglu,
+        )
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from (self.w13_SGD, self.w2_SDF)
+        yield from (tensor for tensor in (self.b13_SG, self.b2_SD) if tensor is not None)

@@ -11,6 +11,24 @@ from torch.nn import functional as F
 
 from moe_runtime.kernels import invariant_ops, ops, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
+
+
+class GroupedMLP(Protocol):
+    """See `ops.grouped_mlp`."""
+
+    def __call__(
+        self,
+        x_ND: Tensor,
+        row_R: Tensor | None,
+        counts_S: Tensor,
+        w13_SGD: Tensor,
+        w2_SDF: Tensor,
+        *,
+        b13_SG: Tensor | None = None,
+        b2_SD: Tensor | None = None,
+        swiglu: SwiGLU = PLAIN,
+    ) -> Tensor: ...
 
 
 class PagedAttention(Protocol):
@@ -36,7 +54,7 @@ class Forms:
 
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     head_products: Callable[[Tensor, Tensor], Tensor]
-    grouped_mlp: Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor], Tensor]
+    grouped_mlp: GroupedMLP
     paged_attention: PagedAttention
 
 

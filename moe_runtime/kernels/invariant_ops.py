@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moe_runtime.kernels import ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 
 def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -39,20 +40,41 @@ def head_products(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
     )
 
 
-def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
+def grouped_mlp(
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    *,
+    b13_SG: Tensor | None = None,
+    b2_SD: Tensor | None = None,
+    swiglu: SwiGLU = PLAIN,
+) -> Tensor:
     """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
     if ops.uses_triton(x_ND.device):
         from moe_runtime.kernels.triton import grouped_gemm, tiles
 
         tile = tiles.invariant_tile(x_ND.dtype)
-        return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, tile=tile)
+        return grouped_gemm.grouped_mlp(
+            x_ND, row_R, counts_S, w13_SGD, w2_SDF, b13_SG=b13_SG, b2_SD=b2_SD, swiglu=swiglu, tile=tile
+        )
     rows_RD = x_ND if row_R is None else x_ND[row_R]
     slot_R = torch.arange(len(counts_S)).repeat_interleave(counts_S.cpu()).tolist()
     out_RD = torch.empty_like(rows_RD)
     one = counts_S.new_ones(1)
     for row, slot in enumerate(slot_R):
         slots = slice(slot, slot + 1)
-        out_RD[row] = torch_ops.grouped_mlp(rows_RD[row : row + 1], None, one, w13_SGD[slots], w2_SDF[slots])[0]
+        out_RD[row] = torch_ops.grouped_mlp(
+            rows_RD[row : row + 1],
+            None,
+            one,
+            w13_SGD[slots],
+            w2_SDF[slots],
+            b13_SG=None if b13_SG is None else b13_SG[slots],
+            b2_SD=None if b2_SD is None else b2_SD[slots],
+            swiglu=swiglu,
+        )[0]
     return out_RD
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
 __all__ = [
@@ -231,13 +232,24 @@ def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor
     return torch_ops.group_by_slot_padded(slot_R, num_slots)
 
 
-def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
+def grouped_mlp(
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    *,
+    b13_SG: Tensor | None = None,
+    b2_SD: Tensor | None = None,
+    swiglu: SwiGLU = PLAIN,
+) -> Tensor:
     """SwiGLU experts over rows grouped by slot, `[R, D]` in the grouped order; see `torch_ops.grouped_mlp`."""
+    options: dict[str, Any] = {"b13_SG": b13_SG, "b2_SD": b2_SD, "swiglu": swiglu}
     if uses_triton(x_ND.device):
         from moe_runtime.kernels.triton import grouped_gemm
 
-        return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
-    return torch_ops.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
+        return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, **options)
+    return torch_ops.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, **options)
 
 
 def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
 
@@ -89,7 +90,17 @@ def topk_gate(
     return weights_TK, experts_TK
 
 
-def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
+def grouped_mlp(
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    *,
+    b13_SG: Tensor | None = None,
+    b2_SD: Tensor | None = None,
+    swiglu: SwiGLU = PLAIN,
+) -> Tensor:
     """The expert MLP one row at a time; the product is rounded between the two projections, as in the fast forms."""
     slots = torch.repeat_interleave(torch.arange(len(counts_S)), counts_S.cpu())
     rows = torch.arange(len(x_ND)) if row_R is None else row_R
@@ -97,9 +108,15 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     out_RD = x_ND.new_empty(len(rows), x_ND.shape[1])
     for place, (row, slot) in enumerate(zip(rows.tolist(), slots.tolist(), strict=True)):
         gate_up = w13_SGD[slot].double() @ x_ND[row].double()
+        if b13_SG is not None:
+            gate_up += b13_SG[slot].double()
         gate, up = gate_up[:intermediate], gate_up[intermediate:]
-        product = (gate / (1 + torch.exp(-gate)) * up).to(x_ND.dtype)
-        out_RD[place] = (w2_SDF[slot].double() @ product.double()).to(x_ND.dtype)
+        gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+        product = (gate / (1 + torch.exp(-swiglu.alpha * gate)) * (up + swiglu.offset)).to(x_ND.dtype)
+        out_D = w2_SDF[slot].double() @ product.double()
+        if b2_SD is not None:
+            out_D += b2_SD[slot].double()
+        out_RD[place] = out_D.to(x_ND.dtype)
     return out_RD
 
 

@@ -1,7 +1,8 @@
 """Torch twins of the kernels: the meaning of each op, on any device.
 
 Shape suffixes: T tokens, D hidden, F expert intermediate, E logical experts, S local slots, K experts per token,
-N input rows, R received rows, H query heads, G key/value heads, d head size, r rotated dimensions.
+N input rows, R received rows, H query heads, G key/value heads, d head size, r rotated dimensions; in experts, G is 2F
+(gate outputs, then up outputs).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 Scoring = Literal["softmax", "sigmoid"]
 
@@ -60,6 +63,14 @@ def silu_mul(gate_up_T2F: Tensor) -> Tensor:
     """`silu(gate) * up` of the first and second half of the last dimension (SwiGLU, arXiv:2002.05202)."""
     gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
+
+
+def swiglu_mul(gate_up_T2F: Tensor, swiglu: SwiGLU) -> Tensor:
+    """`swiglu` of the first (gate) and second half of the last dimension, in float32, rounded once."""
+    gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=-1)
+    gate_TF = gate_TF.clamp(max=swiglu.limit)
+    up_TF = up_TF.clamp(-swiglu.limit, swiglu.limit) + swiglu.offset
+    return (gate_TF * torch.sigmoid(swiglu.alpha * gate_TF) * up_TF).to(gate_up_T2F.dtype)
 
 
 def head_products(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
@@ -230,7 +241,15 @@ def group_by_slot_padded(slot_R: Tensor, num_slots: int) -> tuple[Tensor, Tensor
     return order_R, torch.where(slot_R < 0, -1, place_R), counts[:num_slots]
 
 
-def check_grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> None:
+def check_grouped_mlp(
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    b13_SG: Tensor | None,
+    b2_SD: Tensor | None,
+) -> None:
     """Refuse operands of `grouped_mlp` that do not fit together.
 
     Raises:
@@ -250,12 +269,29 @@ def check_grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_
         raise ValueError(f"counts_S: {counts_S.dtype} {tuple(counts_S.shape)} must be int64 of {num_slots} slots")
     if row_R is not None and (row_R.ndim != 1 or row_R.dtype != torch.int64):
         raise ValueError(f"row_R: {row_R.dtype} {tuple(row_R.shape)} must be a vector of int64")
+    for name, bias, outputs in (("b13_SG", b13_SG, 2 * intermediate), ("b2_SD", b2_SD, hidden)):
+        if bias is not None and (bias.shape != (num_slots, outputs) or bias.dtype != x_ND.dtype):
+            raise ValueError(
+                f"{name}: {bias.dtype} {tuple(bias.shape)} is not allowed; it must be {x_ND.dtype} "
+                f"{(num_slots, outputs)}"
+            )
 
 
-def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor) -> Tensor:
-    """SwiGLU experts over rows grouped by slot: `w2 @ (silu(w_gate @ x) * (w_up @ x))` for each row.
+def grouped_mlp(
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    *,
+    b13_SG: Tensor | None = None,
+    b2_SD: Tensor | None = None,
+    swiglu: SwiGLU = PLAIN,
+) -> Tensor:
+    """SwiGLU experts over rows grouped by slot: `w2 @ swiglu(w_gate @ x + b_gate, w_up @ x + b_up) + b2` for each row.
 
-    The product is rounded to the dtype of `x_ND` between the two products with weights, and so is the result, once.
+    The activation is rounded to the dtype of `x_ND` between the two products with weights, and so is the result, once.
+    Biases are added in float32, before any rounding. This form also rounds gate and up before the activation.
 
     Args:
         x_ND: input rows.
@@ -264,6 +300,8 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
             the remaining places are not computed: their values are undefined.
         w13_SGD: `[S, 2 * F, D]`, the rows of `w_gate`, then those of `w_up`.
         w2_SDF: `[S, D, F]`.
+        b13_SG, b2_SD: in the dtype of `x_ND`; `b13_SG` has the biases of `w_gate`, then those of `w_up`.
+        swiglu: default `silu(gate) * up`.
 
     Returns:
         `[R, D]` in the grouped order.
@@ -271,7 +309,7 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     Raises:
         ValueError: shapes or dtypes do not fit together.
     """
-    check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
+    check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, b13_SG, b2_SD)
     rows_RD = x_ND if row_R is None else x_ND[row_R]
     counts = counts_S.tolist()
     assert sum(counts) <= rows_RD.shape[0], (sum(counts), rows_RD.shape[0])
@@ -280,8 +318,9 @@ def grouped_mlp(x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: T
     for slot, count in enumerate(counts):
         if count:
             group = slice(start, start + count)
-            hidden = silu_mul(F.linear(rows_RD[group], w13_SGD[slot]))
-            out_RD[group] = F.linear(hidden, w2_SDF[slot])
+            gate_up = F.linear(rows_RD[group], w13_SGD[slot], None if b13_SG is None else b13_SG[slot])
+            hidden = silu_mul(gate_up) if swiglu == PLAIN else swiglu_mul(gate_up, swiglu)
+            out_RD[group] = F.linear(hidden, w2_SDF[slot], None if b2_SD is None else b2_SD[slot])
             start += count
     return out_RD
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import triton
 
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 from moe_runtime.kernels.triton import attention, decode_attention, gate, group, grouped_gemm, norms, rotary, tiles
 from moe_runtime.kernels.triton.attend import HeadSizes
 
+GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, offset=1.0)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 BFLOAT16 = "bf16"
 FLOAT32 = "fp32"
@@ -24,39 +26,40 @@ class Form:
     name: str
     kernel: triton.JITFunction
     types: dict[str, str]
-    meta: dict[str, int]
+    meta: Mapping[str, int | float]
     uses_tensor_cores: bool = False
     needed_shared: int = 0  # by the tile table; a chip with less never gets this form
     chips: tuple[int, ...] = (80, 90, 100)  # chips for which the wrapper chooses this form
 
     @property
-    def constants(self) -> dict[str, int | None]:
+    def constants(self) -> dict[str, int | float | None]:
         """Values of the constexpr parameters; a pointer that has no type is `None`."""
         return {name: self.meta.get(name) for name in self.kernel.arg_names if name not in self.types}
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | float]:
         """Launch options."""
         return {name: value for name, value in self.meta.items() if name not in self.kernel.arg_names}
 
 
-def types_of(kernel: triton.JITFunction, meta: dict[str, int], **pointers: str) -> dict[str, str]:
+def types_of(kernel: triton.JITFunction, meta: Mapping[str, int | float], **pointers: str) -> dict[str, str]:
     """Argument types: those of the named pointers; every other argument that is no constant is an int32."""
     constant = set(meta) | {name for name in kernel.arg_names if name.isupper() or name.endswith("_ptr")}
     floats = {name: "fp32" for name in ("eps", "scale", "multiplier") if name in kernel.arg_names}
     return dict.fromkeys((n for n in kernel.arg_names if n not in constant), "i32") | floats | pointers
 
 
-def gemm_forms(dtype: str, some_tiles: tuple[tiles.Tile, ...]) -> Iterator[Form]:
-    """Both products of the expert MLP in each tile, and the dense product where it is used."""
-    operands = dict.fromkeys(("x_ptr", "w_ptr", "out_ptr"), f"*{dtype}")
+def gemm_forms(dtype: str, some_tiles: tuple[tiles.Tile, ...], *, gpt_oss: bool = False) -> Iterator[Form]:
+    """Both products of the expert MLP in each tile; with `gpt_oss`, with biases and its activation."""
+    operands = dict.fromkeys(("x_ptr", "w_ptr", "out_ptr", *(["bias_ptr"] if gpt_oss else [])), f"*{dtype}")
+    activation = GPT_OSS if gpt_oss else PLAIN
     for tile in some_tiles:
         kernel = grouped_gemm.grouped_gemm_kernel
         places = {"counts_ptr": "*i64"} if tile.block_m == grouped_gemm.DECODE_ROWS else {"tile_ptr": "*i32"}
-        for swiglu in (True, False):
+        for swiglu in (activation, None):
             meta = grouped_gemm.grouped_gemm_meta(tile, swiglu=swiglu, in_features=4096, num_slots=128)
             yield Form(
-                f"grouped_gemm {'gate+up' if swiglu else 'down'} {dtype} {tile}",
+                f"grouped_gemm {'gate+up' if swiglu else 'down'}{' gpt-oss' if gpt_oss else ''} {dtype} {tile}",
                 kernel,
                 types_of(kernel, meta, **operands, **places, **({"row_ptr": "*i64"} if swiglu else {})),
                 meta,
@@ -183,7 +186,7 @@ def all_forms() -> list[Form]:
     """Every tile, and the other kernels in shapes that open models have."""
     forms: list[Form] = []
     for dtype, some_tiles in TILES.items():
-        forms += [*gemm_forms(dtype, some_tiles), dense_gemm_form(dtype)]
+        forms += [*gemm_forms(dtype, some_tiles), *gemm_forms(dtype, some_tiles, gpt_oss=True), dense_gemm_form(dtype)]
     forms += [tile_map_form(8), tile_map_form(512)]
     forms += [gate_form(8, 2, "softmax"), gate_form(128, 8, "softmax"), gate_form(512, 10, "softmax")]
     forms += [gate_form(64, 6, "softmax", bias=True)]
@@ -205,6 +208,7 @@ def one_tile_forms() -> list[Form]:
     """One form of each kernel, of attention two that are not alike."""
     return [
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5]),
+        *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5], gpt_oss=True),
         dense_gemm_form(BFLOAT16),
         tile_map_form(512),
         gate_form(256, 8, "sigmoid", 8, 4, bias=True),

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from moe_runtime.experts.parts import CHUNK_WORDS, checksum
+from moe_runtime.experts.parts import CHUNK_WORDS, ExpertPart, checksum
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 HIDDEN, INNER = 24, 10
 
+SHAPES: dict[ExpertPart, tuple[int, ...]] = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+BIASES: dict[ExpertPart, tuple[int, ...]] = {"gate_bias": (INNER,), "up_bias": (INNER,), "down_bias": (HIDDEN,)}
+
 
 @pytest.mark.parametrize("forms", [USUAL, INVARIANT], ids=["usual", "invariant"])
-def test_slots_compute_the_experts_that_were_loaded(forms: Forms) -> None:
-    slots = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), forms)
-    assert slots.num_slots == 3 and slots.nbytes == 3 * 3 * HIDDEN * INNER * 4
-    for tensor in (slots.w13_SGD, slots.w2_SDF):
-        tensor.fill_(float("nan"))  # what no expert was loaded into
-    experts = {
-        slot: {"gate": torch.randn(INNER, HIDDEN), "up": torch.randn(INNER, HIDDEN), "down": torch.randn(HIDDEN, INNER)}
-        for slot in (2, 0)
-    }
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("swiglu", [PLAIN, SwiGLU(alpha=1.702, limit=2.0, offset=1.0)], ids=["plain", "clamped"])
+def test_slots_compute_the_experts_that_were_loaded(swiglu: SwiGLU, has_bias: bool, forms: Forms) -> None:
+    slots = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), forms, swiglu, has_bias)
+    biases = 3 * (2 * INNER + HIDDEN) if has_bias else 0
+    assert slots.num_slots == 3 and slots.nbytes == (3 * 3 * HIDDEN * INNER + biases) * 4
+    assert [int(tensor.count_nonzero()) for tensor in slots.stored(1)[2:]] == [0, 0] * has_bias
+    for slot in range(3):
+        for tensor in slots.stored(slot):
+            tensor.fill_(float("nan"))  # what no expert was loaded into
+    shapes = SHAPES | BIASES if has_bias else SHAPES
+    experts = {slot: {part: torch.randn(shape) for part, shape in shapes.items()} for slot in (2, 0)}
     for slot, parts in experts.items():
         for part, rows in parts.items():
             cut = int(torch.randint(1, len(rows), ()))
@@ -33,8 +39,17 @@ def test_slots_compute_the_experts_that_were_loaded(forms: Forms) -> None:
     actual = slots(x_ND, row_R, counts_S)
     for y, row, slot in zip(actual, row_R.tolist(), [0, 0, 2, 2, 2], strict=True):
         w, x = experts[slot], x_ND[row]
-        expected = w["down"] @ (F.silu(w["gate"] @ x) * (w["up"] @ x))
+        gate, up = (w[part] @ x + w.get(f"{part}_bias", torch.zeros(())) for part in ("gate", "up"))
+        gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+        product = gate * torch.sigmoid(swiglu.alpha * gate) * (up + swiglu.offset)
+        expected = w["down"] @ product + w.get("down_bias", torch.zeros(()))
         assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_biases_need_room() -> None:
+    slots = ExpertSlots(1, HIDDEN, INNER, torch.float32, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="up_bias: no room for biases"):
+        slots.put(0, "up_bias", 0, torch.randn(INNER))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

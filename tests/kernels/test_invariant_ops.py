@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from moe_runtime.kernels import invariant_ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.swiglu import SwiGLU
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,16 +26,21 @@ def test_linear(dtype):
     assert invariant_ops.linear(x[:0], weight).shape == (0, 33)
 
 
+@pytest.mark.parametrize("gpt_oss", [False, True], ids=["", "gpt-oss"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_mlp(dtype):
+def test_grouped_mlp(dtype, gpt_oss):
     counts = torch.tensor([3, 0, 5, 1])
     x, row = torch.randn(6, 24).to(dtype), torch.randint(6, (9,))
     w13, w2 = torch.randn(4, 32, 24).to(dtype) / 5, torch.randn(4, 24, 16).to(dtype) / 4
-    together = invariant_ops.grouped_mlp(x, row, counts, w13, w2)
-    near(together, torch_ops.grouped_mlp(x, row, counts, w13, w2))
-    alone = invariant_ops.grouped_mlp(x, row[5:6], torch.tensor([0, 0, 1, 0]), w13, w2)
+    options = {}
+    if gpt_oss:
+        biases = {"b13_SG": torch.randn(4, 32).to(dtype), "b2_SD": torch.randn(4, 24).to(dtype)}
+        options = biases | {"swiglu": SwiGLU(alpha=1.702, limit=0.9, offset=1.0)}
+    together = invariant_ops.grouped_mlp(x, row, counts, w13, w2, **options)
+    near(together, torch_ops.grouped_mlp(x, row, counts, w13, w2, **options))
+    alone = invariant_ops.grouped_mlp(x, row[5:6], torch.tensor([0, 0, 1, 0]), w13, w2, **options)
     assert torch.equal(alone[0], together[5])
-    in_order = invariant_ops.grouped_mlp(x[row], None, counts, w13, w2)
+    in_order = invariant_ops.grouped_mlp(x[row], None, counts, w13, w2, **options)
     assert torch.equal(in_order, together)
 
 

@@ -3,9 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
-from moe_runtime.kernels import ops, reference
+from moe_runtime.kernels import ops, reference, torch_ops
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -83,16 +86,78 @@ def test_group_by_slot_padded_is_the_exact_one_and_its_inverse(num_slots, data):
 @DTYPES
 @pytest.mark.parametrize("counts", [[1], [0, 5, 0, 12, 1], [0, 0], [40, 0]])
 @pytest.mark.parametrize("gathered", [True, False])
-def test_grouped_mlp_equals_the_reference(dtype, counts, gathered):
+@pytest.mark.parametrize("swiglu", [PLAIN, SwiGLU(alpha=1.702, limit=0.9, offset=1.0)], ids=["plain", "clamped"])
+@pytest.mark.parametrize("biases", [(), ("b13_SG",), ("b2_SD",), ("b13_SG", "b2_SD")], ids=" ".join)
+def test_grouped_mlp_equals_the_reference(dtype, counts, gathered, swiglu, biases):
     num_rows, num_slots = sum(counts), len(counts)
     x = torch.randn(11 if gathered else num_rows, 20).to(dtype)
     row = torch.randint(11, (num_rows,)) if gathered else None
     w13, w2 = (torch.randn(num_slots, 26, 20) / 4).to(dtype), (torch.randn(num_slots, 20, 13) / 4).to(dtype)
-    actual = ops.grouped_mlp(x, row, torch.tensor(counts), w13, w2)
-    expected = reference.grouped_mlp(x, row, torch.tensor(counts), w13, w2)
+    options = {name: torch.randn(num_slots, {"b13_SG": 26, "b2_SD": 20}[name]).to(dtype) for name in biases}
+    options["swiglu"] = swiglu
+    actual = ops.grouped_mlp(x, row, torch.tensor(counts), w13, w2, **options)
+    expected = reference.grouped_mlp(x, row, torch.tensor(counts), w13, w2, **options)
     assert actual.shape == (num_rows, 20) and actual.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@DTYPES
+def test_plain_experts_are_silu_mul_of_linear_bit_for_bit(dtype):
+    x, w13, w2 = torch.randn(5, 20).to(dtype), torch.randn(1, 26, 20).to(dtype), torch.randn(1, 20, 13).to(dtype)
+    b13, b2 = torch.randn(1, 26).to(dtype), torch.randn(1, 20).to(dtype)
+    for biases in ((None, None), (b13, b2)):
+        first, second = (None if bias is None else bias[0] for bias in biases)
+        hidden = ops.silu_mul(torch.nn.functional.linear(x, w13[0], first))
+        actual = ops.grouped_mlp(x, None, torch.tensor([5]), w13, w2, b13_SG=biases[0], b2_SD=biases[1])
+        assert torch.equal(actual, torch.nn.functional.linear(hidden, w2[0], second))
+
+
+@torch.no_grad()
+def test_grouped_mlp_equals_transformers_gpt_oss():
+    config = GptOssConfig(hidden_size=24, intermediate_size=20, num_local_experts=3)
+    experts = GptOssExperts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, expert = torch.randn(40, 24), torch.randint(3, (40,))
+    # Its columns alternate between gate and up.
+    w13, b13 = (
+        torch.cat((both[..., ::2], both[..., 1::2]), -1) for both in (experts.gate_up_proj, experts.gate_up_proj_bias)
+    )
+    w13 = w13.transpose(1, 2)
+    first = torch.einsum("ni,noi->no", x, w13[expert]) + b13[expert]
+    gate, up = first.chunk(2, 1)
+    assert (gate > 7).any() and (gate < -7).any() and (up > 7).any() and (up < -7).any(), "nothing beyond the limit"
+    order, counts = ops.group_by_slot(expert, 3)
+    actual = ops.grouped_mlp(
+        x,
+        order,
+        counts,
+        w13.contiguous(),
+        experts.down_proj.transpose(1, 2).contiguous(),
+        b13_SG=b13,
+        b2_SD=experts.down_proj_bias,
+        swiglu=SwiGLU(config.swiglu_alpha, config.swiglu_limit, 1.0),
+    )
+    expected = experts(x, expert[:, None], torch.ones(40, 1))[order]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@DTYPES
+def test_swiglu_mul_clamps_but_keeps_nan(dtype):
+    nan, inf = float("nan"), float("inf")
+    gate = torch.tensor([1.0, 9.0, inf, inf, nan, 2.0], dtype=dtype)
+    up = torch.tensor([2.0, 2.0, inf, -9.0, 2.0, nan], dtype=dtype)
+    actual = torch_ops.swiglu_mul(torch.cat((gate, up)), SwiGLU(limit=7.0, offset=1.0))
+    silu = torch.nn.functional.silu(torch.tensor([1.0, 7.0, 7.0, 7.0]))
+    torch.testing.assert_close(actual[:4], (silu * torch.tensor([3.0, 3.0, 8.0, -6.0])).to(dtype))
+    assert actual[4:].isnan().all()
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_a_limit_is_positive(limit):
+    with pytest.raises(ValueError, match=f"limit: {limit} is not allowed; it must be positive"):
+        SwiGLU(limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +171,12 @@ def test_grouped_mlp_equals_the_reference(dtype, counts, gathered):
         ),
         ({"counts_S": torch.tensor([4])}, "counts_S: .* must be int64 of 2 slots"),
         ({"row_R": torch.tensor([0.0, 1.0])}, "row_R: torch.float32 .* must be a vector of int64"),
+        (
+            {"b13_SG": torch.randn(2, 4)},
+            r"b13_SG: torch.float32 \(2, 4\) is not allowed; it must be torch.float32 \(2, 8\)",
+        ),
+        ({"b2_SD": torch.randn(6)}, r"b2_SD: .* \(6,\) is not allowed; it must be torch.float32 \(2, 6\)"),
+        ({"b2_SD": torch.randn(2, 6).half()}, r"b2_SD: torch.float16 .* must be torch.float32 \(2, 6\)"),
     ],
 )
 def test_grouped_mlp_refuses_operands_that_do_not_fit(changed, message):
@@ -115,6 +186,8 @@ def test_grouped_mlp_refuses_operands_that_do_not_fit(changed, message):
         "counts_S": torch.tensor([1, 3]),
         "w13_SGD": torch.randn(2, 8, 6),
         "w2_SDF": torch.randn(2, 6, 4),
+        "b13_SG": torch.randn(2, 8),
+        "b2_SD": torch.randn(2, 6),
     }
     assert ops.grouped_mlp(**operands).shape == (4, 6)
     with pytest.raises(ValueError, match=message):

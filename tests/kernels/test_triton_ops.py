@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from triton_cases import TOLERANCE, Case, assert_near, kernel_tests, run_cases
 
 from moe_runtime.kernels import ops, reference, torch_ops
+from moe_runtime.kernels.swiglu import SwiGLU
 
 GATES = {
     "mixtral": (8, {"top_k": 2, "scoring": "softmax", "normalize": True}),
@@ -152,6 +153,38 @@ def all_tiles_give_the_same(device: torch.device, dtype: torch.dtype) -> None:
         assert_near(grouped_gemm.grouped_mlp(*operands, tile=tile), expected)
 
 
+def random_biases(operands: Operands) -> dict[str, torch.Tensor]:
+    x, _, _, w13, w2 = operands
+    names = {"b13_SG": w13.shape[:2], "b2_SD": w2.shape[:2]}
+    return {name: torch.randn(shape, device=x.device).to(x.dtype) for name, shape in names.items()}
+
+
+def experts_with_biases_and_a_limit(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import grouped_gemm, tiles
+
+    operands = random_groups("ragged", device, dtype)
+    biases, swiglu = random_biases(operands), SwiGLU(alpha=1.702, limit=0.9, offset=1.0)
+    for options in ({"swiglu": swiglu}, {"b13_SG": biases["b13_SG"]}, {"b2_SD": biases["b2_SD"]}):
+        assert_near(grouped_gemm.grouped_mlp(*operands, **options), reference.grouped_mlp(*operands, **options))
+    options = biases | {"swiglu": swiglu}
+    expected = reference.grouped_mlp(*operands, **options)
+    unlimited = reference.grouped_mlp(*operands, **biases, swiglu=SwiGLU(alpha=1.702, offset=1.0))
+    assert ((unlimited - expected).abs().amax(1) > 0).all(), "nothing beyond the limit"
+    for tile in (tiles.shipped_tiles(dtype)[0], tiles.invariant_tile(dtype)):
+        assert_near(grouped_gemm.grouped_mlp(*operands, **options, tile=tile), expected)
+
+
+def a_limit_hides_no_nan(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import grouped_gemm
+
+    x, _, counts, w13, w2 = random_groups("grouped order", device, dtype)
+    x[3, 5] = float("nan")
+    actual = grouped_gemm.grouped_mlp(x, None, counts, w13, w2, swiglu=SwiGLU(limit=0.9))
+    is_nan = torch.zeros(len(x), dtype=torch.bool, device=device)
+    is_nan[3] = True
+    assert torch.equal(actual.isnan().all(1), is_nan) and torch.equal(actual.isnan().any(1), is_nan)
+
+
 def rows_do_not_depend_on_their_neighbours(device: torch.device, dtype: torch.dtype) -> None:
     from moe_runtime.kernels.triton import grouped_gemm, tiles
 
@@ -241,6 +274,8 @@ def unfit_operands_are_refused(device: torch.device, dtype: torch.dtype) -> None
         grouped_gemm.grouped_mlp(x.double(), row, counts, w13.double(), w2.double())
     with pytest.raises(ValueError, match="w13_SGD: shape"):
         grouped_gemm.grouped_mlp(x, row, counts, w13[:, 1:], w2)
+    with pytest.raises(ValueError, match=r"b2_SD: strides .* contiguous"):
+        grouped_gemm.grouped_mlp(x, row, counts, w13, w2, b2_SD=w2[:, :, 0])
     with pytest.raises(ValueError, match="logits_TE: strides"):
         gate.topk_gate(torch.randn(8, 4, device=device).T, top_k=2, scoring="softmax", normalize=True)
     with pytest.raises(ValueError, match="top_k: 9 is not allowed"):
@@ -258,6 +293,8 @@ CASES: dict[str, Case] = {
             gate_of_no_tokens,
             random_counts_and_sizes,
             all_tiles_give_the_same,
+            experts_with_biases_and_a_limit,
+            a_limit_hides_no_nan,
             rows_do_not_depend_on_their_neighbours,
             rows_without_a_slot_are_left_alone,
             group_gives_what_its_twin_gives,

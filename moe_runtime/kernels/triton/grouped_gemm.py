@@ -1,4 +1,4 @@
-"""SwiGLU experts over ragged groups of rows: two grouped products with weights, gather and activation fused in.
+"""SwiGLU experts over ragged groups of rows: two grouped products with weights, gather, biases and activation fused in.
 
 Rows are grouped by slot, and each slot's rows are cut into tiles of `BLOCK_M`. Only the device knows how many tiles a
 slot has. So the grid has room for the most tiles that the rows can make, and tiles without rows return at once. The
@@ -14,12 +14,16 @@ weight rows, and Q is a block of tiles.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import check_contiguous, check_grouped_mlp
+from moe_runtime.kernels.triton.norms import apply_swiglu
 from moe_runtime.kernels.triton.tiles import Tile, invariant_tile
 from moe_runtime.kernels.triton.tuned import choose_tile
 
@@ -112,6 +116,7 @@ def grouped_gemm_kernel(
     x_ptr: tl.tensor,
     row_ptr: tl.tensor,
     w_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     tile_ptr: tl.tensor,
     counts_ptr: tl.tensor,
@@ -120,6 +125,9 @@ def grouped_gemm_kernel(
     in_features: tl.tensor,
     out_features: tl.tensor,
     SWIGLU: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
     EVEN_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,10 +135,11 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
-    """`out[r] = w[slot of r] @ x[row[r]]`; with `SWIGLU` the slot's weight is a gate and an up projection, fused.
+    """`out[r] = w @ x[row[r]] + bias` of `r`'s slot; with `SWIGLU` its weight is a gate and an up projection, fused.
 
-    `row_ptr` is `None` if the rows of `x` are in grouped order, and `tile_ptr` if no map was made. With `SWIGLU`
-    gate and up rows alternate in the tile: one product of full width, and both halves of a pair in one thread.
+    `row_ptr` is `None` if the rows of `x` are in grouped order, `bias_ptr` if there are none, and `tile_ptr` if no map
+    was made. With `SWIGLU` gate and up rows alternate in the tile: one product of full width, and both halves of a pair
+    in one thread.
     """
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile, n_block = place_program(num_tiles, tl.cdiv(out_features, BLOCK_OUT), GROUP_M)
@@ -158,9 +167,12 @@ def grouped_gemm_kernel(
         w_row_N = tl.where(n_N < out_features, n_N, 0)
         w_ptr += slot.to(tl.int64) * out_features * in_features
     acc_MN = multiply(x_ptr, w_ptr, row_M, w_row_N, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias_ptr is not None:
+        bias_ptr += slot.to(tl.int64) * out_features * (2 if SWIGLU else 1)
+        acc_MN += tl.load(bias_ptr + w_row_N).to(tl.float32)[None, :]
     if SWIGLU:
         gate_MP, up_MP = tl.split(tl.reshape(acc_MN, (BLOCK_M, BLOCK_OUT, 2)))
-        acc_MN = gate_MP / (1.0 + tl.exp(-gate_MP)) * up_MP
+        acc_MN = apply_swiglu(gate_MP, up_MP, ALPHA, LIMIT, OFFSET)
 
     n = n_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     out_ptr_MN = out_ptr + place_M.to(tl.int64)[:, None] * out_features + n[None, :]
@@ -220,18 +232,29 @@ def dense_gemm_meta(tile: Tile, in_features: int) -> dict[str, int]:
     }
 
 
-def grouped_gemm_meta(tile: Tile, *, swiglu: bool, in_features: int, num_slots: int) -> dict[str, int]:
-    """Constants and launch options of `grouped_gemm_kernel`."""
+def grouped_gemm_meta(tile: Tile, *, swiglu: SwiGLU | None, in_features: int, num_slots: int) -> dict[str, int | float]:
+    """Constants and launch options of `grouped_gemm_kernel`; `swiglu` is `None` for the down projection."""
     streams = tile.block_m == DECODE_ROWS
+    numbers = dataclasses.asdict(PLAIN if swiglu is None else swiglu)
     return dense_gemm_meta(tile, in_features) | {
-        "SWIGLU": swiglu,
+        "SWIGLU": swiglu is not None,
+        **{name.upper(): number for name, number in numbers.items()},
         "GROUP_M": 1 if streams else TILES_TOGETHER,
         "BLOCK_S": triton.next_power_of_2(num_slots) if streams else 1,
     }
 
 
 def grouped_mlp(
-    x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, w13_SGD: Tensor, w2_SDF: Tensor, *, tile: Tile | None = None
+    x_ND: Tensor,
+    row_R: Tensor | None,
+    counts_S: Tensor,
+    w13_SGD: Tensor,
+    w2_SDF: Tensor,
+    *,
+    b13_SG: Tensor | None = None,
+    b2_SD: Tensor | None = None,
+    swiglu: SwiGLU = PLAIN,
+    tile: Tile | None = None,
 ) -> Tensor:
     """The Triton form of `torch_ops.grouped_mlp`, same arguments and result; it never waits for the device.
 
@@ -241,8 +264,10 @@ def grouped_mlp(
     Raises:
         ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.
     """
-    check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF)
-    check_contiguous(x_ND=x_ND, row_R=row_R, counts_S=counts_S, w13_SGD=w13_SGD, w2_SDF=w2_SDF)
+    check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, b13_SG, b2_SD)
+    check_contiguous(
+        x_ND=x_ND, row_R=row_R, counts_S=counts_S, w13_SGD=w13_SGD, w2_SDF=w2_SDF, b13_SG=b13_SG, b2_SD=b2_SD
+    )
     num_rows = len(x_ND) if row_R is None else len(row_R)
     num_slots, hidden, intermediate = w2_SDF.shape
     if tile is None:
@@ -260,11 +285,14 @@ def grouped_mlp(
         tile_map_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
             counts_S, tiles, num_slots, num_tiles, **tile_map_meta(tile, num_slots)
         )
-    for x, row, w, out in ((x_ND, row_R, w13_SGD, product_RF), (product_RF, None, w2_SDF, out_RD)):
-        meta = grouped_gemm_meta(tile, swiglu=w is w13_SGD, in_features=x.shape[1], num_slots=num_slots)
+    up, down = (x_ND, row_R, w13_SGD, b13_SG, product_RF, swiglu), (product_RF, None, w2_SDF, b2_SD, out_RD, None)
+    for x, row, w, bias, out, activation in (up, down):
+        meta = grouped_gemm_meta(tile, swiglu=activation, in_features=x.shape[1], num_slots=num_slots)
         grid = (num_tiles * triton.cdiv(w.shape[1], tile.block_n),)
         counts = counts_S if tiles is None else None
-        grouped_gemm_kernel[grid](x, row, w, out, tiles, counts, num_slots, num_tiles, x.shape[1], out.shape[1], **meta)
+        grouped_gemm_kernel[grid](
+            x, row, w, bias, out, tiles, counts, num_slots, num_tiles, x.shape[1], out.shape[1], **meta
+        )
     return out_RD
 
 

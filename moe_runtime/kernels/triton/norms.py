@@ -1,9 +1,10 @@
-"""Root mean square norm after the residual sum, and the SwiGLU activation.
+"""Root mean square norm after the residual sum, and the SwiGLU activation, alone and for products that end with it.
 
 A program holds whole rows. Rows need not be adjacent, for example heads inside a projection's output. Everything is
 rounded where the torch twins round it.
 
-Shape suffixes: T tokens, D row, F activation, H heads of a token, R rows of a program.
+Shape suffixes: T tokens, D row, F activation, H heads of a token, R rows of a program, M and P as in
+`grouped_gemm`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,20 @@ def silu_mul_kernel(x_ptr: tl.tensor, out_ptr: tl.tensor, size: tl.tensor, BLOCK
     up_F = tl.load(x_ptr + row * 2 * size + size + f_F, mask=f_F < size, other=0.0).to(tl.float32)
     gate_F = (gate_F / (1.0 + tl.exp(-gate_F))).to(dtype).to(tl.float32)
     tl.store(out_ptr + row * size + f_F, (gate_F * up_F).to(dtype), mask=f_F < size)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def apply_swiglu(
+    gate_MP: tl.tensor, up_MP: tl.tensor, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
+) -> tl.tensor:
+    """`kernels.swiglu.SwiGLU` in float32. What the defaults do not need is not computed; NaN stays NaN."""
+    if float("inf") > LIMIT:
+        gate_MP = tl.minimum(gate_MP, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        up_MP = tl.clamp(up_MP, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    if OFFSET != 0.0:
+        up_MP += OFFSET
+    scaled_MP = gate_MP if ALPHA == 1.0 else gate_MP * ALPHA
+    return gate_MP / (1.0 + tl.exp(-scaled_MP)) * up_MP
 
 
 @triton.jit  # type: ignore[untyped-decorator]
