@@ -36,6 +36,7 @@ class AttentionConfig:
     Attributes:
         qk_norm: see `QKNorm`; None for no norm.
         scale: factor on the scores; None means `head_dim ** -0.5`.
+        sinks: each head has a learned score that takes part in the softmax and has no value (gpt-oss).
     """
 
     num_heads: int
@@ -46,6 +47,7 @@ class AttentionConfig:
     output_bias: bool = False
     qk_norm: QKNorm | None = None
     scale: float | None = None
+    sinks: bool = False
 
     @property
     def query_size(self) -> int:
@@ -94,8 +96,9 @@ class AttentionConfig:
         return [(self.query_size + 2 * self.kv_size, hidden_size), (hidden_size, self.query_size)]
 
     def num_vector_weights(self, hidden_size: int) -> int:
-        """Parameters of the biases, and of the norms of queries and keys."""
+        """Parameters of the biases and sinks, and of the norms of queries and keys."""
         count = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
+        count += self.num_heads if self.sinks else 0
         return count + (hidden_size if self.output_bias else 0) + sum(self.norm_sizes)
 
     def kv_spec(self, itemsize: int) -> KVSpec:

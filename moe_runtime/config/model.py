@@ -50,6 +50,9 @@ class MoEConfig:
 
     Attributes:
         groups_by_best: a group of experts counts by its best choice, else by the sum of its two best.
+        gate_bias: the gate's product has a bias.
+        expert_bias: the experts' projections have biases.
+        swiglu_alpha, swiglu_limit, swiglu_offset: of the experts' activation; see `kernels.swiglu`.
         shared_gate: each token weighs the shared experts' output by the sigmoid of a product with its own row.
     """
 
@@ -58,6 +61,11 @@ class MoEConfig:
     intermediate_size: int
     shared_intermediate_size: int = 0
     shared_gate: bool = False
+    gate_bias: bool = False
+    expert_bias: bool = False
+    swiglu_alpha: float = 1.0
+    swiglu_limit: float = math.inf
+    swiglu_offset: float = 0.0
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize_topk: bool = True
     routed_scaling_factor: float = 1.0

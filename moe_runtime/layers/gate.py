@@ -21,6 +21,7 @@ class TorchGate:
     Args:
         config: scoring, groups, normalisation.
         weight_ED: of the gate; float32 if the family computes the gate in float32.
+        logit_bias_E: added to the product, in the weight's dtype; or None.
         correction_bias_E: float32 bias that affects the choice only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
         counts_2E: int64, tokens of each expert in prefill and decode; every call adds to them, without a device sync.
             None counts nothing.
@@ -32,6 +33,7 @@ class TorchGate:
         self,
         config: MoEConfig,
         weight_ED: Tensor,
+        logit_bias_E: Tensor | None,
         correction_bias_E: Tensor | None,
         counts_2E: Tensor | None,
         layer: int,
@@ -40,19 +42,20 @@ class TorchGate:
         self.forms = forms
         self.config = config
         self.weight_ED = weight_ED
+        self.logit_bias_E = logit_bias_E
         self.correction_bias_E = correction_bias_E
         self.counts_2E = counts_2E
         self.layer = layer
 
     @property
     def nbytes(self) -> int:
-        return self.weight_ED.nbytes
+        return self.weight_ED.nbytes + (0 if self.logit_bias_E is None else self.logit_bias_E.nbytes)
 
     def __call__(
         self, x_TD: Tensor, num_decode: int, policies: StepPolicies | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `layers.kit.Gate`."""
-        logits_TE = self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, None)
+        logits_TE = self.forms.linear(x_TD.to(self.weight_ED.dtype), self.weight_ED, self.logit_bias_E)
         weights_TK, experts_TK = ops.topk_gate(
             logits_TE,
             top_k=self.config.top_k,

@@ -219,6 +219,7 @@ class Kit(Protocol):
         output: Linear,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        sinks_H: Tensor | None,
         next_norm: Norm,
     ) -> AttentionBlock:
         """Attention from its projections: one to query, key and value rows, in this order, and the output projection.
@@ -226,6 +227,7 @@ class Kit(Protocol):
         Args:
             eps: of the norms on queries and keys.
             q_norm, k_norm: weights of the sizes `config.norm_sizes`, or None.
+            sinks_H: float32, each head's sink, or None.
             next_norm: the norm after it.
         """
 
@@ -266,11 +268,18 @@ class Kit(Protocol):
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> MLPBlock: ...
 
-    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> Experts: ...
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> Experts: ...
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, counts_2E: Tensor | None, layer: int
-    ) -> Gate: ...
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        logit_bias_E: Tensor | None,
+        correction_bias_E: Tensor | None,
+        counts_2E: Tensor | None,
+        layer: int,
+    ) -> Gate:
+        """The gate; `logit_bias_E` is added to its product, in the weight's dtype."""
 
     def sparse_block(
         self,

@@ -22,6 +22,7 @@ from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, gate_config
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear, PackedMatrices
+from moe_runtime.kernels.swiglu import SwiGLU
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import LayerLoop
@@ -89,6 +90,7 @@ class NativeKit:
         output: Linear,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        sinks_H: Tensor | None,
         next_norm: Norm,
     ) -> NativeAttention:
         assert isinstance(qkv, PackedLinear) and isinstance(output, PackedLinear) and isinstance(next_norm, NativeNorm)
@@ -106,6 +108,7 @@ class NativeKit:
             k_norm=k_norm,
             eps=eps,
             next_norm=next_norm.after,
+            sinks_H=sinks_H,
         )
         return NativeAttention(call)
 
@@ -174,14 +177,23 @@ class NativeKit:
         assert isinstance(mlp, NativeMLP) and isinstance(next_norm, NativeNorm)
         return NativeDenseBlock(mlp, next_norm)
 
-    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> PackedExperts:
-        return PackedExperts(self.kernels, num_slots, hidden_size, intermediate_size, self.dtype)
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> PackedExperts:
+        return PackedExperts(
+            self.kernels,
+            num_slots,
+            hidden_size,
+            moe.intermediate_size,
+            self.dtype,
+            swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
+            has_bias=moe.expert_bias,
+        )
 
     def gate(
         self,
         config: MoEConfig,
         weight_ED: Tensor,
-        bias_E: Tensor | None,
+        logit_bias_E: Tensor | None,
+        correction_bias_E: Tensor | None,
         counts_2E: Tensor | None,
         layer: int,
     ) -> NativeGate:
@@ -189,14 +201,14 @@ class NativeKit:
             config.num_experts,
             top_k=config.top_k,
             scoring=config.scoring,
-            correction_bias_E=bias_E,
+            correction_bias_E=correction_bias_E,
             num_groups=config.num_groups,
             topk_groups=config.topk_groups,
             groups_by_best=config.groups_by_best,
             normalize=config.normalize_topk,
             scale=config.routed_scaling_factor,
         )
-        return NativeGate(GateCall(self.kernels, gate, weight_ED, counts_2E), layer)
+        return NativeGate(GateCall(self.kernels, gate, weight_ED, counts_2E, logit_bias_E), layer)
 
     def sparse_block(
         self,

@@ -40,6 +40,7 @@ class TorchAttention:
         qkv: projection to `(H + 2 G) * d`; query rows, key rows, value rows.
         output: output projection.
         q_norm, k_norm: weights of the sizes `config.norm_sizes`, or None.
+        sinks_H: float32, each head's sink, or None.
         next_norm: the norm after it.
         forms: of the attention itself.
     """
@@ -52,6 +53,7 @@ class TorchAttention:
         output: TorchLinear,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        sinks_H: Tensor | None,
         next_norm: Norm,
         forms: Forms,
     ) -> None:
@@ -61,6 +63,7 @@ class TorchAttention:
         self.output = output
         self.q_norm = q_norm
         self.k_norm = k_norm
+        self.sinks_H = sinks_H
         self.next_norm = next_norm
         self.forms = forms
 
@@ -85,7 +88,13 @@ class TorchAttention:
         else:
             q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, *angles, *pages, step.cache_position_T)
         out_THd = attend(
-            self.forms, q_THd, *pages, step.metadata, scale=config.softmax_scale, sliding_window=config.sliding_window
+            self.forms,
+            q_THd,
+            *pages,
+            step.metadata,
+            scale=config.softmax_scale,
+            sliding_window=config.sliding_window,
+            sinks_H=self.sinks_H,
         )
         return self.next_norm.add(self.output(out_THd.flatten(1)), residual_TD)
 
@@ -181,11 +190,22 @@ def attend(
     *,
     scale: float,
     sliding_window: int | None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Attention of a step's rows, `[T, H, e]`; padded steps attend row by row."""
     if isinstance(meta, DecodeRows):
-        where = (meta.page_table, meta.sequence_T, meta.position_T)
         return ops.decode_attention(
-            q_THd, k_NBGd, v_NBGe, *where, max_context=meta.max_context, scale=scale, sliding_window=sliding_window
+            q_THd,
+            k_NBGd,
+            v_NBGe,
+            meta.page_table,
+            meta.sequence_T,
+            meta.position_T,
+            max_context=meta.max_context,
+            scale=scale,
+            sliding_window=sliding_window,
+            sinks_H=sinks_H,
         )
-    return forms.paged_attention(q_THd, k_NBGd, v_NBGe, meta, scale=scale, sliding_window=sliding_window)
+    return forms.paged_attention(
+        q_THd, k_NBGd, v_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
+    )

@@ -17,6 +17,7 @@ from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels import ops, torch_ops
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
+from moe_runtime.kernels.swiglu import SwiGLU
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import LayerLoop
@@ -91,10 +92,11 @@ class TorchKit:
         output: Linear,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        sinks_H: Tensor | None,
         next_norm: Norm,
     ) -> TorchAttention:
         assert isinstance(qkv, TorchLinear) and isinstance(output, TorchLinear)
-        return TorchAttention(config, eps, qkv, output, q_norm, k_norm, next_norm, self.forms)
+        return TorchAttention(config, eps, qkv, output, q_norm, k_norm, sinks_H, next_norm, self.forms)
 
     def head_matrices(self, num_heads: int, outputs: int, inputs: int) -> TorchHeadMatrices:
         return TorchHeadMatrices(torch.empty(num_heads, outputs, inputs, dtype=self.dtype, device=self.device))
@@ -138,13 +140,28 @@ class TorchKit:
     def dense_block(self, mlp: MLP, next_norm: Norm) -> TorchDenseBlock:
         return TorchDenseBlock(mlp, next_norm)
 
-    def experts(self, num_slots: int, hidden_size: int, intermediate_size: int) -> ExpertSlots:
-        return ExpertSlots(num_slots, hidden_size, intermediate_size, self.dtype, self.device, self.forms)
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> ExpertSlots:
+        return ExpertSlots(
+            num_slots,
+            hidden_size,
+            moe.intermediate_size,
+            self.dtype,
+            self.device,
+            self.forms,
+            swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
+            has_bias=moe.expert_bias,
+        )
 
     def gate(
-        self, config: MoEConfig, weight_ED: Tensor, bias_E: Tensor | None, counts_2E: Tensor | None, layer: int
+        self,
+        config: MoEConfig,
+        weight_ED: Tensor,
+        logit_bias_E: Tensor | None,
+        correction_bias_E: Tensor | None,
+        counts_2E: Tensor | None,
+        layer: int,
     ) -> TorchGate:
-        return TorchGate(config, weight_ED, bias_E, counts_2E, layer, self.forms)
+        return TorchGate(config, weight_ED, logit_bias_E, correction_bias_E, counts_2E, layer, self.forms)
 
     def sparse_block(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moe_runtime.config.attention import AnyAttention
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.kernels.weight_format import WeightFormat
+from moe_runtime.kernels.weight_format import PANEL, WeightFormat
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -30,7 +30,7 @@ class Parameters:
         shared_experts: experts that every token uses, and the gates on them.
         gate, gate_bias: gates of the sparse layers, and their correction biases.
         norms: before attention, before the MLP, and the last one.
-        expert: one routed expert, 3 * D * F.
+        expert: one routed expert, 3 * D * F, and 2 * F + D if it has biases.
         num_experts, top_k: routed experts in all sparse layers, and how many of them a token uses.
     """
 
@@ -73,10 +73,10 @@ def count_parameters(config: ModelConfig) -> Parameters:
         attention=sum(_attention_parameters(layer.attention, hidden) for layer in config.layers),
         dense_mlp=3 * hidden * sum(dense_sizes),
         shared_experts=num_sparse * (3 * hidden * moe.shared_intermediate_size + _shared_gate(config)),
-        gate=num_sparse * moe.num_experts * hidden,
+        gate=num_sparse * moe.num_experts * (hidden + moe.gate_bias),
         gate_bias=num_sparse * moe.num_experts if moe.correction_bias else 0,
         norms=(2 * config.num_layers + 1) * hidden,
-        expert=3 * hidden * moe.intermediate_size,
+        expert=3 * hidden * moe.intermediate_size + (2 * moe.intermediate_size + hidden) * moe.expert_bias,
         num_experts=num_sparse * moe.num_experts,
         top_k=num_sparse * moe.top_k,
     )
@@ -106,7 +106,12 @@ def weights_dtype(asked: str, stored: str) -> str:
 
 def expert_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     """Bytes of one routed expert of one layer."""
-    return _mlp_bytes(WeightFormat.of(dtype, native), config.hidden_size, config.moe.intermediate_size)
+    hidden, moe = config.hidden_size, config.moe
+    matrices = _mlp_bytes(WeightFormat.of(dtype, native), hidden, moe.intermediate_size)
+    if not moe.expert_bias:
+        return matrices
+    inner = -(-moe.intermediate_size // PANEL) * PANEL if native else moe.intermediate_size
+    return matrices + (2 * inner + hidden) * ITEMSIZE[dtype]
 
 
 def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
@@ -118,6 +123,8 @@ def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     embedding = 0 if config.tie_word_embeddings else count.embedding
     vectors = count.norms + len(config.moe_layers) * _shared_gate(config)
     vectors += sum(layer.attention.num_vector_weights(hidden) for layer in config.layers)
+    if moe.gate_bias:
+        vectors += len(config.moe_layers) * moe.num_experts
     matrices = matrix.nbytes(config.vocab_size, hidden) + len(config.moe_layers) * (
         gate.nbytes(moe.num_experts, hidden) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size)
     )

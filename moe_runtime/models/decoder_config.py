@@ -49,6 +49,7 @@ def grouped_attention(
     output_bias: bool = False,
     qk_norm: QKNorm | None = None,
     scale: float | None = None,
+    sinks: bool = False,
 ) -> AttentionConfig:
     """Grouped-query attention.
 
@@ -69,6 +70,7 @@ def grouped_attention(
         output_bias=output_bias,
         qk_norm=qk_norm,
         scale=scale,
+        sinks=sinks,
     )
 
 

@@ -51,7 +51,8 @@ class TensorNames:
         dense: prefix of a dense MLP.
         dense_parts: its matrices.
         sparse: prefix of a sparse block. A checkpoint may use `dense` instead.
-        gate, correction_bias: below `sparse`.
+        sinks: of a layer with sinks.
+        gate, gate_bias, correction_bias: below `sparse`.
         correction_bias_is_row: it is stored as `[1, E]`.
         shared: prefix of the shared experts.
         shared_parts: their matrices.
@@ -60,6 +61,8 @@ class TensorNames:
         expert_parts: its matrices.
         fused_gate_up, fused_down: all experts of a layer, `[E, 2F, D]` and `[E, D, F]`, if the family has names of its
             own for them. They replace the single experts.
+        fused_is_transposed: they are `[E, D, 2F]` and `[E, F, D]`.
+        fused_is_interleaved: gate and up alternate, else all of the gate comes first.
     """
 
     embedding: str = "model.embed_tokens.weight"
@@ -74,11 +77,13 @@ class TensorNames:
     attention_output: str = "self_attn.o_proj"
     query_norm: str = "self_attn.q_norm.weight"
     key_norm: str = "self_attn.k_norm.weight"
+    sinks: str = ""
     latent: LatentNames = field(default_factory=LatentNames)
     dense: str = "mlp"
     dense_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
     sparse: str = "mlp"
     gate: str = "gate.weight"
+    gate_bias: str = ""
     correction_bias: str = "gate.e_score_correction_bias"
     correction_bias_is_row: bool = False
     shared: str = "mlp.shared_experts"
@@ -88,3 +93,5 @@ class TensorNames:
     expert_parts: SwiGLUNames = field(default_factory=SwiGLUNames)
     fused_gate_up: str = ""
     fused_down: str = ""
+    fused_is_transposed: bool = False
+    fused_is_interleaved: bool = False

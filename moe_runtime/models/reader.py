@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,32 +17,17 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.weight_format import PANEL
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import MLP, AttentionBlock, DecoderLayer, Experts, Kit, Linear, MLPBlock, Norm, SparseBlock
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.rotary import RotaryEmbedding
+from moe_runtime.models.expert_tensors import ExpertTensors
 from moe_runtime.models.names import SwiGLUNames, TensorNames
 from moe_runtime.weights.checkpoint import WeightSource
 
 WHOLE = 1 << 62  # piece size in bytes that means "in one piece"
-
-
-@dataclass(frozen=True)
-class StoredMatrix:
-    """A matrix of a SwiGLU in the source: rows from `first` on of a tensor, or of entry `index` of one."""
-
-    name: str
-    shape: tuple[int, ...]
-    num_rows: int
-    first: int = 0
-    index: int | None = None
-
-    def read(self, source: WeightSource, rows: range) -> Tensor:
-        """Some of its rows."""
-        return source.read(self.name, self.shape, self.index, slice(self.first + rows.start, self.first + rows.stop))
 
 
 @dataclass(frozen=True)
@@ -69,14 +55,21 @@ class ModelReader:
     kit: Kit
     limits: Limits | None = None
 
+    @cached_property
+    def experts(self) -> ExpertTensors:
+        """Where the experts' tensors are."""
+        return ExpertTensors(self.config, self.names, self.source)
+
     def read(self, progress: Callable[[], object]) -> Decoder:
         """Read the model. Calls `progress` after every layer."""
         config, kit, names = self.config, self.kit, self.names
-        first_norms = [self.norm(f"{self._prefix(index)}.{names.attention_norm}") for index in range(config.num_layers)]
+        first_norms = [
+            self.norm(f"{self.experts.layer(index)}.{names.attention_norm}") for index in range(config.num_layers)
+        ]
         next_norms = [*first_norms[1:], self.norm(names.final_norm)]
         layers, sparse_blocks = [], []
         for index, next_norm in enumerate(next_norms):
-            attention = self.attention(index, self.norm(f"{self._prefix(index)}.{names.mlp_norm}"))
+            attention = self.attention(index, self.norm(f"{self.experts.layer(index)}.{names.mlp_norm}"))
             mlp: MLPBlock
             if config.layers[index].is_sparse:
                 mlp = sparse = self.sparse_block(index, next_norm)
@@ -110,10 +103,11 @@ class ModelReader:
 
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
-        for part, matrix in self._expert(self.config.moe_layers[layer], expert):
-            rows = max(1, piece_bytes // (PANEL * matrix.shape[-1] * self.kit.dtype.itemsize)) * PANEL
-            for first in range(0, matrix.num_rows, rows):
-                piece = matrix.read(self.source, range(first, min(first + rows, matrix.num_rows)))
+        kept: dict[str, Tensor] = {}
+        for part, stored in self.experts.expert(self.config.moe_layers[layer], expert):
+            rows = max(1, piece_bytes // (PANEL * stored.num_inputs * self.kit.dtype.itemsize)) * PANEL
+            for first in range(0, stored.num_rows, rows):
+                piece = stored.read(self.source, range(first, min(first + rows, stored.num_rows)), kept)
                 experts.put(slot, part, first, piece.to(self.kit.dtype))
                 yield piece.nbytes
 
@@ -136,8 +130,8 @@ class ModelReader:
     def attention(self, index: int, next_norm: Norm) -> AttentionBlock:
         config = self.config.layers[index].attention
         if isinstance(config, LatentAttentionConfig):
-            return self._latent_attention(self._prefix(index), config, next_norm)
-        return self._grouped_attention(self._prefix(index), config, next_norm)
+            return self._latent_attention(self.experts.layer(index), config, next_norm)
+        return self._grouped_attention(self.experts.layer(index), config, next_norm)
 
     def _grouped_attention(self, prefix: str, config: AttentionConfig, next_norm: Norm) -> AttentionBlock:
         names, hidden = self.names, self.config.hidden_size
@@ -155,7 +149,10 @@ class ModelReader:
             self._halves(self.tensor(f"{prefix}.{name}", size), config.head_dim) if size else None
             for name, size in zip((names.query_norm, names.key_norm), config.norm_sizes, strict=True)
         )
-        return self.kit.attention(config, self.config.rms_norm_eps, qkv, output, q_norm, k_norm, next_norm)
+        sinks_H = None
+        if config.sinks:
+            sinks_H = self.tensor(f"{prefix}.{names.sinks}", config.num_heads, dtype=torch.float32)
+        return self.kit.attention(config, self.config.rms_norm_eps, qkv, output, q_norm, k_norm, sinks_H, next_norm)
 
     def _latent_attention(self, prefix: str, config: LatentAttentionConfig, next_norm: Norm) -> AttentionBlock:
         names, hidden, kit, rank = self.names.latent, self.config.hidden_size, self.kit, config.query_rank
@@ -197,18 +194,18 @@ class ModelReader:
     def dense_block(self, index: int, next_norm: Norm) -> MLPBlock:
         size = self.config.layers[index].dense_intermediate_size
         assert size is not None
-        mlp = self.mlp(f"{self._prefix(index)}.{self.names.dense}", self.names.dense_parts, size)
+        mlp = self.mlp(f"{self.experts.layer(index)}.{self.names.dense}", self.names.dense_parts, size)
         return self.kit.dense_block(mlp, next_norm)
 
     def mlp(self, prefix: str, names: SwiGLUNames, intermediate: int, gate_D: Tensor | None = None) -> MLP:
         mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D)
-        for part, matrix in self._matrices(prefix, names, intermediate):
-            mlp.put(0, part, 0, matrix.read(self.source, range(matrix.num_rows)).to(self.kit.dtype))
+        for part, stored in self.experts.swiglu(prefix, names, intermediate):
+            mlp.put(0, part, 0, stored.read(self.source, range(stored.num_rows), {}).to(self.kit.dtype))
         return mlp
 
     def sparse_block(self, index: int, next_norm: Norm) -> SparseBlock:
         c, moe, names = self.config, self.config.moe, self.names
-        prefix = self._sparse_prefix(index)
+        prefix = self.experts.sparse(index)
         row = c.moe_layers.index(index)
         gate_dtype = torch.float32 if moe.gate_float32 else self.kit.dtype
         weight_ED = self.tensor(f"{prefix}.{names.gate}", moe.num_experts, c.hidden_size, dtype=gate_dtype)
@@ -222,8 +219,11 @@ class ModelReader:
         if self.limits is not None:
             limits = LayerLimits(self.limits, moe, bias_E, counts_2E, row, slots_WS.shape[1])
         gate_counts = self.limits is None or not self.limits.changes_experts
-        gate = self.kit.gate(moe, weight_ED, bias_E, counts_2E if gate_counts else None, row)
-        experts = self.kit.experts(self.num_slots, c.hidden_size, moe.intermediate_size)
+        logit_bias_E = None
+        if moe.gate_bias:
+            logit_bias_E = self.tensor(f"{prefix}.{names.gate_bias}", moe.num_experts, dtype=gate_dtype)
+        gate = self.kit.gate(moe, weight_ED, logit_bias_E, bias_E, counts_2E if gate_counts else None, row)
+        experts = self.kit.experts(self.num_slots, c.hidden_size, moe)
         for slot, expert in enumerate(slots_WS[self.rank, : self.num_slots].tolist()):
             if expert >= 0:
                 for _ in self.copy_expert(experts, slot, row, expert, WHOLE):
@@ -232,7 +232,7 @@ class ModelReader:
         return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers, limits)
 
     def _shared_experts(self, index: int) -> MLP:
-        moe, names, prefix = self.config.moe, self.names, self._prefix(index)
+        moe, names, prefix = self.config.moe, self.names, self.experts.layer(index)
         gate_D = None
         if moe.shared_gate:
             gate_D = self.tensor(f"{prefix}.{names.shared_gate}", 1, self.config.hidden_size)[0]
@@ -250,45 +250,3 @@ class ModelReader:
         rotated = slice(first, first + rope.rotary_dim)
         order[rotated] = order[rotated].view(-1, 2).T.flatten()
         return x.view(-1, head_size, *x.shape[1:])[:, order].flatten(0, 1)
-
-    def _expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
-        """The matrices of one logical expert, stored by itself or fused with the others of its layer."""
-        hidden, inner, total = self.config.hidden_size, self.config.moe.intermediate_size, self.config.moe.num_experts
-        prefix = self._sparse_prefix(index)
-        fused = self._fused_names(index, prefix)
-        if fused is None:
-            yield from self._matrices(f"{prefix}.{self.names.expert.format(expert)}", self.names.expert_parts, inner)
-            return
-        gate_up, down = fused
-        shape = (total, 2 * inner, hidden)
-        yield "gate", StoredMatrix(gate_up, shape, inner, 0, expert)
-        yield "up", StoredMatrix(gate_up, shape, inner, inner, expert)
-        yield "down", StoredMatrix(down, (total, hidden, inner), hidden, 0, expert)
-
-    def _fused_names(self, index: int, sparse: str) -> tuple[str, str] | None:
-        """Names of all experts' matrices in one tensor: the family's own, or those that newer checkpoints of all
-        families use; None if experts are stored one by one."""
-        names, layer = self.names, self._prefix(index)
-        own = [(f"{layer}.{names.fused_gate_up}", f"{layer}.{names.fused_down}")] if names.fused_gate_up else []
-        usual = [(f"{sparse}.experts.gate_up_proj{end}", f"{sparse}.experts.down_proj{end}") for end in ("", ".weight")]
-        return next((pair for pair in (*own, *usual) if self.source.has(pair[0])), None)
-
-    def _matrices(self, prefix: str, parts: SwiGLUNames, inner: int) -> Iterator[tuple[ExpertPart, StoredMatrix]]:
-        """The three matrices of a SwiGLU that are stored under `prefix`."""
-        hidden = self.config.hidden_size
-        if parts.gate_up:
-            name, shape = f"{prefix}.{parts.gate_up}.weight", (2 * inner, hidden)
-            yield "gate", StoredMatrix(name, shape, inner)
-            yield "up", StoredMatrix(name, shape, inner, inner)
-        else:
-            yield "gate", StoredMatrix(f"{prefix}.{parts.gate}.weight", (inner, hidden), inner)
-            yield "up", StoredMatrix(f"{prefix}.{parts.up}.weight", (inner, hidden), inner)
-        yield "down", StoredMatrix(f"{prefix}.{parts.down}.weight", (hidden, inner), hidden)
-
-    def _prefix(self, index: int) -> str:
-        return self.names.layer.format(index)
-
-    def _sparse_prefix(self, index: int) -> str:
-        """The sparse block's prefix: the family's own, or the one that newer checkpoints of all families use."""
-        prefix = f"{self._prefix(index)}.{self.names.sparse}"
-        return prefix if self.source.has(f"{prefix}.{self.names.gate}") else f"{self._prefix(index)}.{self.names.dense}"

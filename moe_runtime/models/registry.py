@@ -37,6 +37,7 @@ FAMILIES = {
         "ernie4_5_moe",
         "glm4_moe",
         "glm4_moe_lite",
+        "gpt_oss",
         "granitemoe",
         "granitemoeshared",
         "hunyuan_v1_moe",

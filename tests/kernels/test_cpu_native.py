@@ -16,6 +16,7 @@ from cpu_cases import DTYPES, assert_close, experts_of, normal
 
 from moe_runtime.kernels import reference, torch_ops
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.swiglu import SwiGLU
 from moe_runtime.kernels.weight_format import PANEL
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -221,6 +222,25 @@ def test_grouped_mlp(kernels, dtype, counts, hidden, inner):
     assert torch.equal(experts(x[row], None, counts), actual)
     room = torch.full_like(actual, torch.nan)
     assert experts(x, row, counts, room) is room and torch.equal(room, actual)
+
+
+@DTYPES
+@pytest.mark.parametrize(("counts", "hidden", "inner"), [([3, 0, 40, 1], 70, 90), ([5], 64, 33), ([0, 0], 8, 8)])
+def test_grouped_mlp_with_biases_and_a_clamped_activation(kernels, dtype, counts, hidden, inner):
+    num_rows, slots, swiglu = sum(counts), len(counts), SwiGLU(1.702, 0.7, 1.0)
+    w13, w2 = normal(slots, 2 * inner, hidden, dtype=dtype) / 4, normal(slots, hidden, inner, dtype=dtype) / 4
+    b13, b2 = normal(slots, 2 * inner, dtype=dtype), normal(slots, hidden, dtype=dtype)
+    x, row = normal(11, hidden, dtype=dtype), torch.randint(11, (num_rows,))
+    experts = experts_of(kernels, w13, w2, swiglu=swiglu, has_bias=True)
+    for slot in range(slots):
+        for part, bias in zip(("gate_bias", "up_bias", "down_bias"), (*b13[slot].chunk(2), b2[slot]), strict=True):
+            experts.put(slot, part, 0, bias)
+    counts = torch.tensor(counts)
+    actual = experts(x, row, counts)
+    options = {"b13_SG": b13, "b2_SD": b2, "swiglu": swiglu}
+    assert_close(actual, reference.grouped_mlp(x, row, counts, w13, w2, **options), scale=4)
+    assert torch.equal(experts(x[row], None, counts), actual)
+    assert len(experts.stored(0)) == 6
 
 
 def test_more_threads_than_cores_and_several_callers(kernels):

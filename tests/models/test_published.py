@@ -20,6 +20,8 @@ FACTS = {
     "deepseek-ai/DeepSeek-V2-Lite": (15.7, 2.7, 2 * 27 * (512 + 64)),
     "deepseek-ai/DeepSeek-V3": (671.0, 37.6, 2 * 61 * (512 + 64)),
     "moonshotai/Kimi-K2-Instruct": (1026.4, 32.9, 2 * 61 * (512 + 64)),
+    "openai/gpt-oss-20b": (20.9, 4.2, 2 * 2 * 24 * 8 * 64),
+    "openai/gpt-oss-120b": (116.8, 5.7, 2 * 2 * 36 * 8 * 64),
     "zai-org/GLM-4.5-Air": (106.9, 13.4, 2 * 2 * 46 * 8 * 128),
     "zai-org/GLM-4.7-Flash": (29.9, 3.9, 2 * 47 * (512 + 64)),
     "MiniMaxAI/MiniMax-M2": (228.7, 11.0, 2 * 2 * 62 * 8 * 128),

@@ -24,8 +24,8 @@ def normal(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype)
 
 
-def experts_of(kernels, w13, w2, gate_D=None):
-    experts = PackedExperts(kernels, len(w2), w2.shape[1], w2.shape[2], w2.dtype, gate_D)
+def experts_of(kernels, w13, w2, gate_D=None, **options):
+    experts = PackedExperts(kernels, len(w2), w2.shape[1], w2.shape[2], w2.dtype, gate_D, **options)
     for slot in range(len(w2)):
         for part, rows in zip(("gate", "up", "down"), (*w13[slot].chunk(2), w2[slot]), strict=True):
             experts.put(slot, part, 0, rows)

@@ -43,6 +43,7 @@ CLASSES = {
         "deepseek_v2": "DeepseekV2",
         "glm4_moe_lite": "Glm4MoeLite",
         "mistral4": "Mistral4",
+        "gpt_oss": "GptOss",
     }.items()
 }
 LATENT = {
@@ -106,6 +107,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, "n_routed_experts": 8, "first_k_dense_replace": 1},
     "glm4_moe_lite": {**LATENT, "n_routed_experts": 9},
     "mistral4": {**LATENT, "head_dim": 20, "n_routed_experts": 8},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7, "swiglu_limit": 0.8},
 }
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GATES = ("gate.weight", "gate.wg.weight", "router.weight")
@@ -168,6 +170,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan alpha": ("hunyuan_v1_moe", rope("dynamic", alpha=1000.0, factor=1.0)),
     "granite": ("granitemoe", {"attention_bias": True}),
     "granite shared": ("granitemoeshared", {"tie_word_embeddings": True}),
+    "gpt-oss": (
+        "gpt_oss",
+        rope("yarn", factor=3.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=32),
+    ),
+    "gpt-oss all full": (
+        "gpt_oss",
+        {"layer_types": ["full_attention"] * 3, "attention_bias": False, **rope("default")},
+    ),
     "deepseek3": ("deepseek_v3", rope("yarn", factor=4.0, original_max_position_embeddings=24, **MSCALE)),
     "deepseek3 odd sizes": (
         "deepseek_v3",

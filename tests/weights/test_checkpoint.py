@@ -50,6 +50,7 @@ from moe_runtime.layers.torch_layers import (
     TorchLinear,
     TorchMLP,
 )
+from moe_runtime.memory.model_size import count_parameters
 from moe_runtime.models.reader import ModelReader
 from moe_runtime.models.registry import names_of, read_model_config, with_own_head
 from moe_runtime.types.sampling_params import SamplingParams
@@ -181,7 +182,7 @@ def test_a_rank_reads_only_its_own_experts(tmp_path: Path, family: str, fused: b
     if fused:
         fuse_experts(path, config)
     placement = Placement.even(config.moe_layers, config.moe.num_experts, 3)
-    expert_bytes = 3 * config.hidden_size * config.moe.intermediate_size * 4
+    expert_bytes = 4 * count_parameters(config).expert
     one = Checkpoint(path)
     build(path, one)
     rest = one.bytes_read - expert_bytes * config.moe.num_experts * len(config.moe_layers)
@@ -379,7 +380,7 @@ def test_a_moving_expert_is_read_in_pieces(tmp_path: Path) -> None:
     placement = Placement.even(config.moe_layers, config.moe.num_experts, 1)
     counter = ExpertCounter(len(config.moe_layers), config.moe.num_experts, CPU)
     reader = ModelReader(config, names_of(config.family), source, placement, 0, placement.max_slots, {}, counter, kit)
-    experts = kit.experts(1, config.hidden_size, 256)
+    experts = kit.experts(1, config.hidden_size, config.moe)
     before, pieces = source.bytes_read, []
     for nbytes in reader.copy_expert(experts, 0, 1, 3, 8192):
         pieces.append(nbytes)

@@ -217,11 +217,11 @@ class AttentionTile {
     const int64_t seen = std::min(kKeys, first_position_ + end_query - first_key);
     const int64_t lanes = ceil_div(seen, kLanes), steps = ceil_div(seen, kStepInputs<T>);
     const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.value_size / kTileOutputs) : 4;
-    Ahead<T> ahead(next, next_groups * shape_.head_size, task_.num_groups * calls);
+    Ahead<T> ahead(next, shape_.key_offset(next_groups - 1) + shape_.head_size, task_.num_groups * calls);
 
     for (int64_t group = 0; group < task_.num_groups; group++) {
-      const int64_t first = group * group_rows_ + first_query * group_heads_, offset = group * shape_.head_size;
-      const int64_t value_offset = group * shape_.value_size;
+      const int64_t first = group * group_rows_ + first_query * group_heads_, offset = shape_.key_offset(group);
+      const int64_t value_offset = shape_.value_offset(group);
       const T *const *queries = pointers_ + first, *const *weights = queries + rows_;
       float* scores = scores_ + first * kPanel;
       if (few) {
@@ -232,7 +232,7 @@ class AttentionTile {
         });
       } else {
         ahead.ask();
-        block.pack_keys(group, shape_.head_size, packed_keys_);
+        block.pack_keys(offset, shape_.head_size, packed_keys_);
         ahead.ask();
         multiply_panel<false>(queries, count, packed_keys_, words, scores);
       }
@@ -246,7 +246,7 @@ class AttentionTile {
         });
       } else {
         ahead.ask();
-        block.pack_values(group, shape_.value_size, packed_values_);
+        block.pack_values(value_offset, shape_.value_size, packed_values_);
         ahead.ask();
         for (int64_t panel = 0; panel < panels_; panel++) {
           multiply_panel<false>(weights, count, packed_values_ + panel * panel_elements<T>(kKeys),

@@ -75,6 +75,7 @@ class AttentionCall:
                 kv_heads=num_kv_heads,
                 head_size=head_dim,
                 value_size=head_dim,
+                key_stride=num_kv_heads * head_dim,
                 value_stride=num_kv_heads * head_dim,
                 window=sliding_window or 0,
                 sinks=pointer(sinks_H),
@@ -158,21 +159,28 @@ class GateCall:
     Args:
         config: from `native.gate_config`.
         weight_ED: in the model's dtype or in float32.
+        logit_bias_E: added to the product, in the weight's dtype; or None.
         counts_2E: int64, tokens of each expert in prefill and decode; every call adds to them. None counts nothing.
             The rows need not be adjacent, so it may be a layer of a larger tensor.
     """
 
     def __init__(
-        self, kernels: Kernels, config: GateConfig, weight_ED: Tensor, counts_2E: Tensor | None = None
+        self,
+        kernels: Kernels,
+        config: GateConfig,
+        weight_ED: Tensor,
+        counts_2E: Tensor | None = None,
+        logit_bias_E: Tensor | None = None,
     ) -> None:
         assert len(weight_ED) == config.experts
         assert counts_2E is None or (counts_2E.dtype == torch.int64 and counts_2E.stride(1) == 1)
         self.kernels = kernels
         self.top_k = config.top_k
-        self.linear = PackedLinear.pack(kernels, weight_ED)
+        self.linear = PackedLinear.pack(kernels, weight_ED, logit_bias_E)
         self.struct = structs.GateStruct(
             config,
             self.linear.weight,
+            pointer(logit_bias_E),
             weight_ED.dtype == torch.float32,
             None if counts_2E is None else counts_2E.data_ptr(),
             0 if counts_2E is None else counts_2E.stride(0),

@@ -13,13 +13,17 @@ struct AttentionShape {
   int64_t kv_heads;
   int64_t head_size;     // of queries and keys
   int64_t value_size;    // of values
+  int64_t key_stride;    // elements between the keys of two tokens
   int64_t value_stride;  // elements between the values of two tokens
+  int64_t shared;        // all key/value heads are the same one
   int64_t page_size;
   int64_t window;  // 0: none
   const float* sinks;  // a logit of each head that takes its share of the weights and adds nothing; or null
   float scale;
 
   const float* sink(int64_t head) const { return sinks ? sinks + head : nullptr; }
+  int64_t key_offset(int64_t group) const { return shared ? 0 : group * head_size; }
+  int64_t value_offset(int64_t group) const { return shared ? 0 : group * value_size; }
 };
 
 // A step's sequences; all arrays are int64.
@@ -45,15 +49,14 @@ struct KeyBlock {
            const T* key_cache, const T* value_cache) {
     const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
     const int64_t* page = step.page_table + task.sequence * step.max_pages + first_key / shape.page_size;
-    const int64_t key_stride = shape.kv_heads * shape.head_size;
-    const T *first = key_cache + task.first_group * shape.head_size;
-    const T *first_value = value_cache + task.first_group * shape.value_size;
+    const T* first = key_cache + shape.key_offset(task.first_group);
+    const T* first_value = value_cache + shape.value_offset(task.first_group);
     int64_t in_page = first_key % shape.page_size;
     for (int64_t i = 0; i < count; page++, in_page = 0) {
       int64_t place = *page * shape.page_size + in_page;
       const int64_t end = std::min(count, i + shape.page_size - in_page);
       for (; i < end; i++, place++) {
-        keys[i] = first + place * key_stride;
+        keys[i] = first + place * shape.key_stride;
         values[i] = first_value + place * shape.value_stride;
       }
     }
@@ -61,16 +64,16 @@ struct KeyBlock {
     std::fill(values + count, values + kKeys, values[count - 1]);
   }
 
-  // Packs one head's keys as a panel: keys are its outputs, head dimensions its inputs. A step is a word of each key.
-  void pack_keys(int64_t group, int64_t head_size, T* packed) const {
+  // Packs one head's keys, `offset` elements into a token's, as a panel: keys are its outputs, head dimensions its
+  // inputs. A step is a word of each key.
+  void pack_keys(int64_t offset, int64_t head_size, T* packed) const {
     uint32_t* out = reinterpret_cast<uint32_t*>(packed);
     const int64_t words = head_size / kStepInputs<T>;
     int64_t word = 0;
     for (; word + kLanes <= words; word += kLanes) {
       for (int64_t i = 0; i < kKeys; i += kLanes) {
         IntVec columns[kLanes];
-        transpose_words(reinterpret_cast<const char* const*>(keys + i), group * head_size * sizeof(T) + word * 4,
-                        columns);
+        transpose_words(reinterpret_cast<const char* const*>(keys + i), offset * sizeof(T) + word * 4, columns);
         for (int j = 0; j < kLanes; j++) store_bits(out + (word + j) * kPanel + i, columns[j]);
       }
     }
@@ -78,16 +81,17 @@ struct KeyBlock {
       const int64_t bytes = std::min<int64_t>(4, (head_size - word * kStepInputs<T>) * sizeof(T));
       for (int64_t i = 0; i < kKeys; i++) {
         uint32_t value = 0;
-        std::memcpy(&value, keys[i] + group * head_size + word * kStepInputs<T>, bytes);
+        std::memcpy(&value, keys[i] + offset + word * kStepInputs<T>, bytes);
         out[word * kPanel + i] = value;
       }
     }
   }
 
-  // Packs one head's values in panels of 64 outputs: head dimensions are outputs, keys are inputs.
-  void pack_values(int64_t group, int64_t value_size, T* packed) const {
+  // Packs one head's values, `head_offset` elements into a token's, in panels of 64 outputs: head dimensions are outputs,
+  // keys are inputs.
+  void pack_values(int64_t head_offset, int64_t value_size, T* packed) const {
     for (int64_t first = 0; first < value_size; first += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, value_size - first), offset = group * value_size + first;
+      const int64_t width = std::min<int64_t>(kPanel, value_size - first), offset = head_offset + first;
       for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
         // A float32 step has one key, so it has no odd key.
         const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;

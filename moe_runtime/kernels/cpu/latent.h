@@ -104,6 +104,20 @@ void finish_queries(Engine& engine, const LatentAttention& block, const StepHead
   });
 }
 
+// In how many groups the heads attend. All share the keys, so one group reads them best. But if the step has fewer spans
+// than threads could take, several groups keep more threads busy.
+inline int64_t head_groups(int64_t heads, const StepLayout& step, int threads) {
+  int64_t spans = 0;
+  for (int64_t sequence = 0; sequence < step.sequences; sequence++) {
+    if (step.query_start[sequence + 1] - step.query_start[sequence] > 1) return 1;
+    spans += ceil_div(step.context_len[sequence], kSpan);
+  }
+  if (spans >= 2 * threads) return 1;
+  int64_t groups = std::min<int64_t>(heads, threads);
+  while (heads % groups != 0) groups--;
+  return groups;
+}
+
 // `x` and `out` may be the same. Values are the front of the keys.
 template <class T>
 void latent_block(Engine& engine, const LatentAttention& block, const StepLayout& step, const StepHeads& heads,
@@ -127,6 +141,7 @@ void latent_block(Engine& engine, const LatentAttention& block, const StepLayout
   finish_queries(engine, block, heads, tokens, projected, stride, queries);
   AttentionShape shape = block.shape;
   shape.page_size = heads.page_size;
+  shape.kv_heads = head_groups(num_heads, step, engine.pool.size());
   T* attended = engine.attended.get<T>(tokens * num_heads * latent);
   paged_attention(engine, shape, step, queries, num_heads * key_size, key_cache, key_cache, attended);
   const int64_t value_size = block.value.outputs;

@@ -61,7 +61,9 @@ class LatentCall:
             kv_heads=1,
             head_size=key_size,
             value_size=latent,
+            key_stride=key_size,
             value_stride=key_size,
+            shared=True,
             scale=scale,
         )
         self.struct = structs.LatentStruct(

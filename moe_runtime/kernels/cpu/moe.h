@@ -9,7 +9,8 @@ namespace moe {
 // Packed SwiGLU experts, one after another. For each expert, w13 holds the panels of the gate projection, then those of
 // the up projection, each [intermediate, hidden]. w2 holds the panels of the down projection [hidden, intermediate].
 // The escapes have a list for each bf16 panel. Unless `row_gate` [hidden] is null, a row's output is multiplied by the
-// sigmoid of its product with x's row.
+// sigmoid of its product with x's row. Biases are null, or those of each expert: `b13` of the gate and of the up
+// projection, each padded with zeros to whole panels, `b2` [hidden].
 struct Experts {
   const void* w13;
   const void* w2;
@@ -19,7 +20,20 @@ struct Experts {
   int64_t hidden;
   int64_t intermediate;
   const void* row_gate;
+  const void* b13;
+  const void* b2;
+  SwiGLU swiglu;
 };
+
+// Adds a bias to the first `width` sums of each row.
+template <class T>
+void add_bias(const T* bias, int64_t rows, int64_t width, float* sums) {
+  for (int64_t i = 0; i < rows; i++) {
+    for_lanes(width, [&](int64_t j, int n) {
+      store_first(sums + i * kPanel + j, load_first(sums + i * kPanel + j, n) + load_first(bias + j, n), n);
+    });
+  }
+}
 
 // One task per slot, panel and chunk of the slot's rows; the chunks of a panel follow each other.
 inline void list_tasks(std::vector<PanelTask>& tasks, const int64_t* counts, int64_t slots, int64_t panels) {
@@ -49,7 +63,7 @@ void row_factors(Engine& engine, const T* x, int64_t rows, int64_t stride, int64
   });
 }
 
-// y[R, hidden], rows grouped by slot: w2 @ round(silu(gate @ x) * (up @ x)), rounded once. Row i of the grouped order
+// y[R, hidden], rows grouped by slot: w2 @ round(swiglu(gate @ x, up @ x)), rounded once. Row i of the grouped order
 // is x[row[i]], or x[i] where `row` is null.
 template <class T>
 void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num_rows, const int64_t* row,
@@ -83,10 +97,21 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     const int64_t first = task.slot * 2 * up_panels + task.panel;
     multiply_panel(pointers, task.rows, panel(first), up_steps, gate);
     multiply_panel(pointers, task.rows, panel(first + up_panels), up_steps, up);
+    if (experts.b13) {
+      const T* bias = static_cast<const T*>(experts.b13) + first * kPanel;
+      add_bias(bias, task.rows, kPanel, gate);
+      add_bias(bias + up_panels * kPanel, task.rows, kPanel, up);
+    }
     // Values past the intermediate size are zero, so they can fill the last step.
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, hidden_stride - column);
     for (int64_t i = 0; i < task.rows; i++) {
-      silu_mul_row(gate + i * kPanel, up + i * kPanel, width, hidden + (task.first_row + i) * hidden_stride + column);
+      const float *g = gate + i * kPanel, *u = up + i * kPanel;
+      T* out = hidden + (task.first_row + i) * hidden_stride + column;
+      if (std::isinf(experts.swiglu.limit)) {
+        silu_mul_row(g, u, width, out);
+      } else {
+        swiglu_row(experts.swiglu, g, u, width, out);
+      }
     }
   });
 
@@ -100,6 +125,9 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     multiply_panel(pointers, task.rows, panel_of(T{}, experts.w2, experts.w2_escapes, panel, experts.intermediate),
                    down_steps, sums);
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, experts.hidden - column);
+    if (experts.b2) {
+      add_bias(static_cast<const T*>(experts.b2) + task.slot * experts.hidden + column, task.rows, width, sums);
+    }
     for (int64_t i = 0; i < task.rows; i++) {
       const int64_t place = task.first_row + i;
       const Vec factor = set1(factors ? factors[row ? row[place] : place] : 1.0f);
@@ -151,6 +179,7 @@ inline int64_t group_by_slot(const int64_t* slot, int64_t size, int64_t slots, i
 struct Gate {
   GateConfig config;
   Weight weight;  // [experts, hidden]
+  const void* bias;  // [experts], of the weight's type; or null
   int32_t weight_is_float32;
   int64_t* counts;      // [2, experts] of this layer, prefill then decode; calls add to it
   int64_t phase_stride;  // elements between the phases
@@ -165,9 +194,9 @@ void choose_experts(Engine& engine, const Gate& gate, const Policies& policies, 
   if (gate.weight_is_float32 && sizeof(T) != sizeof(float)) {
     float* wide = engine.widened.get<float>(tokens * hidden);
     for_lanes(tokens * hidden, [&](int64_t i, int n) { store_first(wide + i, load_first(x + i, n), n); });
-    linear<float>(engine, gate.weight, nullptr, wide, tokens, hidden, logits);
+    linear<float>(engine, gate.weight, static_cast<const float*>(gate.bias), wide, tokens, hidden, logits);
   } else {
-    linear<T>(engine, gate.weight, nullptr, x, tokens, hidden, logits);
+    linear<T>(engine, gate.weight, static_cast<const T*>(gate.bias), x, tokens, hidden, logits);
     if (sizeof(T) != sizeof(float)) {
       for_lanes(tokens * num_experts,
                 [&](int64_t i, int n) { store_first(logits + i, rounded<T>(load_first(logits + i, n)), n); });

@@ -216,6 +216,7 @@ class Kernels:
             kv_heads=groups,
             head_size=head_size,
             value_size=value_size,
+            key_stride=groups * head_size,
             value_stride=v_cache_NBGe.stride(1),
             page_size=page_size,
             window=sliding_window or 0,

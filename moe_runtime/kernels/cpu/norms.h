@@ -47,6 +47,24 @@ inline Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); 
 
 inline Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
 
+// The activation between an expert's projections, for finite limits; kernels/swiglu.py has the same.
+struct SwiGLU {
+  float alpha;
+  float limit;  // infinite: silu(gate) * up
+  float offset;
+};
+
+// out = round((clamp(up) + offset) * gate * sigmoid(alpha * gate)), with the gate at most at the limit; in float32.
+template <class T>
+void swiglu_row(const SwiGLU& swiglu, const float* gate, const float* up, int64_t size, T* out) {
+  const Vec limit = set1(swiglu.limit), least = set1(-swiglu.limit), offset = set1(swiglu.offset);
+  const Vec alpha = set1(swiglu.alpha);
+  for_lanes(size, [&](int64_t i, int n) {
+    const Vec g = min(load_first(gate + i, n), limit), u = min(max(load_first(up + i, n), least), limit);
+    store_first(out + i, (u + offset) * (g * sigmoid(alpha * g)), n);
+  });
+}
+
 // out = round(silu(gate) * up), computed in float32.
 template <class T, class Input>
 void silu_mul_row(const Input* gate, const Input* up, int64_t size, T* out) {

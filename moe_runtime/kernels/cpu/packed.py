@@ -17,7 +17,10 @@ from moe_runtime.kernels.cpu import structs
 from moe_runtime.kernels.cpu.native import Kernels, native_format
 from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import Weight
+from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.weight_format import PANEL
+
+PackedPart = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
 
 
 class PackedMatrices:
@@ -158,6 +161,8 @@ class PackedExperts:
 
     Args:
         gate_D: a row's output is multiplied by the sigmoid of its product with the gate; None: it is not.
+        swiglu: the activation.
+        has_bias: whether the projections have biases, which are zeros until they are put in.
     """
 
     def __init__(
@@ -168,6 +173,8 @@ class PackedExperts:
         intermediate_size: int,
         dtype: torch.dtype,
         gate_D: Tensor | None = None,
+        swiglu: SwiGLU = PLAIN,
+        has_bias: bool = False,
     ) -> None:
         assert gate_D is None or (gate_D.dtype == dtype and gate_D.shape == (hidden_size,))
         self.kernels, self.dtype = kernels, dtype
@@ -176,6 +183,8 @@ class PackedExperts:
         self._up_row = -(-intermediate_size // PANEL) * PANEL
         self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots)
         self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots)
+        b13 = torch.zeros(num_slots, 2 * self._up_row, dtype=dtype) if has_bias else None
+        b2 = torch.zeros(num_slots, hidden_size, dtype=dtype) if has_bias else None
         self.experts = structs.ExpertsStruct(
             self.w13.data.data_ptr(),
             self.w2.data.data_ptr(),
@@ -185,30 +194,43 @@ class PackedExperts:
             hidden_size,
             intermediate_size,
             pointer(gate_D),
+            pointer(b13),
+            pointer(b2),
+            structs.SwiGLUStruct(swiglu.alpha, swiglu.limit, swiglu.offset),
         )
         self.gate_D = gate_D
+        self.b13, self.b2 = b13, b2
         self.address = ctypes.addressof(self.experts)
         self.format = self.w13.format
 
     @property
     def nbytes(self) -> int:
-        return self.w13.nbytes + self.w2.nbytes + (0 if self.gate_D is None else self.gate_D.nbytes)
+        vectors = (vector for vector in (self.b13, self.b2, self.gate_D) if vector is not None)
+        return self.w13.nbytes + self.w2.nbytes + sum(vector.nbytes for vector in vectors)
 
-    def put(self, slot: int, part: Literal["gate", "up", "down"], first_row: int, rows: Tensor) -> None:
-        """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot.
+    def put(self, slot: int, part: PackedPart, first_row: int, rows: Tensor) -> None:
+        """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) or biases into a slot.
 
         Pieces of a matrix are whole panels: only the last piece may have a number of rows that `PANEL` does not divide.
         """
-        outputs = self.hidden_size if part == "down" else self.intermediate_size
+        outputs = self.hidden_size if part.startswith("down") else self.intermediate_size
         assert first_row + len(rows) <= outputs and (first_row + len(rows) == outputs or len(rows) % PANEL == 0)
-        if part == "down":
-            self.w2.put(slot, first_row, rows)
+        if part.startswith("up"):
+            first_row += self._up_row
+        if part.endswith("bias"):
+            bias = self.b2 if part == "down_bias" else self.b13
+            assert bias is not None
+            bias[slot, first_row : first_row + len(rows)] = rows
         else:
-            self.w13.put(slot, first_row + (self._up_row if part == "up" else 0), rows)
+            (self.w2 if part == "down" else self.w13).put(slot, first_row, rows)
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """The stored content of a slot; the same on every rank for the same expert."""
-        return *self.w13.stored(slot), *self.w2.stored(slot)
+        return (
+            *self.w13.stored(slot),
+            *self.w2.stored(slot),
+            *(bias[slot] for bias in (self.b13, self.b2) if bias is not None),
+        )
 
     def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         """`(gate_FD, up_FD, down_DF)` of a slot."""

@@ -20,7 +20,9 @@ class AttentionShape(ctypes.Structure):
         ("kv_heads", c_int64),
         ("head_size", c_int64),
         ("value_size", c_int64),
+        ("key_stride", c_int64),
         ("value_stride", c_int64),
+        ("shared", c_int64),
         ("page_size", c_int64),
         ("window", c_int64),
         ("sinks", c_void_p),
@@ -173,6 +175,10 @@ class LayersCall(ctypes.Structure):
     )
 
 
+class SwiGLUStruct(ctypes.Structure):
+    _fields_ = (("alpha", c_float), ("limit", c_float), ("offset", c_float))
+
+
 class ExpertsStruct(ctypes.Structure):
     _fields_ = (
         ("w13", c_void_p),
@@ -183,6 +189,9 @@ class ExpertsStruct(ctypes.Structure):
         ("hidden", c_int64),
         ("intermediate", c_int64),
         ("row_gate", c_void_p),
+        ("b13", c_void_p),
+        ("b2", c_void_p),
+        ("swiglu", SwiGLUStruct),
     )
 
 
@@ -190,6 +199,7 @@ class GateStruct(ctypes.Structure):
     _fields_ = (
         ("config", GateConfig),
         ("weight", Weight),
+        ("bias", c_void_p),
         ("weight_is_float32", c_int32),
         ("counts", c_void_p),
         ("phase_stride", c_int64),
