@@ -212,7 +212,7 @@ def test_gates_drop_what_the_policy_says(scoring: Any, normalize: bool, native: 
         from moe_runtime.layers.batch import StepPolicies
         from moe_runtime.layers.gate import TorchGate
 
-        gate = TorchGate(config, weight_ED, None, counts_2E, 1)
+        gate = TorchGate(config, weight_ED, None, None, counts_2E, 1)
         routing = StepPolicies(
             policy_T, torch.stack([policies_P4.flip(0), policies_P4]), torch.stack([chosen_TK, chosen_TK])
         )
