@@ -73,7 +73,7 @@ class TorchMLP:
 
     def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
         """Copy rows of a weight."""
-        assert slot == 0
+        assert slot == 0 and part in ("gate", "up", "down"), part
         if part == "down":
             self.down.put(first_row, rows)
         else:
