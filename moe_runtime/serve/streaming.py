@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DONE = "[DONE]"
-# In /openapi.json: one server-sent event. OpenAPI 3.2 has this key; FastAPI and the tools that read streams have it too.
+# In /openapi.json: one server-sent event. OpenAPI 3.2 has this key; FastAPI and tools that read streams know it too.
 EVENTS = {"itemSchema": {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}}
 
 
