@@ -98,7 +98,9 @@ def check_contiguous(**operands: Tensor | None) -> None:
             raise ValueError(f"{name}: strides {tensor.stride()} are not allowed; it must be contiguous")
 
 
-def check_gate(num_experts: int, top_k: int, scoring: str, num_groups: int, topk_groups: int) -> None:
+def check_gate(
+    num_experts: int, top_k: int, scoring: str, num_groups: int, topk_groups: int, groups_by_best: bool = False
+) -> None:
     """Refuse a gate that has no meaning.
 
     Raises:
@@ -106,9 +108,11 @@ def check_gate(num_experts: int, top_k: int, scoring: str, num_groups: int, topk
     """
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"scoring: {scoring!r} is not allowed; it must be 'softmax' or 'sigmoid'")
-    if num_groups < 1 or num_experts % num_groups or (num_groups > 1 and num_experts // num_groups < 2):
+    least = 1 if num_groups == 1 or groups_by_best else 2  # of a group
+    if num_groups < 1 or num_experts % num_groups or num_experts // num_groups < least:
         raise ValueError(
-            f"num_groups: {num_groups} is not allowed; it must divide {num_experts} experts into groups of at least 2"
+            f"num_groups: {num_groups} is not allowed; "
+            f"it must divide {num_experts} experts into groups of at least {least}"
         )
     if not 1 <= topk_groups <= num_groups:
         raise ValueError(f"topk_groups: {topk_groups} is not allowed; it must be from 1 to num_groups ({num_groups})")
@@ -147,7 +151,7 @@ def topk_gate(
     Raises:
         ValueError: the groups do not divide the experts, or `top_k` exceeds the experts of the kept groups.
     """
-    check_gate(logits_TE.shape[1], top_k, scoring, num_groups, topk_groups)
+    check_gate(logits_TE.shape[1], top_k, scoring, num_groups, topk_groups, groups_by_best)
     scores_TE, choice_TE = gate_scores(
         logits_TE,
         scoring=scoring,

@@ -102,7 +102,7 @@ def _yarn(rope: RopeConfig, inv_freq: Tensor) -> tuple[Tensor, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = torch.arange(dim // 2, device=inv_freq.device).float().sub(low) / max(high - low, 0.001)
+    ramp = torch.arange(dim // 2, device=inv_freq.device).float().sub(low) / (high - low or 0.001)
     interpolated = ramp.clamp(0.0, 1.0)
     inv_freq = inv_freq / rope.factor * interpolated + inv_freq * (1 - interpolated)
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm
 from moe_runtime.config.model import LayerConfig, ModelConfig, MoEConfig, RopeConfig, yarn_magnitude
 from moe_runtime.models.hf_config import HFConfig
+from moe_runtime.models.rope import read_rope
+
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def read_sizes(
     return Sizes(
         vocab_size=hf.integer("vocab_size", default=vocab_size),
         hidden_size=hf.integer("hidden_size", default=hidden_size),
-        num_layers=hf.integer("num_hidden_layers", default=num_layers),
+        num_layers=hf.integer("num_hidden_layers", default=num_layers, high=MOST_LAYERS),
         num_heads=hf.integer("num_attention_heads", default=num_heads),
         max_position=hf.integer("max_position_embeddings", default=max_position),
     )
@@ -110,14 +113,20 @@ def read_latent_attention(
     rope_size = hf.integer("qk_rope_head_dim", default=rope_size)
     size = nope_size + rope_size
     hf.require("num_key_value_heads", (num_heads,), num_heads)
-    hf.require("head_dim", (rope_size, size), rope_size)
+    hf.require("head_dim", (size,) if rotary_share else (rope_size, size), size)
     hf.always(qk_head_dim=size)
     if rotary_share:
-        rope = hf.rope(
-            size, max_position, theta=theta, rotary_factor=rope_size / size, interleaved=interleaved, query_scale=True
+        rope = read_rope(
+            hf,
+            size,
+            max_position,
+            theta=theta,
+            rotary_factor=rope_size / size,
+            interleaved=interleaved,
+            query_scale=True,
         )
     else:
-        rope = hf.rope(rope_size, max_position, theta=theta, interleaved=interleaved)
+        rope = read_rope(hf, rope_size, max_position, theta=theta, interleaved=interleaved)
     if rope.rotary_dim != rope_size:
         raise ValueError(
             f"partial_rotary_factor: rotates {rope.rotary_dim} dims, but qk_rope_head_dim is {rope_size} in config.json"
@@ -166,7 +175,7 @@ def correction_gate(
         shared_intermediate_size=intermediate_size * hf.integer("n_shared_experts", default=num_shared),
         scoring="sigmoid",
         normalize_topk=hf.flag("norm_topk_prob", normalize),
-        routed_scaling_factor=hf.number("routed_scaling_factor", default=scaling),
+        routed_scaling_factor=hf.positive("routed_scaling_factor", scaling),
         num_groups=num_groups,
         topk_groups=topk_groups,
         correction_bias=True,
@@ -198,7 +207,7 @@ def model_config(
         family=hf.family,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
-        rms_norm_eps=hf.number("rms_norm_eps", default=rms_norm_eps),
+        rms_norm_eps=hf.positive("rms_norm_eps", rms_norm_eps),
         max_position_embeddings=sizes.max_position,
         rope=rope,
         moe=moe,

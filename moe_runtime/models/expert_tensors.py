@@ -121,6 +121,8 @@ class ExpertTensors:
         """Names of all experts' matrices in one tensor: the family's own, or those that newer checkpoints of all
         families use; None if experts are stored one by one."""
         names, layer, sparse = self.names, self.layer(index), self.sparse(index)
+        if self.source.has(f"{sparse}.experts.gate_up_proj_blocks"):
+            raise ValueError("quantization: MXFP4 weights are not supported; the weights must be float32 or 16-bit")
         own = [(f"{layer}.{names.fused_gate_up}", f"{layer}.{names.fused_down}")] if names.fused_gate_up else []
         usual = [(f"{sparse}.experts.gate_up_proj{end}", f"{sparse}.experts.down_proj{end}") for end in ("", ".weight")]
         return next((pair for pair in (*own, *usual) if self.source.has(pair[0])), None)

@@ -7,36 +7,14 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, TypeGuard
 
-from moe_runtime.config.model import RopeConfig
 from moe_runtime.models.inert_keys import is_empty, is_inert
 
 logger = logging.getLogger(__name__)
 
+LARGEST = (1 << 31) - 1  # integer of a configuration
 SHOWN = 120  # characters of a value in a message
-ROPE_KEYS = {
-    "default": frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"}),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor", "original_max_position_embeddings"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {
-            "factor",
-            "original_max_position_embeddings",
-            "attention_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "truncate",
-        }
-    ),
-}
-# Of the type "dynamic" with `alpha`; all but that one have no effect.
-NTK_ALPHA_KEYS = frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
-
-QUERY_SCALE_KEYS = frozenset({"llama_4_scaling_beta", "max_position_embeddings"})
 
 
 class HFConfig:
@@ -64,11 +42,12 @@ class HFConfig:
                 return self.values[name]
         return default
 
-    def integer(self, *names: str, default: int | None = None, low: int = 1) -> int:
-        """An integer of at least `low`; without a default the key is required. Null is not allowed."""
+    def integer(self, *names: str, default: int | None = None, low: int = 1, high: int = LARGEST) -> int:
+        """An integer from `low` to `high`; without a default the key is required. Null is not allowed."""
         value = self._given(names, default)
-        if not _is_integer(value) or value < low:
-            raise self._refusal(names[0], value, f"an integer >= {low}")
+        if not _is_integer(value) or not low <= value <= high:
+            allowed = f"an integer >= {low}" if high == LARGEST else f"an integer from {low} to {high}"
+            raise self.refusal(self._spelling(names), value, allowed)
         return int(value)
 
     def number(self, *names: str, default: float) -> float:
@@ -79,7 +58,14 @@ class HFConfig:
         """A finite number above 0. Null is not allowed."""
         value = self.number(name, default=default)
         if value <= 0:
-            raise self._refusal(name, value, "a number above 0")
+            raise self.refusal(name, value, "a number above 0")
+        return value
+
+    def positive_or_none(self, name: str) -> float | None:
+        """A finite number above 0; None if the key is absent or null."""
+        value = self.number_or_none(name)
+        if value is not None and value <= 0:
+            raise self.refusal(name, value, "above 0")
         return value
 
     def number_or_none(self, name: str) -> float | None:
@@ -91,7 +77,7 @@ class HFConfig:
         """True or false. Null is not allowed."""
         value = self._given((name,), default)
         if not isinstance(value, bool):
-            raise self._refusal(name, value, "true or false")
+            raise self.refusal(name, value, "true or false")
         return value
 
     def window(self, default: int | None = None, *, is_used: bool = True) -> int | None:
@@ -102,7 +88,7 @@ class HFConfig:
         self.seen.add("sliding_window")
         value = self.values.get("sliding_window", default) if is_used else None
         if value is not None and (not _is_integer(value) or value < 1):
-            raise self._refusal("sliding_window", value, "null or an integer >= 1")
+            raise self.refusal("sliding_window", value, "null or an integer >= 1")
         return value
 
     def integer_of_layers(self, *names: str, num_layers: int, default: int) -> int:
@@ -111,14 +97,16 @@ class HFConfig:
         if isinstance(value, list) and value and value == value[:1] * num_layers:
             value = value[0]
         if not _is_integer(value) or value < 1:
-            raise self._refusal(names[0], value, f"an integer >= 1, or a list of {num_layers} times the same")
+            raise self.refusal(
+                self._spelling(names), value, f"an integer >= 1, or a list of {num_layers} times the same"
+            )
         return int(value)
 
     def sparse_layers(self, num_layers: int) -> list[int]:
         """Layers with experts: every `decoder_sparse_step`-th one that `mlp_only_layers` does not name."""
         dense = self.get("mlp_only_layers", default=[])
         if not isinstance(dense, list) or not all(map(_is_integer, dense)):
-            raise self._refusal("mlp_only_layers", dense, "a list of integers")
+            raise self.refusal("mlp_only_layers", dense, "a list of integers")
         stride = self.integer("decoder_sparse_step", default=1)
         return [index for index in range(num_layers) if index not in dense and (index + 1) % stride == 0]
 
@@ -129,9 +117,7 @@ class HFConfig:
             return None
         allowed = ("dense", "sparse")
         if not isinstance(value, list) or len(value) != num_layers or not all(kind in allowed for kind in value):
-            raise self._refusal(
-                name, value, f"a list that gives each of the {num_layers} layers one of {list(allowed)}"
-            )
+            raise self.refusal(name, value, f"a list that gives each of the {num_layers} layers one of {list(allowed)}")
         return [index for index, kind in enumerate(value) if kind == "sparse"]
 
     def require(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
@@ -160,7 +146,7 @@ class HFConfig:
         value = self.get("layer_types", default=kinds)
         allowed = ["full_attention"] if window is None else ["full_attention", "sliding_attention"]
         if not isinstance(value, list) or len(value) != len(kinds) or not all(kind in allowed for kind in value):
-            raise self._refusal(
+            raise self.refusal(
                 "layer_types", value, f"a list that gives each of the {len(kinds)} layers one of {allowed}"
             )
         return [window if kind == "sliding_attention" else None for kind in value]
@@ -171,76 +157,6 @@ class HFConfig:
         if hidden_size % num_heads:
             raise ValueError(f"head_dim: missing in config.json, and {num_heads} heads do not divide {hidden_size}")
         return hidden_size // num_heads
-
-    def rope(
-        self,
-        head_dim: int,
-        max_position: int,
-        *,
-        theta: float,
-        rotary_factor: float = 1.0,
-        interleaved: bool = False,
-        ntk_alpha: bool = False,
-        query_scale: bool = False,
-    ) -> RopeConfig:
-        """Rotary parameters from `rope_scaling` + `rope_theta` (old) or `rope_parameters` (new).
-
-        Where several spellings are present, the one that transformers takes counts.
-
-        Args:
-            theta, rotary_factor: defaults of the family.
-            interleaved: see `RopeConfig`.
-            ntk_alpha: with `alpha`, the type "dynamic" stretches the base once, whatever the length.
-            query_scale: `llama_4_scaling_beta` may be given; see `RopeConfig`.
-        """
-        scaling = self._rope_values()
-        kind = scaling.get("rope_type", "type", default="default")
-        if kind not in list(ROPE_KEYS):
-            raise ValueError(f"rope_type: {shown(kind)} in config.json is not supported; supported: {list(ROPE_KEYS)}")
-        alpha = scaling.number_or_none("alpha") if ntk_alpha and kind == "dynamic" else None
-        known = ROPE_KEYS["default"] | (ROPE_KEYS[kind] if alpha is None else NTK_ALPHA_KEYS)
-        if query_scale:
-            known |= QUERY_SCALE_KEYS
-        for key, value in scaling.values.items():
-            if key not in known and not is_empty(value):
-                raise ValueError(f"{key}: not supported in config.json's rope parameters of type {kind!r}")
-        factor = scaling.number_or_none("factor")
-        if kind in ("linear", "dynamic", "llama3") and factor is None:
-            raise ValueError(f"factor: missing in config.json's rope parameters of type {kind!r}")
-        own, inner = (values.number_or_none("original_max_position_embeddings") for values in (self, scaling))
-        original = own or inner or max_position
-        own, inner = (values.number_or_none("rope_theta") for values in (self, scaling))
-        theta = inner or own or theta
-        own, inner = (values.number_or_none("partial_rotary_factor") for values in (self, scaling))
-        partial = next((value for value in (inner, own) if value is not None), rotary_factor)
-        rotary_dim = int(head_dim * partial)
-        if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
-            raise ValueError(f"partial_rotary_factor: {partial} in config.json rotates {rotary_dim} of {head_dim} dims")
-        if alpha is not None:
-            if alpha <= 0:
-                raise scaling._refusal("alpha", alpha, "above 0")
-            theta *= alpha ** (head_dim / (head_dim - 2))
-            kind = "default"
-        defaults = RopeConfig(theta=theta, rotary_dim=rotary_dim, interleaved=interleaved)
-        if kind == "default":
-            return defaults
-        return RopeConfig(
-            theta=theta,
-            rotary_dim=rotary_dim,
-            kind=cast(Literal["default", "linear", "dynamic", "llama3", "yarn"], kind),
-            factor=factor or max_position / original,
-            original_max_position=max_position if kind == "dynamic" else int(original),
-            low_freq_factor=scaling.number_or_none("low_freq_factor") or defaults.low_freq_factor,
-            high_freq_factor=scaling.number_or_none("high_freq_factor") or defaults.high_freq_factor,
-            beta_fast=scaling.number_or_none("beta_fast") or defaults.beta_fast,
-            beta_slow=scaling.number_or_none("beta_slow") or defaults.beta_slow,
-            attention_factor=scaling.number_or_none("attention_factor"),
-            mscale=scaling.number_or_none("mscale"),
-            mscale_all_dim=scaling.number_or_none("mscale_all_dim"),
-            truncate=scaling.flag("truncate", True),
-            interleaved=interleaved,
-            query_scale=(beta, int(original)) if (beta := scaling.number_or_none("llama_4_scaling_beta")) else None,
-        )
 
     def finish(self) -> None:
         """Refuse keys that were not read and may have an effect; log the others in one line."""
@@ -263,6 +179,10 @@ class HFConfig:
     def eos_token_ids(self) -> tuple[int, ...]:
         return token_ids("eos_token_id", self.get("eos_token_id"), self.where)
 
+    def _spelling(self, names: tuple[str, ...]) -> str:
+        """The name that the file uses, else the first."""
+        return next((name for name in names if self.values.get(name) is not None), names[0])
+
     def _given(self, names: tuple[str, ...], default: Any) -> Any:
         """As `get`, but the default is only for absent keys."""
         is_given = any(name in self.values for name in names)
@@ -270,24 +190,12 @@ class HFConfig:
 
     def _number(self, name: str, value: Any) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._refusal(name, value, "a finite number")
+            raise self.refusal(name, value, "a finite number")
         return float(value)
 
-    def _refusal(self, name: str, value: object, allowed: str) -> ValueError:
+    def refusal(self, name: str, value: object, allowed: str) -> ValueError:
+        """The error for a value that is not allowed."""
         return ValueError(f"{name}: {shown(value)} in {self.where} is not allowed; it must be {allowed}")
-
-    def _rope_values(self) -> HFConfig:
-        """The rope parameters. A `rope_scaling` that is not empty replaces `rope_parameters`, as in transformers."""
-        found = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            value = self.get(name, default={})
-            if not isinstance(value, dict):
-                raise self._refusal(name, value, "an object")
-            found[name] = value
-        old, new = found.values()
-        if old and new and old != new:
-            logger.warning("config.json has rope_scaling and rope_parameters: rope_scaling counts, as in transformers")
-        return HFConfig(old or new, self.family, "config.json's rope parameters")
 
 
 def shown(value: object) -> str:

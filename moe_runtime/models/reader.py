@@ -160,9 +160,13 @@ class ModelReader:
         head_size = config.nope_size + config.rope_size
 
         def down_rows(suffix: str, *inputs: int) -> Tensor:
-            queries = self.tensor(f"{prefix}.{query}.{suffix}", rank or config.query_size, *inputs)
-            if rank is None:
+            if rank is not None:
+                queries = self.tensor(f"{prefix}.{query}.{suffix}", rank, *inputs)
+            elif inputs:
+                queries = self.tensor(f"{prefix}.{query}.{suffix}", config.query_size, *inputs)
                 queries = self._halves(queries, head_size, config.nope_size)
+            else:  # a projection to queries that are not compressed has no bias
+                queries = torch.zeros(config.query_size, dtype=kit.dtype, device=kit.device)
             latent = self.tensor(f"{prefix}.{names.latent_down}.{suffix}", config.key_size, *inputs)
             return torch.cat((queries, self._halves(latent, config.key_size, config.latent_size)))
 

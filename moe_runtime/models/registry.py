@@ -17,6 +17,7 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.models.hf_config import read_json_object, token_ids
 from moe_runtime.models.quantization import refuse_quantization
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
+from moe_runtime.weights.safetensors_file import stored_dtype
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -81,11 +82,13 @@ def read_model_config(path: Path) -> ModelConfig:
     if config is None:
         raise ValueError(f"model: {str(path)!r} is no checkpoint; it has no config.json")
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"model_type: {family!r} in {path / 'config.json'} is not known; known: {sorted(FAMILIES)}")
     refuse_quantization(path, config)
     model: ModelConfig = family_module(family).parse(config)
     _check(model)
+    if config.get("dtype") is None and config.get("torch_dtype") is None:
+        model = dataclasses.replace(model, dtype=stored_dtype(path) or model.dtype)
     if DeepSpeedFiles.find(path) is not None:
         model = with_deepspeed_gate(model)
     file = path / GENERATION_CONFIG
@@ -161,6 +164,12 @@ def _check(model: ModelConfig) -> None:
     checks: list[tuple[str, object, bool, str]] = [
         ("num_experts_per_tok", moe.top_k, moe.top_k <= moe.num_experts, f"be at most {moe.num_experts} experts"),
         ("n_group", moe.num_groups, moe.num_experts % moe.num_groups == 0, f"divide {moe.num_experts} experts"),
+        (
+            "n_group",
+            moe.num_groups,
+            moe.num_groups == 1 or moe.groups_by_best or moe.num_experts // moe.num_groups >= 2,
+            f"leave at least 2 of the {moe.num_experts} experts in a group",
+        ),
         ("topk_group", moe.topk_groups, moe.topk_groups <= moe.num_groups, f"be at most {moe.num_groups} groups"),
         ("vocab_size", model.vocab_size, model.vocab_size > 1, "be at least 2"),
     ]

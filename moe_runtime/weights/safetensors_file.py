@@ -18,6 +18,8 @@ BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "
 BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
 BITS |= {"C64": 64, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
 
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -78,3 +80,12 @@ def _entry(name: str, entry: Any, first: int) -> StoredTensor:
     if not good:
         raise ValueError(f"its header has a wrong entry for {name!r}")
     return StoredTensor(dtype, shape, first + start, nbytes)
+
+
+def stored_dtype(folder: Path) -> str | None:
+    """The dtype of the embedding in a folder's files, as configurations name it; None if no file has an embedding."""
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in SafetensorsFile(path).tensors.items():
+            if name.endswith("embed_tokens.weight"):
+                return DTYPE_NAMES.get(tensor.dtype)
+    return None

@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import BASE, CASES, CLASSES, EXPERTS, FAMILY
+from tiny_models import BASE, CASES, CLASSES, EXPERTS, FAMILY, edit_config, make_model, save
 
 from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.layers.rotary import RotaryEmbedding
@@ -101,7 +101,8 @@ def test_old_and_new_spellings_mean_the_same(
 def test_two_spellings_of_rope_mean_what_they_mean_in_transformers(
     tmp_path: Path, family: str, keys: dict[str, Any]
 ) -> None:
-    if family == "mistral4" or ("qk_rope_head_dim" in FAMILY[family] and "partial_rotary_factor" in keys):
+    rotates_whole_heads = family not in ("glm4_moe", "minimax_m2")
+    if family == "mistral4" or ("partial_rotary_factor" in keys and rotates_whole_heads):
         return  # transformers' own models of these configurations do not run
     write(tmp_path, plain(family, **keys))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -299,6 +300,25 @@ def test_generation_config_gives_the_stop_ids(tmp_path: Path) -> None:
         ("qwen3_moe", {"num_experts_per_tok": 8}, ["num_experts_per_tok", "8", "7"]),
         ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, ["no sparse layer"]),
         ("glm4_moe", {"n_group": 5}, ["n_group", "5", "12"]),
+        ("glm4_moe", {"n_group": 12}, ["n_group", "12", "at least 2"]),
+        ("dots1", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5", "whole heads"]),
+        ("dots1", {"rope_parameters": {**YARN, "partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
+        ("dots1", {"rope_theta": 0}, ["rope_theta", "0", "above 0"]),
+        ("dots1", {"rope_theta": 1.0, "rope_scaling": YARN}, ["rope_theta", "1.0", "above 1"]),
+        ("dots1", {"rope_scaling": {"type": "linear", "factor": 0}}, ["factor", "0", "above 0"]),
+        ("dots1", {"rope_scaling": {**YARN, "beta_fast": -1.0}}, ["beta_fast", "-1.0", "above 0"]),
+        ("dots1", {"rope_scaling": {**YARN, "original_max_position_embeddings": -64}}, ["original_max", "-64"]),
+        ("dots1", {"rms_norm_eps": -1.0}, ["rms_norm_eps", "-1.0", "above 0"]),
+        ("dots1", {"routed_scaling_factor": 0}, ["routed_scaling_factor", "0", "above 0"]),
+        ("dots1", {"model_type": ["dots1"]}, ["model_type", "['dots1']", "known"]),
+        ("dots1", {"num_hidden_layers": 10**30}, ["num_hidden_layers", "10000"]),
+        ("hunyuan_v1_moe", {"head_dim": 2, "rope_scaling": {"type": "dynamic", "alpha": 3.0}}, ["alpha", "2 dims"]),
+        ("mixtral", {"num_local_experts": 0}, ["num_local_experts", "0"]),
+        ("ernie4_5_moe", {"moe_k": 0}, ["moe_k", "0"]),
+        ("ernie4_5_moe", {"use_bias": True}, ["use_bias", "True"]),
+        ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+        ("mistral4", {"head_dim": 8}, ["head_dim", "8", "20"]),
+        ("deepseek_v3", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'"]),
         ("glm4_moe", {"norm_topk_prob": "yes"}, ["norm_topk_prob", "'yes'", "true or false"]),
         ("glm4_moe", {"scoring_func": "softmax"}, ["scoring_func", "'softmax'", "sigmoid"]),
         ("glm4_moe", {"layer_types": ["sliding_attention"] * 3}, ["layer_types", "sliding_attention"]),
@@ -369,3 +389,11 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="does not hold a JSON object"):
         read_model_config(tmp_path)
+
+
+def test_a_configuration_without_a_dtype_has_that_of_the_weights(tmp_path: Path) -> None:
+    path = save(make_model("qwen3").bfloat16(), tmp_path)
+    edit_config(path, {"dtype": None, "torch_dtype": None})
+    assert read_model_config(path).dtype == "bfloat16"
+    (path / "model.safetensors").unlink()
+    assert read_model_config(path).dtype == "float32"

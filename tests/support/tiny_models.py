@@ -183,10 +183,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "deepseek_v3",
         {"q_lora_rank": None, "kv_lora_rank": 27, "qk_nope_head_dim": 11, "v_head_dim": 13, "rope_interleave": False},
     ),
+    "deepseek3 bias": ("deepseek_v3", {"q_lora_rank": None, "attention_bias": True}),
     "deepseek2": ("deepseek_v2", rope("yarn", factor=4.0, original_max_position_embeddings=24, **MSCALE)),
     "deepseek2 groups": (
         "deepseek_v2",
         {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 3.0},
+    ),
+    "deepseek2 groups of one": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 4, "q_lora_rank": None},
     ),
     "glm4 lite": ("glm4_moe_lite", {"attention_bias": True, "n_shared_experts": 2}),
     "mistral4": (

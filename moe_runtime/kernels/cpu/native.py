@@ -100,7 +100,7 @@ def gate_config(
     scale: float = 1.0,
 ) -> GateConfig:
     """The C struct of a gate."""
-    check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
+    check_gate(num_experts, top_k, scoring, num_groups, topk_groups, groups_by_best)
     assert correction_bias_E is None or correction_bias_E.dtype == torch.float32
     bias = pointer(correction_bias_E)
     config = GateConfig(

@@ -132,7 +132,7 @@ def topk_gate(
         ValueError: the gate has no meaning, or the logits or the bias are not contiguous.
     """
     num_tokens, num_experts = logits_TE.shape
-    check_gate(num_experts, top_k, scoring, num_groups, topk_groups)
+    check_gate(num_experts, top_k, scoring, num_groups, topk_groups, groups_by_best)
     check_contiguous(logits_TE=logits_TE, correction_bias_E=correction_bias_E)
     weights_TK = torch.empty((num_tokens, top_k), dtype=torch.float32, device=logits_TE.device)
     experts_TK = torch.empty((num_tokens, top_k), dtype=torch.int64, device=logits_TE.device)

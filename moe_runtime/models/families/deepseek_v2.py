@@ -39,7 +39,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         intermediate_size=intermediate_size,
         shared_intermediate_size=intermediate_size * hf.integer("n_shared_experts", default=2),
         normalize_topk=False,
-        routed_scaling_factor=hf.number("routed_scaling_factor", default=1.0),
+        routed_scaling_factor=hf.positive("routed_scaling_factor", 1.0),
         num_groups=num_groups,
         topk_groups=topk_groups,
         groups_by_best=True,

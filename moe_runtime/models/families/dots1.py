@@ -9,6 +9,7 @@ from moe_runtime.config.model import ModelConfig, layers_alike
 from moe_runtime.models.decoder_config import correction_gate, grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import TensorNames
+from moe_runtime.models.rope import read_rope
 
 NAMES = TensorNames()
 
@@ -29,7 +30,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     return model_config(
         hf,
         sizes,
-        rope=hf.rope(attention.head_dim, sizes.max_position, theta=10_000.0),
+        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=10_000.0),
         moe=correction_gate(hf, intermediate_size=1408, normalize=False),
         layers=layers_alike(sizes.num_layers, attention, sizes.all_layers[first_sparse:], dense_size, windows),
         rms_norm_eps=1e-6,

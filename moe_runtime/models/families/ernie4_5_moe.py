@@ -9,6 +9,7 @@ from moe_runtime.config.model import ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.decoder_config import grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import TensorNames
+from moe_runtime.models.rope import read_rope
 
 NAMES = TensorNames(correction_bias="moe_statics.e_score_correction_bias", correction_bias_is_row=True)
 
@@ -32,12 +33,12 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     first = hf.integer("moe_layer_start_index", default=1, low=0)
     last = hf.integer("moe_layer_end_index", default=-1, low=-1)
     stride = hf.integer("moe_layer_interval", default=1)
-    end = sizes.num_layers if last == -1 else last + 1
+    end = sizes.num_layers if last == -1 else min(last + 1, sizes.num_layers)
     dense_size = hf.integer("intermediate_size", default=12288)
     return model_config(
         hf,
         sizes,
-        rope=hf.rope(attention.head_dim, sizes.max_position, theta=500_000.0, interleaved=True),
+        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=500_000.0, interleaved=True),
         moe=moe,
         layers=layers_alike(
             sizes.num_layers, attention, [i for i in range(first, end) if (i + 1) % stride == 0], dense_size

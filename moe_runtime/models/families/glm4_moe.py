@@ -9,6 +9,7 @@ from moe_runtime.config.model import ModelConfig, layers_alike
 from moe_runtime.models.decoder_config import correction_gate, grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import TensorNames
+from moe_runtime.models.rope import read_rope
 
 NAMES = TensorNames()
 
@@ -31,7 +32,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     return model_config(
         hf,
         sizes,
-        rope=hf.rope(attention.head_dim, sizes.max_position, theta=10_000.0, rotary_factor=0.5),
+        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=10_000.0, rotary_factor=0.5),
         moe=correction_gate(hf, num_experts=128, top_k=8, intermediate_size=1408, num_shared=1),
         layers=layers_alike(sizes.num_layers, attention, sizes.all_layers[first_sparse:], dense_size),
         rms_norm_eps=1e-5,

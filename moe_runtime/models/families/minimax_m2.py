@@ -9,6 +9,7 @@ from moe_runtime.config.model import ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.decoder_config import grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import SwiGLUNames, TensorNames
+from moe_runtime.models.rope import read_rope
 
 NAMES = TensorNames(
     sparse="block_sparse_moe",
@@ -42,8 +43,8 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         correction_bias=True,
         gate_float32=True,
     )
-    rope = hf.rope(
-        attention.head_dim, sizes.max_position, theta=5_000_000.0, rotary_factor=rotary_dim / attention.head_dim
+    rope = read_rope(
+        hf, attention.head_dim, sizes.max_position, theta=5_000_000.0, rotary_factor=rotary_dim / attention.head_dim
     )
     return model_config(
         hf,

@@ -52,7 +52,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         intermediate_size=intermediate_size,
         shared_intermediate_size=intermediate_size * hf.integer("n_shared_experts", default=1),
         normalize_topk=hf.flag("norm_topk_prob", True),
-        routed_scaling_factor=hf.number("routed_scaling_factor", default=1.0),
+        routed_scaling_factor=hf.positive("routed_scaling_factor", 1.0),
         num_groups=num_groups,
         topk_groups=topk_groups,
     )

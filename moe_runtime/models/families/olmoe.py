@@ -8,6 +8,7 @@ from moe_runtime.config.model import ModelConfig, MoEConfig, layers_alike
 from moe_runtime.models.decoder_config import grouped_attention, model_config, read_sizes
 from moe_runtime.models.hf_config import HFConfig
 from moe_runtime.models.names import TensorNames
+from moe_runtime.models.rope import read_rope
 
 NAMES = TensorNames()
 
@@ -28,7 +29,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     return model_config(
         hf,
         sizes,
-        rope=hf.rope(attention.head_dim, sizes.max_position, theta=10_000.0),
+        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=10_000.0),
         moe=moe,
         layers=layers_alike(sizes.num_layers, attention, sizes.all_layers, moe.intermediate_size),
         rms_norm_eps=1e-5,
