@@ -83,9 +83,16 @@ def _entry(name: str, entry: Any, first: int) -> StoredTensor:
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """The dtype of the embedding in a folder's files, as configurations name it; None if no file has an embedding."""
+    """The dtype of the embedding in a folder's files, as configurations name it; None if no file has an embedding.
+
+    A damaged file is passed over: whoever reads the weights names it.
+    """
     for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in SafetensorsFile(path).tensors.items():
+        try:
+            tensors = SafetensorsFile(path).tensors
+        except ValueError:
+            continue
+        for name, tensor in tensors.items():
             if name.endswith("embed_tokens.weight"):
                 return DTYPE_NAMES.get(tensor.dtype)
     return None
