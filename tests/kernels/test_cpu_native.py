@@ -142,6 +142,17 @@ GATES = [
     (130, {"top_k": 6, "scoring": "sigmoid", "normalize": True, "bias": True}),
     (60, {"top_k": 4, "scoring": "sigmoid", "normalize": True, "bias": True, "num_groups": 6, "topk_groups": 2}),
     (16, {"top_k": 3, "scoring": "softmax", "normalize": False, "num_groups": 4, "topk_groups": 3}),
+    (
+        16,
+        {
+            "top_k": 3,
+            "scoring": "softmax",
+            "normalize": False,
+            "num_groups": 8,
+            "topk_groups": 3,
+            "groups_by_best": True,
+        },
+    ),
 ]
 
 

@@ -15,7 +15,8 @@ from moe_runtime.kernels.cpu import library, native
 def gates(draw):
     """Logits (often equal ones, so that ties decide) and the options of a gate that has a meaning."""
     num_groups = draw(st.integers(1, 5))
-    group_size = draw(st.integers(2 if num_groups > 1 else 1, 9))
+    by_best = draw(st.booleans())
+    group_size = draw(st.integers(1 if by_best or num_groups == 1 else 2, 9))
     topk_groups = draw(st.integers(1, num_groups))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     shape = (draw(st.integers(0, 6)), num_groups * group_size)
@@ -30,6 +31,7 @@ def gates(draw):
         "correction_bias_E": bias,
         "num_groups": num_groups,
         "topk_groups": topk_groups,
+        "groups_by_best": by_best,
         "normalize": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5])),
     }

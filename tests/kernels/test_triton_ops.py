@@ -18,6 +18,17 @@ GATES = {
     "groups": (256, {"top_k": 8, "scoring": "sigmoid", "normalize": True, "num_groups": 8, "topk_groups": 4}),
     "odd groups": (21, {"top_k": 5, "scoring": "sigmoid", "normalize": False, "num_groups": 3, "topk_groups": 2}),
     "softmax groups": (40, {"top_k": 3, "scoring": "softmax", "normalize": True, "num_groups": 5, "topk_groups": 1}),
+    "groups by best": (
+        24,
+        {
+            "top_k": 4,
+            "scoring": "softmax",
+            "normalize": False,
+            "num_groups": 6,
+            "topk_groups": 2,
+            "groups_by_best": True,
+        },
+    ),
     "many experts": (512, {"top_k": 10, "scoring": "softmax", "normalize": True}),
     "all experts": (6, {"top_k": 6, "scoring": "softmax", "normalize": True, "scale": 0.5}),
     "one expert": (1, {"top_k": 1, "scoring": "sigmoid", "normalize": False}),
