@@ -63,14 +63,11 @@ class ExpertTensors:
     names: TensorNames
     source: WeightSource
 
-    def layer(self, index: int) -> str:
-        """The prefix of a layer."""
-        return self.names.layer.format(index)
-
     def sparse(self, index: int) -> str:
         """The sparse block's prefix: the family's own, or the one that newer checkpoints of all families use."""
-        prefix = f"{self.layer(index)}.{self.names.sparse}"
-        return prefix if self.source.has(f"{prefix}.{self.names.gate}") else f"{self.layer(index)}.{self.names.dense}"
+        layer = self.names.layer.format(index)
+        prefix = f"{layer}.{self.names.sparse}"
+        return prefix if self.source.has(f"{prefix}.{self.names.gate}") else f"{layer}.{self.names.dense}"
 
     def expert(self, index: int, expert: int) -> Iterator[tuple[ExpertPart, StoredPart]]:
         """The parts of one logical expert of a layer."""
@@ -120,7 +117,7 @@ class ExpertTensors:
     def _fused_names(self, index: int) -> tuple[str, str] | None:
         """Names of all experts' matrices in one tensor: the family's own, or those that newer checkpoints of all
         families use; None if experts are stored one by one."""
-        names, layer, sparse = self.names, self.layer(index), self.sparse(index)
+        names, layer, sparse = self.names, self.names.layer.format(index), self.sparse(index)
         if self.source.has(f"{sparse}.experts.gate_up_proj_blocks"):
             raise ValueError("quantization: MXFP4 weights are not supported; the weights must be float32 or 16-bit")
         own = [(f"{layer}.{names.fused_gate_up}", f"{layer}.{names.fused_down}")] if names.fused_gate_up else []

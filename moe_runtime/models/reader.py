@@ -64,12 +64,12 @@ class ModelReader:
         """Read the model. Calls `progress` after every layer."""
         config, kit, names = self.config, self.kit, self.names
         first_norms = [
-            self.norm(f"{self.experts.layer(index)}.{names.attention_norm}") for index in range(config.num_layers)
+            self.norm(f"{names.layer.format(index)}.{names.attention_norm}") for index in range(config.num_layers)
         ]
         next_norms = [*first_norms[1:], self.norm(names.final_norm)]
         layers, sparse_blocks = [], []
         for index, next_norm in enumerate(next_norms):
-            attention = self.attention(index, self.norm(f"{self.experts.layer(index)}.{names.mlp_norm}"))
+            attention = self.attention(index, self.norm(f"{names.layer.format(index)}.{names.mlp_norm}"))
             mlp: MLPBlock
             if config.layers[index].is_sparse:
                 mlp = sparse = self.sparse_block(index, next_norm)
@@ -82,7 +82,7 @@ class ModelReader:
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
         head, rows = kit.head(*shape)
-        self.fill(rows, {names.embedding if tied else names.head: config.vocab_size})
+        self.fill(rows, names.embedding if tied else names.head, *shape)
         embed = head.tied_embedding() if tied else kit.embedding(self.tensor(names.embedding, *shape))
         self.source.release_all()
         nbytes = head.nbytes + (0 if tied else embed.nbytes)
@@ -114,14 +114,9 @@ class ModelReader:
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
 
-    def fill(self, linear: Linear, weights: Mapping[str, int], inputs: int | None = None) -> None:
-        """Put weights into a linear map, stacked by rows; `weights` has the number of rows of each.
-
-        Args:
-            inputs: default the model's hidden size.
-        """
-        found = [self.source.read(name, (count, inputs or self.config.hidden_size)) for name, count in weights.items()]
-        linear.put(0, torch.cat(found).to(self.kit.dtype) if len(found) > 1 else found[0].to(self.kit.dtype))
+    def fill(self, linear: Linear, name: str, *shape: int) -> None:
+        """Put a weight into a linear map, without a copy of the whole on the kit's device."""
+        linear.put(0, self.source.read(name, shape).to(self.kit.dtype))
 
     def norm(self, name: str) -> Norm:
         weight_D = self.tensor(name, self.config.hidden_size)
@@ -130,8 +125,8 @@ class ModelReader:
     def attention(self, index: int, next_norm: Norm) -> AttentionBlock:
         config = self.config.layers[index].attention
         if isinstance(config, LatentAttentionConfig):
-            return self._latent_attention(self.experts.layer(index), config, next_norm)
-        return self._grouped_attention(self.experts.layer(index), config, next_norm)
+            return self._latent_attention(self.names.layer.format(index), config, next_norm)
+        return self._grouped_attention(self.names.layer.format(index), config, next_norm)
 
     def _grouped_attention(self, prefix: str, config: AttentionConfig, next_norm: Norm) -> AttentionBlock:
         names, hidden = self.names, self.config.hidden_size
@@ -192,13 +187,13 @@ class ModelReader:
     def _attention_output(self, prefix: str, inputs: int, has_bias: bool) -> Linear:
         name, hidden = f"{prefix}.{self.names.attention_output}", self.config.hidden_size
         output = self.kit.linear(hidden, inputs, self.tensor(f"{name}.bias", hidden) if has_bias else None)
-        self.fill(output, {f"{name}.weight": hidden}, inputs)
+        self.fill(output, f"{name}.weight", hidden, inputs)
         return output
 
     def dense_block(self, index: int, next_norm: Norm) -> MLPBlock:
         size = self.config.layers[index].dense_intermediate_size
         assert size is not None
-        mlp = self.mlp(f"{self.experts.layer(index)}.{self.names.dense}", self.names.dense_parts, size)
+        mlp = self.mlp(f"{self.names.layer.format(index)}.{self.names.dense}", self.names.dense_parts, size)
         return self.kit.dense_block(mlp, next_norm)
 
     def mlp(self, prefix: str, names: SwiGLUNames, intermediate: int, gate_D: Tensor | None = None) -> MLP:
@@ -236,7 +231,7 @@ class ModelReader:
         return self.kit.sparse_block(gate, slot_E, experts, shared, next_norm, self.dispatchers, limits)
 
     def _shared_experts(self, index: int) -> MLP:
-        moe, names, prefix = self.config.moe, self.names, self.experts.layer(index)
+        moe, names, prefix = self.config.moe, self.names, self.names.layer.format(index)
         gate_D = None
         if moe.shared_gate:
             gate_D = self.tensor(f"{prefix}.{names.shared_gate}", 1, self.config.hidden_size)[0]

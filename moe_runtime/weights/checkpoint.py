@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -154,13 +154,12 @@ class Checkpoint:
         return SafetensorsFile(file)
 
 
-def decoder_names(keys: Iterable[str]) -> dict[str, str]:
+def decoder_names(keys: Collection[str]) -> dict[str, str]:
     """The name in a checkpoint for each name in a checkpoint of the language model alone.
 
     They differ where the model is part of a larger one, for example beside a vision tower, or was saved without its
     head's class.
     """
-    keys = list(keys)
     prefix = next((prefix for prefix in PREFIXES if f"{prefix}{EMBEDDING}" in keys), USUAL_PREFIX)
     if prefix == USUAL_PREFIX:
         return {key: key for key in keys}
