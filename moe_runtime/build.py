@@ -12,7 +12,7 @@ from moe_runtime.config.expert_policy import CALIBRATION_NAME, policies_of
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.engine.engine import Engine
-from moe_runtime.memory.budget import check_budget
+from moe_runtime.memory.budget import check_budget, pages_text
 from moe_runtime.wire.executor import Executor
 
 logger = logging.getLogger(__name__)
@@ -71,10 +71,11 @@ def _choices(engine: Engine) -> str:
     weights, cache = (
         sum(sizes) / 1e9 for sizes in zip(*((r.weight_bytes, r.kv_cache_bytes) for r in ranks), strict=True)
     )
+    num_pages = [sum(counts) for counts in zip(*(r.num_pages for r in ranks), strict=True)]
     return (
         f"{engine.model_name}: {len(ranks)} x {ranks[0].device} with {ranks[0].num_threads} threads, {ranks[0].dtype}, "
         f"kernels {kernels}, dispatcher {engine.config.dispatcher}, weights {weights:.2f} GB, "
-        f"KV cache {cache:.2f} GB ({sum(r.num_pages for r in ranks)} pages of {engine.config.block_size} tokens), "
+        f"KV cache {cache:.2f} GB ({pages_text(num_pages)} of {engine.config.block_size} tokens), "
         f"loaded in {max(r.load_seconds for r in ranks):.1f} s"
     )
 

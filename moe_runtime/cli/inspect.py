@@ -22,11 +22,13 @@ from moe_runtime.memory.budget import (
     plan_budget,
 )
 from moe_runtime.memory.model_size import (
+    ITEMSIZE,
     count_parameters,
     decode_bytes,
     distinct_experts,
     expert_bytes,
     kv_bytes_per_token,
+    page_bytes,
     weight_bytes,
     weights_dtype,
 )
@@ -133,6 +135,10 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
         },
         "weight_bytes": weight_bytes(model, dtype, moe.num_experts, native),
         "kv_bytes_per_token": kv_bytes_per_token(model, dtype),
+        "kv_cache": [
+            {"window": window, "bytes_per_token": size}
+            for window, size in zip(model.windows, page_bytes(model, 1, ITEMSIZE[dtype]), strict=True)
+        ],
         "max_model_len": engine.max_model_len or model.max_model_len,
         "decode": [_decode(model, dtype, batch_size, native) for batch_size in options.batch_size],
         "available_bytes": available,
@@ -185,7 +191,7 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
         ),
         (
             "attention",
-            f"{_attention(model)}; KV cache {found['kv_bytes_per_token'] / 1e3:.1f} kB per token",
+            f"{_attention(model)}; KV cache {_kept(found['kv_cache'])}",
         ),
         ("context", f"{found['max_model_len']} tokens"),
         ("weights", gigabytes(found["weight_bytes"])),
@@ -227,6 +233,15 @@ def _attention(model: ModelConfig) -> str:
     if len(kinds) == 1:
         return str(model.layers[0].attention)
     return "; ".join(f"{count} layers with {attention}" for attention, count in kinds.items())
+
+
+def _kept(groups: Sequence[dict[str, Any]]) -> str:
+    """What the KV cache keeps, as text: of each token, and of those within a window."""
+    parts = []
+    for group in groups:
+        tokens = "per token" if group["window"] is None else f"for each of the last {group['window']} tokens"
+        parts.append(f"{group['bytes_per_token'] / 1e3:.1f} kB {tokens}")
+    return ", ".join(parts)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

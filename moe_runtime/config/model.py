@@ -163,6 +163,17 @@ class ModelConfig:
         """Indices of the sparse layers."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.is_sparse)
 
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """The layers' different sliding windows, None for none. Layers with the same one form a page group: a sequence
+        keeps the same tokens in all of them, in pages of the same numbers."""
+        return tuple(dict.fromkeys(layer.attention.sliding_window for layer in self.layers))
+
+    @cached_property
+    def page_groups(self) -> tuple[int, ...]:
+        """The page group of each layer, an index into `windows`."""
+        return tuple(self.windows.index(layer.attention.sliding_window) for layer in self.layers)
+
     def kv_specs(self, itemsize: int) -> list[KVSpec]:
         """The state that each layer keeps for a token, in elements of `itemsize` bytes."""
         return [layer.attention.kv_spec(itemsize) for layer in self.layers]

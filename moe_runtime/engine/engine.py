@@ -24,6 +24,7 @@ from moe_runtime.engine.routed_output import add_routed, routed_output
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.memory.page_group import page_groups
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import Executor
@@ -60,11 +61,13 @@ class Engine:
         self.executor = executor
         self.tokenizer = tokenizer
         self.max_model_len = config.max_model_len or model_config.max_model_len
+        groups = page_groups(config, model_config)
         for rank in executor.ranks:
-            assert rank.num_pages * config.block_size >= self.max_model_len, "one sequence always fits on a rank"
+            fits = [have >= each.most(self.max_model_len) for have, each in zip(rank.num_pages, groups, strict=True)]
+            assert all(fits), "one sequence always fits on a rank"
         self._scheduler = Scheduler(
             [rank.num_pages for rank in executor.ranks],
-            config.block_size,
+            groups,
             config.max_num_seqs,
             config.max_num_batched_tokens,
             StepShapes(
@@ -175,10 +178,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts since the start. A cheap call."""
+        page_counts = self._scheduler.page_counts()
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=len(self._scheduler.waiting),
-            kv_cache_usage=self._scheduler.usage,
+            kv_cache_usage=max(counts.usage for counts in page_counts),
+            page_counts=page_counts,
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -30,7 +30,8 @@ def describe(
         "overflow": config.overflow,
         "balance_epsilon": config.balance_epsilon,
         "block_size": config.block_size,
-        "num_blocks": [rank.num_pages for rank in ranks],
+        "num_blocks": [sum(rank.num_pages) for rank in ranks],
+        "windows": list(model.windows),
         "vocab_size": model.vocab_size,
         "default_sampling": dict(model.default_sampling),
         "placement_invariance": _placement_invariance(config, ranks),
@@ -39,7 +40,7 @@ def describe(
 
 
 def _rank(rank: RankInfo) -> dict[str, Any]:
-    """A rank under the names that users know: `block_size` for the page size, `num_blocks` for the number of pages."""
+    """A rank under the names that users know: `num_blocks` for the pages of each page group, in order of `windows`."""
     return {"num_blocks" if name == "num_pages" else name: value for name, value in asdict(rank).items()}
 
 

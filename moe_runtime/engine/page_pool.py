@@ -1,6 +1,11 @@
-"""The front's bookkeeping of the pages of one rank's KV cache. The pages themselves are on the rank."""
+"""The front's bookkeeping of the pages of a rank's KV cache. The pages themselves are on the rank."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from moe_runtime.memory.page_group import PageGroup
 
 
 class PagePool:
@@ -15,6 +20,10 @@ class PagePool:
     def num_free(self) -> int:
         return len(self._free)
 
+    @property
+    def num_used(self) -> int:
+        return self.num_pages - len(self._free)
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` pages. The caller must check `num_free` first."""
         assert count <= len(self._free), f"{count} pages asked for, {len(self._free)} are free"
@@ -23,9 +32,78 @@ class PagePool:
             self._is_free[page] = False
         return pages
 
-    def free(self, pages: list[int]) -> None:
+    def free(self, pages: Sequence[int]) -> None:
         """Return pages to the pool."""
         for page in reversed(pages):
             assert not self._is_free[page], f"page {page} is freed twice"
             self._is_free[page] = True
             self._free.append(page)
+
+
+@dataclass(eq=False)
+class HeldPages:
+    """Pages of one page group that a sequence holds, in order of position. It has given the first `num_left` back."""
+
+    num_left: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Pages so far, with those given back."""
+        return self.num_left + len(self.pages)
+
+
+class RankPages:
+    """The pages of one rank: a pool for each page group.
+
+    A sequence holds pages in each group: those of its positions so far, from the first one that its next row reads.
+    """
+
+    def __init__(self, groups: Sequence[PageGroup], num_pages: Sequence[int]) -> None:
+        assert len(groups) == len(num_pages)
+        self.groups = groups
+        self.pools = [PagePool(count) for count in num_pages]
+
+    def hold(self) -> list[HeldPages]:
+        """The pages of a new sequence: none yet."""
+        return [HeldPages() for _ in self.groups]
+
+    def room(self, running: Iterable[Sequence[HeldPages]]) -> list[int]:
+        """Free pages of each group, less one for each running sequence that will hold one more than now."""
+        room = [pool.num_free for pool in self.pools]
+        for sequence in running:
+            for index, (group, held) in enumerate(zip(self.groups, sequence, strict=True)):
+                room[index] -= group.most_decoding(held.end * group.block_size + 1) > len(held.pages)
+        return room
+
+    def can_extend(self, sequence: Sequence[HeldPages], start: int, num_tokens: int) -> bool:
+        """Whether there are pages for positions `start .. start + num_tokens` of a sequence."""
+        return all(
+            group.count(start + num_tokens) - held.end <= pool.num_free + self._num_behind(group, held, start)
+            for group, held, pool in zip(self.groups, sequence, self.pools, strict=True)
+        )
+
+    def extend(self, sequence: Sequence[HeldPages], start: int, num_tokens: int) -> list[list[int]]:
+        """Take the pages for positions `start .. start + num_tokens` of a sequence, and return them for each group.
+
+        The sequence first gives back what is behind its windows.
+        """
+        new_pages = []
+        for group, held, pool in zip(self.groups, sequence, self.pools, strict=True):
+            num_behind = self._num_behind(group, held, start)
+            pool.free(held.pages[:num_behind])
+            del held.pages[:num_behind]
+            held.num_left += num_behind
+            new_pages.append(pool.allocate(group.count(start + num_tokens) - held.end))
+            held.pages += new_pages[-1]
+        return new_pages
+
+    def release(self, sequence: Sequence[HeldPages]) -> None:
+        """Take back all pages of a sequence."""
+        for held, pool in zip(sequence, self.pools, strict=True):
+            pool.free(held.pages)
+
+    @staticmethod
+    def _num_behind(group: PageGroup, held: HeldPages, start: int) -> int:
+        """Pages that no row from position `start` on reads."""
+        return max(0, group.first_read(start) - held.num_left)

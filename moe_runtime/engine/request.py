@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moe_runtime.engine.page_pool import HeldPages
 from moe_runtime.text.detokenizer import OutputText
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ class Request:
         expert_changes: changes so far; tokens recomputed after a preemption count again.
         scheduled_at: time at which a rank first admitted it.
         rank: the rank that runs it; None while it waits.
-        pages: its pages on that rank, in order of position.
+        pages: its pages on that rank, of each page group.
         num_prefill_tokens: tokens it had when the rank admitted it; later tokens are decode rows.
     """
 
@@ -50,7 +51,7 @@ class Request:
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     scheduled_at: float | None = None
     rank: int | None = None
-    pages: list[int] = field(default_factory=list)
+    pages: list[HeldPages] = field(default_factory=list)
     num_prefill_tokens: int = 0
     num_planned: int = 0
     num_pending: int = 0

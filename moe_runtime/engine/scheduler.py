@@ -8,8 +8,9 @@ The front keeps its tokens, so it is recomputed later and continues with the sam
 Counts run ahead of results, so that one step can be planned while another runs: a decode row names its sequence, and
 the rank knows the token. If that token ended the request, the engine discards the row planned after it.
 
-Pages become free as soon as a sequence ends or is preempted, although submitted steps may still use them. This is safe:
-a rank runs its plans in order, so the next holder's rows come after all rows of the previous holder.
+Pages become free as soon as a sequence ends, is preempted or has left them behind its window, although submitted steps
+may still use them. This is safe: a rank runs its plans in order, so the next holder's rows come after all rows of the
+previous holder.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import time
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import ge
 
-from moe_runtime.engine.page_pool import PagePool
+from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.engine.request import Request
+from moe_runtime.engine.stats import PageCounts
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 
 
@@ -29,7 +33,7 @@ from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 class RankState:
     """The front's view of a rank: its pages, its running sequences in order of arrival, and sequences to drop."""
 
-    pool: PagePool
+    pages: RankPages
     running: list[Request] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
 
@@ -53,8 +57,8 @@ class Scheduler:
     """All unfinished requests, and where they are.
 
     Args:
-        num_pages: pages of each rank's KV cache.
-        block_size: tokens per page.
+        num_pages: of each rank's KV cache: the pages of each page group.
+        groups: the page groups.
         max_num_seqs: maximum sequences on a rank.
         max_num_batched_tokens: maximum tokens of a rank in a step, at least `max_num_seqs`.
         shapes: chooses each step's dispatcher and bucket.
@@ -62,18 +66,18 @@ class Scheduler:
 
     def __init__(
         self,
-        num_pages: Sequence[int],
-        block_size: int,
+        num_pages: Sequence[Sequence[int]],
+        groups: Sequence[PageGroup],
         max_num_seqs: int,
         max_num_batched_tokens: int,
         shapes: StepShapes,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
-        self.ranks = [RankState(PagePool(count)) for count in num_pages]
+        self.ranks = [RankState(RankPages(groups, counts)) for counts in num_pages]
         self.num_steps = 0
         self.num_preemptions = 0
-        self._block_size = block_size
+        self._groups = groups
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._shapes = shapes
@@ -82,11 +86,12 @@ class Scheduler:
     def num_running(self) -> int:
         return sum(len(rank.running) for rank in self.ranks)
 
-    @property
-    def usage(self) -> float:
-        """Share of all pages that are in use, 0 to 1."""
-        total = sum(rank.pool.num_pages for rank in self.ranks)
-        return 1 - sum(rank.pool.num_free for rank in self.ranks) / total
+    def page_counts(self) -> tuple[PageCounts, ...]:
+        """Pages of each page group, on all ranks together."""
+        return tuple(
+            PageCounts(group.window, sum(pool.num_pages for pool in pools), sum(pool.num_used for pool in pools))
+            for group, *pools in zip(self._groups, *(rank.pages.pools for rank in self.ranks), strict=True)
+        )
 
     def add(self, request: Request) -> None:
         """Enqueue a new request."""
@@ -138,7 +143,7 @@ class Scheduler:
 
     def _make_room(self, rank: RankState, request: Request, num_tokens: int) -> bool:
         """Preempt later sequences until `request` has its pages. False if `request` itself was preempted."""
-        while self._num_pages(request.num_planned + num_tokens) - len(request.pages) > rank.pool.num_free:
+        while not rank.pages.can_extend(request.pages, request.num_planned, num_tokens):
             victim = rank.running.pop()
             self._release(victim)
             insort(self.waiting, victim, key=lambda waiting: waiting.seq_id)
@@ -151,32 +156,33 @@ class Scheduler:
         """Admit waiting requests in order of arrival. The first one that does not fit also blocks all later ones.
 
         A request goes to the rank with the fewest planned tokens. It needs pages for all its tokens, plus one page for
-        each sequence running there; otherwise it would soon be preempted for them. On an idle rank any request fits.
-        A rank whose prompts do not have all their pages yet has no budget left, so it admits none.
+        each running sequence that will take one; otherwise it would soon be preempted for them. On an idle rank any
+        request fits. A rank whose prompts do not have all their pages yet has no budget left, so it admits none.
         """
-        room = [rank.pool.num_free - len(rank.running) for rank in self.ranks]
+        room = [rank.pages.room(request.pages for request in rank.running) for rank in self.ranks]
         while self.waiting:
             request = self.waiting[0]
             if request.num_pending:
                 break  # preempted, and one of its tokens is still in flight
-            num_pages = self._num_pages(len(request.token_ids))
+            needed = [group.most(len(request.token_ids)) for group in self._groups]
             fitting = [
                 index
                 for index, rank in enumerate(self.ranks)
                 if drafts[index].prompt_budget > 0
                 and len(rank.running) < self._max_num_seqs
-                and room[index] >= num_pages
+                and all(map(ge, room[index], needed))
             ]
             if not fitting:
                 break
-            index = min(fitting, key=lambda index: (drafts[index].num_tokens, -room[index], index))
-            room[index] -= num_pages + 1
+            index = min(fitting, key=lambda index: (drafts[index].num_tokens, -min(room[index]), index))
+            room[index] = [free - count - 1 for free, count in zip(room[index], needed, strict=True)]
             self._start(request, index, drafts[index])
 
     def _start(self, request: Request, index: int, draft: Draft) -> None:
         self.waiting.remove(request)
         insort(self.ranks[index].running, request, key=lambda running: running.seq_id)
         request.rank = index
+        request.pages = self.ranks[index].pages.hold()
         request.scheduled_at = request.scheduled_at or time.monotonic()
         request.num_prefill_tokens = len(request.token_ids)
         draft.new_sequences.append(
@@ -190,8 +196,7 @@ class Scheduler:
         assert request.rank is not None
         start = request.num_planned
         is_decoding = request.is_decoding
-        new_pages = self.ranks[request.rank].pool.allocate(self._num_pages(start + num_tokens) - len(request.pages))
-        request.pages += new_pages
+        new_pages = self.ranks[request.rank].pages.extend(request.pages, start, num_tokens)
         request.num_planned += num_tokens
         sample = request.num_planned == request.num_future_tokens
         request.num_pending += sample
@@ -208,12 +213,9 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         assert request.rank is not None
         rank = self.ranks[request.rank]
-        rank.pool.free(request.pages)
+        rank.pages.release(request.pages)
         rank.dropped.append(request.seq_id)
         request.rank = None
         request.pages = []
         request.num_planned = 0
         request.num_prefill_tokens = 0
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_size)

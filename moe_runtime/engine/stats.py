@@ -12,14 +12,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PageCounts:
+    """Pages of one page group on all ranks.
+
+    Attributes:
+        window: of the group's layers; None for none.
+        total, used: how many there are, and how many sequences hold.
+    """
+
+    window: int | None
+    total: int
+    used: int
+
+    @property
+    def usage(self) -> float:
+        """Share of the pages in use, 0 to 1."""
+        return self.used / self.total
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counts since the start, and how full the engine is now.
 
-    `kv_cache_usage` is the share of pages in use, 0 to 1. `prompt_tokens` counts tokens of prompts that have produced
-    their first output token. `generation_tokens` counts generated tokens. `dispatcher_steps` counts steps per
-    dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is the time of the slowest rank.
-    `expert_changes` counts changes by capacity limits and `balance_epsilon`. `extra_rounds` counts the dispatch rounds
-    beyond one per layer, which `overflow="queue"` adds.
+    `kv_cache_usage` is the share of pages in use, 0 to 1, of the page group that is fullest. `prompt_tokens` counts
+    tokens of prompts that have produced their first output token. `generation_tokens` counts generated tokens.
+    `dispatcher_steps` counts steps per dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is
+    the time of the slowest rank. `expert_changes` counts changes by capacity limits and `balance_epsilon`.
+    `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds.
     """
 
     num_running: int
@@ -35,6 +54,7 @@ class EngineStats:
     balancer: BalancerStats
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     extra_rounds: int = 0
+    page_counts: tuple[PageCounts, ...] = ()
 
     def health_counts(self) -> dict[str, object]:
         """The counts that `/health` shows."""

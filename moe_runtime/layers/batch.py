@@ -5,6 +5,7 @@ Shape suffixes: T tokens, L sparse layers, P policies, K experts per token, W ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -48,14 +49,26 @@ class StepLimits:
 
 
 @dataclass(frozen=True)
+class BatchPages:
+    """A step's keys and values in the layers of one page group.
+
+    Attributes:
+        cache_position_T: where each token's key and value go: page * block size + offset.
+        attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
+    """
+
+    cache_position_T: Tensor
+    attention: AttentionMetadata | DecodeRows
+
+
+@dataclass(frozen=True)
 class Batch:
     """A step's inputs to the layers, apart from its tokens; decode rows come first.
 
     Attributes:
         position_T: of each token, int64.
         num_prompt_T: length of the prompt of each token's sequence.
-        cache_position_T: where each token's key and value go: page * block size + offset.
-        attention: pages and lengths per sequence; `DecodeRows` in padded steps, see `decode_graphs`.
+        pages: of each page group.
         num_decode: this many leading tokens are decode rows.
         dispatcher, tokens_per_rank: from the plan.
         expert_work: list to which sparse layers add their experts' work; None in steps that are not measured.
@@ -65,11 +78,15 @@ class Batch:
 
     position_T: Tensor
     num_prompt_T: Tensor
-    cache_position_T: Tensor
-    attention: AttentionMetadata | DecodeRows
+    pages: Sequence[BatchPages]
     num_decode: int
     dispatcher: str
     tokens_per_rank: list[int]
     expert_work: list[ExpertWork] | None = None
     policies: StepPolicies | None = None
     limits: StepLimits | None = None
+
+    @property
+    def max_context(self) -> int:
+        """At least the largest position plus one."""
+        return self.pages[0].attention.max_context

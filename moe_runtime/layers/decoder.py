@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,9 +32,9 @@ class LayerLoop:
         self.layers = layers
         self.cache = cache
 
-    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
-        for index, layer in enumerate(self.layers):
-            x_TD, residual_TD = layer.attention(x_TD, residual_TD, step, self.cache.layer(index))
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, steps: Sequence[object], batch: Batch) -> HiddenRows:
+        for index, (group, layer) in enumerate(zip(self.cache.page_groups, self.layers, strict=True)):
+            x_TD, residual_TD = layer.attention(x_TD, residual_TD, steps[group], self.cache.layer(index))
             x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)
         return lambda: x_TD
 
@@ -45,7 +46,7 @@ class Decoder:
     Attributes:
         first_norm: the norm before the first layer; every block has the norm after it.
         sparse_blocks: the layers' sparse MLPs, in order.
-        attention_step: makes the attention input that all layers of a step share.
+        attention_steps: makes a step's input to attention, for each page group.
         nbytes: bytes of this rank's weights.
         embedding_multiplier, logits_scaling: see `ModelConfig`.
     """
@@ -56,21 +57,21 @@ class Decoder:
     sparse_blocks: list[SparseBlock]
     head: Head
     rope: RotaryEmbedding
-    attention_step: StepMaker
+    attention_steps: StepMaker
     nbytes: int
     embedding_multiplier: float
     logits_scaling: float
 
-    def begin(self, token_T: Tensor, batch: Batch, step: object, layers: LayerRunner) -> HiddenRows:
+    def begin(self, token_T: Tensor, batch: Batch, steps: Sequence[object], layers: LayerRunner) -> HiddenRows:
         """Start on tokens, int64 ids; the rows are hidden states `[T, D]` after the last norm.
 
-        All ranks call it for the same step, even without tokens. `step` is the result of `attention_step`; `layers` is
-        what the kit's `bind` made from the layers and a cache.
+        All ranks call it for the same step, even without tokens. `steps` is the result of `attention_steps`; `layers`
+        is what the kit's `bind` made from the layers and a cache.
         """
         residual_TD = self.embed(token_T)
         if self.embedding_multiplier != 1.0:
             residual_TD = residual_TD * self.embedding_multiplier
-        return layers.begin(self.first_norm(residual_TD), residual_TD, step, batch)
+        return layers.begin(self.first_norm(residual_TD), residual_TD, steps, batch)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """`[T, V]` in float32."""

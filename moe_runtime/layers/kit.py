@@ -9,9 +9,9 @@ N rows, R computations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class AttentionBlock(Protocol):
     def nbytes(self) -> int: ...
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """The normed rows and the residual rows; `step` is the result of the kit's `attention_step`."""
+        """The normed rows and the residual rows; `step` is that of the layer's page group, of `attention_steps`."""
 
 
 class MLP(Protocol):
@@ -168,14 +168,14 @@ HiddenRows = Callable[[], Tensor]  # waits until the rows are ready
 class LayerRunner(Protocol):
     """All layers of a decoder over one cache."""
 
-    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, steps: Sequence[Any], batch: Batch) -> HiddenRows:
         """Start; the rows are those after the last norm. `x_TD` and `residual_TD` may be overwritten."""
 
 
 class StepMaker(Protocol):
-    """See `Kit.attention_step`."""
+    """See `Kit.attention_steps`."""
 
-    def __call__(self, batch: Batch, rope: RotaryEmbedding) -> object: ...
+    def __call__(self, batch: Batch, rope: RotaryEmbedding) -> list[Any]: ...
 
 
 class Kit(Protocol):
@@ -255,8 +255,8 @@ class Kit(Protocol):
             next_norm: the norm after it.
         """
 
-    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> object:
-        """The attention input that all layers of a step share."""
+    def attention_steps(self, batch: Batch, rope: RotaryEmbedding) -> list[Any]:
+        """A step's input to attention, for each page group."""
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         """The best token of each row, -1 for a row with a value that is NaN or infinite."""

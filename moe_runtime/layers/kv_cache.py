@@ -6,6 +6,7 @@ Shape suffixes: N pages, B tokens per page, G key/value heads, d key size, e val
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,17 +28,24 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of all layers, in pages. Zeroed, so that masked reads past a sequence's end are finite."""
+    """Keys and values of all layers, in pages. Zeroed, so that masked reads past a sequence's end are finite.
+
+    Args:
+        num_pages: of each page group.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_pages: Sequence[int], block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.num_pages = num_pages
-        sizes = [num_pages * block_size * layer.attention.kept_size for layer in config.layers]
+        self.page_groups = config.page_groups
+        counts = [num_pages[group] for group in config.page_groups]
+        sizes = [
+            count * block_size * layer.attention.kept_size for count, layer in zip(counts, config.layers, strict=True)
+        ]
         self._kept = _zeros(sum(sizes), dtype, device)
         self._layers = [
-            _layer_cache(layer.attention, kept, num_pages, block_size)
-            for layer, kept in zip(config.layers, self._kept.split(sizes), strict=True)
+            _layer_cache(layer.attention, kept, count, block_size)
+            for layer, kept, count in zip(config.layers, self._kept.split(sizes), counts, strict=True)
         ]
 
     @property
@@ -69,8 +77,8 @@ def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def choose_num_pages(
     engine: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, local_ranks: int
-) -> int:
-    """Pages that a rank reserves: the most that its sequences can use, within its memory limit.
+) -> tuple[int, ...]:
+    """Pages of each page group that a rank reserves: the most that its sequences can use, within its memory limit.
 
     The limit is `kv_cache_memory_bytes` if given. Else it is half of the free memory, shared with the other ranks of
     the device or host, and on CPUs at most 4 GiB.

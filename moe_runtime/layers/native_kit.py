@@ -146,11 +146,13 @@ class NativeKit:
         )
         return NativeLatentAttention(call)
 
-    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> NativeStep:
-        """What all layers of a step share."""
-        assert isinstance(batch.attention, AttentionMetadata)
-        angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
-        return NativeStep(batch.attention, batch.cache_position_T, *angles, rope.query_scale(batch.position_T))
+    def attention_steps(self, batch: Batch, rope: RotaryEmbedding) -> list[NativeStep]:
+        angles = rope.rows(batch.position_T, batch.num_prompt_T, batch.max_context)
+        scale_T, steps = rope.query_scale(batch.position_T), []
+        for pages in batch.pages:
+            assert isinstance(pages.attention, AttentionMetadata)
+            steps.append(NativeStep(pages.attention, pages.cache_position_T, *angles, scale_T))
+        return steps
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         return self.kernels.argmax(logits_BV)
@@ -167,7 +169,7 @@ class NativeKit:
                 form, symmetric = SparseForm.EXCHANGE, mlp.symmetric
             calls.append((attention.call, mlp.call))
         pages = [cache.layer(index) for index in range(len(layers))]
-        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGe) for layer in pages])
+        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGe) for layer in pages], cache.page_groups)
         return FusedLayers(fused, form, symmetric, loop)
 
     def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> NativeMLP:

@@ -7,7 +7,7 @@ Shape suffixes: T tokens, D hidden, E logical experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -213,17 +213,16 @@ class FusedLayers:
         self._symmetric = symmetric
         self._loop = loop
 
-    def begin(self, x_TD: Tensor, residual_TD: Tensor, step: object, batch: Batch) -> HiddenRows:
-        assert isinstance(step, NativeStep)
+    def begin(self, x_TD: Tensor, residual_TD: Tensor, steps: Sequence[NativeStep], batch: Batch) -> HiddenRows:
         if self._form.in_step(batch) is SparseForm.PARTS:
-            return self._loop.begin(x_TD, residual_TD, step, batch)
+            return self._loop.begin(x_TD, residual_TD, steps, batch)
         spread = None
         if self._symmetric is not None:
             tokens_per_rank = batch.tokens_per_rank
             size = part_size(tokens_per_rank, self._layers.num_experts, self._symmetric.top_k)
             spread = self._symmetric.step(tokens_per_rank, size)
         policies = batch.policies and [_of_layer(batch.policies, layer) for layer in range(self._layers.num_sparse)]
-        running = self._layers.begin(x_TD, residual_TD, step, batch.num_decode, policies or (), spread)
+        running = self._layers.begin(x_TD, residual_TD, steps, batch.num_decode, policies or (), spread)
 
         def rows() -> Tensor:
             running.wait()

@@ -120,12 +120,14 @@ class TorchKit:
             config, down, up, key, value, output, query_norm, latent_norm, next_norm, self.forms
         )
 
-    def attention_step(self, batch: Batch, rope: RotaryEmbedding) -> AttentionStep:
-        cos_Nr, sin_Nr, row_T = rope.rows(batch.position_T, batch.num_prompt_T, batch.attention.max_context)
+    def attention_steps(self, batch: Batch, rope: RotaryEmbedding) -> list[AttentionStep]:
+        cos_Nr, sin_Nr, row_T = rope.rows(batch.position_T, batch.num_prompt_T, batch.max_context)
         if row_T is not None:
             cos_Nr, sin_Nr = cos_Nr[row_T], sin_Nr[row_T]
         scale_T = rope.query_scale(batch.position_T)
-        return AttentionStep(cos_Nr, sin_Nr, batch.cache_position_T, batch.attention, scale_T)
+        return [
+            AttentionStep(cos_Nr, sin_Nr, pages.cache_position_T, pages.attention, scale_T) for pages in batch.pages
+        ]
 
     def argmax(self, logits_BV: Tensor) -> list[int]:
         return torch_ops.argmax(logits_BV)

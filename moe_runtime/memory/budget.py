@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.cpu.library import EXPERT_ROWS, can_have_kernels
 from moe_runtime.memory.model_size import (
     ITEMSIZE,
+    cache_bytes,
     dense_bytes,
     expert_bytes,
     page_bytes,
     weights_dtype,
 )
+from moe_runtime.memory.page_group import page_groups
 
 CPU_DEFAULT_BYTES = 4 << 30
 FREE_MEMORY_SHARE = 0.5
@@ -34,7 +38,7 @@ class RankMemory:
     Attributes:
         dense: weights that every rank holds.
         experts: weights in its `num_slots` slots of each sparse layer.
-        kv_cache: `num_pages` pages.
+        kv_cache: `num_pages` pages of each page group.
         buffers: an estimate of the process itself and the rows of its largest step.
     """
 
@@ -43,7 +47,7 @@ class RankMemory:
     kv_cache: int
     buffers: int
     num_slots: int
-    num_pages: int
+    num_pages: tuple[int, ...]
 
     @property
     def weights(self) -> int:
@@ -91,7 +95,7 @@ class Budget:
         ranks = "1 rank" if len(self.ranks) == 1 else f"{len(self.ranks)} ranks, {each}"
         figures = (
             f"{ranks} with weights {gigabytes(rank.weights)}, KV cache {gigabytes(rank.kv_cache)} "
-            f"({rank.num_pages} pages), buffers {gigabytes(rank.buffers)}"
+            f"({pages_text(rank.num_pages)}), buffers {gigabytes(rank.buffers)}"
         )
         if self.available is None or self.left is None:
             return f"{figures}: {gigabytes(self.total)} of GPU memory"
@@ -135,20 +139,20 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     native = has_native_weights(engine.device)
     dense = dense_bytes(model, dtype, native)
     slot = len(model.moe_layers) * expert_bytes(model, dtype, native)
-    page = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
-    per_sequence = _pages_of_one(engine, model) * page
+    sizes = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
+    longest, groups = engine.max_model_len or model.max_model_len, page_groups(engine, model)
     if engine.kv_cache_memory_bytes is not None:
         memory = engine.kv_cache_memory_bytes
     elif available is None:
-        memory = engine.max_num_seqs * per_sequence
+        memory = cache_bytes([group.most_of_step(engine.max_num_seqs, longest) for group in groups], sizes)
     else:
         free = max(available - local_ranks * dense - sum(num_slots) * slot, 0)
-        memory = max(default_kv_bytes(free, local_ranks), per_sequence)
+        memory = max(default_kv_bytes(free, local_ranks), cache_bytes([each.most(longest) for each in groups], sizes))
     num_pages = num_cache_pages(engine, model, ITEMSIZE[dtype], memory)
     buffers = buffer_bytes(engine, model, local_ranks)
     if may_use_cuda(engine.device):
         buffers += graph_bytes(engine, model)
-    ranks = tuple(RankMemory(dense, n * slot, num_pages * page, buffers, n, num_pages) for n in num_slots)
+    ranks = tuple(RankMemory(dense, n * slot, cache_bytes(num_pages, sizes), buffers, n, num_pages) for n in num_slots)
     return Budget(ranks, available)
 
 
@@ -200,26 +204,35 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 
-def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> int:
-    """Pages of a rank's KV cache in at most `memory` bytes, and no more than its sequences can use.
+def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> tuple[int, ...]:
+    """Pages of each page group in a rank's KV cache of at most `memory` bytes, and no more than its sequences can use.
+
+    A sequence of the maximum length fits. Beyond that, all groups have the same number of pages, until a group with a
+    window has all that it can use. So no group runs out before the others while sequences are shorter than the windows.
 
     Raises:
         ValueError: the pages do not hold one sequence of `max_model_len`.
     """
-    page, per_sequence = page_bytes(model, engine.block_size, itemsize), _pages_of_one(engine, model)
-    num_pages = min(engine.max_num_seqs * per_sequence, memory // page)
-    if num_pages < per_sequence:
+    groups, sizes = page_groups(engine, model), page_bytes(model, engine.block_size, itemsize)
+    longest = engine.max_model_len or model.max_model_len
+    least = [group.most(longest) for group in groups]
+    most = [group.most_of_step(engine.max_num_seqs, longest) for group in groups]
+    if cache_bytes(least, sizes) > memory:
         raise ValueError(
-            f"kv_cache_memory_bytes: {memory} bytes per rank hold {num_pages * engine.block_size} tokens, but "
-            f"max_model_len is {engine.max_model_len or model.max_model_len}; "
-            f"give at least {per_sequence * page} bytes, or reduce max_model_len"
+            f"kv_cache_memory_bytes: {memory} bytes per rank do not hold a sequence of max_model_len {longest}; "
+            f"give at least {cache_bytes(least, sizes)} bytes, or reduce max_model_len"
         )
-    return num_pages
+
+    def pages(count: int) -> tuple[int, ...]:
+        return tuple(min(high, max(low, count)) for low, high in zip(least, most, strict=True))
+
+    counts = range(max(most) + 1)
+    return pages(bisect_right(counts, memory, key=lambda count: cache_bytes(pages(count), sizes)) - 1)
 
 
-def _pages_of_one(engine: EngineConfig, model: ModelConfig) -> int:
-    """Pages of one sequence of `max_model_len`."""
-    return -(-(engine.max_model_len or model.max_model_len) // engine.block_size)
+def pages_text(num_pages: Sequence[int]) -> str:
+    """Pages of each page group as text: 5825 pages, 5825 + 640 pages."""
+    return f"{' + '.join(map(str, num_pages))} pages"
 
 
 def default_kv_bytes(free: int, local_ranks: int) -> int:

@@ -8,6 +8,7 @@ models, a few percent to small ones, and more to models with narrow experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_runtime.config.attention import AnyAttention
@@ -146,13 +147,21 @@ def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool =
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes that all layers keep of one token; with grouped-query attention 2 * L * G * d elements."""
-    return page_bytes(config, 1, ITEMSIZE[dtype])
+    """Bytes that all layers keep of a new token; with grouped-query attention 2 * L * G * d elements."""
+    return sum(page_bytes(config, 1, ITEMSIZE[dtype]))
 
 
-def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> int:
-    """Bytes of one page of the KV cache over all layers; an element has `itemsize` bytes."""
-    return block_size * sum(spec.bytes_per_token for spec in config.kv_specs(itemsize))
+def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> tuple[int, ...]:
+    """Bytes of a page of each page group, over the group's layers; an element has `itemsize` bytes."""
+    sizes = [0] * len(config.windows)
+    for group, spec in zip(config.page_groups, config.kv_specs(itemsize), strict=True):
+        sizes[group] += block_size * spec.bytes_per_token
+    return tuple(sizes)
+
+
+def cache_bytes(num_pages: Sequence[int], sizes: Sequence[int]) -> int:
+    """Bytes of a cache with `num_pages` pages of each group, given the bytes of a page of each group."""
+    return sum(count * size for count, size in zip(num_pages, sizes, strict=True))
 
 
 def distinct_experts(num_experts: int, top_k: int, num_tokens: int) -> float:

@@ -95,7 +95,7 @@ class ModelReader:
             sparse_blocks=sparse_blocks,
             head=head,
             rope=rope,
-            attention_step=kit.attention_step,
+            attention_steps=kit.attention_steps,
             nbytes=nbytes,
             embedding_multiplier=config.embedding_multiplier,
             logits_scaling=config.logits_scaling,

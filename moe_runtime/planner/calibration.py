@@ -18,7 +18,7 @@ from moe_runtime.config.expert_policy import PolicyCalibration
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.layers.batch import Batch, BatchPages, StepPolicies
 from moe_runtime.layers.kit import SparseBlock
 from moe_runtime.types.expert_policy import ExpertPolicy
 from moe_runtime.worker.worker import Worker
@@ -90,8 +90,8 @@ class Blocks:
         return Batch(
             position_T=where_T,
             num_prompt_T=torch.full_like(where_T, count),
-            cache_position_T=where_T,
-            attention=AttentionMetadata.build([count], [count], [pages], device),
+            pages=[BatchPages(where_T, AttentionMetadata.build([count], [count], [pages], device))]
+            * len(self.model.windows),
             num_decode=0,
             dispatcher="local",
             tokens_per_rank=[count],
@@ -115,12 +115,12 @@ class Blocks:
         """Run a block through the unchanged model, layer by layer, and record gate choices and expert outputs."""
         model, cache = self.worker.model, self.worker.cache
         batch = self.batch(len(token_ids), None)
-        step = model.attention_step(batch, model.rope)
+        steps = model.attention_steps(batch, model.rope)
         residual_TD = model.embed(torch.tensor(token_ids, device=self.worker.device))
         x_TD = model.first_norm(residual_TD)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for index, layer in enumerate(model.layers):
-            x_TD, residual_TD = layer.attention(x_TD, residual_TD, step, cache.layer(index))
+        for index, (group, layer) in enumerate(zip(cache.page_groups, model.layers, strict=True)):
+            x_TD, residual_TD = layer.attention(x_TD, residual_TD, steps[group], cache.layer(index))
             if index in self.model.moe_layers:
                 found.append(self._observe_layer(model.sparse_blocks[len(found)], x_TD))
             x_TD, residual_TD = layer.mlp(x_TD, residual_TD, batch)

@@ -301,6 +301,6 @@ def _memory(shape: ModelShape, hardware: Hardware, placement: Placement, work: W
     return Memory(
         dense=hardware.stored_bytes(shape.dense) + shape.embedding_bytes,
         experts=shape.num_sparse_layers * slots * hardware.stored_bytes(shape.expert),
-        kv_cache=sequences * work.length * shape.num_layers * shape.kv_bytes,
+        kv_cache=sequences * shape.keys_seen(work.length) * shape.kv_bytes,
         reserved=hardware.reserved_bytes,
     )

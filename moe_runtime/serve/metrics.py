@@ -60,7 +60,16 @@ class Metrics(Collector):
             return
         yield _gauge("num_requests_running", "Requests that are running", stats.num_running)
         yield _gauge("num_requests_waiting", "Requests waiting to be admitted", stats.num_waiting)
-        yield _gauge("kv_cache_usage_perc", "Share of KV cache pages in use, 0 to 1", stats.kv_cache_usage)
+        usage = "Share of KV cache pages in use, 0 to 1, of the page group that is fullest"
+        yield _gauge("kv_cache_usage_perc", usage, stats.kv_cache_usage)
+        pages = GaugeMetricFamily(
+            "moe_runtime_kv_cache_pages", "Pages of the layers with this window, by state", labels=["window", "state"]
+        )
+        for group in stats.page_counts:
+            window = str(group.window or "none")
+            pages.add_metric([window, "used"], group.used)
+            pages.add_metric([window, "free"], group.total - group.used)
+        yield pages
         yield _counter("num_preemptions", "Requests preempted because pages ran out", stats.num_preemptions)
         yield _counter("prompt_tokens", "Prompt tokens that went through the model", stats.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated", stats.generation_tokens)

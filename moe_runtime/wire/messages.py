@@ -34,14 +34,15 @@ class NewSequence:
 class Chunk:
     """Positions `start .. start + num_tokens` of a sequence, which this step runs through the model.
 
-    `new_pages` are appended to the sequence's pages before the step. If `sample` is set, the sequence's next token is
-    sampled from the last position's logits.
+    `new_pages` are appended to the sequence's pages before the step, those of each page group to the group's. Pages
+    behind a window are never named: the rank reads them no more, and another sequence may hold them. If `sample` is
+    set, the sequence's next token is sampled from the last position's logits.
     """
 
     seq_id: int
     start: int
     num_tokens: int
-    new_pages: list[int]
+    new_pages: list[list[int]]
     sample: bool
 
 

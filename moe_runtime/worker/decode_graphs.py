@@ -6,7 +6,8 @@ tensors, which are filled before the graph; tokens are sampled after it. A bucke
 longest contexts, so that short contexts do not pay for long ones. Attention sends nothing between ranks, so each rank
 chooses its own graph.
 
-Shape suffixes: T rows of a bucket, P rows of the largest bucket, D hidden, M pages of a sequence.
+Shape suffixes: T rows of a bucket, P rows of the largest bucket, D hidden, G page groups, M pages of a sequence, X
+columns of numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import DecodeRows
-from moe_runtime.layers.batch import Batch, StepPolicies
+from moe_runtime.layers.batch import Batch, BatchPages, StepPolicies
 from moe_runtime.wire.messages import PADDED, ExpertWork
 from moe_runtime.worker.rank_step import StepRows
 
@@ -75,7 +76,8 @@ class DecodeGraphs:
         buckets: numbers of rows, ascending.
         num_ranks: ranks that run each step.
         max_context: longest context of a sequence.
-        block_size, spare_page: tokens per page, and the page that padding writes to.
+        block_size: tokens per page.
+        spare_pages: the page of each page group that padding writes to.
         hidden_size, dtype, device: of the hidden states.
         capture: returns a function that repeats a call.
     """
@@ -88,7 +90,7 @@ class DecodeGraphs:
         num_ranks: int,
         max_context: int,
         block_size: int,
-        spare_page: int,
+        spare_pages: Sequence[int],
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -102,17 +104,18 @@ class DecodeGraphs:
             "token": 0,
             "position": 0,
             "num_prompt": 1,
-            "cache_position": spare_page * block_size,
             "live": 0,
-        }
-        most, pinned = buckets[-1], device.type == "cuda"
-        sizes = {"rows": (len(self._padding), most), "table": (most, -(-max_context // block_size))}
+        } | {f"cache_position {group}": page * block_size for group, page in enumerate(spare_pages)}
+        most, num_groups, pinned = buckets[-1], len(spare_pages), device.type == "cuda"
+        sizes = {"rows": (len(self._padding), most), "tables": (num_groups, most, -(-max_context // block_size))}
         self._on_host = {name: torch.zeros(size, dtype=torch.int64, pin_memory=pinned) for name, size in sizes.items()}
-        self._rows_5P, self._table_PM = (torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.values())
+        self._rows_XP, self._table_GPM = (
+            torch.zeros(size, dtype=torch.int64, device=device) for size in sizes.values()
+        )
         self._sequence_P = torch.arange(most, device=device)
         self._out_PD = torch.zeros(most, hidden_size, dtype=dtype, device=device)
         self._copied = torch.cuda.Event() if pinned else None
-        self._fill([], StepRows(), most)
+        self._fill([], StepRows.take([], [], num_groups, block_size), most)
         free = _free_bytes(device)
         with torch.inference_mode():
             self._replays = {
@@ -120,7 +123,7 @@ class DecodeGraphs:
                 for bucket in reversed(buckets)
                 for context in reversed(self._contexts)
             }
-        static = (self._rows_5P, self._table_PM, self._sequence_P, self._out_PD)
+        static = (self._rows_XP, self._table_GPM, self._sequence_P, self._out_PD)
         self.nbytes = sum(tensor.nbytes for tensor in static) + free - _free_bytes(device)
 
     def __call__(
@@ -144,31 +147,35 @@ class DecodeGraphs:
         if self._copied is not None:
             self._copied.synchronize()
         num_rows = len(tokens)
-        host_5P, table_PM = self._on_host["rows"].numpy(), self._on_host["table"].numpy()
+        host_XP, table_GPM = self._on_host["rows"].numpy(), self._on_host["tables"].numpy()
         columns: dict[str, list[int] | int] = {
             "token": tokens,
             "position": rows.positions,
             "num_prompt": rows.num_prompt,
-            "cache_position": rows.cache_positions,
             "live": 1,
         }
-        for row_P, (name, padding) in zip(host_5P, self._padding.items(), strict=True):
+        columns |= {f"cache_position {group}": where for group, where in enumerate(rows.cache_positions)}
+        for row_P, (name, padding) in zip(host_XP, self._padding.items(), strict=True):
             row_P[:num_rows] = columns[name]
             row_P[num_rows:bucket] = padding
-        for row, pages in enumerate(rows.pages):
-            table_PM[row, : len(pages)] = pages
-        self._rows_5P.copy_(self._on_host["rows"], non_blocking=True)
-        self._table_PM[:bucket].copy_(self._on_host["table"][:bucket], non_blocking=True)
+        for table_PM, pages_of_group in zip(table_GPM, rows.pages, strict=True):
+            for row, pages in enumerate(pages_of_group):
+                table_PM[row, : len(pages)] = pages
+        self._rows_XP.copy_(self._on_host["rows"], non_blocking=True)
+        for table_PM, host_PM in zip(self._table_GPM, self._on_host["tables"], strict=True):
+            table_PM[:bucket].copy_(host_PM[:bucket], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
 
     def _run(self, bucket: int, context: int, expert_work: list[ExpertWork] | None) -> None:
-        token_T, position_T, num_prompt_T, cache_position_T, live_T = self._rows_5P[:, :bucket]
+        token_T, position_T, num_prompt_T, live_T, *cache_positions = self._rows_XP[:, :bucket]
         batch = Batch(
             position_T=position_T,
             num_prompt_T=num_prompt_T,
-            cache_position_T=cache_position_T,
-            attention=DecodeRows(self._table_PM, self._sequence_P[:bucket], position_T, context),
+            pages=[
+                BatchPages(cache_position_T, DecodeRows(table_PM, self._sequence_P[:bucket], position_T, context))
+                for cache_position_T, table_PM in zip(cache_positions, self._table_GPM, strict=True)
+            ],
             num_decode=bucket,
             dispatcher=PADDED,
             tokens_per_rank=[bucket] * self._num_ranks,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
@@ -13,38 +13,44 @@ from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, RankStep
 
 @dataclass
 class Sequence:
-    """A sequence on this rank: all its tokens so far, and the pages with its keys and values."""
+    """A sequence on this rank: all its tokens so far, and the pages of each page group with its keys and values.
+
+    Pages behind a window stay in the list, so that a position finds its page, but are not read.
+    """
 
     token_ids: list[int]
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
-    pages: list[int]
+    pages: list[list[int]]
 
 
 @dataclass
 class StepRows:
-    """A step's rows on one rank as plain numbers, in order; `pages` are the pages of each sequence."""
+    """A step's rows on one rank as plain numbers, in order.
 
-    positions: list[int] = field(default_factory=list)
-    num_prompt: list[int] = field(default_factory=list)
-    cache_positions: list[int] = field(default_factory=list)
-    pages: list[list[int]] = field(default_factory=list)
+    Of each page group, `cache_positions` are the rows' places in the cache, and `pages` the pages of each sequence.
+    """
+
+    positions: list[int]
+    num_prompt: list[int]
+    cache_positions: list[list[int]]
+    pages: list[list[list[int]]]
 
     @classmethod
-    def take(cls, chunks: list[Chunk], sequences: list[Sequence], block_size: int) -> StepRows:
+    def take(cls, chunks: list[Chunk], sequences: list[Sequence], num_groups: int, block_size: int) -> StepRows:
         """The rows of chunks; adds the chunks' new pages to their sequences."""
-        rows = cls()
+        rows = cls([], [], [[] for _ in range(num_groups)], [[] for _ in range(num_groups)])
         for chunk, sequence in zip(chunks, sequences, strict=True):
-            pages = sequence.pages
-            pages.extend(chunk.new_pages)
             where = range(chunk.start, chunk.start + chunk.num_tokens)
             rows.positions += where
             rows.num_prompt += [sequence.num_prompt_tokens] * chunk.num_tokens
-            rows.cache_positions += [
-                pages[position // block_size] * block_size + position % block_size for position in where
-            ]
-            rows.pages.append(pages)
+            for group, (pages, new_pages) in enumerate(zip(sequence.pages, chunk.new_pages, strict=True)):
+                pages += new_pages
+                rows.cache_positions[group] += [
+                    pages[position // block_size] * block_size + position % block_size for position in where
+                ]
+                rows.pages[group].append(pages)
         return rows
 
 
@@ -56,7 +62,7 @@ class PreparedStep:
         plan: from the front.
         sequences: the sequence of each chunk.
         rows: the step's rows if the plan names a bucket.
-        batch, attention: otherwise, the layers' input, and the result of the kit's `attention_step`.
+        batch, attention: otherwise, the layers' input, and the result of the kit's `attention_steps`.
         expert_work, policies, limits: as in `Batch`.
         seconds: time of the preparation.
     """
@@ -65,7 +71,7 @@ class PreparedStep:
     sequences: list[Sequence]
     rows: StepRows
     batch: Batch | None
-    attention: Any
+    attention: list[Any]
     expert_work: list[ExpertWork] | None
     policies: StepPolicies | None
     limits: StepLimits | None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
+from moe_runtime.layers.batch import Batch, BatchPages, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import step_limits, with_limits
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import HiddenRows, Kit
@@ -116,9 +117,9 @@ class Worker:
         self.model = self._read_model(reader)
         self.slot_tasks = SlotTasks(rank, reader, [block.experts for block in self.model.sparse_blocks])
         num_pages = choose_num_pages(config, model_config, self.dtype, self.device, local_ranks)
-        # Padding writes to one additional page.
-        spare = int(capture is not None)
-        self.cache = KVCache(model_config, num_pages + spare, config.block_size, self.dtype, self.device)
+        # Padding writes to one additional page of each page group.
+        held = [count + (capture is not None) for count in num_pages]
+        self.cache = KVCache(model_config, held, config.block_size, self.dtype, self.device)
         self._argmax = kit.argmax
         self._layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
@@ -128,7 +129,12 @@ class Worker:
         self.info = self._describe(kit, tuple(dispatchers), num_pages, buckets, time.perf_counter() - start)
 
     def _describe(
-        self, kit: Kit, dispatchers: tuple[str, ...], num_pages: int, buckets: tuple[int, ...], seconds: float
+        self,
+        kit: Kit,
+        dispatchers: tuple[str, ...],
+        num_pages: tuple[int, ...],
+        buckets: tuple[int, ...],
+        seconds: float,
     ) -> RankInfo:
         return RankInfo(
             rank=self.rank,
@@ -154,7 +160,7 @@ class Worker:
             return reader.read(progress=bar.update)
 
     def _capture(
-        self, capture: Callable[[Run], Run], buckets: tuple[int, ...], num_ranks: int, spare_page: int
+        self, capture: Callable[[Run], Run], buckets: tuple[int, ...], num_ranks: int, spare_pages: tuple[int, ...]
     ) -> DecodeGraphs:
         return DecodeGraphs(
             self.run_batch,
@@ -162,7 +168,7 @@ class Worker:
             num_ranks=num_ranks,
             max_context=self.config.max_model_len or self._model_config.max_model_len,
             block_size=self.config.block_size,
-            spare_page=spare_page,
+            spare_pages=spare_pages,
             hidden_size=self._model_config.hidden_size,
             dtype=self.dtype,
             device=self.device,
@@ -181,16 +187,17 @@ class Worker:
         work = plan.work
         self._admit(work)
         sequences = [self.sequences[chunk.seq_id] for chunk in work.chunks]
-        rows = StepRows.take(work.chunks, sequences, self.config.block_size)
+        rows = StepRows.take(work.chunks, sequences, len(self._model_config.windows), self.config.block_size)
         params = [sequence.params for sequence in sequences]
         expert_work: list[ExpertWork] | None = [] if plan.measure else None
-        batch = attention = None
+        batch: Batch | None = None
+        attention: list[Any] = []
         with self._torch_threads():
             policies = step_policies(work, params, self._model_config, self.device, keep_all=self._keeps_experts)
             limits = self._step_limits(work, plan)
             if not plan.bucket:
                 batch = self._batch(work, plan, rows, expert_work, policies, limits)
-                attention = self.model.attention_step(batch, self.model.rope)
+                attention = self.model.attention_steps(batch, self.model.rope)
         seconds = time.perf_counter() - start
         return PreparedStep(plan, sequences, rows, batch, attention, expert_work, policies, limits, seconds)
 
@@ -231,7 +238,7 @@ class Worker:
 
     def run_batch(self, token_T: Tensor, batch: Batch) -> Tensor:
         """Hidden states `[T, D]` of a batch."""
-        attention = self.model.attention_step(batch, self.model.rope)
+        attention = self.model.attention_steps(batch, self.model.rope)
         return self.model.begin(token_T, batch, attention, self._layers)()
 
     @torch.inference_mode()
@@ -261,7 +268,11 @@ class Worker:
             del self.sequences[seq_id]
         for new in work.new_sequences:
             self.sequences[new.seq_id] = Sequence(
-                list(new.token_ids), new.num_prompt_tokens, new.params, new.seed, pages=[]
+                list(new.token_ids),
+                new.num_prompt_tokens,
+                new.params,
+                new.seed,
+                pages=[[] for _ in self._model_config.windows],
             )
 
     def _step_limits(self, work: RankPlan, plan: RankStep) -> StepLimits | None:
@@ -278,18 +289,16 @@ class Worker:
         policies: StepPolicies | None,
         limits: StepLimits | None,
     ) -> Batch:
-        columns = self._tensor([*rows.positions, *rows.num_prompt, *rows.cache_positions]).view(3, work.num_tokens)
-        attention = AttentionMetadata.build(
-            [chunk.num_tokens for chunk in work.chunks],
-            [chunk.start + chunk.num_tokens for chunk in work.chunks],
-            rows.pages,
-            self.device,
-        )
+        columns = self._tensor([rows.positions, rows.num_prompt, *rows.cache_positions])
+        num_query = [chunk.num_tokens for chunk in work.chunks]
+        context_len = [chunk.start + chunk.num_tokens for chunk in work.chunks]
         return Batch(
             position_T=columns[0],
             num_prompt_T=columns[1],
-            cache_position_T=columns[2],
-            attention=attention,
+            pages=[
+                BatchPages(cache_position_T, AttentionMetadata.build(num_query, context_len, pages, self.device))
+                for cache_position_T, pages in zip(columns[2:], rows.pages, strict=True)
+            ],
             num_decode=work.num_decode,
             dispatcher=plan.dispatcher,
             tokens_per_rank=plan.tokens_per_rank,
@@ -298,5 +307,5 @@ class Worker:
             limits=limits,
         )
 
-    def _tensor(self, values: list[int]) -> Tensor:
+    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_model(path, capsys):
 def test_engine_options_count(path, capsys):
     words = (path, "--max-model-len", 40, "--max-num-seqs", 3, "--block-size", 8, "--ep-size", 1)
     (rank,) = inspect(capsys, *words)["ranks"]
-    page = size.page_bytes(read_model_config(path), 8, 4)
+    (page,) = size.page_bytes(read_model_config(path), 8, 4)
     assert rank["kv_cache_bytes"] == 3 * 5 * page
     (rank,) = inspect(capsys, *words, "--kv-cache-memory-bytes", 7 * page)["ranks"]
     assert rank["kv_cache_bytes"] == 7 * page
@@ -135,7 +135,10 @@ def test_no_more_ranks_than_experts_by_default(tmp_path, capsys):
         ),
         (["{path}", "--batch-size", "x"], "batch_size: 'x' is not allowed"),
         (["{path}", "--max-model-len", "97"], "max_model_len: 97 is not allowed"),
-        (["{path}", "--kv-cache-memory-bytes", "9"], "kv_cache_memory_bytes: 9 bytes per rank hold 0 tokens"),
+        (
+            ["{path}", "--kv-cache-memory-bytes", "9"],
+            "kv_cache_memory_bytes: 9 bytes per rank do not hold a sequence of",
+        ),
         (["{path}", "--port", "9"], "unrecognized arguments: --port"),
     ],
 )

@@ -10,6 +10,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.engine.engine import Engine
+from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -45,13 +46,17 @@ def arrivals(draw: st.DrawFn, max_model_len: int) -> Arrival:
 @st.composite
 def scenarios(draw: st.DrawFn) -> tuple[dict, list[Arrival]]:
     max_model_len = draw(st.integers(2, 40) | st.integers(25, 40))
-    least = -(-max_model_len // 8)
     max_num_seqs = draw(st.integers(1, 5) | st.just(5))
+    max_num_batched_tokens = draw(st.integers(max_num_seqs, 24))
+    windows = draw(st.sampled_from([(None,), (None,), (None, 7), (9,), (1,), (8, None, 17)]))
+    least = [PageGroup(window, 8, max_num_batched_tokens).most(max_model_len) for window in windows]
+    pages = st.tuples(*(st.integers(count, count + 3) for count in least))
     options = {
         "max_model_len": max_model_len,
-        "num_pages": draw(st.lists(st.integers(least, least + 3), min_size=1, max_size=3)),
+        "windows": windows,
+        "num_pages": draw(st.lists(pages, min_size=1, max_size=3)),
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": draw(st.integers(max_num_seqs, 24)),
+        "max_num_batched_tokens": max_num_batched_tokens,
         "max_inflight": draw(st.integers(1, 2)),
     }
     return options, draw(st.lists(arrivals(max_model_len), min_size=4, max_size=12))

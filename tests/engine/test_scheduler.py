@@ -4,11 +4,14 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
+from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.types.sampling_params import SamplingParams
 
 
@@ -24,9 +27,17 @@ def make_request(seq_id: int, num_tokens: int, max_output_tokens: int = 1000) ->
     )
 
 
-def make_scheduler(num_pages: list[int], lengths: list[int], **limits) -> tuple[Scheduler, list[Request]]:
+def make_scheduler(
+    num_pages: list[int] | list[tuple[int, ...]],
+    lengths: list[int],
+    windows: tuple[int | None, ...] = (None,),
+    **limits,
+) -> tuple[Scheduler, list[Request]]:
     shapes = StepShapes(**{name: limits.pop(name) for name in ("dispatcher", "buckets") if name in limits})
-    scheduler = Scheduler(num_pages, 8, shapes=shapes, **{"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits})
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits}
+    groups = [PageGroup(window, 8, limits["max_num_batched_tokens"]) for window in windows]
+    counts = [(count,) if isinstance(count, int) else count for count in num_pages]
+    scheduler = Scheduler(counts, groups, shapes=shapes, **limits)
     requests = [make_request(seq_id, length) for seq_id, length in enumerate(lengths)]
     for request in requests:
         scheduler.add(request)
@@ -43,10 +54,14 @@ def step(scheduler: Scheduler, requests: list[Request]) -> list[list[tuple[int, 
     return [[(chunk.seq_id, chunk.start, chunk.num_tokens) for chunk in rank.chunks] for rank in plan.ranks]
 
 
+def usage(scheduler: Scheduler) -> float:
+    return max(counts.usage for counts in scheduler.page_counts())
+
+
 def test_no_work_no_step():
     scheduler, _ = make_scheduler([4], [])
     assert scheduler.schedule() is None
-    assert (scheduler.num_steps, scheduler.num_running, scheduler.usage) == (0, 0, 0)
+    assert (scheduler.num_steps, scheduler.num_running, usage(scheduler)) == (0, 0, 0)
 
 
 def test_long_prompts_run_in_chunks_and_decode_rows_come_first():
@@ -62,11 +77,53 @@ def test_pages_for_exactly_the_chunk():
     scheduler, requests = make_scheduler([64], [20], max_num_batched_tokens=9, max_num_seqs=9)
     pages = []
     for _ in range(8):
-        pages.append([len(chunk.new_pages) for chunk in scheduler.schedule().ranks[0].chunks])
+        pages.append([len(chunk.new_pages[0]) for chunk in scheduler.schedule().ranks[0].chunks])
         if requests[0].num_pending:
             requests[0].append(1, [])
     assert pages == [[2], [1], [0], [0], [0], [0], [0], [1]]
-    assert scheduler.usage == 4 / 64
+    assert usage(scheduler) == 4 / 64
+
+
+def test_pages_behind_the_window_are_given_back():
+    scheduler, requests = make_scheduler([(64, 64)], [60], (None, 9), max_num_batched_tokens=16, max_num_seqs=8)
+    held = []
+    while requests[0].num_planned < 75:
+        step(scheduler, requests)
+        held.append([counts.used for counts in scheduler.page_counts()])
+    assert held[:4] == [[2, 2], [4, 3], [6, 3], [8, 3]], "a chunk of two pages, and the eight tokens before it"
+    assert held[-1] == [10, 2]
+    scheduler.remove(requests[0])
+    assert [counts.used for counts in scheduler.page_counts()] == [0, 0]
+
+
+def test_a_group_that_is_full_preempts_though_another_has_room():
+    scheduler, requests = make_scheduler([(64, 5)], [10, 10], (None, 17), max_num_batched_tokens=40, max_num_seqs=8)
+    while not scheduler.num_preemptions:
+        step(scheduler, requests)
+        assert len(requests[0].token_ids) < 60
+    assert requests[1].rank is None and scheduler.page_counts()[0].used < 10
+
+
+@given(
+    window=st.integers(1, 30),
+    max_num_seqs=st.integers(1, 6),
+    budget=st.integers(6, 50),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12),
+)
+def test_pages_for_all_sequences_are_enough(window, max_num_seqs, budget, lengths):
+    """With the pages that the memory plan gives at most, windows never stop a sequence."""
+    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget}
+    most = [PageGroup(each, 8, budget).most_of_step(max_num_seqs, 90) for each in (None, window)]
+    scheduler, requests = make_scheduler([tuple(most)], lengths, (None, window), **limits)
+    for request in requests:
+        request.max_output_tokens = 20
+    left = set(requests)
+    while left:
+        assert step(scheduler, requests) is not None
+        for request in [request for request in left if request.num_output_tokens == 20]:
+            scheduler.remove(request)
+            left.remove(request)
+    assert scheduler.num_preemptions == 0
 
 
 def test_a_request_goes_to_the_rank_with_the_fewest_tokens_then_the_most_pages_then_the_first():
@@ -98,7 +155,7 @@ def test_prompts_under_way_keep_others_out():
     scheduler, requests = make_scheduler([10], [60, 20], max_num_batched_tokens=16, max_num_seqs=2)
     for start in (0, 16, 32):
         assert step(scheduler, requests) == [[(0, start, 16)]]
-    assert scheduler.ranks[0].pool.num_free == 4, "room for the second prompt, but for the first one's end"
+    assert scheduler.ranks[0].pages.pools[0].num_free == 4, "room for the second prompt, but for the first one's end"
     assert step(scheduler, requests) == [[(0, 48, 12)]]
     assert scheduler.waiting == [requests[1]]
 
@@ -167,7 +224,9 @@ def test_everyone_stays_in_order_of_arrival():
 
 
 def test_no_row_beyond_the_length():
-    scheduler = Scheduler([8], 8, max_num_seqs=4, max_num_batched_tokens=16, shapes=StepShapes())
+    scheduler = Scheduler(
+        [(8,)], [PageGroup(None, 8, 16)], max_num_seqs=4, max_num_batched_tokens=16, shapes=StepShapes()
+    )
     scheduler.add(make_request(0, 5, max_output_tokens=2))
     assert scheduler.schedule().ranks[0].num_decode == 0
     assert scheduler.schedule().ranks[0].num_decode == 1
@@ -179,7 +238,7 @@ def test_removing_says_dropped_with_the_next_plan_only():
     scheduler.remove(requests[2])
     step(scheduler, requests)
     scheduler.remove(requests[0])
-    assert scheduler.usage == 1 / 16
+    assert usage(scheduler) == 1 / 16
     first, second = scheduler.schedule(), scheduler.schedule()
     assert [rank.dropped for rank in first.ranks] == [[0], []]
     assert [rank.dropped for rank in second.ranks] == [[], []]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_cases import DTYPES, assert_close, cache_and_meta, normal
+from given_back import spoil
 
 from moe_runtime.kernels import torch_attention
 from moe_runtime.kernels.attention import AttentionMetadata
@@ -29,11 +30,12 @@ STEPS = [
 @pytest.mark.parametrize("window", [None, 40])
 def test_paged_attention(kernels, dtype, heads, num_query, contexts, window):
     num_heads, groups, head_size = heads
-    k_cache, v_cache, meta, _ = cache_and_meta(num_query, contexts, groups, head_size, dtype)
+    k_cache, v_cache, meta, blocks = cache_and_meta(num_query, contexts, groups, head_size, dtype)
     q = normal(sum(num_query), num_heads, head_size, dtype=dtype)
     options = {"scale": head_size**-0.5, "sliding_window": window}
-    actual = kernels.paged_attention(q, k_cache, v_cache, meta, **options)
     expected = torch_attention.paged_attention(q, k_cache, v_cache, meta, **options)
+    spoil(window, num_query, contexts, blocks, k_cache, v_cache)
+    actual = kernels.paged_attention(q, k_cache, v_cache, meta, **options)
     # The softmax weights are rounded to bfloat16 as well, which the twin does for more than one query only.
     assert_close(actual, expected, scale=3)
 

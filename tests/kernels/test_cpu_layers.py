@@ -32,7 +32,7 @@ class Case:
         self.caches = [cache_and_meta([TOKENS], [TOKENS], 1, 16, dtype)[:2] for _ in mlps]
         slots = torch.tensor([pages[0][0] * 16 + row for row in range(TOKENS)])
         self.step = NativeStep(meta, slots, torch.randn(TOKENS, 16), torch.randn(TOKENS, 16))
-        self.layers = Layers(self.blocks, self.caches)
+        self.layers = Layers(self.blocks, self.caches, [0] * len(self.blocks))
         self.x, self.residual = normal(TOKENS, HIDDEN, dtype=dtype), normal(TOKENS, HIDDEN, dtype=dtype)
         self.expected = self.one_by_one()
 
@@ -68,7 +68,7 @@ class Case:
 
     def begin(self):
         rows = self.x.clone(), self.residual.clone()
-        return self.layers.begin(*rows, self.step, 0), rows
+        return self.layers.begin(*rows, [self.step], 0), rows
 
     def is_right(self, rows):
         return all(torch.equal(*pair) for pair in zip(rows, self.expected, strict=True))

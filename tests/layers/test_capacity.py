@@ -158,7 +158,7 @@ def run(limits: Limits, config: MoEConfig, logits_TE: Tensor, bias_E: Tensor | N
     step = StepLimits(rows_LW, torch.zeros(len(logits_TE), 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
     empty = torch.empty(0, dtype=torch.int64)
     routing = StepPolicies(chosen_LTK=chosen_LTK)
-    batch = Batch(empty, empty, empty, None, 5, "local", [len(logits_TE)], policies=routing, limits=step)  # type: ignore[arg-type]
+    batch = Batch(empty, empty, (), 5, "local", [len(logits_TE)], policies=routing, limits=step)
     layer = LayerLimits(limits, config, bias_E, counts_2E, 1, 4)
     found = layer.choose(logits_TE, weights_TK, experts_TK, torch.arange(8)[:, None].repeat(1, 4), batch)
     assert torch.equal(chosen_LTK[1].long(), found[1]) and (chosen_LTK[0] == 99).all()

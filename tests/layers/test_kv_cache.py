@@ -14,7 +14,7 @@ from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import LayerConfig, ModelConfig
 from moe_runtime.layers.kv_cache import KVCache, available_host_memory, choose_num_pages
-from moe_runtime.memory.model_size import decode_bytes, page_bytes
+from moe_runtime.memory.model_size import cache_bytes, decode_bytes, page_bytes
 from moe_runtime.models.registry import read_model_config
 
 CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def model(tmp_path: Path) -> ModelConfig:
 
 def test_a_page_is_as_large_as_its_tensors(model: ModelConfig) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        cache = KVCache(model, 5, 16, dtype, CPU)
-        assert cache.nbytes == 5 * page_bytes(model, 16, dtype.itemsize)
+        cache = KVCache(model, [5], 16, dtype, CPU)
+        assert cache.nbytes == 5 * page_bytes(model, 16, dtype.itemsize)[0]
         for index, layer in enumerate(model.layers):
             for stored in (cache.layer(index).k_NBGd, cache.layer(index).v_NBGe):
                 assert stored.shape == (5, 16, layer.attention.num_kv_heads, layer.attention.head_dim)
@@ -37,36 +37,36 @@ def test_a_page_is_as_large_as_its_tensors(model: ModelConfig) -> None:
 
 def test_no_more_than_the_sequences_can_use(model: ModelConfig) -> None:
     engine = EngineConfig("m", max_num_seqs=3, max_model_len=50, block_size=16)
-    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == 3 * 4
+    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == (3 * 4,)
 
 
 def test_no_more_than_the_memory_that_is_given(model: ModelConfig) -> None:
-    page = page_bytes(model, 8, 4)
+    (page,) = page_bytes(model, 8, 4)
     engine = EngineConfig("m", max_num_seqs=8, max_model_len=64, block_size=8, kv_cache_memory_bytes=11 * page - 1)
-    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == 10
+    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == (10,)
 
 
 def test_half_of_free_memory_is_shared_by_the_ranks_of_a_host(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = page_bytes(model, 16, 4)
+    (page,) = page_bytes(model, 16, 4)
     monkeypatch.setattr("moe_runtime.layers.kv_cache.available_host_memory", lambda: 80 * page)
     engine = EngineConfig("m", max_num_seqs=64, max_model_len=96)
-    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == 40
-    assert choose_num_pages(engine, model, torch.float32, CPU, 4) == 10
+    assert choose_num_pages(engine, model, torch.float32, CPU, 1) == (40,)
+    assert choose_num_pages(engine, model, torch.float32, CPU, 4) == (10,)
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused(model: ModelConfig) -> None:
-    page = page_bytes(model, 16, 4)
+    (page,) = page_bytes(model, 16, 4)
     engine = EngineConfig("m", max_model_len=90, kv_cache_memory_bytes=5 * page)
     message = (
-        rf"^kv_cache_memory_bytes: {5 * page} bytes per rank hold 80 tokens, but max_model_len is 90; "
+        rf"^kv_cache_memory_bytes: {5 * page} bytes per rank do not hold a sequence of max_model_len 90; "
         rf"give at least {6 * page} bytes, or reduce max_model_len$"
     )
     with pytest.raises(ValueError, match=message):
         choose_num_pages(engine, model, torch.float32, CPU, 1)
     enough = dataclasses.replace(engine, kv_cache_memory_bytes=6 * page)
-    assert choose_num_pages(enough, model, torch.float32, CPU, 1) == 6
+    assert choose_num_pages(enough, model, torch.float32, CPU, 1) == (6,)
 
 
 def test_free_memory_is_that_of_this_machine() -> None:
@@ -80,9 +80,10 @@ def test_layers_may_keep_different_heads() -> None:
     model = dataclasses.replace(
         model_config(), layers=(LayerConfig.of(wide, None), LayerConfig.of(narrow, None), LayerConfig.of(wide, 8))
     )
-    cache = KVCache(model, 3, 8, torch.bfloat16, CPU)
-    assert [cache.layer(index).k_NBGd.shape for index in range(3)] == [(3, 8, 2, 16), (3, 8, 1, 8), (3, 8, 2, 16)]
-    assert cache.nbytes == 3 * page_bytes(model, 8, 2) == 3 * 8 * 2 * 2 * (2 * 32 + 8)
+    cache = KVCache(model, [3, 2], 8, torch.bfloat16, CPU)
+    assert [cache.layer(index).k_NBGd.shape for index in range(3)] == [(3, 8, 2, 16), (2, 8, 1, 8), (3, 8, 2, 16)]
+    assert page_bytes(model, 8, 2) == (8 * 2 * 2 * 2 * 32, 8 * 2 * 2 * 8)
+    assert cache.nbytes == cache_bytes([3, 2], page_bytes(model, 8, 2))
     assert [spec.kind for spec in model.kv_specs(2)] == ["full", "window", "full"]
     long, short = (decode_bytes(model, "float32", 1, context_len=length) for length in (30, 20))
     assert long - short == 10 * 2 * 4 * 2 * 32, "the layer with a window reads no more"

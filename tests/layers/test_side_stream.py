@@ -63,7 +63,7 @@ def test_shared_experts_run_beside_dispatch_and_combine(cuda: FakeCuda) -> None:
 
     shared.nbytes = 0
     layer = moe.MoELayer(parts.gate, torch.tensor([0]), parts, shared, parts, {"local": parts})
-    batch = Batch(*[torch.empty(0)] * 3, attention=None, num_decode=0, dispatcher="local", tokens_per_rank=[5])
+    batch = Batch(*[torch.empty(0)] * 2, pages=(), num_decode=0, dispatcher="local", tokens_per_rank=[5])
     for _ in range(2):  # the second layer's side work follows the first one's
         x_TD = torch.randn(5, 3)
         cuda.note("rows")

@@ -49,12 +49,12 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
     assert tuple(rank.num_slots for rank in budget.ranks) == num_slots and min(num_slots) >= 4 / ep_size
     for rank in budget.ranks:
         assert rank.weights == weight_bytes(MODEL, "float32", rank.num_slots, native=has_native_weights("auto"))
-        assert rank.kv_cache == rank.num_pages * page_bytes(MODEL, 16, 4)
+        assert rank.kv_cache == rank.num_pages[0] * page_bytes(MODEL, 16, 4)[0]
     assert len({(rank.dense, rank.kv_cache, rank.buffers) for rank in budget.ranks}) == 1
     assert budget.largest.num_slots == max(num_slots) and budget.largest.total == max(r.total for r in budget.ranks)
     assert budget.total == sum(rank.weights + rank.kv_cache + rank.buffers for rank in budget.ranks)
     assert budget.left == free - budget.total and budget.fits == (budget.left >= 0)
-    assert max_model_len <= rank.num_pages * 16 <= max_num_seqs * (max_model_len + 15), "one sequence, at most all"
+    assert max_model_len <= rank.num_pages[0] * 16 <= max_num_seqs * (max_model_len + 15), "one sequence, at most all"
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,8 @@ def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypat
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused_before_loading() -> None:
     engine = EngineConfig("m", device="cpu", kv_cache_memory_bytes=6143)
-    with pytest.raises(
-        ValueError, match=r"^kv_cache_memory_bytes: 6143 bytes per rank hold 48 tokens, but max_model_len"
-    ):
+    message = r"^kv_cache_memory_bytes: 6143 bytes per rank do not hold .* max_model_len 64; give at least 6144 bytes"
+    with pytest.raises(ValueError, match=message):
         check_budget(engine, MODEL, 1)
 
 

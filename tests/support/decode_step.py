@@ -18,7 +18,9 @@ import triton
 from no_sync import NoSync
 
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.kernels import ops
+from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import PADDED, Chunk, NewSequence, RankPlan, RankStep
@@ -53,7 +55,10 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
     config = EngineConfig(
         str(path), dtype="float32", max_num_seqs=4, block_size=BLOCK, max_model_len=64, batch_invariant=batch_invariant
     )
-    rank = worker.Worker(config, read_model_config(path), path)
+    model = read_model_config(path)
+    rank = worker.Worker(config, model, path)
+    pages = RankPages(page_groups(config, model), rank.info.num_pages)
+    held = [pages.hold() for _ in PROMPTS]
     params = SamplingParams(temperature=0.0)
     tokens: list[list[int]] = [[] for _ in PROMPTS]
     logits = []
@@ -62,8 +67,8 @@ def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]]
         for seq_id, prompt in enumerate(PROMPTS):
             start = 0 if step == 0 else len(prompt) + step - 1
             end = len(prompt) + step
-            pages = range(-(-start // BLOCK), -(-end // BLOCK))
-            chunks.append(Chunk(seq_id, start, end - start, [seq_id * 8 + page for page in pages], True))
+            new_pages = pages.extend(held[seq_id], start, end - start)
+            chunks.append(Chunk(seq_id, start, end - start, new_pages, True))
         new = [NewSequence(i, list(p), len(p), params, 0) for i, p in enumerate(PROMPTS)] if step == 0 else []
         chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
         work = RankPlan(new, [], chunks, num_decode=len(chunks) if step else 0)

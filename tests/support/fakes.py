@@ -10,8 +10,8 @@ import copy
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -78,18 +78,27 @@ class FakeSequence:
     num_prefill_tokens: int
     params: SamplingParams
     seed: int
-    pages: list[int] = field(default_factory=list)
+    pages: list[list[int]]
     num_computed: int = 0
 
 
 class FakeRank:
-    def __init__(self, index: int, num_pages: int, config: EngineConfig, next_token: NextToken) -> None:
+    def __init__(
+        self,
+        index: int,
+        num_pages: Sequence[int],
+        windows: Sequence[int | None],
+        config: EngineConfig,
+        next_token: NextToken,
+    ) -> None:
         self.index = index
+        self.windows = windows
         self.num_pages = num_pages
         self.config = config
         self.next_token = next_token
         self.sequences: dict[int, FakeSequence] = {}
-        self.pages: dict[tuple[int, int], tuple[int, int, int]] = {}  # (page, offset) -> (seq_id, position, token)
+        # (group, page, offset) -> (seq_id, position, token)
+        self.pages: dict[tuple[int, int, int], tuple[int, int, int]] = {}
 
     def run(self, step: int, plan: RankPlan) -> RankResult:
         for seq_id in plan.dropped:
@@ -98,9 +107,11 @@ class FakeRank:
             self.take_in(new)
         self.check_plan(plan)
         samples, prompt_logprobs = [], []
+        for chunk in plan.chunks:  # as in a layer: all keys are written before any is read
+            self.write(chunk, self.sequences[chunk.seq_id])
         for chunk in plan.chunks:
             sequence = self.sequences[chunk.seq_id]
-            self.write(chunk, sequence)
+            self.context(chunk.seq_id, chunk.start + 1)
             if sequence.params.prompt_logprobs is not None:
                 entries = [
                     fake_logprobs(
@@ -118,7 +129,7 @@ class FakeRank:
         assert new.seq_id not in self.sequences, "a sequence is taken in twice"
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
         self.sequences[new.seq_id] = FakeSequence(  # no copy: tokens appended here must not reach the front
-            new.token_ids, new.num_prompt_tokens, len(new.token_ids), new.params, new.seed
+            new.token_ids, new.num_prompt_tokens, len(new.token_ids), new.params, new.seed, [[] for _ in self.windows]
         )
 
     def check_plan(self, plan: RankPlan) -> None:
@@ -133,26 +144,37 @@ class FakeRank:
 
     def write(self, chunk: Chunk, sequence: FakeSequence) -> None:
         assert chunk.start == sequence.num_computed, "a chunk does not begin where the last one ended"
-        held = {page for other in self.sequences.values() for page in other.pages}
-        assert held.isdisjoint(chunk.new_pages), "a page that a sequence holds is given away"
-        assert len(set(chunk.new_pages)) == len(chunk.new_pages)
-        assert all(0 <= page < self.num_pages for page in chunk.new_pages)
-        sequence.pages += chunk.new_pages
         end = sequence.num_computed = chunk.start + chunk.num_tokens
-        size = self.config.block_size
-        assert len(sequence.pages) == -(-end // size), "there are pages for exactly the positions so far"
         assert end <= len(sequence.token_ids), "a position is planned whose token does not exist"
         assert chunk.sample == (end == len(sequence.token_ids))
-        for position in range(chunk.start, end):
-            where = (sequence.pages[position // size], position % size)
-            self.pages[where] = (chunk.seq_id, position, sequence.token_ids[position])
+        size = self.config.block_size
+        for group, (new_pages, window) in enumerate(zip(chunk.new_pages, self.windows, strict=True)):
+            if window is None:
+                held = {page for other in self.sequences.values() for page in other.pages[group]}
+                assert held.isdisjoint(new_pages), "a page that a sequence holds is given away"
+            assert len(set(new_pages)) == len(new_pages)
+            assert all(0 <= page < self.num_pages[group] for page in new_pages)
+            pages = sequence.pages[group]
+            pages += new_pages
+            assert len(pages) == -(-end // size), "there are pages for exactly the positions so far"
+            for position in range(chunk.start, end):
+                where = (group, pages[position // size], position % size)
+                self.pages[where] = (chunk.seq_id, position, sequence.token_ids[position])
+
+    def cells(self, group: int, seq_id: int, start: int, end: int) -> list[int]:
+        """Tokens whose keys are in the cache at these positions."""
+        size, pages = self.config.block_size, self.sequences[seq_id].pages[group]
+        cells = [self.pages[group, pages[position // size], position % size] for position in range(start, end)]
+        assert [cell[:2] for cell in cells] == [(seq_id, position) for position in range(start, end)]
+        return [token for _, _, token in cells]
 
     def context(self, seq_id: int, end: int) -> list[int]:
-        size = self.config.block_size
-        pages = self.sequences[seq_id].pages
-        cells = [self.pages[pages[position // size], position % size] for position in range(end)]
-        assert [cell[:2] for cell in cells] == [(seq_id, position) for position in range(end)]
-        return [token for _, _, token in cells]
+        """The tokens before `end`; those that a group's window shows must be in its pages."""
+        token_ids = self.sequences[seq_id].token_ids
+        for group, window in enumerate(self.windows):
+            start = 0 if window is None else max(0, end - window)
+            assert self.cells(group, seq_id, start, end) == token_ids[start:end]
+        return token_ids[:end]
 
     def sample(self, seq_id: int, sequence: FakeSequence) -> Sample:
         context = self.context(seq_id, sequence.num_computed)
@@ -170,15 +192,17 @@ class MockExecutor:
     def __init__(
         self,
         config: EngineConfig,
-        num_pages: list[int],
+        num_pages: Sequence[int | tuple[int, ...]],
         max_inflight: int = 1,
         next_token: NextToken = random_next_token,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        pages = [(count,) if isinstance(count, int) else count for count in num_pages]
         self.max_inflight = max_inflight
         self.plans: list[StepPlan] = []
         self.closed = 0
         self._inflight: deque[tuple[StepPlan, StepPlan]] = deque()
-        self._workers = [FakeRank(index, count, config, next_token) for index, count in enumerate(num_pages)]
+        self._workers = [FakeRank(index, counts, windows, config, next_token) for index, counts in enumerate(pages)]
         self.ranks = [
             RankInfo(
                 index,
@@ -186,15 +210,15 @@ class MockExecutor:
                 "cpu",
                 "float32",
                 1,
-                count,
-                count * 1000,
+                counts,
+                sum(counts) * 1000,
                 10**6,
                 0.5,
                 {"gate": "torch"},
                 False,
                 ("local",) if len(num_pages) == 1 else ("all_to_all", "all_gather"),
             )
-            for index, count in enumerate(num_pages)
+            for index, counts in enumerate(pages)
         ]
 
     @property
@@ -238,7 +262,9 @@ class MockExecutor:
         self.closed += 1
 
 
-def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64) -> ModelConfig:
+def model_config(
+    vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64, windows: Sequence[int | None] = (None,)
+) -> ModelConfig:
     return ModelConfig(
         family="mixtral",
         vocab_size=vocab_size,
@@ -247,7 +273,7 @@ def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64
         max_position_embeddings=max_position_embeddings,
         rope=RopeConfig(theta=1e4, rotary_dim=4),
         moe=MoEConfig(num_experts=4, top_k=1, intermediate_size=8),
-        layers=layers_alike(3, AttentionConfig(2, 1, 4), (1, 2), 8),
+        layers=layers_alike(3, AttentionConfig(2, 1, 4), (1, 2), 8, [windows[i % len(windows)] for i in range(3)]),
         tie_word_embeddings=False,
         dtype="float32",
         eos_token_ids=(EOS,),
@@ -255,18 +281,19 @@ def model_config(vocab_size: int = VOCAB_SIZE, max_position_embeddings: int = 64
 
 
 def make_engine(
-    num_pages: list[int] | None = None,
+    num_pages: Sequence[int | tuple[int, ...]] | None = None,
     max_inflight: int = 1,
     next_token: NextToken = random_next_token,
     tokenizer: Tokenizer | None = None,
     vocab_size: int = VOCAB_SIZE,
+    windows: Sequence[int | None] = (None,),
     **options,
 ) -> tuple[Engine, MockExecutor]:
     num_pages = num_pages or [64]
     options = {"max_model_len": 64, "block_size": 8, "ep_size": len(num_pages), **options}
     config = EngineConfig("fake", **options)
-    executor = MockExecutor(config, num_pages, max_inflight, next_token)
-    return Engine(config, model_config(vocab_size), executor, tokenizer), executor
+    executor = MockExecutor(config, num_pages, max_inflight, next_token, windows)
+    return Engine(config, model_config(vocab_size, windows=windows), executor, tokenizer), executor
 
 
 TEXTS = [

@@ -55,8 +55,8 @@ def run_steps(context: RankContext, seed: int, dtype: torch.dtype, max_bytes: in
         x_TD, residual_TD = normal(tokens, HIDDEN, dtype=dtype), normal(tokens, HIDDEN, dtype=dtype)
         policy_T = torch.randint(0, len(policies), (tokens,))
         batch = Batch(
-            *[torch.empty(0)] * 3,
-            attention=None,  # type: ignore[arg-type]
+            *[torch.empty(0)] * 2,
+            pages=(),
             num_decode=tokens // 2,
             dispatcher="symmetric",
             tokens_per_rank=tokens_per_rank,

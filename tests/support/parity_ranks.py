@@ -12,14 +12,15 @@ from torch import Tensor
 import moe_runtime.memory.budget
 import moe_runtime.worker.rank_setup
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.engine.page_pool import HeldPages, RankPages
+from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
 from moe_runtime.worker.worker import Worker
 
 BLOCK = 8
-PAGES_EACH = 12
-MODEL_LEN = BLOCK * PAGES_EACH
+MODEL_LEN = 12 * BLOCK
 MAX_SEQUENCES = 40
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -33,7 +34,7 @@ def plan_steps(
 ) -> list[StepPlan]:
     """Plans that run each prompt in pieces that end at its `cuts`; sequence i lives on rank `ranks[i]`.
 
-    Steps of several ranks take the dispatchers in turn.
+    Steps of several ranks take the dispatchers in turn. `run_steps` adds the pages.
     """
     steps = []
     for step in range(max(map(len, cuts))):
@@ -44,8 +45,7 @@ def plan_steps(
             if step == 0:
                 work[rank].new_sequences.append(NewSequence(seq_id, prompt, len(prompt), GREEDY, 0))
             start = ends[step - 1] if step else 0
-            blocks = [seq_id * PAGES_EACH + page for page in range(-(-start // BLOCK), -(-ends[step] // BLOCK))]
-            work[rank].chunks.append(Chunk(seq_id, start, ends[step] - start, blocks, False))
+            work[rank].chunks.append(Chunk(seq_id, start, ends[step] - start, [], False))
         for part in work:
             part.chunks.sort(key=lambda chunk: chunk.num_tokens != 1)
         tokens = [part.num_tokens for part in work]
@@ -64,7 +64,7 @@ def run_steps(
         max_num_seqs=MAX_SEQUENCES,
         block_size=BLOCK,
         max_model_len=MODEL_LEN,
-        max_num_batched_tokens=128,
+        max_num_batched_tokens=MAX_SEQUENCES * MODEL_LEN,
         device="cpu",
         batch_invariant=batch_invariant,
     )
@@ -73,9 +73,10 @@ def run_steps(
         patch.setattr(moe_runtime.memory.budget, "EXPERT_ROWS", 8)  # so that sparse layers process large steps in parts
         if not native:
             patch.setattr(moe_runtime.worker.rank_setup, "load_or_none", lambda: None)
+        model = read_model_config(path)
         worker = Worker(
             config,
-            read_model_config(path),
+            model,
             path,
             rank=context.rank,
             num_ranks=context.num_ranks,
@@ -84,9 +85,14 @@ def run_steps(
         )
         assert worker.info.batch_invariant == (native or batch_invariant)
         with torch.inference_mode():
+            pages = RankPages(page_groups(config, model), worker.info.num_pages)
+            held: dict[int, list[HeldPages]] = {}
             for plan in steps:
                 step = plan.of_rank(context.rank)
                 work = step.work
+                for chunk in work.chunks:
+                    mine = held.setdefault(chunk.seq_id, pages.hold())
+                    chunk.new_pages[:] = pages.extend(mine, chunk.start, chunk.num_tokens)
                 rows = worker.model.logits(worker.launch(worker.prepare(step))())
                 for chunk, part in zip(work.chunks, rows.split([c.num_tokens for c in work.chunks]), strict=True):
                     logits.setdefault(chunk.seq_id, []).append(part)

@@ -15,7 +15,7 @@ from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.request_rules import RequestRules
-from moe_runtime.engine.stats import EngineStats
+from moe_runtime.engine.stats import EngineStats, PageCounts
 from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
 from moe_runtime.wire.executor import RankError
@@ -196,6 +196,7 @@ class FakeEngine:
             num_running=len(self.running),
             num_waiting=0,
             kv_cache_usage=len(self.running) / 8,
+            page_counts=(PageCounts(None, 8, len(self.running)),),
             num_preemptions=3,
             prompt_tokens=sum(len(prompt) for _, prompt, _ in self.added),
             generation_tokens=self.num_tokens,

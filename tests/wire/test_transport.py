@@ -75,7 +75,7 @@ PARAMS = st.builds(
     logprobs=st.none() | st.integers(0, 20),
 )
 SEQUENCES = st.builds(NewSequence, INTEGERS, FEW, INTEGERS, PARAMS, INTEGERS)
-CHUNKS = st.builds(Chunk, INTEGERS, INTEGERS, INTEGERS, FEW, st.booleans())
+CHUNKS = st.builds(Chunk, INTEGERS, INTEGERS, INTEGERS, st.lists(FEW, max_size=2), st.booleans())
 RANK_PLANS = st.builds(RankPlan, st.lists(SEQUENCES, max_size=2), FEW, st.lists(CHUNKS, max_size=3), INTEGERS)
 STEPS = st.builds(
     RankStep,
@@ -106,7 +106,16 @@ CONFIGS = st.builds(EngineConfig, st.text(min_size=1), ep_size=st.integers(1, 64
 ).map(lambda counts: EngineConfig("m", ep_size=len(counts), redundant_experts=counts))
 KERNELS = st.dictionaries(st.text(), st.text(), max_size=2)
 INFOS = st.builds(
-    RankInfo, *[INTEGERS] * 2, *[st.text()] * 2, *[INTEGERS] * 4, FLOATS, KERNELS, st.booleans(), st.tuples(st.text())
+    RankInfo,
+    *[INTEGERS] * 2,
+    *[st.text()] * 2,
+    INTEGERS,
+    FEW.map(tuple),
+    *[INTEGERS] * 2,
+    FLOATS,
+    KERNELS,
+    st.booleans(),
+    st.tuples(st.text()),
 )
 STRATEGIES = {
     Hello: st.builds(Hello, st.sampled_from(["rank", "host"]), *[INTEGERS] * 4, st.text()),

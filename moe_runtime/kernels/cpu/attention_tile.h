@@ -4,8 +4,8 @@
 // (arXiv:1805.02867). Blocks form spans of 512 keys. Each span is summed from zero, then appended to the sums of the
 // spans before it (arXiv:2402.14083 sums parts of the keys like that). A row reads exactly the blocks in which it sees
 // a key. It reads each block whole, with weight 0 for the keys that it does not see. So its sums do not depend on the
-// other rows, on how its prompt was cut into chunks, on which threads ran its spans, or on what comes after it in the
-// cache (which must be finite).
+// other rows, on how its prompt was cut into chunks, on which threads ran its spans, or on the keys that it does not see
+// (which must be finite).
 //
 // The rows of a tile are (key/value head, query, head of the group) of one sequence. With many rows, a block's keys are
 // packed as a panel and multiplied with the queries; its values are packed and multiplied with the softmax weights
@@ -179,15 +179,6 @@ class AttentionTile {
   }
 
  private:
-  static int64_t position_of(const StepLayout& step, const AttentionTask& task) {
-    const int64_t queries = step.query_start[task.sequence + 1] - step.query_start[task.sequence];
-    return step.context_len[task.sequence] - queries + task.first_query;
-  }
-
-  static int64_t first_seen(const AttentionShape& shape, int64_t position) {
-    return shape.window ? std::max<int64_t>(0, position - shape.window + 1) : 0;
-  }
-
   int64_t query(int64_t row) const { return row % group_rows_ / group_heads_; }
   int64_t token(int64_t row) const { return first_row_ + query(row); }
   int64_t head(int64_t row) const {

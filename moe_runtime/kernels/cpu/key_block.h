@@ -36,8 +36,20 @@ struct StepLayout {
   const int64_t* page_table;   // [sequences, max_pages]
 };
 
-// 64 keys of a sequence, at the task's first key/value head, from their pages. Positions after the end of the context
-// repeat its last key, with weight 0.
+// The position of a task's first query.
+inline int64_t position_of(const StepLayout& step, const AttentionTask& task) {
+  const int64_t queries = step.query_start[task.sequence + 1] - step.query_start[task.sequence];
+  return step.context_len[task.sequence] - queries + task.first_query;
+}
+
+// The first key that a query sees.
+inline int64_t first_seen(const AttentionShape& shape, int64_t position) {
+  return shape.window ? std::max<int64_t>(0, position - shape.window + 1) : 0;
+}
+
+// 64 keys of a sequence, at the task's first key/value head, from their pages. Positions before the window of the task's
+// first query, whose pages may belong to another sequence, repeat the first key that it sees, with weight 0; positions
+// after the end of the context repeat its last key.
 template <class T>
 struct KeyBlock {
   const T* keys[kKeys];
@@ -48,11 +60,13 @@ struct KeyBlock {
   KeyBlock(const AttentionShape& shape, const StepLayout& step, const AttentionTask& task, int64_t first_key,
            const T* key_cache, const T* value_cache) {
     const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
-    const int64_t* page = step.page_table + task.sequence * step.max_pages + first_key / shape.page_size;
+    const int64_t behind = std::max<int64_t>(0, first_seen(shape, position_of(step, task)) - first_key);
+    const int64_t begin = first_key + behind;
+    const int64_t* page = step.page_table + task.sequence * step.max_pages + begin / shape.page_size;
     const T* first = key_cache + shape.key_offset(task.first_group);
     const T* first_value = value_cache + shape.value_offset(task.first_group);
-    int64_t in_page = first_key % shape.page_size;
-    for (int64_t i = 0; i < count; page++, in_page = 0) {
+    int64_t in_page = begin % shape.page_size;
+    for (int64_t i = behind; i < count; page++, in_page = 0) {
       int64_t place = *page * shape.page_size + in_page;
       const int64_t end = std::min(count, i + shape.page_size - in_page);
       for (; i < end; i++, place++) {
@@ -60,6 +74,8 @@ struct KeyBlock {
         values[i] = first_value + place * shape.value_stride;
       }
     }
+    std::fill(keys, keys + behind, keys[behind]);
+    std::fill(values, values + behind, values[behind]);
     std::fill(keys + count, keys + kKeys, keys[count - 1]);
     std::fill(values + count, values + kKeys, values[count - 1]);
   }

@@ -121,6 +121,13 @@ struct Layer {
   const Dense* dense;
   void* key_cache;
   void* value_cache;
+  int64_t group;  // which step of the call it takes
+};
+
+// A step's sequences with the pages of one group of layers.
+struct GroupStep {
+  const StepLayout* layout;
+  const StepHeads* heads;
 };
 
 // All layers of a decoder. `x` holds the normed rows before and after, `residual` the residual rows.
@@ -131,8 +138,7 @@ struct LayersCall {
   int64_t count;
   const Policies* policies;    // one for each sparse layer, in order, or null
   const SpreadStep* spread;  // needed if there is an exchange
-  const StepLayout* step;
-  const StepHeads* heads;
+  const GroupStep* steps;  // of each group
   int64_t num_decode;
   void* residual;
   void* x;
@@ -144,20 +150,22 @@ template <class T>
 int64_t run_layers(Engine& engine, const LayersCall& call) {
   const Policies* policies = call.policies;
   T *residual = static_cast<T*>(call.residual), *x = static_cast<T*>(call.x);
+  const int64_t tokens = call.steps->layout->tokens;
   for (const Layer* layer = call.layers; layer < call.layers + call.count; layer++) {
     T *keys = static_cast<T*>(layer->key_cache), *values = static_cast<T*>(layer->value_cache);
+    const GroupStep step = call.steps[layer->group];
     if (layer->latent) {
-      latent_block(engine, *layer->latent, *call.step, *call.heads, x, keys, residual, x);
+      latent_block(engine, *layer->latent, *step.layout, *step.heads, x, keys, residual, x);
     } else {
-      attention_block(engine, *layer->attention, *call.step, *call.heads, x, keys, values, residual, x);
+      attention_block(engine, *layer->attention, *step.layout, *step.heads, x, keys, values, residual, x);
     }
     if (layer->dense) {
-      dense_block(engine, *layer->dense, x, call.step->tokens, residual, x);
+      dense_block(engine, *layer->dense, x, tokens, residual, x);
       continue;
     }
     const Policies asked = policies ? *policies++ : Policies{};
-    const int64_t late = sparse_block(engine, *layer->sparse, asked, call.spread, x, call.step->tokens,
-                                      call.num_decode, residual, x);
+    const int64_t late =
+        sparse_block(engine, *layer->sparse, asked, call.spread, x, tokens, call.num_decode, residual, x);
     if (late >= 0) return late;
   }
   return -1;

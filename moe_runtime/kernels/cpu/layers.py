@@ -25,12 +25,14 @@ class Layers:
             exchange, or none has.
         caches: keys `[N, B, G, d]` and values `[N, B, G, e]` of each layer; the values are the front of the keys in
             latent attention.
+        groups: which of a step's inputs to attention each layer takes.
     """
 
     def __init__(
         self,
         blocks: Sequence[tuple[AttentionCall | LatentCall, SparseCall | DenseCall]],
         caches: Sequence[tuple[Tensor, Tensor]],
+        groups: Sequence[int],
     ) -> None:
         assert all(part.next_norm is not None for layer in blocks for part in layer)
         self._keep = (list(blocks), list(caches))
@@ -53,8 +55,9 @@ class Layers:
                     dense=mlp.address if isinstance(mlp, DenseCall) else None,
                     key_cache=pointer(keys),
                     value_cache=pointer(values) if isinstance(attention, AttentionCall) else None,
+                    group=group,
                 )
-                for (attention, mlp), (keys, values) in zip(blocks, caches, strict=True)
+                for (attention, mlp), (keys, values), group in zip(blocks, caches, groups, strict=True)
             )
         )
         self._address = ctypes.addressof(self._layers)
@@ -63,34 +66,41 @@ class Layers:
         self,
         x_TD: Tensor,
         residual_TD: Tensor,
-        step: NativeStep,
+        steps: Sequence[NativeStep],
         num_decode: int,
         policies: Sequence[LayerPolicies] = (),
         spread: structs.SpreadStep | None = None,
     ) -> RunningLayers:
         """Start on `x_TD`, the normed rows before and after, and `residual_TD`, the residual rows, both in place.
 
-        `policies` has one entry for each sparse layer, or is empty. An exchange needs `spread`.
+        `steps` has one entry for each group of layers, which differ in their pages only. `policies` has one entry for
+        each sparse layer, or is empty. An exchange needs `spread`.
         """
         assert not policies or len(policies) == self.num_sparse
         asked = [each.struct(len(x_TD), top_k) for each, top_k in zip(policies, self._top_k, strict=False)]
         structure = (structs.PoliciesStruct * len(asked))(*asked) if asked else None
         assert x_TD.dtype == residual_TD.dtype == self._dtype and x_TD.shape == residual_TD.shape
-        assert x_TD.shape[0] == step.layout.tokens and self._has_exchange == (spread is not None)
-        step.heads.page_size = self._page_size
+        assert self._has_exchange == (spread is not None)
+        for step in steps:
+            assert x_TD.shape[0] == step.layout.tokens
+            step.heads.page_size = self._page_size
+        groups = (structs.GroupStep * len(steps))(
+            *(structs.GroupStep(step.address, step.heads_address) for step in steps)
+        )
         call = structs.LayersCall(
             element=self._element,
             layers=self._address,
             count=len(self._layers),
             policies=None if structure is None else ctypes.addressof(structure),
             spread=structs.address(spread),
-            step=step.address,
-            heads=step.heads_address,
+            steps=ctypes.addressof(groups),
             num_decode=num_decode,
             residual=pointer(residual_TD),
             x=pointer(x_TD),
         )
-        return RunningLayers(self._library, call, spread, keep=(self, x_TD, residual_TD, step, policies, structure))
+        return RunningLayers(
+            self._library, call, spread, keep=(self, x_TD, residual_TD, steps, groups, policies, structure)
+        )
 
 
 class RunningLayers:

@@ -154,7 +154,12 @@ class LayerStruct(ctypes.Structure):
         ("dense", c_void_p),
         ("key_cache", c_void_p),
         ("value_cache", c_void_p),
+        ("group", c_int64),
     )
+
+
+class GroupStep(ctypes.Structure):
+    _fields_ = (("layout", c_void_p), ("heads", c_void_p))
 
 
 class LayersCall(ctypes.Structure):
@@ -166,8 +171,7 @@ class LayersCall(ctypes.Structure):
         ("count", c_int64),
         ("policies", c_void_p),
         ("spread", c_void_p),
-        ("step", c_void_p),
-        ("heads", c_void_p),
+        ("steps", c_void_p),
         ("num_decode", c_int64),
         ("residual", c_void_p),
         ("x", c_void_p),
