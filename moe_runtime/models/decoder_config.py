@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig, QKNorm
 from moe_runtime.config.model import LayerConfig, ModelConfig, MoEConfig, RopeConfig, yarn_magnitude
 from moe_runtime.models.hf_config import HFConfig
-from moe_runtime.models.rope import read_rope
+from moe_runtime.models.rope import NO_PARAMETERS, read_rope
 
 MOST_LAYERS = 10_000
 
@@ -62,8 +64,10 @@ def grouped_attention(
     """
     if num_kv_heads is not None or hf.get("num_key_value_heads") is not None:
         num_kv_heads = hf.integer("num_key_value_heads", default=num_kv_heads)
-    if head_dim is None or hf.get("head_dim") is not None:
+    if head_dim is None:
         head_dim = hf.head_dim(sizes.hidden_size, sizes.num_heads)
+    else:
+        head_dim = hf.integer("head_dim", default=head_dim)
     return AttentionConfig(
         num_heads=sizes.num_heads,
         num_kv_heads=num_kv_heads or sizes.num_heads,
@@ -80,7 +84,7 @@ def grouped_attention(
 def read_groups(hf: HFConfig, default: tuple[int, int]) -> tuple[int, int]:
     """Groups of experts, and how many are kept; null means one."""
     num_groups, topk_groups = (
-        1 if name in hf.values and hf.get(name) is None else hf.integer(name, default=count)
+        hf.integer_or_null(name, default=count, null=1) or 1
         for name, count in zip(("n_group", "topk_group"), default, strict=True)
     )
     return num_groups, topk_groups
@@ -99,6 +103,7 @@ def read_latent_attention(
     theta: float = 10_000.0,
     interleaved: bool = True,
     rotary_share: bool = False,
+    absent_rope: Mapping[str, Any] = NO_PARAMETERS,
 ) -> tuple[LatentAttentionConfig, RopeConfig]:
     """Latent attention and its rotation, as DeepSeek-V2, V3 and their relatives spell it.
 
@@ -107,8 +112,8 @@ def read_latent_attention(
     Args:
         num_heads, max_position: as read.
         rotary_share: `partial_rotary_factor` is the rotated share of a whole head, not of its rotated part.
+        absent_rope: `absent` of `read_rope`.
     """
-    rank = hf.get("q_lora_rank", default=None if "q_lora_rank" in hf.values else query_rank)
     nope_size = hf.integer("qk_nope_head_dim", default=nope_size)
     rope_size = hf.integer("qk_rope_head_dim", default=rope_size)
     size = nope_size + rope_size
@@ -124,19 +129,21 @@ def read_latent_attention(
             rotary_factor=rope_size / size,
             interleaved=interleaved,
             query_scale=True,
+            absent=absent_rope,
         )
+        if rope.rotary_dim != rope_size:
+            raise ValueError(
+                f"partial_rotary_factor: rotates {rope.rotary_dim} dims, "
+                f"but qk_rope_head_dim is {rope_size} in config.json"
+            )
     else:
-        rope = read_rope(hf, rope_size, max_position, theta=theta, interleaved=interleaved)
-    if rope.rotary_dim != rope_size:
-        raise ValueError(
-            f"partial_rotary_factor: rotates {rope.rotary_dim} dims, but qk_rope_head_dim is {rope_size} in config.json"
-        )
+        rope = read_rope(hf, rope_size, max_position, theta=theta, interleaved=interleaved, absent=absent_rope)
     scale = size**-0.5
     if rope.kind != "default" and rope.mscale_all_dim:
         scale *= yarn_magnitude(rope.factor, rope.mscale_all_dim) ** 2
     attention = LatentAttentionConfig(
         num_heads=num_heads,
-        query_rank=None if rank is None else hf.integer("q_lora_rank", default=query_rank),
+        query_rank=hf.integer_or_null("q_lora_rank", default=query_rank, null=None),
         latent_size=hf.integer("kv_lora_rank", default=latent_size),
         nope_size=nope_size,
         rope_size=rope_size,

@@ -50,6 +50,13 @@ class HFConfig:
             raise self.refusal(self._spelling(names), value, allowed)
         return int(value)
 
+    def integer_or_null(self, name: str, *, default: int | None, null: int | None) -> int | None:
+        """An integer of at least 1; null means `null`, and an absent key `default`."""
+        self.seen.add(name)
+        if name not in self.values:
+            return default
+        return null if self.values[name] is None else self.integer(name)
+
     def number(self, *names: str, default: float) -> float:
         """A finite number. Null is not allowed."""
         return self._number(names[0], self._given(names, default))

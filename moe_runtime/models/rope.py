@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 from moe_runtime.config.model import RopeConfig
 from moe_runtime.models.hf_config import HFConfig, shown
@@ -32,6 +33,7 @@ ROPE_KEYS = {
 # Of the type "dynamic" with `alpha`; all but that one have no effect.
 NTK_ALPHA_KEYS = frozenset({"alpha", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"})
 
+NO_PARAMETERS: Mapping[str, Any] = {}
 QUERY_SCALE_KEYS = frozenset({"llama_4_scaling_beta", "max_position_embeddings"})
 
 
@@ -45,6 +47,7 @@ def read_rope(
     interleaved: bool = False,
     ntk_alpha: bool = False,
     query_scale: bool = False,
+    absent: Mapping[str, Any] = NO_PARAMETERS,
 ) -> RopeConfig:
     """Rotary parameters from `rope_scaling` + `rope_theta` (old) or `rope_parameters` (new).
 
@@ -56,8 +59,9 @@ def read_rope(
         interleaved: see `RopeConfig`.
         ntk_alpha: with `alpha`, the type "dynamic" stretches the base once, whatever the length.
         query_scale: `llama_4_scaling_beta` may be given; see `RopeConfig`.
+        absent: what transformers' class has where a configuration has no rope parameters.
     """
-    scaling = _rope_values(hf)
+    scaling = _rope_values(hf, absent)
     kind = scaling.get("rope_type", "type", default="default")
     if kind not in list(ROPE_KEYS):
         raise ValueError(f"rope_type: {shown(kind)} in config.json is not supported; supported: {list(ROPE_KEYS)}")
@@ -117,15 +121,12 @@ def _rotary_dim(hf: HFConfig, scaling: HFConfig, head_dim: int, factor: float | 
     return rotary_dim
 
 
-def _rope_values(hf: HFConfig) -> HFConfig:
+def _rope_values(hf: HFConfig, absent: Mapping[str, Any]) -> HFConfig:
     """The rope parameters. A `rope_scaling` that is not empty replaces `rope_parameters`, as in transformers."""
-    found = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = hf.get(name, default={})
-        if not isinstance(value, dict):
+    old, new = (hf.get(name) for name in ("rope_scaling", "rope_parameters"))
+    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if value is not None and not isinstance(value, dict):
             raise hf.refusal(name, value, "an object")
-        found[name] = value
-    old, new = found.values()
     if old and new and old != new:
         logger.warning("config.json has rope_scaling and rope_parameters: rope_scaling counts, as in transformers")
-    return HFConfig(old or new, hf.family, "config.json's rope parameters")
+    return HFConfig(old or dict(absent if new is None else new), hf.family, "config.json's rope parameters")

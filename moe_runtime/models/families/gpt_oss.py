@@ -31,8 +31,6 @@ ROPE = {
 
 def parse(config: dict[str, Any]) -> ModelConfig:
     """Normalise a `config.json`; defaults are those of transformers' `GptOssConfig`."""
-    if not config.get("rope_parameters") and not config.get("rope_scaling"):
-        config = config | {"rope_parameters": ROPE}
     hf = HFConfig(config, "gpt_oss")
     hf.require("hidden_act", ("silu",), "silu")
     sizes = read_sizes(hf, vocab_size=201088, hidden_size=2880, num_layers=36, num_heads=64, max_position=131072)
@@ -54,7 +52,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
     return model_config(
         hf,
         sizes,
-        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=150_000.0),
+        rope=read_rope(hf, attention.head_dim, sizes.max_position, theta=150_000.0, absent=ROPE),
         moe=moe,
         layers=layers_alike(sizes.num_layers, attention, sizes.all_layers, moe.intermediate_size, windows),
         rms_norm_eps=1e-5,

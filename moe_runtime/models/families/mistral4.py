@@ -27,8 +27,6 @@ ROPE = {
 
 def parse(config: dict[str, Any]) -> ModelConfig:
     """Normalise a `config.json`; defaults are those of transformers' `Mistral4Config`."""
-    if not config.get("rope_parameters") and not config.get("rope_scaling"):
-        config = config | {"rope_parameters": ROPE}
     hf = HFConfig(config, "mistral4")
     hf.require("hidden_act", ("silu",), "silu")
     sizes = read_sizes(hf, vocab_size=131072, hidden_size=4096, num_layers=36, num_heads=32, max_position=1048576)
@@ -43,6 +41,7 @@ def parse(config: dict[str, Any]) -> ModelConfig:
         max_position=sizes.max_position,
         interleaved=hf.flag("rope_interleave", True),
         rotary_share=True,
+        absent_rope=ROPE,
     )
     num_groups, topk_groups = read_groups(hf, (1, 1))
     intermediate_size = hf.integer("moe_intermediate_size", default=2048)
