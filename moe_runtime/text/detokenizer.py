@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 from itertools import islice
 
-REPLACEMENT = "\ufffd"  # decoders return it for an incomplete character
-MAX_INCOMPLETE = 3  # bytes of an incomplete character, so also its tokens and replacement characters
+REPLACEMENT = "\ufffd"  # decoders return one for an incomplete character
 CONTEXT_TOKENS = 6  # tokens decoded before the new ones, so that spaces between words are right
 MAX_WINDOW = 16  # tokens decoded at a time
 
@@ -22,7 +21,7 @@ class IncrementalDecoder:
     back until it is complete, or cannot become complete.
 
     Args:
-        decode: turns token ids into text.
+        decode: turns token ids into text. A token may complete the last character, but changes no text before it.
         context: the tokens before the first new one; their text is not returned.
         hidden: ids that add no text (special tokens). They are left out of the window.
     """
@@ -32,7 +31,6 @@ class IncrementalDecoder:
         self._hidden = hidden
         last = list(islice((token for token in reversed(context) if token not in hidden), CONTEXT_TOKENS + 3))
         self._window, self._released = self._context(last[::-1])
-        self._num_held = 0  # tokens since the window's text was last complete
 
     def _context(self, tokens: list[int]) -> tuple[list[int], str]:
         """The last of `tokens` and their text, starting at the first byte of a character. A character has at most four
@@ -49,10 +47,8 @@ class IncrementalDecoder:
         if token_id in self._hidden:
             return ""
         self._window.append(token_id)
-        self._num_held += 1
         text = self._decode(self._window)
-        num_pending = min(len(text) - len(text.rstrip(REPLACEMENT)), MAX_INCOMPLETE)
-        return self._release(text, len(text) - num_pending)
+        return self._release(text, len(text) - text.endswith(REPLACEMENT))
 
     def flush(self) -> str:
         """The text that is still held back. Call it if no token follows."""
@@ -63,28 +59,13 @@ class IncrementalDecoder:
         """The new part of the window's text up to `end`."""
         known = self._released
         if not text.startswith(known):  # it ended in an incomplete character, which is now complete
-            known = known.rstrip(REPLACEMENT)
-        if end < len(text):
-            if not text.startswith(known):  # with byte fallback, an incomplete character spoils complete ones before it
-                return self._give_up() if self._num_held > MAX_INCOMPLETE else ""
-            if end <= len(known):
-                return ""
-        else:
-            self._num_held = 0
+            known = known.removesuffix(REPLACEMENT)
         new_text = text[len(known) : end]
         self._released = text[: max(end, len(known))]
         if len(self._window) > MAX_WINDOW:
             self._window, decoded = self._context(self._window[-CONTEXT_TOKENS - 3 :])
             self._released = decoded[: len(decoded) - (len(text) - len(self._released))]
         return new_text
-
-    def _give_up(self) -> str:
-        """Release the held tokens, but for those that may begin a character: the others are no text."""
-        settled = self._window[-self._num_held : -MAX_INCOMPLETE]
-        self._window = settled[-CONTEXT_TOKENS:] + self._window[-MAX_INCOMPLETE:]
-        self._released = self._decode(settled[-CONTEXT_TOKENS:])
-        self._num_held = MAX_INCOMPLETE
-        return self._decode(settled)
 
 
 class StopMatcher:

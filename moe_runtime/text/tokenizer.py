@@ -7,17 +7,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.text.chat_history import template_messages
 from moe_runtime.text.chat_template import ChatTemplate
+from moe_runtime.text.detokenizer import REPLACEMENT
 from moe_runtime.text.escape import MARK, ControlTexts, has_mark, shows_mark
 from moe_runtime.text.formats.registry import ANSWER_TAGS
 from moe_runtime.types.sampling_params import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # a byte in the vocabulary of SentencePiece, for what it has no piece for
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,42 @@ class Tokenizer:
         return token_ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; ids that the tokenizer does not know add nothing."""
+        """Text of token ids; ids that the tokenizer does not know add nothing. Bytes that are no text give U+FFFD."""
         text = self._tokenizer.decode(
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         assert isinstance(text, str)
+        if REPLACEMENT in text and "ByteFallback" in self._decoder_steps:
+            hidden = self.special_ids if skip_special_tokens else frozenset()
+            return self._decode_pieces(self.pieces([token_id for token_id in token_ids if token_id not in hidden]))
         return text
+
+    def _decode_pieces(self, pieces: Sequence[str]) -> str:
+        """Text of SentencePiece's pieces, of which some bytes are no text.
+
+        The tokenizers library makes all bytes of a run U+FFFD if the run as a whole is no text: a byte would take back
+        the characters before it. Here only the bytes that are no text are replaced, as tokenizers on bytes do it.
+        """
+        mended: list[str] = []
+        for is_byte, run in groupby(filter(None, pieces), key=lambda piece: BYTE_PIECE.fullmatch(piece) is not None):
+            if not is_byte:
+                mended += run
+                continue
+            for character in bytes.fromhex("".join(piece[3:5] for piece in run)).decode(errors="replace"):
+                whole = character != REPLACEMENT
+                mended += [f"<0x{byte:02X}>" for byte in character.encode()] if whole else [REPLACEMENT]
+        text = self._tokenizer.backend_tokenizer.decoder.decode(mended)
+        assert isinstance(text, str)
+        return text
+
+    @cached_property
+    def _decoder_steps(self) -> Sequence[str]:
+        """Types of the steps of the tokenizers library's decoder."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None:
+            return ()
+        decoder = json.loads(backend.decoder.__getstate__())
+        return [step["type"] for step in decoder.get("decoders", [decoder])]
 
     def token_text(self, token_id: int) -> str:
         """Text that one token adds within a text; an incomplete character gives U+FFFD."""
@@ -109,7 +143,7 @@ class Tokenizer:
             return (token or "").encode()
         if self._byte_of is not None and all(character in self._byte_of for character in token):
             return bytes(self._byte_of[character] for character in token)
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", token):  # SentencePiece's fallback
+        if byte := BYTE_PIECE.fullmatch(token):
             return bytes.fromhex(byte[1])
         return self.token_text(token_id).encode()
 
@@ -120,11 +154,7 @@ class Tokenizer:
     @cached_property
     def _byte_of(self) -> dict[str, int] | None:
         """The byte that each character of a token stands for, if the tokenizer works on bytes (GPT-2's BPE)."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None or backend.decoder is None:
-            return None
-        decoder = json.loads(backend.decoder.__getstate__())
-        if "ByteLevel" not in [step["type"] for step in decoder.get("decoders", [decoder])]:
+        if "ByteLevel" not in self._decoder_steps:
             return None
         shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         hidden = [byte for byte in range(256) if byte not in shown]

@@ -7,6 +7,7 @@ context back from them, so a page that two sequences use gives wrong tokens.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import zlib
 from collections import deque
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moe_runtime.config.attention import AttentionConfig
@@ -341,6 +342,22 @@ def save_metaspace_tokenizer(path: Path) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     raw.add_special_tokens(SPECIAL)
+    return _save(raw, path, None)
+
+
+def save_unigram_tokenizer(path: Path) -> Tokenizer:
+    """As SentencePiece in Gemma: spaces are kept as they are, runs of them are added tokens, bytes are a fallback."""
+    trained = RawTokenizer(models.Unigram())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.UnigramTrainer(vocab_size=60, unk_token="<unk>", show_progress=False)
+    trained.train_from_iterator([text for text in TEXTS if text.isascii()], trainer)
+    scores = {piece: score for piece, score in json.loads(trained.to_str())["model"]["vocab"] if piece != "<unk>"}
+    pieces = [("<unk>", 0.0), *((f"<0x{byte:02X}>", 0.0) for byte in range(256)), *scores.items()]
+    raw = RawTokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    raw.normalizer = trained.normalizer
+    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.add_special_tokens(SPECIAL)
+    raw.add_tokens([AddedToken("▁" * count, normalized=True) for count in (2, 3, 4)])
     return _save(raw, path, None)
 
 

@@ -3,14 +3,14 @@ from __future__ import annotations
 import random
 
 import pytest
-from fakes import TEXTS, save_byte_tokenizer, save_metaspace_tokenizer
+from fakes import TEXTS, save_byte_tokenizer, save_metaspace_tokenizer, save_unigram_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText, StopMatcher
 from moe_runtime.text.tokenizer import Tokenizer
 
-SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer}
+SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer, "unigram": save_unigram_tokenizer}
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +109,19 @@ def assert_pieces_add_up(tokenizer: Tokenizer, context: list[int], token_ids: li
     assert tokenizer.decode(context) + "".join(pieces) == tokenizer.decode(context + token_ids)
 
 
+@pytest.mark.parametrize("name", SAVE)
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_any_tokens_give_in_pieces_what_they_give_together(tokenizers, data):
-    tokenizer = tokenizers["byte"]
-    tokens = st.lists(st.integers(0, tokenizer.vocab_size + 2), max_size=12)
+def test_any_tokens_give_in_pieces_what_they_give_together(tokenizers, name, data):
+    tokenizer = tokenizers[name]
+    tokens = st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.just(tokenizer.encode("a🦀")[-4]), max_size=12)
     clean_end = tokenizer.encode("a.")[-1]  # so that the prompt's bytes do not join with the output's
-    assert_pieces_add_up(tokenizer, [*data.draw(tokens), clean_end], data.draw(tokens))
+    assert_pieces_add_up(tokenizer, [*data.draw(tokens), clean_end], [*data.draw(tokens), tokenizer.vocab_size])
 
 
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
 def test_any_text_gives_in_pieces_what_it_gives_together(tokenizers, data):
-    """SentencePiece gives bytes that are no text another number of replacements in pieces; so only text."""
     tokenizer = tokenizers["metaspace"]
     words = st.sampled_from([" ", " sea", " 0", "🦀"])
     texts = st.lists(st.text(max_size=5) | words | st.integers(1, 12).map("<|end|>".__mul__), max_size=8)
@@ -185,15 +185,30 @@ def test_bytes_that_are_no_text_flow(tokenizers, name, prompt):
     assert sum(sizes) < 30 * 500 and max(sizes) <= 20
 
 
+@pytest.mark.parametrize("name", SAVE)
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.binary(max_size=6) | st.sampled_from("aé🦀€").map(str.encode), max_size=30))
-def test_any_bytes_give_their_text(tokenizers, parts):
-    tokenizer = tokenizers["byte"]
+@given(parts=st.lists(st.binary(max_size=6) | st.sampled_from("aé🦀€▁\ufffd").map(str.encode), max_size=30))
+def test_any_bytes_give_their_text(tokenizers, name, parts):
+    """A byte that is no text changes no character before it: the tokenizers library's fallback would take them back."""
+    tokenizer = tokenizers[name]
     data = b"".join(parts)
     of_byte = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
-    decoder = make_decoder(tokenizer, tokenizer.encode("."))
-    pieces = [decoder.append(of_byte[bytes([byte])]) for byte in data]
-    assert "".join(pieces) + decoder.flush() == data.decode(errors="replace")
+    context, token_ids = tokenizer.encode("."), [of_byte[bytes([byte])] for byte in data]
+    pieces = pieces_of(make_decoder(tokenizer, context), token_ids)
+    assert "".join(pieces) == data.decode(errors="replace")
+    assert tokenizer.decode(context + token_ids) == "." + data.decode(errors="replace")
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_a_stop_string_within_characters_of_several_tokens(tokenizers, name):
+    tokenizer = tokenizers[name]
+    output = OutputText(make_decoder(tokenizer, tokenizer.encode("a")), ["🦑🦀"], include_stop=False)
+    token_ids = tokenizer.encode("a🦀🦑🦀x")[len(tokenizer.encode("a")) :]
+    released, found = "", None
+    while found is None:
+        found = output.append(token_ids.pop(0), last=False)
+        released += output.release(found is not None)
+    assert (released, found, tokenizer.decode(token_ids)) == ("🦀", "🦑🦀", "x")
 
 
 @settings(deadline=None, max_examples=200)
