@@ -57,7 +57,7 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
-        """Load the tokenizer of a directory or hub id.
+        """Load the tokenizer of a directory or hub id. Code that a checkpoint brings along is not run.
 
         Raises:
             ValueError: there is no tokenizer, or it cannot be read.
@@ -65,7 +65,9 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path)))
+            _check_files(Path(path))
+            # With mistral-common installed, transformers would read tekken.json in place of tokenizer.json.
+            return cls(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, mistral_format=False))
         except Exception as error:  # the tokenizers library raises plain Exception for a broken file
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
@@ -140,7 +142,7 @@ class Tokenizer:
         """The UTF-8 bytes that one token adds within a text. A character's bytes may be divided among tokens."""
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         if token is None or token_id in self._added_ids:
-            return (token or "").encode()
+            return self.token_text(token_id).encode()
         if self._byte_of is not None and all(character in self._byte_of for character in token):
             return bytes(self._byte_of[character] for character in token)
         if byte := BYTE_PIECE.fullmatch(token):
@@ -269,3 +271,17 @@ class Tokenizer:
         """Whether a text at the beginning of a prompt has other tokens than after a control token."""
         control = min(self.added_tokens)
         return self._encode_rendered(control + "a")[1:] != self._model_ids("a")
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError if a folder's only tokenizer is in a form that cannot be loaded, and the reason is known."""
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    if (folder / "tokenizer.json").exists():
+        return
+    if (folder / "tekken.json").exists():
+        raise ValueError("tekken.json, Mistral's own form, is not read; the model's tokenizer.json is needed")
+    if (folder / "tokenizer.model").exists() and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ValueError(
+            "tokenizer.model needs the packages sentencepiece and protobuf; the model's tokenizer.json needs none"
+        )

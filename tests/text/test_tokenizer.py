@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fakes import save_byte_tokenizer, save_metaspace_tokenizer
+from fakes import save_byte_tokenizer, save_metaspace_tokenizer, save_unigram_tokenizer
 
 from moe_runtime.text.tokenizer import RenderedPrompt, Tokenizer
 
@@ -42,6 +42,15 @@ def test_the_texts_of_tokens_add_up(tokenizers, name):
     assert "".join(map(tokenizer.token_text, others)) == "The sea is calm".removeprefix(tokenizer.decode([first]))
     assert tokenizer.token_text(tokenizer.encode("🦀")[-1]) == "\ufffd"
     assert tokenizer.token_text(tokenizer.encode("<|end|>")[-1]) == "<|end|>"
+
+
+def test_the_bytes_of_added_tokens_are_those_of_their_text(tmp_path):
+    """Gemma's runs of spaces are added tokens; the vocabulary writes them with another character."""
+    tokenizer = save_unigram_tokenizer(tmp_path)
+    token_ids = tokenizer.encode("a    b  c 🦀<|end|>")
+    assert tokenizer.encode("a  b")[1] in tokenizer.added_tokens.values()
+    assert b"".join(map(tokenizer.token_bytes, token_ids)) == "a    b  c 🦀<|end|>".encode()
+    assert tokenizer.decode(token_ids) == "a    b  c 🦀"
 
 
 def test_special_ids(tokenizers):
@@ -107,3 +116,32 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path, name):
         Path(tmp_path, file).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=r"^tokenizer: '[^\n]*' has none that can be loaded \([^\n]+\); [^\n]*$"):
         Tokenizer.from_path(tmp_path)
+
+
+def test_mistrals_own_form_is_refused_by_name(tmp_path):
+    Path(tmp_path, "config.json").write_text('{"model_type": "mixtral"}')
+    Path(tmp_path, "tekken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"\(tekken.json, Mistral's own form, is not read; the [^\n]*needed\)"):
+        Tokenizer.from_path(tmp_path)
+
+
+def test_packages_that_sentencepiece_needs_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    Path(tmp_path, "config.json").write_text('{"model_type": "mixtral"}')
+    Path(tmp_path, "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"\(tokenizer.model needs the packages sentencepiece and protobuf; [^\n]*$"):
+        Tokenizer.from_path(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask on the terminal whether to run it. Kimi K2's checkpoints have such a tokenizer."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE", 1)
+    ran = tmp_path / "ran"
+    Path(tmp_path, "code.py").write_text(f"open({str(ran)!r}, 'w')")
+    Path(tmp_path, "config.json").write_text('{"model_type": "kimi_k2", "auto_map": {"AutoConfig": "code.Config"}}')
+    config = {"tokenizer_class": "TikTokenTokenizer", "auto_map": {"AutoTokenizer": ["code.TikTokenTokenizer", None]}}
+    Path(tmp_path, "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^tokenizer: [^\n]* contains custom code [^\n]*$"):
+        Tokenizer.from_path(tmp_path)
+    assert not ran.exists()
