@@ -19,7 +19,8 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 MAX_SHOWN = 200  # characters of a value in an error
 # The template adds arguments to a text as they are: `+ tool['function']['arguments']`, without a filter after it.
 ADDED_ARGUMENTS = re.compile(r"""\+\s*[\w.\[\]'"]*arguments['"]?+\]?+(?!\w|\s*\|)""")
-NONE_CONTENT = re.compile(r"content(?:['\"]\])?\s+is\s+(?:not\s+)?none")
+# The template tells None from a content, and does not take an empty text for the same.
+NONE_CONTENT = re.compile(r"""content(?:['"]\])?\s+is\s+(?:not\s+)?none(?!\s+or\s+\S*content['"\]]*\s*==\s*['"]{2})""")
 THINKS_OR_SPEAKS = "message.content and message.thinking"  # gpt-oss: one of both beside a call
 
 

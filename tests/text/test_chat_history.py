@@ -79,6 +79,8 @@ def test_contents():
     assert template_messages([assistant(call("f", "{}"))], PLAIN)[0]["content"] == ""
     for template in ("{% if message['content'] is none %} tool_calls", "tool_calls {% if m.content is not none %}"):
         assert template_messages([assistant(call("f", "{}"))], template)[0]["content"] is None
+    mistral = "tool_calls {% if m['content'] is none or m['content'] == '' %}{% elif m['content'] | length %}"
+    assert template_messages([assistant(call("f", "{}"))], mistral)[0]["content"] == "", "it takes no None's length"
     assert template_messages([{"role": "assistant", "content": None}], PLAIN) == [{"role": "assistant", "content": ""}]
 
 
