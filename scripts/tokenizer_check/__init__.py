@@ -1,0 +1,1 @@
+"""Checks `moe_runtime.text` on the tokenizers that packages ship."""
