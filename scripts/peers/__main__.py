@@ -17,15 +17,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from make_bench_model import SHAPES
+
 from peers.conductor import OURS, PEERS, Case, Conductor, DisagreementError, Plan, say
 from peers.drivers import DriverError
 from peers.report import markdown, plot
 
 PROMPT, NEW_TOKENS = 128, 64
-CASES = (*(Case(batch, PROMPT, NEW_TOKENS) for batch in (1, 8, 32)), Case(1, 2048, 1), Case(4, 2048, 1))
+CASES = (*(Case(batch, PROMPT, NEW_TOKENS) for batch in (1, 8, 32)), Case(1, 2048, 1))
+BENCH_CASES = (*CASES, Case(4, 2048, 1))
 QUICK_CASES = (*(Case(batch, PROMPT, 8) for batch in (1, 8)), Case(1, 1024, 1))
 OLMOE_CASES = tuple(Case(batch, PROMPT, NEW_TOKENS) for batch in (1, 16))
 QUICK_OLMOE_CASES = (Case(1, PROMPT, 8),)
+# Families that an engine does not run here, and why.
+UNTRIED = "not tried with this family"
+LACKS = {"vllm": {"deepseek_v3": UNTRIED, "gpt_oss": UNTRIED}}
 
 
 def main() -> int:
@@ -35,7 +41,7 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS], metavar="NAME")
     parser.add_argument("--repetitions", type=int, help="default 5")
     parser.add_argument("--quick", action="store_true", help="one repetition of small cases: does everything work?")
-    parser.add_argument("--only", choices=["bench", "olmoe"], default="bench", help="the model (default bench)")
+    parser.add_argument("--model", choices=list(SHAPES), default="bench", help="a shape (default bench)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/peers"), help="folder for the results")
     options = parser.parse_args()
     if "ours" not in options.engines:
@@ -44,17 +50,19 @@ def main() -> int:
     if repetitions < 1:
         parser.error(f"--repetitions: {options.repetitions} is not allowed; it must be at least 1")
 
-    if options.only == "olmoe":
+    absent = {name: why for name, why in lacking(options.model).items() if name in options.engines}
+    engines = tuple(name for name in (*OURS, *PEERS) if name in options.engines and name not in absent)
+    if options.model == "olmoe":
         cases = QUICK_OLMOE_CASES if options.quick else OLMOE_CASES
         # Not every machine has room for two copies of 14 GB.
-        together = tuple((name,) for name in OURS if name in options.engines)
+        together = tuple((name,) for name in engines)
     else:
-        cases = QUICK_CASES if options.quick else CASES
-        together = (tuple(name for name in (*OURS, *PEERS) if name in options.engines),)
+        cases = QUICK_CASES if options.quick else BENCH_CASES if options.model == "bench" else CASES
+        together = (engines,)
     signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
     try:
-        plan = Plan(options.only, cases, together, repetitions, options.out / "logs")
+        plan = Plan(options.model, cases, together, repetitions, options.out / "logs", absent)
         results: dict[str, Any] = {"machine": machine()} | Conductor(plan).run()
     except KeyboardInterrupt:
         print("interrupted; everything has ended", file=sys.stderr)
@@ -70,6 +78,14 @@ def main() -> int:
     print(text)
     say(f"done in {(time.monotonic() - started) / 60:.1f} min; results are in {options.out}")
     return 0
+
+
+def lacking(model: str) -> dict[str, str]:
+    """The engines that do not run a shape, and why."""
+    if model == "olmoe":
+        return dict.fromkeys(PEERS, "the model has no weights on disk")
+    family = SHAPES[model].config()["model_type"]
+    return {engine: families[family] for engine, families in LACKS.items() if family in families}
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from moe_runtime.kernels.weight_format import WeightFormat
 from peers import check
 from peers.drivers import Driver
 from peers.environments import ensure_environment
-from peers.floor import BYTES, Rates, Routing, Sizes, decode_step_seconds, prefill_seconds
+from peers.floor import BYTES, Rates, Routing, decode_step_seconds, prefill_seconds
 from peers.report import agreement_table
+from peers.sizes import Sizes
 
 OURS = ("ours", "ours-ep2")
 PEERS = ("llama.cpp", "vllm", "transformers")
-CHECK_PROMPTS, CHECK_LENGTH = 2, 32
+CHECK_PROMPTS, CHECK_LENGTH = 2, 192  # longer than a window of `bench-gpt-oss`
 WARM_UP_TOKENS = 3
 ANSWER_DEADLINE_S = 1200.0  # engines that compile take minutes to load the first time
 
@@ -55,6 +56,7 @@ class Plan:
         shape: a name in `make_bench_model.SHAPES`.
         together: groups of engines that are loaded at the same time and measured in turn; groups run one by one.
         logs: folder for the engines' output.
+        absent: engines that were asked for but do not run the model, and why.
     """
 
     shape: str
@@ -62,6 +64,7 @@ class Plan:
     together: tuple[tuple[str, ...], ...]
     repetitions: int
     logs: Path
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -107,6 +110,7 @@ class Conductor:
             "threads": self.threads,
             "cases": [asdict(case) for case in self.plan.cases],
             "engines": list(self.plan.engines),
+            "absent": self.plan.absent,
             "repetitions": self.plan.repetitions,
             "info": info,
             "agreement": agreement,

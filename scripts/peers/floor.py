@@ -1,17 +1,18 @@
 """The least time that a phase can take on this machine, from its bytes and operations. No torch, no processes.
 
-A step must read the attention, norm and gate weights of every layer, the head, the experts that its tokens chose, and
-the keys and values so far. It can't read them faster than the memory bandwidth. It also can't multiply faster than a
-large matrix product runs. The longer of the two times is the floor. An engine's weights count with the bytes in which
-the engine stores them. Embedding rows, activations and other omitted work make the floor lower than what can be
-reached, never higher.
+A step must read the weights of every layer that all tokens use, the head, the experts that its tokens chose, and the
+keys and values so far (`peers.sizes`). It can't read them faster than the memory bandwidth. It also can't multiply
+faster than a large matrix product runs. The longer of the two times is the floor. An engine's weights count with the
+bytes in which the engine stores them. Embedding rows, activations and other omitted work make the floor lower than what
+can be reached, never higher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from peers.sizes import Sizes
 
 BYTES = 2  # of a key or a value in bfloat16, and of a weight that an engine stores unchanged
 
@@ -29,42 +30,6 @@ class Rates:
     def mean(cls, before: Mapping[str, float], after: Mapping[str, float]) -> Rates:
         """The mean of two measurements, one before and one after an engine's turn."""
         return cls(**{name: (before[name] + after[name]) / 2 for name in before})
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a model whose layers are all sparse.
-
-    Attributes:
-        dense: attention, norms and gates of all layers, read by every step on each rank that has a sequence.
-        head: read by every step, and multiplied once per sequence.
-        expert: one expert of one layer.
-        expert_rows: rows that one token sends to experts, over all layers.
-        kv: keys and values of one token, all layers.
-        scores: multiply-adds of one query with one key and one value, all heads and layers.
-    """
-
-    dense: int
-    head: int
-    expert: int
-    expert_rows: int
-    kv: int
-    scores: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Sizes:
-        """From a `qwen3_moe` model's `config.json`."""
-        hidden, layers, d = config["hidden_size"], config["num_hidden_layers"], config["head_dim"]
-        heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        attention = 2 * hidden * (heads + kv_heads) * d  # query and output, key and value
-        return cls(
-            dense=layers * (attention + hidden * config["num_experts"] + 2 * hidden + 2 * d) + hidden,
-            head=hidden * config["vocab_size"],
-            expert=3 * hidden * config["moe_intermediate_size"],
-            expert_rows=layers * config["num_experts_per_tok"],
-            kv=2 * layers * kv_heads * d,
-            scores=2 * layers * heads * d,
-        )
 
 
 @dataclass(frozen=True)
@@ -88,8 +53,9 @@ def decode_step_seconds(
     """
     sequences = _spread(batch, ranks)
     weights = sizes.dense + sizes.head
-    dense_bytes = [weight_bytes * weights + BYTES * count * context * sizes.kv if count else 0.0 for count in sequences]
-    dense_flops = [2 * count * (weights + context * sizes.scores) for count in sequences]
+    kept, scores = sizes.kept(context), sizes.step_scores(context)
+    dense_bytes = [weight_bytes * weights + BYTES * count * kept if count else 0.0 for count in sequences]
+    dense_flops = [2 * count * (weights + scores) for count in sequences]
     expert_flops = 2.0 * batch * sizes.expert_rows * sizes.expert
     return _floor(
         rates,
@@ -120,9 +86,9 @@ def prefill_seconds(
         ranks, weight_bytes: as in `decode_step_seconds`.
     """
     sequences = _spread(batch, ranks)
-    causal = length * (length + 1) / 2
+    scores = sizes.prompt_scores(length)
     dense_bytes = [weight_bytes * (sizes.dense + sizes.head) if count else 0.0 for count in sequences]
-    dense_flops = [2 * count * (length * sizes.dense + sizes.head + causal * sizes.scores) for count in sequences]
+    dense_flops = [2 * count * (length * sizes.dense + sizes.head + scores) for count in sequences]
     return _floor(
         rates,
         ranks,

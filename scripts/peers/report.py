@@ -21,6 +21,8 @@ COLOURS = {
 def markdown(results: dict[str, Any]) -> str:
     """The machine, the check and a table per phase."""
     parts = [_machine(results), f"Model: `{results['shape']}` of `scripts/make_bench_model.py`, bfloat16."]
+    if absent := results.get("absent"):
+        parts.append("Not run: " + "; ".join(f"{engine} ({why})" for engine, why in absent.items()) + ".")
     if results["agreement"]:
         parts += ["### Same weights", agreement_table(results["agreement"])]
     for phase in PHASES:
