@@ -12,6 +12,7 @@ import numpy as np
 from moe_runtime import SamplingParams
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.version import __version__
 from peers.protocol import Stopwatch, serve, take_stdout
 
@@ -36,12 +37,14 @@ class OursEngine:
     def generate(self, prompts: Prompts, new_tokens: int) -> dict[str, float]:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
         watch = Stopwatch(len(prompts))
-        for sequences in self._steps(prompts, params):
-            watch.step(sequences)
+        for deltas in self._steps(prompts, params):
+            watch.step(number for number, _ in deltas)
         return watch.result()
 
     def routing(self, prompts: Prompts, new_tokens: int) -> dict[str, Any]:
-        """Experts that each step touches, counted from the gate's own choices.
+        """Experts that each step touches, by the gate's own choices for each token.
+
+        All sequences decode in the same steps, because their prompts fit into one step; longer ones only prefill.
 
         Returns:
             For one rank, and for two that have half of the experts each: `total`, distinct experts summed over layers,
@@ -49,18 +52,17 @@ class OursEngine:
             without decode steps). "prefill": as if all prompts were in one step. "rows": as "prefill", for rows instead
             of experts.
         """
-        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-        before = self._counts()
-        prefill, steps = np.zeros_like(before[0]), []
-        for _ in self._steps(prompts, params):
-            after = self._counts()
-            prefill += after[0] - before[0]
-            if not (after[0] - before[0]).any():
-                steps.append((after - before)[1])
-            before = after
-        counted = {"prefill": prefill[None] > 0, "rows": prefill[None]}
-        if steps:
-            counted["decode"] = np.stack(steps) > 0
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, return_routed_experts=True)
+        found = {}
+        for deltas in self._steps(prompts, params):
+            found |= {number: d.routed_experts for number, d in deltas if d.routed_experts is not None}
+        chosen_BTLK = np.stack([found[number] for number in range(len(prompts))])
+        num_experts = self.engine.expert_load().tokens["prefill"].shape[1]
+        length = len(prompts[0])
+        prefill_SLE = _counts(chosen_BTLK[:, :length], num_experts).sum(axis=0, keepdims=True)
+        counted = {"prefill": prefill_SLE > 0, "rows": prefill_SLE}
+        if new_tokens > 1:
+            counted["decode"] = _counts(chosen_BTLK[:, length:], num_experts) > 0
         return {
             str(ranks): {name: _by_rank(counts_SLE, ranks) for name, counts_SLE in counted.items()} for ranks in (1, 2)
         }
@@ -80,7 +82,8 @@ class OursEngine:
             for prompt in ordered
         ]
 
-    def _steps(self, prompts: Prompts, params: SamplingParams) -> Iterator[list[int]]:
+    def _steps(self, prompts: Prompts, params: SamplingParams) -> Iterator[list[tuple[int, OutputDelta]]]:
+        """The prompts' numbers and their new tokens, step by step."""
         number = {}
         for index, prompt in enumerate(prompts):
             request_id = next(self._ids)
@@ -89,12 +92,13 @@ class OursEngine:
         running = len(prompts)
         while running:
             deltas = self.engine.step()
-            yield [number[delta.request_id] for delta in deltas]
+            yield [(number[delta.request_id], delta) for delta in deltas]
             running -= sum(delta.finish_reason is not None for delta in deltas)
 
-    def _counts(self) -> np.ndarray:
-        load = self.engine.expert_load()
-        return np.stack([load.tokens["prefill"], load.tokens["decode"]])
+
+def _counts(chosen_BSLK: np.ndarray, num_experts: int) -> np.ndarray:
+    """Rows per step, layer and expert `[S, L, E]`, from the choices of all sequences."""
+    return (chosen_BSLK[..., None] == np.arange(num_experts)).sum(axis=(0, 3))
 
 
 def _by_rank(counts_SLE: np.ndarray, ranks: int) -> dict[str, float]:

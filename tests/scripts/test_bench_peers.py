@@ -262,3 +262,9 @@ def test_command_line_refuses_a_run_without_us():
         timeout=120,
     )
     assert done.returncode == 2 and "--engines: 'ours' is missing" in done.stderr
+
+
+def test_counts_of_rows_are_per_step_layer_and_expert(peers):
+    count = peers("ours_engine")._counts
+    chosen_BSLK = np.array([[[[0, 1]], [[1, 2]]], [[[1, 3]], [[1, 2]]]])  # two sequences, two steps, one layer
+    assert count(chosen_BSLK, 4).tolist() == [[[1, 2, 0, 1]], [[0, 2, 2, 0]]]
