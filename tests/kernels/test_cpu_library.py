@@ -46,6 +46,29 @@ def test_two_processes_compile_once_and_leave_one_whole_file(tmp_path):
     assert native.load().library.moe_num_threads() >= 1
 
 
+@pytest.mark.skipif(len(library.supported_instruction_sets()) < 2, reason="there is one set")
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_next_set_is_taken_if_the_best_one_is_not_to_be_had(monkeypatch, caplog):
+    """As with a compiler that does not know the processor's newest instructions."""
+    best, second = library.supported_instruction_sets()[:2]
+    ensure = library.ensure_library
+
+    def ensure_all_but_the_best(name: str | None = None) -> tuple[Path, str]:
+        if name == best:
+            raise library.NativeUnavailableError("the compiler failed")
+        return ensure(name)
+
+    monkeypatch.setattr(native, "ensure_library", ensure_all_but_the_best)
+    native.load.cache_clear()
+    try:
+        assert native.load().instruction_set == second
+        with pytest.raises(library.NativeUnavailableError, match="the compiler failed"):
+            native.load(best)
+    finally:
+        native.load.cache_clear()
+    assert caplog.messages == [f"no native CPU kernels for {best}: the compiler failed"]
+
+
 @needs_instructions
 def test_without_a_compiler_there_is_one_reason(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("MOE_RUNTIME_CACHE", str(tmp_path))

@@ -92,8 +92,11 @@ def test_linear(kernels, dtype, size, rows):
 
 @DTYPES
 @pytest.mark.parametrize("size", [(130, 257), (64, 2100)])
-def test_a_row_has_the_same_bits_in_any_batch(kernels, dtype, size):
-    linear, x = PackedLinear.pack(kernels, normal(*size, dtype=dtype)), normal(1000, size[1], dtype=dtype)
+@pytest.mark.parametrize("scale", [1.0, 1e-19, 1e-38])
+def test_a_row_has_the_same_bits_in_any_batch(kernels, dtype, size, scale):
+    """Also where products, sums or the numbers themselves are below the normal ones."""
+    linear = PackedLinear.pack(kernels, normal(*size, dtype=dtype) * min(1.0, scale * 1e19))
+    x = normal(1000, size[1], dtype=dtype) * scale
     kernels.set_threads(1)
     together = linear(x, float32=True)
     kernels.set_threads(2)

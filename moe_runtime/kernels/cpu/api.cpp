@@ -8,9 +8,16 @@ namespace {
 
 // Serves one call at a time. Never destroyed, so that no thread is joined when the process ends.
 Engine& engine = *new Engine;
+
+// A call that runs jobs.
+struct Call {
+  const std::lock_guard<std::mutex> lock{engine.pool.busy};
+  const FlushToZero flush;
+};
+
 template <class Body>
 auto dispatch(Element element, const Body& body) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   return element == kBf16 ? body(bf16{}) : body(0.0f);
 }
 
@@ -22,8 +29,19 @@ using namespace moe;
 #pragma GCC visibility push(default)
 extern "C" {
 
+// Whether this process may use the instructions that the library is compiled for. Linux gives the memory for AMX's
+// registers to a process that asks for it.
+int moe_may_run() {
+#if defined(__AMX_BF16__)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return 1;
+#endif
+}
+
 void moe_set_threads(int threads) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   if (threads == engine.pool.size()) return;
   engine.pool.resize(threads);
   engine.scratch = std::vector<Scratch>(threads);
@@ -162,7 +180,7 @@ void moe_latent_block(Element element, const LatentAttention* block, const StepL
 }
 
 void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, float* weights, int64_t* experts) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   gate_rows(engine, *config, Policies{}, logits, rows, weights, experts);
 }
 
@@ -170,7 +188,7 @@ void moe_topk_gate(const GateConfig* config, const float* logits, int64_t rows, 
 // the blocks of a row.
 void moe_argmax(const float* x, int64_t rows, int64_t size, int64_t* best) {
   constexpr int64_t kBlock = 8192;
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   const int64_t blocks = ceil_div(size, kBlock);
   float* largest = engine.logits.get<float>(rows * blocks);
   engine.pool.run(rows * blocks, [&](int64_t task, int) {
@@ -273,12 +291,12 @@ void moe_exchange_close(Exchange* exchange) { delete exchange; }
 int64_t moe_exchange_dispatch(Exchange* exchange, const char* x, const int64_t* slot, int64_t tokens,
                               int64_t most_tokens, int64_t own, int64_t timeout_ns, char* received, int64_t* row,
                               int64_t* counts, int64_t* largest) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   return exchange->dispatch(engine, x, slot, tokens, most_tokens, own, timeout_ns, received, row, counts, largest);
 }
 
 int64_t moe_exchange_bring_back(Exchange* exchange, const char* y, int64_t timeout_ns, char* out) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   return exchange->bring_back(engine, y, timeout_ns, out);
 }
 
@@ -293,7 +311,7 @@ int64_t moe_exchange_combine(Element element, Exchange* exchange, const void* y,
 
 // Reads `bytes` (whole MiB) once with all threads: the lower bound on the time of streaming weights.
 uint64_t moe_read(const void* data, int64_t bytes) {
-  const std::lock_guard<std::mutex> lock(engine.pool.busy);
+  const Call call;
   constexpr int64_t kBlock = 1 << 20;
   std::atomic<uint64_t> total{0};
   engine.pool.run(bytes / kBlock, [&](int64_t task, int) {

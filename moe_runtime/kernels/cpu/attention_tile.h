@@ -73,19 +73,21 @@ struct RowSums {
 template <int kRows, class T>
 void score_keys(const T* const* queries, const T* const* keys, int64_t offset, int64_t words, Ahead<T>& ahead,
                 float* scores) {
-  Vec sums[kRows];
-  for (int r = 0; r < kRows; r++) sums[r] = zero();
+  WordSums<T> sums[kRows];
   for (int64_t word = 0; word < words; word += kLanes) {
     IntVec columns[kLanes];
     transpose_words(reinterpret_cast<const char* const*>(keys), offset * sizeof(T) + word * 4, columns);
     ahead.ask();
     for (int j = 0; j < kLanes; j++) {
       for (int r = 0; r < kRows; r++) {
-        sums[r] = add_word(T{}, sums[r], columns[j], broadcast_word(queries[r] + (word + j) * kStepInputs<T>));
+        sums[r].add(columns[j], broadcast_word(queries[r] + (word + j) * kStepInputs<T>));
       }
     }
+    if ((word + kLanes) % kTileSteps == 0) {
+      for (int r = 0; r < kRows; r++) sums[r].end_tile();
+    }
   }
-  for (int r = 0; r < kRows; r++) store(scores + r * kPanel, sums[r]);
+  for (int r = 0; r < kRows; r++) store(scores + r * kPanel, sums[r].total);
 }
 
 inline void load_step(const float* const* values, int64_t offset, IntVec (&columns)[kTileVecs]) {
@@ -105,9 +107,9 @@ inline void load_step(const bf16* const* values, int64_t offset, IntVec (&column
 template <int kRows, class T>
 void weigh_values(const T* const* weights, const T* const* values, int64_t offset, int64_t steps, Ahead<T>& ahead,
                   float* out) {
-  Vec sums[kRows][kTileVecs];
+  WordSums<T> sums[kRows][kTileVecs];
   for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kTileVecs; j++) sums[r][j] = load(out + r * kPanel + j * kLanes);
+    for (int j = 0; j < kTileVecs; j++) sums[r][j].total = load(out + r * kPanel + j * kLanes);
   }
   for (int64_t step = 0; step < steps; step++) {
     IntVec columns[kTileVecs];
@@ -115,11 +117,15 @@ void weigh_values(const T* const* weights, const T* const* values, int64_t offse
     ahead.ask();
     for (int r = 0; r < kRows; r++) {
       const IntVec weight = broadcast_word(weights[r] + step * kStepInputs<T>);
-      for (int j = 0; j < kTileVecs; j++) sums[r][j] = add_word(T{}, sums[r][j], columns[j], weight);
+      for (int j = 0; j < kTileVecs; j++) sums[r][j].add(columns[j], weight);
+    }
+    if ((step + 1) % kTileSteps != 0 && step + 1 < steps) continue;
+    for (int r = 0; r < kRows; r++) {
+      for (int j = 0; j < kTileVecs; j++) sums[r][j].end_tile();
     }
   }
   for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kTileVecs; j++) store(out + r * kPanel + j * kLanes, sums[r][j]);
+    for (int j = 0; j < kTileVecs; j++) store(out + r * kPanel + j * kLanes, sums[r][j].total);
   }
 }
 
@@ -138,7 +144,9 @@ class AttentionTile {
     queries_ = scratch.rows.get<T>(rows_ * (query_stride_ + kKeys));
     weights_ = queries_ + rows_ * query_stride_;
     pointers_ = scratch.weights.get<const T*>(2 * rows_);
-    packed_keys_ = scratch.keys.get<T>(panel_elements<T>(shape.head_size));
+    const int64_t steps = ceil_div(num_steps<T>(shape.head_size), kTileSteps) * kTileSteps;
+    packed_keys_ = scratch.keys.get<T>(steps * kStepElements<T>);
+    std::fill(packed_keys_ + panel_elements<T>(shape.head_size), packed_keys_ + steps * kStepElements<T>, T{});
     packed_values_ = scratch.values.get<T>(panels_ * panel_elements<T>(kKeys));
   }
 
@@ -152,6 +160,7 @@ class AttentionTile {
   // their sums go to `part`, else the result goes to `out`.
   void run(const T* queries, int64_t stride, const T* key_cache, const T* value_cache, const AttentionTask* then,
            float* part, T* out) {
+    const TileRegisters registers;
     load_queries(queries, stride);
     const RowSums all = task_.part < 0 ? all_ : RowSums(part, rows_, panels_);
     int64_t key = first_key(shape_, step_, task_);
@@ -204,7 +213,7 @@ class AttentionTile {
     const int64_t count = (end_query - first_query) * group_heads_;
     const int64_t words = num_steps<T>(shape_.head_size);
     const bool few =
-        count <= kTileRows && shape_.head_size % kTileOutputs == 0 && shape_.value_size % kTileOutputs == 0;
+        count <= kFewQueries && shape_.head_size % kTileOutputs == 0 && shape_.value_size % kTileOutputs == 0;
     const int64_t seen = std::min(kKeys, first_position_ + end_query - first_key);
     const int64_t lanes = ceil_div(seen, kLanes), steps = ceil_div(seen, kStepInputs<T>);
     const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.value_size / kTileOutputs) : 4;
@@ -225,7 +234,7 @@ class AttentionTile {
         ahead.ask();
         block.pack_keys(offset, shape_.head_size, packed_keys_);
         ahead.ask();
-        multiply_panel<false>(queries, count, packed_keys_, words, scores);
+        multiply_packed(queries, count, packed_keys_, words * kStepInputs<T>, scores);
       }
       for (int64_t row = first; row < first + count; row++) soften(row, first_key);
       if (few) {
@@ -240,8 +249,8 @@ class AttentionTile {
         block.pack_values(value_offset, shape_.value_size, packed_values_);
         ahead.ask();
         for (int64_t panel = 0; panel < panels_; panel++) {
-          multiply_panel<false>(weights, count, packed_values_ + panel * panel_elements<T>(kKeys),
-                                num_steps<T>(kKeys), sums_.value(first, panel), /*resume=*/true);
+          multiply_packed(weights, count, packed_values_ + panel * panel_elements<T>(kKeys), kKeys,
+                          sums_.value(first, panel), /*resume=*/true);
         }
       }
     }

@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "pool.h"
+#include "tiles.h"
 
 namespace moe {
 

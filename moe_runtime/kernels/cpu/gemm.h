@@ -122,16 +122,47 @@ inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows
 #endif
 }
 
-// For each output's lane: adds the products of a weight word and an input word, in the order of `add_step`.
-inline Vec add_word(float, Vec sum, IntVec weights, IntVec input) { return fma(vec_of(input), vec_of(weights), sum); }
+// A sum for each output's lane of the products of weight words and input words, in the order of `add_step`; on AMX in
+// that of tile products, which end after every 16 words.
+template <class T>
+struct WordSums {
+  Vec total = zero();
 
-inline Vec add_word(bf16, Vec sum, IntVec weights, IntVec input) {
+  void add(IntVec weights, IntVec input) {
+    if constexpr (std::is_same_v<T, float>) {
+      total = fma(vec_of(input), vec_of(weights), total);
+    } else {
 #if defined(__AVX512BF16__)
-  return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)input);
+      total = _mm512_dpbf16_ps(total, (__m512bh)weights, (__m512bh)input);
 #else
-  return fma(odd_bf16(input), odd_bf16(weights), fma(even_bf16(input), even_bf16(weights), sum));
+      total = fma(odd_bf16(input), odd_bf16(weights), fma(even_bf16(input), even_bf16(weights), total));
 #endif
-}
+    }
+  }
+
+  void end_tile() {}
+};
+
+#if defined(__AMX_BF16__)
+constexpr int kFewQueries = 3;  // rows of attention that are fewer than a tile product is worth
+
+template <>
+struct WordSums<bf16> {
+  Vec total = zero(), even = zero(), odd = zero();
+
+  void add(IntVec weights, IntVec input) {
+    even = fma(even_bf16(input), even_bf16(weights), even);
+    odd = fma(odd_bf16(input), odd_bf16(weights), odd);
+  }
+
+  void end_tile() {
+    total = total + (even + odd);
+    even = odd = zero();
+  }
+};
+#else
+constexpr int kFewQueries = kTileRows;
+#endif
 
 // Memory to prefetch while a tile is computed: `step_bytes`, at most 128, per step, starting at `next`.
 struct Prefetch {
@@ -237,7 +268,7 @@ void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t ste
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 // The same for a coded panel: each tile decodes the words that it multiplies, in registers.
 inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
   using Steps = CodedSteps<false>;
@@ -258,6 +289,7 @@ inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel&
 }
 #endif
 
+#if !defined(__AMX_BF16__)  // tiles.h has the product on AMX
 // The same for a coded panel. With bf16 product instructions, one or two tiles each decode the weights; with more
 // tiles, the first stores a block's decoded words for the others. Without them, blocks are decoded before the product,
 // because widened weights need the registers.
@@ -287,6 +319,7 @@ inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel&
                          out + first_rows * kPanel, block > 0);
   }
 }
+#endif
 
 // A panel of a packed weight: float32 as it is, bf16 as codes.
 inline const float* panel_of(float, const void* packed, const Escape* const*, int64_t panel, int64_t inputs) {

@@ -34,13 +34,16 @@ _COMMON = (
 )
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
 # Best first: the flags that the processor must report, and the compiler's options.
+_AVX2_FLAGS = frozenset({"avx2", "fma", "bmi2"})
+_AVX512_FLAGS = _AVX2_FLAGS | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
-    "avx512_bf16": (
-        frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
-        f"{_AVX512} -mavx512bf16",
+    "amx_bf16": (
+        _AVX512_FLAGS | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
     ),
-    "avx512": (frozenset({"avx2", "fma", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq"}), _AVX512),
-    "avx2": (frozenset({"avx2", "fma", "bmi2"}), ""),
+    "avx512_bf16": (_AVX512_FLAGS | {"avx512_bf16"}, f"{_AVX512} -mavx512bf16"),
+    "avx512": (_AVX512_FLAGS, _AVX512),
+    "avx2": (_AVX2_FLAGS, ""),
 }
 
 

@@ -13,12 +13,18 @@ from __future__ import annotations
 import ctypes
 import logging
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.library import NativeUnavailableError, ensure_library
+from moe_runtime.kernels.cpu.library import (
+    NativeUnavailableError,
+    ensure_library,
+    find_compiler,
+    supported_instruction_sets,
+)
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.structs import SIGNATURES, AttentionShape, GateConfig
 from moe_runtime.kernels.torch_ops import Scoring, check_gate
@@ -40,7 +46,19 @@ def load(instruction_set: str | None = None) -> Kernels:
         NativeUnavailableError: they are not available; one line says why.
         ValueError: the processor lacks `instruction_set`.
     """
-    path, instruction_set = ensure_library(instruction_set)
+    if instruction_set is not None:
+        return _load(*ensure_library(instruction_set))
+    find_compiler()
+    names = supported_instruction_sets()
+    for name in names[:-1]:
+        try:
+            return _load(*ensure_library(name))
+        except NativeUnavailableError as error:  # an older compiler or system does not know the newest instructions
+            logger.warning("no native CPU kernels for %s: %s", name, error)
+    return _load(*ensure_library(names[-1] if names else None))
+
+
+def _load(path: Path, instruction_set: str) -> Kernels:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -48,6 +66,8 @@ def load(instruction_set: str | None = None) -> Kernels:
     for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    if not library.moe_may_run():
+        raise NativeUnavailableError("the system does not give this process their registers")
     return Kernels(library, instruction_set)
 
 

@@ -24,6 +24,8 @@
 #include <thread>
 #include <vector>
 
+#include "vec.h"
+
 namespace moe {
 
 constexpr auto kSpin = std::chrono::microseconds(50);
@@ -86,6 +88,7 @@ class Pool {
 
   // Runs the posted errand, or helps the worker that has begun it. The caller must not hold `busy`.
   void finish(Errand& errand) {
+    const FlushToZero flush;
     Errand* mine = &errand;
     if (posted_.compare_exchange_strong(mine, nullptr)) return perform(errand);
     while (!errand.done.load(std::memory_order_acquire)) {
@@ -151,6 +154,7 @@ class Pool {
   }
 
   void perform(Errand& errand) {
+    const FlushToZero flush;
     const std::lock_guard<std::mutex> lock(busy);
     complete(errand);
   }
@@ -209,6 +213,7 @@ class Pool {
   }
 
   void work(int thread, uint32_t seen) {
+    const FlushToZero flush;
     while (true) {
       while (epoch_.load(std::memory_order_acquire) == seen) await_call(seen);
       seen = epoch_.load();

@@ -233,6 +233,7 @@ def address(structure: ctypes.Structure | None) -> int | None:
 
 
 SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "moe_may_run": (c_int, ()),
     "moe_set_threads": (None, (c_int,)),
     "moe_num_threads": (c_int, ()),
     "moe_packed_bytes": (c_int64, (c_int, c_int64, c_int64)),
