@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe_runtime.memory.model_size import count_parameters, kv_bytes_per_token
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.memory.model_size import cache_bytes, count_parameters, kv_bytes_per_token, page_bytes
+from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import read_model_config
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("published_configs.json").read_text())
@@ -46,3 +48,16 @@ def test_a_published_configuration_is_read(tmp_path: Path, name: str) -> None:
         count = count_parameters(model)
         found = round(count.total / 1e9, 1), round(count.active / 1e9, 1), kv_bytes_per_token(model, "bfloat16")
         assert found == FACTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("zai-org/GLM-4.7-Flash", 10.98), ("openai/gpt-oss-20b", 3.22), ("deepseek-ai/DeepSeek-V3", 11.51)],
+)
+def test_pages_of_a_long_sequence(tmp_path: Path, name: str, gigabytes: float) -> None:
+    """What a sequence of the longest context holds: latents, and behind a window nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    model = read_model_config(tmp_path)
+    groups, sizes = page_groups(EngineConfig("m"), model), page_bytes(model, 16, 2)
+    held = [group.most_decoding(model.max_model_len) for group in groups]
+    assert round(cache_bytes(held, sizes) / 1e9, 2) == gigabytes
