@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader, native
 from moe_runtime.kernels.cpu.blocks import GateCall, SparseCall
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the figures go")
     options = parser.parse_args()
 
-    kernels = native.load(options.instruction_set)
+    kernels = loader.load(options.instruction_set)
     cases = build_cases(kernels, options.rows, options.only)
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, {kernels.instruction_set}, torch {torch.__version__}")
     results, floors = [], {}

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_runtime.cluster.host import divide_cores
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader, native
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
 from ep_layer.report import Result, draw, line, machine, table
@@ -159,7 +159,7 @@ def run_rank(rank: int, ranks: int, folder: str, options: argparse.Namespace) ->
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     torch.set_num_threads(len(share))
-    kernels = native.load()
+    kernels = loader.load()
     kernels.set_threads(len(share))
     for shape in (SHAPES[name] for name in options.shapes):
         check(shape, kernels)
@@ -199,7 +199,7 @@ def main() -> None:
             results = [Result(**json.loads(text)) for text in lines.read_text().splitlines()]
     if results:
         options.output.mkdir(parents=True, exist_ok=True)
-        content = {"machine": machine(native.load().instruction_set), "results": [asdict(r) for r in results]}
+        content = {"machine": machine(loader.load().instruction_set), "results": [asdict(r) for r in results]}
         (options.output / "results.json").write_text(json.dumps(content, indent=2) + "\n")
         (options.output / "table.md").write_text(table(results))
         draw(results, options.output / "time.png")

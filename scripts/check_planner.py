@@ -26,7 +26,7 @@ import numpy as np
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.kernels.cpu.native import load
+from moe_runtime.kernels.cpu.loader import load
 from moe_runtime.planner.hardware import Hardware
 from moe_runtime.planner.hardware_file import load_hardware, save_hardware
 from moe_runtime.planner.measure import measure

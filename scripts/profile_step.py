@@ -19,7 +19,7 @@ from typing import Any
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.engine import Engine
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader
 from moe_runtime.types.sampling_params import SamplingParams
 
 PROMPT_TOKENS = 128
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--functions", action="store_true", help="list the functions in which the rest is spent")
     options = parser.parse_args()
 
-    kernels = native.load()
+    kernels = loader.load()
     library = TimedLibrary(kernels.library)
     kernels.library = library  # type: ignore[assignment]
     config = EngineConfig(

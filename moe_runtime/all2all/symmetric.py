@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moe_runtime.all2all.dispatch import Dispatched, Returned
 from moe_runtime.all2all.rounds import counts_of, in_round, round_of
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader, native
 from moe_runtime.kernels.cpu.native import check_arrived, native_format
 from moe_runtime.kernels.cpu.structs import ExchangeShape, SpreadStep
 
@@ -91,7 +91,7 @@ class SymmetricDispatcher:
         self._element = native_format(dtype).native
         self._number = 0
         self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
-        self._kernels = native.load()
+        self._kernels = loader.load()
         self._library = self._kernels.library
         cores = set().union(*_gather(group, os.sched_getaffinity(0)))
         shape = ExchangeShape(

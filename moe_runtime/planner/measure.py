@@ -49,7 +49,7 @@ def measure(name: str, rounds: int = 5, say: Callable[[str], None] = print) -> H
         ValueError: there are no native CPU kernels.
     """
     from moe_runtime.kernels.cpu.library import NativeUnavailableError
-    from moe_runtime.kernels.cpu.native import load
+    from moe_runtime.kernels.cpu.loader import load
     from moe_runtime.planner.pace import Pace
 
     try:

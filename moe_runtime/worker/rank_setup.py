@@ -12,7 +12,8 @@ from moe_runtime.all2all.dispatch import Dispatcher, RowOps, make_dispatchers
 from moe_runtime.all2all.padded import make_padded
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
+from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.layers.kit import Kit
 from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.torch_kit import TorchKit

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader
 from moe_runtime.kernels.cpu.packed import PackedLinear
 from peers.protocol import serve, take_stdout
 
@@ -22,7 +22,7 @@ class Machine:
     """Read bandwidth, and the rate of a large bfloat16 product: the faster of torch's (oneDNN) and our packed one."""
 
     def __init__(self, threads: int) -> None:
-        self.kernels = native.load()
+        self.kernels = loader.load()
         self.threads = threads
         # Huge pages, as packed weights have.
         self.data = self.kernels.packed_empty(torch.float32, READ_BYTES // 4096, 1024).zero_()

@@ -10,7 +10,7 @@ from dispatch_ranks import HIDDEN, SLOTS, expert, run_rank, run_rank_in_rounds
 from rank_pool import RankPool
 from torch import Tensor
 
-from moe_runtime.kernels.cpu.native import load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
 
 
 def reference(x_TD: Tensor, slot_TK: Tensor, weights_TK: Tensor) -> Tensor:

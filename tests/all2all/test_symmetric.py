@@ -28,7 +28,7 @@ from symmetric_ranks import (
 )
 
 from moe_runtime.all2all import symmetric
-from moe_runtime.kernels.cpu.native import load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
 
 pytestmark = pytest.mark.skipif(load_or_none() is None, reason="no native kernels")
 

@@ -198,7 +198,8 @@ def test_gates_drop_what_the_policy_says(scoring: Any, normalize: bool, native: 
     counts_2E = torch.zeros(2, 20, dtype=torch.int64)
     if native:
         from moe_runtime.kernels.cpu.blocks import GateCall, LayerPolicies
-        from moe_runtime.kernels.cpu.native import gate_config, load_or_none
+        from moe_runtime.kernels.cpu.loader import load_or_none
+        from moe_runtime.kernels.cpu.native import gate_config
 
         kernels = load_or_none()
         if kernels is None:

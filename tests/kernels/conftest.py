@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_runtime.kernels.cpu import library, native
+from moe_runtime.kernels.cpu import library, loader
 
 
 @pytest.fixture(scope="module", params=library.supported_instruction_sets() or ["none"])
@@ -12,7 +12,7 @@ def kernels(request):
     if request.param == "none":
         pytest.skip("no instruction set for the native kernels")
     try:
-        return native.load(request.param)
+        return loader.load(request.param)
     except library.NativeUnavailableError as error:
         pytest.skip(str(error))
 

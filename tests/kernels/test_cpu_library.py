@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_runtime.kernels.cpu import library, native
+from moe_runtime.kernels.cpu import library, loader
 
 needs_instructions = pytest.mark.skipif(not library.supported_instruction_sets(), reason="no AVX2")
 
@@ -43,7 +43,7 @@ def test_two_processes_compile_once_and_leave_one_whole_file(tmp_path):
     assert sum(stderr.decode().count("compiling the CPU kernels") for _, stderr in ended) == 1
     assert len(out) == 1
     assert names_in(tmp_path / "new" / "cache") == {"cpu-kernels.lock", Path(out.pop()).name}
-    assert native.load().library.moe_num_threads() >= 1
+    assert loader.load().library.moe_num_threads() >= 1
 
 
 @pytest.mark.skipif(len(library.supported_instruction_sets()) < 2, reason="there is one set")
@@ -58,14 +58,14 @@ def test_the_next_set_is_taken_if_the_best_one_is_not_to_be_had(monkeypatch, cap
             raise library.NativeUnavailableError("the compiler failed")
         return ensure(name)
 
-    monkeypatch.setattr(native, "ensure_library", ensure_all_but_the_best)
-    native.load.cache_clear()
+    monkeypatch.setattr(loader, "ensure_library", ensure_all_but_the_best)
+    loader.load.cache_clear()
     try:
-        assert native.load().instruction_set == second
+        assert loader.load().instruction_set == second
         with pytest.raises(library.NativeUnavailableError, match="the compiler failed"):
-            native.load(best)
+            loader.load(best)
     finally:
-        native.load.cache_clear()
+        loader.load.cache_clear()
     assert caplog.messages == [f"no native CPU kernels for {best}: the compiler failed"]
 
 
@@ -75,12 +75,12 @@ def test_without_a_compiler_there_is_one_reason(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(library.NativeUnavailableError, match=r"no C\+\+ compiler: no-such-compiler not found"):
         library.ensure_library()
-    native.load.cache_clear()
-    native.load_or_none.cache_clear()
+    loader.load.cache_clear()
+    loader.load_or_none.cache_clear()
     try:
-        assert native.load_or_none() is None and native.load_or_none() is None
+        assert loader.load_or_none() is None and loader.load_or_none() is None
     finally:
-        native.load_or_none.cache_clear()
+        loader.load_or_none.cache_clear()
     assert [record.message for record in caplog.records] == [
         "no native CPU kernels, torch runs instead: no C++ compiler: no-such-compiler not found; CXX may name another"
     ]
@@ -160,7 +160,7 @@ def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch, caplog, damag
 @needs_instructions
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_a_process_survives_a_truncated_library(tmp_path):
-    code = "from moe_runtime.kernels.cpu import native; print(native.load().library.moe_num_threads() >= 1)"
+    code = "from moe_runtime.kernels.cpu import loader; print(loader.load().library.moe_num_threads() >= 1)"
     script = copy_of(library.ensure_library()[0])
     environment = os.environ | {
         "MOE_RUNTIME_CACHE": str(tmp_path),

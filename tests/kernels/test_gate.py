@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from moe_runtime.kernels import ops, reference, torch_ops
-from moe_runtime.kernels.cpu import library, native
+from moe_runtime.kernels.cpu import library, loader
 
 
 @st.composite
@@ -71,10 +71,10 @@ def test_among_equals_the_lower_numbers_win(kernel, data):
     """A gate of zeros, and gates whose last places are shared by many; Triton's is tested in `test_triton_ops`."""
     if kernel in KERNELS:
         topk_gate = KERNELS[kernel]
-    elif (kernels := native.load_or_none()) is None:
+    elif (kernels := loader.load_or_none()) is None:
         pytest.skip("no native kernels")
     else:
-        topk_gate = (kernels if kernel == kernels.instruction_set else native.load(kernel)).topk_gate
+        topk_gate = (kernels if kernel == kernels.instruction_set else loader.load(kernel)).topk_gate
     num_experts, num_levels = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 4))
     top_k = data.draw(st.integers(1, num_experts))
     level = st.integers(0, num_levels - 1)

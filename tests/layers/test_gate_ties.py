@@ -7,13 +7,13 @@ import torch
 from kernel_marks import needs_native_kernels
 
 from moe_runtime.config.model import MoEConfig
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader
 from moe_runtime.layers.native_kit import NativeKit
 from moe_runtime.layers.torch_kit import TorchKit
 
 KITS = {
     "torch": lambda dtype: TorchKit(dtype, torch.device("cpu")),
-    "native": lambda dtype: NativeKit(native.load(), dtype),
+    "native": lambda dtype: NativeKit(loader.load(), dtype),
 }
 
 

@@ -13,7 +13,7 @@ from native_layer_ranks import run_alone, run_steps
 from rank_pool import RankPool
 
 from moe_runtime.all2all import symmetric
-from moe_runtime.kernels.cpu.native import load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
 
 pytestmark = pytest.mark.skipif(load_or_none() is None, reason="no native kernels")
 

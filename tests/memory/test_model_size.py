@@ -15,7 +15,8 @@ from tiny_models import CASES, make_model, save
 from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig, layers_alike
-from moe_runtime.kernels.cpu.native import Kernels, load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
+from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedMatrices
 from moe_runtime.memory import model_size as size
 from moe_runtime.memory.budget import has_native_weights

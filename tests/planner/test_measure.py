@@ -11,7 +11,7 @@ from tiny_models import make_model, save
 
 from moe_runtime.build import build_engine
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.kernels.cpu.native import load_or_none
+from moe_runtime.kernels.cpu.loader import load_or_none
 from moe_runtime.models.registry import read_model_config
 from moe_runtime.planner.hardware_file import load_hardware
 from moe_runtime.planner.measure import cold_factor_of, efficiency_of, table_of

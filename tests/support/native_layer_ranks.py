@@ -10,7 +10,7 @@ from cpu_cases import experts_of, normal
 from rank_pool import RankContext
 
 from moe_runtime.all2all.symmetric import SymmetricDispatcher
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader, native
 from moe_runtime.kernels.cpu.blocks import GateCall, LayerPolicies
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.native_layers import NativeGate, NativeMLP, NativeMoELayer, NativeNorm
@@ -24,7 +24,7 @@ def make_layer(
     """A layer whose experts take slots in turn, so that all have replicas. Each slot has different weights, so that a
     test can distinguish replicas."""
     torch.manual_seed(seed)  # the same weights everywhere
-    kernels, num_slots = native.load(), context.num_ranks * SLOTS
+    kernels, num_slots = loader.load(), context.num_ranks * SLOTS
     way = SymmetricDispatcher(
         context.group, SLOTS, max_tokens=64, hidden_size=HIDDEN, top_k=TOP_K, dtype=dtype, timeout=timeout, **options
     )

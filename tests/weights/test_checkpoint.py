@@ -24,7 +24,7 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.slots import ExpertSlots
-from moe_runtime.kernels.cpu import native
+from moe_runtime.kernels.cpu import loader
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.layers.decoder import Decoder
@@ -61,7 +61,7 @@ CPU = torch.device("cpu")
 
 KITS = {
     "torch": lambda: TorchKit(torch.float32, CPU),
-    "native": lambda: NativeKit(native.load(), torch.float32),
+    "native": lambda: NativeKit(loader.load(), torch.float32),
 }
 EACH_KIT = ["torch", pytest.param("native", marks=needs_native_kernels)]
 
