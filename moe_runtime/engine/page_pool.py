@@ -68,12 +68,16 @@ class RankPages:
         """The pages of a new sequence: none yet."""
         return [HeldPages() for _ in self.groups]
 
-    def room(self, running: Iterable[Sequence[HeldPages]]) -> list[int]:
-        """Free pages of each group, less one for each running sequence that will hold one more than now."""
+    def room(self, running: Iterable[tuple[Sequence[HeldPages], int]]) -> list[int]:
+        """Free pages of each group, less one for each running sequence that will hold one more than now.
+
+        Args:
+            running: the pages of each sequence, and its length when it ends.
+        """
         room = [pool.num_free for pool in self.pools]
-        for sequence in running:
+        for sequence, length in running:
             for index, (group, held) in enumerate(zip(self.groups, sequence, strict=True)):
-                room[index] -= group.most_decoding(held.end * group.block_size + 1) > len(held.pages)
+                room[index] -= group.most_decoding(min(held.end * group.block_size + 1, length)) > len(held.pages)
         return room
 
     def can_extend(self, sequence: Sequence[HeldPages], start: int, num_tokens: int) -> bool:

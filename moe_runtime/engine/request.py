@@ -61,6 +61,11 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def max_tokens(self) -> int:
+        """Tokens of the prompt and the output at which the request ends at the latest."""
+        return self.num_prompt_tokens + self.max_output_tokens
+
+    @property
     def num_routed(self) -> int:
         """Positions whose experts are known."""
         return sum(map(len, self.routed_experts))

@@ -159,7 +159,7 @@ class Scheduler:
         each running sequence that will take one; otherwise it would soon be preempted for them. On an idle rank any
         request fits. A rank whose prompts do not have all their pages yet has no budget left, so it admits none.
         """
-        room = [rank.pages.room(request.pages for request in rank.running) for rank in self.ranks]
+        room = [rank.pages.room((each.pages, each.max_tokens) for each in rank.running) for rank in self.ranks]
         while self.waiting:
             request = self.waiting[0]
             if request.num_pending:
@@ -175,7 +175,10 @@ class Scheduler:
             if not fitting:
                 break
             index = min(fitting, key=lambda index: (drafts[index].num_tokens, -min(room[index]), index))
-            room[index] = [free - count - 1 for free, count in zip(room[index], needed, strict=True)]
+            room[index] = [
+                free - min(count + 1, group.most(request.max_tokens))
+                for free, count, group in zip(room[index], needed, self._groups, strict=True)
+            ]
             self._start(request, index, drafts[index])
 
     def _start(self, request: Request, index: int, draft: Draft) -> None:

@@ -126,6 +126,14 @@ def test_pages_for_all_sequences_are_enough(window, max_num_seqs, budget, length
     assert scheduler.num_preemptions == 0
 
 
+@pytest.mark.parametrize("windows", [(None,), (5,), (None, 5)])
+def test_sequences_that_need_no_other_page_are_admitted_together(windows):
+    scheduler, requests = make_scheduler([(8,) * len(windows)], [3] * 8, windows)
+    for request in requests:
+        request.max_output_tokens = 5
+    assert len(step(scheduler, requests)[0]) == 8, "each needs one page, also in the end"
+
+
 def test_a_request_goes_to_the_rank_with_the_fewest_tokens_then_the_most_pages_then_the_first():
     scheduler, requests = make_scheduler([20, 20, 30], [10, 3, 4, 5, 2])
     step(scheduler, requests)
