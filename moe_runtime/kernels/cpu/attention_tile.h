@@ -213,7 +213,7 @@ class AttentionTile {
     const int64_t count = (end_query - first_query) * group_heads_;
     const int64_t words = num_steps<T>(shape_.head_size);
     const bool few =
-        count <= kFewQueries && shape_.head_size % kTileOutputs == 0 && shape_.value_size % kTileOutputs == 0;
+        count <= kFewRows && shape_.head_size % kTileOutputs == 0 && shape_.value_size % kTileOutputs == 0;
     const int64_t seen = std::min(kKeys, first_position_ + end_query - first_key);
     const int64_t lanes = ceil_div(seen, kLanes), steps = ceil_div(seen, kStepInputs<T>);
     const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.value_size / kTileOutputs) : 4;

@@ -35,6 +35,12 @@ constexpr int kTileRows = 4;
 constexpr int kTileVecs = 2;
 #endif
 constexpr int kTileOutputs = kTileVecs * kLanes;
+constexpr int64_t kTileSteps = 16;  // steps of one product of tiles on AMX [tiles.h]
+#if defined(__AMX_BF16__)
+constexpr int kFewRows = 3;  // rows that stay in vector registers: a product of tiles is worth more of them
+#else
+constexpr int kFewRows = kTileRows;
+#endif
 
 // Rows that one task multiplies with a panel.
 constexpr int kChunkRows = 96;
@@ -144,8 +150,6 @@ struct WordSums {
 };
 
 #if defined(__AMX_BF16__)
-constexpr int kFewQueries = 3;  // rows of attention that are fewer than a tile product is worth
-
 template <>
 struct WordSums<bf16> {
   Vec total = zero(), even = zero(), odd = zero();
@@ -160,8 +164,6 @@ struct WordSums<bf16> {
     even = odd = zero();
   }
 };
-#else
-constexpr int kFewQueries = kTileRows;
 #endif
 
 // Memory to prefetch while a tile is computed: `step_bytes`, at most 128, per step, starting at `next`.
@@ -268,7 +270,8 @@ void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t ste
   }
 }
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if !defined(__AMX_BF16__)  // tiles.h has the products with a coded panel on AMX
+#if defined(__AVX512BF16__)
 // The same for a coded panel: each tile decodes the words that it multiplies, in registers.
 inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
   using Steps = CodedSteps<false>;
@@ -289,7 +292,6 @@ inline void multiply_codes(const bf16* const* x, int64_t rows, const CodedPanel&
 }
 #endif
 
-#if !defined(__AMX_BF16__)  // tiles.h has the product on AMX
 // The same for a coded panel. With bf16 product instructions, one or two tiles each decode the weights; with more
 // tiles, the first stores a block's decoded words for the others. Without them, blocks are decoded before the product,
 // because widened weights need the registers.

@@ -29,12 +29,12 @@ def load(instruction_set: str | None = None) -> Kernels:
     """
     if instruction_set is not None:
         return _load(*ensure_library(instruction_set))
-    find_compiler()
     names = supported_instruction_sets()
     for name in names[:-1]:
         try:
             return _load(*ensure_library(name))
         except NativeUnavailableError as error:  # an older compiler or system does not know the newest instructions
+            find_compiler()  # without any, no other set is to be had
             logger.warning("no native CPU kernels for %s: %s", name, error)
     return _load(*ensure_library(names[-1] if names else None))
 

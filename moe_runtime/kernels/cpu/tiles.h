@@ -9,12 +9,6 @@
 
 #include "gemm.h"
 
-namespace moe {
-
-constexpr int64_t kTileSteps = 16;  // steps of one tile product
-
-}  // namespace moe
-
 #if defined(__AMX_BF16__)
 
 namespace moe {
@@ -110,22 +104,26 @@ inline void multiply_tile(const TileRows& rows, int64_t count, const bf16* words
   if (sums == part) std::copy_n(part, count * kPanel, out);
 }
 
+// The same for any number of rows, from `first_input` on.
+inline void multiply_tiles(const bf16* const* x, int64_t rows, int64_t first_input, int64_t inputs, const bf16* words,
+                           Prefetch ahead, float* out, bool resume) {
+  const int64_t steps = ceil_div(inputs, 2), ahead_bytes = ceil_div(steps, kTileSteps) * ahead.step_bytes;
+  for (int64_t row = 0; row < rows; row += kUnitRows, ahead.next += ahead_bytes) {
+    const int64_t count = std::min(kUnitRows, rows - row);
+    const TileRows tile(x + row, count, first_input, inputs);
+    multiply_tile(tile, count, words, steps, ahead, out + row * kPanel, resume);
+  }
+}
+
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with a panel that was just packed, whose
 // steps are a multiple of 16. The caller holds TileRegisters.
 inline void multiply_packed(const bf16* const* x, int64_t rows, const bf16* words, int64_t inputs, float* out,
                             bool resume = false) {
   constexpr int64_t kInputs = 2 * kUnitSteps;
   for (int64_t first = 0; first < inputs; first += kInputs, words += kUnitSteps * kStepWords) {
-    const int64_t together = std::min(kInputs, inputs - first);
-    for (int64_t row = 0; row < rows; row += kUnitRows) {
-      const int64_t count = std::min(kUnitRows, rows - row);
-      const TileRows tile(x + row, count, first, together);
-      multiply_tile(tile, count, words, ceil_div(together, 2), {}, out + row * kPanel, resume || first > 0);
-    }
+    multiply_tiles(x, rows, first, std::min(kInputs, inputs - first), words, {}, out, resume || first > 0);
   }
 }
-
-constexpr int64_t kFewRows = 3;  // fewer than a tile product is worth
 
 // The products of a few rows in vector registers, with the bits of tile products: for 16 steps at a time, there are two
 // sums from zero, of the even and of the odd inputs.
@@ -173,20 +171,14 @@ inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel&
   }
   const TileRegisters registers;
   const Escape* escape = first_escape(panel);
-  const int64_t tiles = ceil_div(rows, kUnitRows);
   alignas(64) bf16 words[kUnitSteps * kStepWords];
   for (int64_t block = 0; block < steps; block += kUnitSteps) {
     const int64_t together = std::min(kUnitSteps, steps - block), end = ceil_div(together, kTileSteps) * kTileSteps;
     decode_steps(panel, block, together, escape, words);
     std::memset(words + together * kStepWords, 0, (end - together) * kStepBytes);
     const auto* behind = reinterpret_cast<const char*>(panel.data + coded_panel_bytes(block + kUnitSteps));
-    Prefetch ahead{behind, ceil_div(kTileSteps * kCodedStepBytes, tiles)};
-    for (int64_t row = 0; row < rows; row += kUnitRows) {
-      const int64_t count = std::min(kUnitRows, rows - row);
-      const TileRows tile(x + row, count, 2 * block, 2 * together);
-      multiply_tile(tile, count, words, together, ahead, out + row * kPanel, block > 0);
-      ahead.next += end / kTileSteps * ahead.step_bytes;
-    }
+    const Prefetch ahead{behind, ceil_div(kTileSteps * kCodedStepBytes, ceil_div(rows, kUnitRows))};
+    multiply_tiles(x, rows, 2 * block, 2 * together, words, ahead, out, block > 0);
   }
 }
 

@@ -187,6 +187,18 @@ def max_chunks(max_context: int, sliding_window: int | None) -> int:
     return min(num_chunks, (sliding_window - 2) // CHUNK + 2)  # the window may begin in the middle of a chunk
 
 
+def _memory_of_chunks(
+    num_tokens: int, num_heads: int, num_chunks: int, value_size: int, device: torch.device
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """How many rows one launch takes, and memory for the sums and parts of their chunks; None for a single chunk."""
+    if num_chunks == 1:
+        return num_tokens, None, None
+    most_rows = MOST_SUMS // (num_heads * num_chunks * value_size) // 4 * 4  # fours keep pointers aligned
+    rows = min(num_tokens, max(4, most_rows))
+    sums = torch.empty(rows, num_heads, num_chunks, value_size, device=device)
+    return rows, sums, torch.empty(rows, num_heads, num_chunks, 2, device=device)
+
+
 def decode_attention(
     q_THd: Tensor,
     k_cache_NBGd: Tensor,
@@ -229,12 +241,7 @@ def decode_attention(
     if num_tokens == 0:
         return out_THe
     num_chunks = max_chunks(max_context, sliding_window)
-    rows_at_once, sums, part = num_tokens, None, None
-    if num_chunks > 1:
-        most_rows = MOST_SUMS // (num_heads * num_chunks * sizes.value) // 4 * 4  # fours keep pointers aligned
-        rows_at_once = min(num_tokens, max(4, most_rows))
-        sums = torch.empty(rows_at_once, num_heads, num_chunks, sizes.value, device=q_THd.device)
-        part = torch.empty(rows_at_once, num_heads, num_chunks, 2, device=q_THd.device)
+    rows_at_once, sums, part = _memory_of_chunks(num_tokens, num_heads, num_chunks, sizes.value, q_THd.device)
     heads_per_group = num_heads // num_groups
     options = decode_attention_meta(
         sizes, k_cache_NBGd.shape[1], sliding_window, q_THd.element_size(), heads_per_group, chip_of(q_THd.device)
