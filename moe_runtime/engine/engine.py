@@ -178,12 +178,10 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts since the start. A cheap call."""
-        page_counts = self._scheduler.page_counts()
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=len(self._scheduler.waiting),
-            kv_cache_usage=max(counts.usage for counts in page_counts),
-            page_counts=page_counts,
+            page_counts=self._scheduler.page_counts(),
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -83,7 +83,7 @@ class RankPages:
     def can_extend(self, sequence: Sequence[HeldPages], start: int, num_tokens: int) -> bool:
         """Whether there are pages for positions `start .. start + num_tokens` of a sequence."""
         return all(
-            group.count(start + num_tokens) - held.end <= pool.num_free + self._num_behind(group, held, start)
+            group.count(start + num_tokens) - held.end <= pool.num_free + group.first_read(start) - held.num_left
             for group, held, pool in zip(self.groups, sequence, self.pools, strict=True)
         )
 
@@ -94,7 +94,7 @@ class RankPages:
         """
         new_pages = []
         for group, held, pool in zip(self.groups, sequence, self.pools, strict=True):
-            num_behind = self._num_behind(group, held, start)
+            num_behind = group.first_read(start) - held.num_left
             pool.free(held.pages[:num_behind])
             del held.pages[:num_behind]
             held.num_left += num_behind
@@ -106,8 +106,3 @@ class RankPages:
         """Take back all pages of a sequence."""
         for held, pool in zip(sequence, self.pools, strict=True):
             pool.free(held.pages)
-
-    @staticmethod
-    def _num_behind(group: PageGroup, held: HeldPages, start: int) -> int:
-        """Pages that no row from position `start` on reads."""
-        return max(0, group.first_read(start) - held.num_left)

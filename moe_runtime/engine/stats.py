@@ -34,8 +34,8 @@ class PageCounts:
 class EngineStats:
     """Counts since the start, and how full the engine is now.
 
-    `kv_cache_usage` is the share of pages in use, 0 to 1, of the page group that is fullest. `prompt_tokens` counts
-    tokens of prompts that have produced their first output token. `generation_tokens` counts generated tokens.
+    `page_counts` has the pages of each page group. `prompt_tokens` counts tokens of prompts that have produced their
+    first output token. `generation_tokens` counts generated tokens.
     `dispatcher_steps` counts steps per dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is
     the time of the slowest rank. `expert_changes` counts changes by capacity limits and `balance_epsilon`.
     `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds.
@@ -43,7 +43,7 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
-    kv_cache_usage: float
+    page_counts: tuple[PageCounts, ...]
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
@@ -54,7 +54,11 @@ class EngineStats:
     balancer: BalancerStats
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     extra_rounds: int = 0
-    page_counts: tuple[PageCounts, ...] = ()
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of pages in use, 0 to 1, of the page group that is fullest."""
+        return max(counts.usage for counts in self.page_counts)
 
     def health_counts(self) -> dict[str, object]:
         """The counts that `/health` shows."""

@@ -84,7 +84,7 @@ def grouped_attention(
 def read_groups(hf: HFConfig, default: tuple[int, int]) -> tuple[int, int]:
     """Groups of experts, and how many are kept; null means one."""
     num_groups, topk_groups = (
-        hf.integer_or_null(name, default=count, null=1) or 1
+        hf.integer_or_null(name, default=count, null=1)
         for name, count in zip(("n_group", "topk_group"), default, strict=True)
     )
     return num_groups, topk_groups

@@ -7,12 +7,13 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 from moe_runtime.models.inert_keys import is_empty, is_inert
 
 logger = logging.getLogger(__name__)
 
+Null = TypeVar("Null")  # what null means
 LARGEST = (1 << 31) - 1  # integer of a configuration
 SHOWN = 120  # characters of a value in a message
 
@@ -50,7 +51,7 @@ class HFConfig:
             raise self.refusal(self._spelling(names), value, allowed)
         return int(value)
 
-    def integer_or_null(self, name: str, *, default: int | None, null: int | None) -> int | None:
+    def integer_or_null(self, name: str, *, default: int | Null, null: Null) -> int | Null:
         """An integer of at least 1; null means `null`, and an absent key `default`."""
         self.seen.add(name)
         if name not in self.values:

@@ -195,7 +195,6 @@ class FakeEngine:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=0,
-            kv_cache_usage=len(self.running) / 8,
             page_counts=(PageCounts(None, 8, len(self.running)),),
             num_preemptions=3,
             prompt_tokens=sum(len(prompt) for _, prompt, _ in self.added),
