@@ -59,10 +59,8 @@ class Qwen3Moe(Family):
     }
 
     def describe(self, writer: gguf.GGUFWriter, config: Config) -> None:
+        _describe_grouped_attention(writer, config)
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
         writer.add_expert_count(config["num_experts"])
 
     def tensors(self, config: Config, layer: int, read: Read) -> Iterator[tuple[str, Tensor]]:
@@ -154,9 +152,7 @@ class GptOss(Family):
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
         writer.add_sliding_window(config["sliding_window"])
-        writer.add_head_count_kv(config["num_key_value_heads"])
-        writer.add_key_length(config["head_dim"])
-        writer.add_value_length(config["head_dim"])
+        _describe_grouped_attention(writer, config)
         writer.add_expert_feed_forward_length(config["intermediate_size"])
         writer.add_expert_count(config["num_local_experts"])
 
@@ -170,6 +166,12 @@ class GptOss(Family):
 
 
 FAMILIES: dict[str, Family] = {"qwen3_moe": Qwen3Moe(), "deepseek_v3": DeepseekV3(), "gpt_oss": GptOss()}
+
+
+def _describe_grouped_attention(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
 
 
 def _stacked_experts(read: Read, experts: int) -> Iterator[tuple[str, Tensor]]:

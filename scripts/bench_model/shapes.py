@@ -23,13 +23,30 @@ class Shape(ABC):
 
     spreads: ClassVar[dict[str, Spread]] = {}  # of the family, by the end of a tensor's name
 
-    @abstractmethod
-    def config(self) -> dict[str, object]:
-        """The contents of `config.json`."""
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
 
     @abstractmethod
+    def settings(self) -> dict[str, object]:
+        """What the family's `config.json` has beside the fields and what all families have."""
+
+    @abstractmethod
+    def layer(self, index: int) -> Iterator[tuple[str, Size]]:
+        """Name, without `model.layers.N.`, and size of every tensor of a layer."""
+
+    def config(self) -> dict[str, object]:
+        """The contents of `config.json`."""
+        return vars(self) | COMMON | self.settings()
+
     def tensors(self) -> Iterator[tuple[str, Size]]:
         """Name and size of every tensor of the checkpoint."""
+        yield "model.embed_tokens.weight", (self.vocab_size, self.hidden_size)
+        for index in range(self.num_hidden_layers):
+            for name, size in self.layer(index):
+                yield f"model.layers.{index}.{name}", size
+        yield "model.norm.weight", (self.hidden_size,)
+        yield "lm_head.weight", (self.vocab_size, self.hidden_size)
 
     def spread(self, name: str) -> Spread:
         """Mean and deviation of a tensor's values."""
@@ -56,12 +73,6 @@ COMMON = {
 }
 
 
-def _ends(vocab: int, hidden: int) -> tuple[list[tuple[str, Size]], list[tuple[str, Size]]]:
-    """What is before and after the layers, alike in all families."""
-    before: list[tuple[str, Size]] = [("model.embed_tokens.weight", (vocab, hidden))]
-    return before, [("model.norm.weight", (hidden,)), ("lm_head.weight", (vocab, hidden))]
-
-
 def _gated(prefix: str, hidden: int, inner: int) -> Iterator[tuple[str, Size]]:
     """A gated block: an expert, a shared expert, or the whole of a dense layer."""
     for name, size in (("gate_proj", (inner, hidden)), ("up_proj", (inner, hidden)), ("down_proj", (hidden, inner))):
@@ -83,42 +94,33 @@ class Qwen3Moe(Shape):
     vocab_size: int
     norm_topk_prob: bool = True
 
-    def config(self) -> dict[str, object]:
-        return (
-            vars(self)
-            | COMMON
-            | {
-                "architectures": ["Qwen3MoeForCausalLM"],
-                "model_type": "qwen3_moe",
-                "attention_bias": False,
-                "decoder_sparse_step": 1,
-                "intermediate_size": self.moe_intermediate_size * self.num_experts_per_tok,
-                "max_position_embeddings": 4096,
-                "mlp_only_layers": [],
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 1_000_000.0,
-                "use_sliding_window": False,
-            }
-        )
+    def settings(self) -> dict[str, object]:
+        return {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "attention_bias": False,
+            "decoder_sparse_step": 1,
+            "intermediate_size": self.moe_intermediate_size * self.num_experts_per_tok,
+            "max_position_embeddings": 4096,
+            "mlp_only_layers": [],
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1_000_000.0,
+            "use_sliding_window": False,
+        }
 
-    def tensors(self) -> Iterator[tuple[str, Size]]:
+    def layer(self, index: int) -> Iterator[tuple[str, Size]]:
         hidden, d = self.hidden_size, self.head_dim
         queries, keys = self.num_attention_heads * d, self.num_key_value_heads * d
-        before, after = _ends(self.vocab_size, hidden)
-        yield from before
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            yield f"{prefix}.input_layernorm.weight", (hidden,)
-            for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
-                yield f"{prefix}.self_attn.{name}.weight", (rows, hidden)
-            yield f"{prefix}.self_attn.o_proj.weight", (hidden, queries)
-            yield f"{prefix}.self_attn.q_norm.weight", (d,)
-            yield f"{prefix}.self_attn.k_norm.weight", (d,)
-            yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-            yield f"{prefix}.mlp.gate.weight", (self.num_experts, hidden)
-            for expert in range(self.num_experts):
-                yield from _gated(f"{prefix}.mlp.experts.{expert}", hidden, self.moe_intermediate_size)
-        yield from after
+        yield "input_layernorm.weight", (hidden,)
+        for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            yield f"self_attn.{name}.weight", (rows, hidden)
+        yield "self_attn.o_proj.weight", (hidden, queries)
+        yield "self_attn.q_norm.weight", (d,)
+        yield "self_attn.k_norm.weight", (d,)
+        yield "post_attention_layernorm.weight", (hidden,)
+        yield "mlp.gate.weight", (self.num_experts, hidden)
+        for expert in range(self.num_experts):
+            yield from _gated(f"mlp.experts.{expert}", hidden, self.moe_intermediate_size)
 
 
 @dataclass(frozen=True)
@@ -147,56 +149,46 @@ class DeepseekV3(Shape):
         "down_proj.weight": (0.0, 0.006),  # routed experts count 2.5 times: a choice that rounding flips changes little
     }
 
-    def config(self) -> dict[str, object]:
-        return (
-            vars(self)
-            | COMMON
-            | {
-                "architectures": ["DeepseekV3ForCausalLM"],
-                "model_type": "deepseek_v3",
-                "attention_bias": False,
-                "max_position_embeddings": 4096,
-                "n_group": 1,
-                "norm_topk_prob": True,
-                "num_key_value_heads": self.num_attention_heads,
-                "num_nextn_predict_layers": 0,
-                "rms_norm_eps": 1e-6,
-                "rope_interleave": True,
-                "rope_theta": 10_000.0,
-                "routed_scaling_factor": 2.5,
-                "scoring_func": "sigmoid",
-                "topk_group": 1,
-                "topk_method": "noaux_tc",
-            }
-        )
+    def settings(self) -> dict[str, object]:
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "attention_bias": False,
+            "max_position_embeddings": 4096,
+            "n_group": 1,
+            "norm_topk_prob": True,
+            "num_key_value_heads": self.num_attention_heads,
+            "num_nextn_predict_layers": 0,
+            "rms_norm_eps": 1e-6,
+            "rope_interleave": True,
+            "rope_theta": 10_000.0,
+            "routed_scaling_factor": 2.5,
+            "scoring_func": "sigmoid",
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+        }
 
-    def tensors(self) -> Iterator[tuple[str, Size]]:
+    def layer(self, index: int) -> Iterator[tuple[str, Size]]:
         hidden, heads, latent = self.hidden_size, self.num_attention_heads, self.kv_lora_rank
-        before, after = _ends(self.vocab_size, hidden)
-        yield from before
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            attention = f"{prefix}.self_attn"
-            yield f"{prefix}.input_layernorm.weight", (hidden,)
-            yield f"{attention}.q_a_proj.weight", (self.q_lora_rank, hidden)
-            yield f"{attention}.q_a_layernorm.weight", (self.q_lora_rank,)
-            key = self.qk_nope_head_dim + self.qk_rope_head_dim
-            yield f"{attention}.q_b_proj.weight", (heads * key, self.q_lora_rank)
-            yield f"{attention}.kv_a_proj_with_mqa.weight", (latent + self.qk_rope_head_dim, hidden)
-            yield f"{attention}.kv_a_layernorm.weight", (latent,)
-            yield f"{attention}.kv_b_proj.weight", (heads * (self.qk_nope_head_dim + self.v_head_dim), latent)
-            yield f"{attention}.o_proj.weight", (hidden, heads * self.v_head_dim)
-            yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-            if layer < self.first_k_dense_replace:
-                yield from _gated(f"{prefix}.mlp", hidden, self.intermediate_size)
-                continue
-            yield f"{prefix}.mlp.gate.weight", (self.n_routed_experts, hidden)
-            yield f"{prefix}.mlp.gate.e_score_correction_bias", (self.n_routed_experts,)
-            for expert in range(self.n_routed_experts):
-                yield from _gated(f"{prefix}.mlp.experts.{expert}", hidden, self.moe_intermediate_size)
-            shared = self.n_shared_experts * self.moe_intermediate_size
-            yield from _gated(f"{prefix}.mlp.shared_experts", hidden, shared)
-        yield from after
+        yield "input_layernorm.weight", (hidden,)
+        yield "self_attn.q_a_proj.weight", (self.q_lora_rank, hidden)
+        yield "self_attn.q_a_layernorm.weight", (self.q_lora_rank,)
+        key = self.qk_nope_head_dim + self.qk_rope_head_dim
+        yield "self_attn.q_b_proj.weight", (heads * key, self.q_lora_rank)
+        yield "self_attn.kv_a_proj_with_mqa.weight", (latent + self.qk_rope_head_dim, hidden)
+        yield "self_attn.kv_a_layernorm.weight", (latent,)
+        yield "self_attn.kv_b_proj.weight", (heads * (self.qk_nope_head_dim + self.v_head_dim), latent)
+        yield "self_attn.o_proj.weight", (hidden, heads * self.v_head_dim)
+        yield "post_attention_layernorm.weight", (hidden,)
+        if index < self.first_k_dense_replace:
+            yield from _gated("mlp", hidden, self.intermediate_size)
+            return
+        yield "mlp.gate.weight", (self.n_routed_experts, hidden)
+        yield "mlp.gate.e_score_correction_bias", (self.n_routed_experts,)
+        for expert in range(self.n_routed_experts):
+            yield from _gated(f"mlp.experts.{expert}", hidden, self.moe_intermediate_size)
+        shared = self.n_shared_experts * self.moe_intermediate_size
+        yield from _gated("mlp.shared_experts", hidden, shared)
 
 
 @dataclass(frozen=True)
@@ -226,53 +218,44 @@ class GptOss(Shape):
         "bias": (0.0, 0.1),
     }
 
-    def config(self) -> dict[str, object]:
+    def settings(self) -> dict[str, object]:
         layers = range(self.num_hidden_layers)
-        return (
-            vars(self)
-            | COMMON
-            | {
-                "architectures": ["GptOssForCausalLM"],
-                "model_type": "gpt_oss",
-                "attention_bias": True,
-                "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in layers],
-                "max_position_embeddings": 131072,
-                "rms_norm_eps": 1e-5,
-                "rope_scaling": {
-                    "rope_type": "yarn",
-                    "factor": 32.0,
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "truncate": True,
-                    "original_max_position_embeddings": 4096,
-                },
-                "rope_theta": 150_000.0,
-                "swiglu_limit": 7.0,
-            }
-        )
+        return {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "attention_bias": True,
+            "layer_types": ["full_attention" if layer % 2 else "sliding_attention" for layer in layers],
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": True,
+                "original_max_position_embeddings": 4096,
+            },
+            "rope_theta": 150_000.0,
+            "swiglu_limit": 7.0,
+        }
 
-    def tensors(self) -> Iterator[tuple[str, Size]]:
+    def layer(self, index: int) -> Iterator[tuple[str, Size]]:
         hidden, inner, experts = self.hidden_size, self.intermediate_size, self.num_local_experts
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        before, after = _ends(self.vocab_size, hidden)
-        yield from before
-        for layer in range(self.num_hidden_layers):
-            prefix = f"model.layers.{layer}"
-            yield f"{prefix}.input_layernorm.weight", (hidden,)
-            for name, rows, columns in (
-                ("q_proj", queries, hidden),
-                ("k_proj", keys, hidden),
-                ("v_proj", keys, hidden),
-                ("o_proj", hidden, queries),
-            ):
-                yield f"{prefix}.self_attn.{name}.weight", (rows, columns)
-                yield f"{prefix}.self_attn.{name}.bias", (rows,)
-            yield f"{prefix}.self_attn.sinks", (self.num_attention_heads,)
-            yield f"{prefix}.post_attention_layernorm.weight", (hidden,)
-            yield f"{prefix}.mlp.router.weight", (experts, hidden)
-            yield f"{prefix}.mlp.router.bias", (experts,)
-            yield f"{prefix}.mlp.experts.gate_up_proj", (experts, hidden, 2 * inner)
-            yield f"{prefix}.mlp.experts.gate_up_proj_bias", (experts, 2 * inner)
-            yield f"{prefix}.mlp.experts.down_proj", (experts, inner, hidden)
-            yield f"{prefix}.mlp.experts.down_proj_bias", (experts, hidden)
-        yield from after
+        yield "input_layernorm.weight", (hidden,)
+        for name, rows, columns in (
+            ("q_proj", queries, hidden),
+            ("k_proj", keys, hidden),
+            ("v_proj", keys, hidden),
+            ("o_proj", hidden, queries),
+        ):
+            yield f"self_attn.{name}.weight", (rows, columns)
+            yield f"self_attn.{name}.bias", (rows,)
+        yield "self_attn.sinks", (self.num_attention_heads,)
+        yield "post_attention_layernorm.weight", (hidden,)
+        yield "mlp.router.weight", (experts, hidden)
+        yield "mlp.router.bias", (experts,)
+        yield "mlp.experts.gate_up_proj", (experts, hidden, 2 * inner)
+        yield "mlp.experts.gate_up_proj_bias", (experts, 2 * inner)
+        yield "mlp.experts.down_proj", (experts, inner, hidden)
+        yield "mlp.experts.down_proj_bias", (experts, hidden)
