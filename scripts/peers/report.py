@@ -21,6 +21,8 @@ COLOURS = {
 def markdown(results: dict[str, Any]) -> str:
     """The machine, the check and a table per phase."""
     parts = [_machine(results), f"Model: `{results['shape']}` of `scripts/make_bench_model.py`, bfloat16."]
+    if results.get("avx2"):
+        parts.append("No engine uses instructions beyond AVX2.")
     if absent := results.get("absent"):
         parts.append("Not run: " + "; ".join(f"{engine} ({why})" for engine, why in absent.items()) + ".")
     if results["agreement"]:
@@ -99,7 +101,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes[row][0].set_ylabel(f"{phase}, tokens/s")
     handles = [pyplot.Line2D([], [], color="black", linewidth=2, label="floor")]
     figure.legend(handles=handles, loc="upper right")
-    figure.suptitle(f"{results['shape']} model, bfloat16, {results['machine']['cpu']}, {results['threads']} cores")
+    cores = f"{results['threads']} cores{', AVX2 alone' if results.get('avx2') else ''}"
+    figure.suptitle(f"{results['shape']} model, bfloat16, {results['machine']['cpu']}, {cores}")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
