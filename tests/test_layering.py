@@ -23,17 +23,17 @@ EDGES = """
 types             ->
 system            ->
 config            -> types system
-kernels           -> system
-experts           -> kernels
+kernels           -> types system
+experts           -> types kernels
 all2all           -> kernels
 balancer          -> system
 wire              -> types config
 text              -> types
-memory            -> config balancer kernels
+memory            -> types config balancer kernels
 demo              -> system
 weights           -> config system demo
 layers            -> types system config wire memory kernels experts all2all
-models            -> config balancer kernels experts all2all layers weights
+models            -> types config balancer experts all2all layers weights
 worker            -> types system config wire memory kernels experts all2all layers models weights
 balancer.live     -> config wire memory balancer
 engine            -> types config wire text memory balancer balancer.live

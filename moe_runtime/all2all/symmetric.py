@@ -88,7 +88,7 @@ class SymmetricDispatcher:
         self.num_slots, self.hidden_size, self.top_k, self.dtype = num_slots, hidden_size, top_k, dtype
         self.rank = group.rank()
         self._timeout_ns = int(timeout * 1e9)
-        self._element = native_format(dtype).native
+        self._element = native_format(dtype).code.native
         self._number = 0
         self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
         self._kernels = loader.load()

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.forms import USUAL, Forms
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.kernels.weight_format import WeightFormat
+from moe_runtime.types.weight_format import WeightFormat
 
 
 class ExpertSlots:

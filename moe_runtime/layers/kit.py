@@ -20,11 +20,11 @@ from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.parts import ExpertPart
-from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
 from moe_runtime.layers.rotary import RotaryEmbedding
+from moe_runtime.types.weight_format import WeightFormat
 
 
 class Linear(Protocol):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moe_runtime.config.attention import AnyAttention
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.kernels.weight_format import PANEL, WeightFormat
+from moe_runtime.types.weight_format import PANEL, WeightFormat
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -108,7 +108,7 @@ def weights_dtype(asked: str, stored: str) -> str:
 def expert_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     """Bytes of one routed expert of one layer."""
     hidden, moe = config.hidden_size, config.moe
-    matrices = _mlp_bytes(WeightFormat.of(dtype, native), hidden, moe.intermediate_size)
+    matrices = _mlp_bytes(WeightFormat.of(dtype, native), hidden, moe.intermediate_size, native)
     if not moe.expert_bias:
         return matrices
     inner = -(-moe.intermediate_size // PANEL) * PANEL if native else moe.intermediate_size
@@ -126,18 +126,20 @@ def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     vectors += sum(layer.attention.num_vector_weights(hidden) for layer in config.layers)
     if moe.gate_bias:
         vectors += len(config.moe_layers) * moe.num_experts
-    matrices = matrix.nbytes(config.vocab_size, hidden) + len(config.moe_layers) * (
-        gate.nbytes(moe.num_experts, hidden) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size)
+    matrices = matrix.nbytes(config.vocab_size, hidden, native) + len(config.moe_layers) * (
+        gate.nbytes(moe.num_experts, hidden, native) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size, native)
     )
     for layer in config.layers:
-        matrices += sum(matrix.nbytes(outputs, inputs) for outputs, inputs in layer.attention.matrices(hidden))
-        matrices += _mlp_bytes(matrix, hidden, layer.dense_intermediate_size or 0)
+        matrices += sum(matrix.nbytes(outputs, inputs, native) for outputs, inputs in layer.attention.matrices(hidden))
+        matrices += _mlp_bytes(matrix, hidden, layer.dense_intermediate_size or 0, native)
     return matrices + (embedding + vectors) * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 
-def _mlp_bytes(matrix: WeightFormat, hidden: int, intermediate: int) -> int:
+def _mlp_bytes(matrix: WeightFormat, hidden: int, intermediate: int, native: bool) -> int:
     """Bytes of a SwiGLU's three matrices; 0 if it does not exist."""
-    return 2 * matrix.nbytes(intermediate, hidden) + matrix.nbytes(hidden, intermediate) if intermediate else 0
+    if not intermediate:
+        return 0
+    return 2 * matrix.nbytes(intermediate, hidden, native) + matrix.nbytes(hidden, intermediate, native)
 
 
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool = False) -> int:

@@ -17,7 +17,6 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.kernels.weight_format import PANEL
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import MLP, AttentionBlock, DecoderLayer, Experts, Kit, Linear, MLPBlock, Norm, SparseBlock
@@ -25,6 +24,7 @@ from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.rotary import RotaryEmbedding
 from moe_runtime.models.expert_tensors import ExpertTensors
 from moe_runtime.models.names import SwiGLUNames, TensorNames
+from moe_runtime.types.weight_format import PANEL
 from moe_runtime.weights.checkpoint import WeightSource
 
 WHOLE = 1 << 62  # piece size in bytes that means "in one piece"

@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_runtime.kernels.weight_format import PANEL
 from moe_runtime.memory.budget import PROCESS_BYTES, available_host_memory
 from moe_runtime.planner.hardware import Hardware, Link, Overheads, Table
 from moe_runtime.planner.measure_engine import SENDING, WAITING, Variant, streaming
 from moe_runtime.planner.predict import Workload
 from moe_runtime.planner.probe import Probe, fit, with_overheads
+from moe_runtime.types.weight_format import PANEL
 
 if TYPE_CHECKING:
     from moe_runtime.kernels.cpu.native import Kernels

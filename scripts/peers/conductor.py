@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from make_bench_model import ensure_bench_model, ensure_gguf
 
-from moe_runtime.kernels.weight_format import WeightFormat
+from moe_runtime.types.weight_format import Code
 from peers import check
 from peers.drivers import SCRIPTS, Driver
 from peers.environments import ensure_environment
@@ -230,7 +230,7 @@ class Conductor:
         self, repetition: int, case: Case, name: str, seconds: dict[str, float], rates: Rates
     ) -> list[dict[str, Any]]:
         ranks = 2 if name == "ours-ep2" else 1
-        weight_bytes = WeightFormat.CODED_BFLOAT16.bits / 8 if name.startswith("ours") else BYTES
+        weight_bytes = Code.CODED_BFLOAT16.bits / 8 if name.startswith("ours") else BYTES
         routing = self.routing[case.name][str(ranks)]
         touched = {phase: Routing(**routing[phase]) for phase in ("prefill", "decode") if phase in routing}
         floor = prefill_seconds(

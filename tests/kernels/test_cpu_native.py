@@ -17,7 +17,7 @@ from cpu_cases import DTYPES, assert_close, experts_of, normal
 from moe_runtime.kernels import reference, torch_ops
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.swiglu import SwiGLU
-from moe_runtime.kernels.weight_format import PANEL
+from moe_runtime.types.weight_format import PANEL
 
 pytestmark = pytest.mark.usefixtures("threads")
 SIZES = [(1, 1), (64, 64), (70, 33), (130, 257), (192, 1030)]

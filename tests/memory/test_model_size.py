@@ -103,7 +103,7 @@ def test_bytes_of_a_matrix_are_those_of_native_packing(
     kernels: Kernels, outputs: int, inputs: int, dtype: torch.dtype
 ) -> None:
     packed = PackedMatrices(kernels, dtype, outputs, inputs)
-    assert packed.nbytes == packed.format.nbytes(outputs, inputs)
+    assert packed.nbytes == packed.format.nbytes(outputs, inputs, native=True)
 
 
 @given(hidden=st.integers(1, 200), intermediate=st.integers(1, 200), dtype=st.sampled_from(["float32", "bfloat16"]))

@@ -79,7 +79,7 @@ void for_rows(Pool& pool, int64_t rows, const Body& body) {
   });
 }
 
-// The type of activations. Weights are float32 too, or coded bf16; kernels/weight_format.py has the same numbers.
+// The type of activations. Weights are float32 too, or coded bf16; types/weight_format.py has the same numbers.
 enum Element : int { kFloat32 = 0, kBf16 = 1 };
 
 // A packed weight; plain data, filled by the caller. `escapes` has a list for each bf16 panel.

@@ -19,8 +19,8 @@ from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig
 from moe_runtime.kernels.torch_ops import Scoring, check_gate
-from moe_runtime.kernels.weight_format import WeightFormat
 from moe_runtime.system.pages import HUGE_PAGE, ask_for_huge_pages
+from moe_runtime.types.weight_format import WeightFormat
 
 DTYPES = (torch.float32, torch.bfloat16)
 CACHE_LINE = 64
@@ -40,7 +40,7 @@ def native_format(dtype: torch.dtype) -> WeightFormat:
 
 def element(tensor: Tensor) -> int:
     """The library's number for a tensor's dtype. Raises ValueError as `native_format` does."""
-    found = native_format(tensor.dtype).native
+    found = native_format(tensor.dtype).code.native
     assert found is not None
     return found
 
@@ -284,7 +284,7 @@ class Kernels:
 
     def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
         """Room for `copies` packed weights `[outputs, inputs]`, uint8 `[copies, bytes]`, in huge pages."""
-        nbytes: int = self.library.moe_packed_bytes(native_format(dtype).native, outputs, inputs)
+        nbytes: int = self.library.moe_packed_bytes(native_format(dtype).code.native, outputs, inputs)
         return self._room(copies * nbytes).view(copies, nbytes)
 
     def _room(self, nbytes: int) -> Tensor:

@@ -18,7 +18,7 @@ from moe_runtime.kernels.cpu.native import Kernels, native_format
 from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import Weight
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.kernels.weight_format import PANEL
+from moe_runtime.types.weight_format import PANEL
 
 PackedPart = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
 
@@ -56,7 +56,7 @@ class PackedMatrices:
         assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
         assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
         self.kernels.library.moe_pack(
-            self.format.native,
+            self.format.code.native,
             weight_MD.data_ptr(),
             weight_MD.stride(0),
             first_row // PANEL,
@@ -70,7 +70,7 @@ class PackedMatrices:
         """Rows of a weight, `[rows, inputs]`."""
         out = torch.empty(rows, self.inputs, dtype=self.dtype)
         self.kernels.library.moe_unpack(
-            self.format.native,
+            self.format.code.native,
             self.data[copy].data_ptr(),
             self.escapes[copy].data_ptr(),
             first_row,
@@ -140,7 +140,7 @@ class PackedLinear:
         assert index_T.dtype == torch.int64 and index_T.ndim == 1
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
         taken = self.kernels.library.moe_take_rows(
-            self.format.native, self._address, pointer(index_T), len(index_T), out.data_ptr()
+            self.format.code.native, self._address, pointer(index_T), len(index_T), out.data_ptr()
         )
         if taken < len(index_T):
             raise ValueError(f"index: {int(index_T[taken])} is not allowed; it must be from 0 to {self.outputs - 1}")
@@ -151,7 +151,7 @@ class PackedLinear:
         assert x_TD.dtype == self.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
         out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
         self.kernels.library.moe_linear(
-            self.format.native, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
+            self.format.code.native, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
         )
         return out
 
@@ -249,7 +249,7 @@ class PackedExperts:
         y_RD = x_ND.new_empty(rows, self.hidden_size) if room_RD is None else room_RD
         assert y_RD.dtype == self.dtype and y_RD.shape == (rows, self.hidden_size) and y_RD.is_contiguous()
         self.kernels.library.moe_grouped_mlp(
-            self.format.native,
+            self.format.code.native,
             self.address,
             pointer(x_ND),
             len(x_ND),

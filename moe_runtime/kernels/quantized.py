@@ -1,0 +1,180 @@
+"""Quantised matrices: codes, scales, and what they stand for. The slow twin of every kernel that computes from codes.
+
+Shape suffixes: N outputs, K inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+INT4_ZERO = 8  # codes of INT4 are 0 to 15; without zeros, 8 stands for 0
+FP8_MAX, FP4_MAX = 448.0, 6.0
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """A matrix `[N, K]`, or some of its rows: weight = (code - zero) * (scale * factor), all in float32.
+
+    Attributes:
+        format: its code, the type of its scales, its group.
+        codes: uint8. INT4, FP4: `[N, ceil(K / 2)]`, the low half of a byte is the even column. INT8: two's complement.
+        scales_NG: of the type `format.scale`; for E8M0 uint8.
+        zeros_NG: uint8, as the codes are (0 to 15 for INT4, two's complement for INT8); None without zeros: then INT4
+            has the zero 8 and INT8 the zero 0.
+        factor_N: float32; None: 1. Given if and only if scales are E4M3.
+        num_inputs: K.
+    """
+
+    format: WeightFormat
+    codes: Tensor
+    scales_NG: Tensor
+    zeros_NG: Tensor | None
+    factor_N: Tensor | None
+    num_inputs: int
+
+    def __post_init__(self) -> None:
+        shape = (len(self.codes), self.format.num_groups(self.num_inputs))
+        width = -(-self.num_inputs * self.format.code.bits // 8)
+        assert self.format.scale is not None and str(self.scales_NG.dtype) == f"torch.{self.format.scale.dtype}"
+        assert self.codes.dtype == torch.uint8 and self.codes.shape == (shape[0], width)
+        assert self.scales_NG.shape == shape
+        assert (self.zeros_NG is not None) == self.format.has_zero
+        assert self.zeros_NG is None or (self.zeros_NG.dtype == torch.uint8 and self.zeros_NG.shape == shape)
+        assert (self.factor_N is not None) == (self.format.scale is Scale.E4M3)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is made of."""
+        return tuple(x for x in (self.codes, self.scales_NG, self.zeros_NG, self.factor_N) if x is not None)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def rows(self, index: slice | Tensor) -> QuantizedMatrix:
+        """Some rows, by a slice or by numbers."""
+        return QuantizedMatrix(
+            self.format,
+            self.codes[index],
+            self.scales_NG[index],
+            None if self.zeros_NG is None else self.zeros_NG[index],
+            None if self.factor_N is None else self.factor_N[index],
+            self.num_inputs,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The weights `[N, K]`, float32."""
+        scales_NG = decode_scales(self.scales_NG)
+        if self.factor_N is not None:
+            scales_NG = scales_NG * self.factor_N[:, None]
+        values_NK = decode_codes(self.format.code, self.codes, self.num_inputs)
+        group = self.format.group or self.num_inputs
+
+        def spread(x_NG: Tensor) -> Tensor:
+            return x_NG.repeat_interleave(group, dim=1)[:, : self.num_inputs]
+
+        if self.zeros_NG is not None:
+            is_int8 = self.format.code is Code.INT8
+            zeros_NG = self.zeros_NG.view(torch.int8).float() if is_int8 else self.zeros_NG.float() - INT4_ZERO
+            values_NK = values_NK - spread(zeros_NG)
+        return values_NK * spread(scales_NG)
+
+
+def concatenate(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
+    """The rows of matrices of one format, in order."""
+    first = parts[0]
+    assert all(part.format == first.format and part.num_inputs == first.num_inputs for part in parts)
+
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found) if found else None
+
+    codes, scales_NG = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales_NG"))
+    zeros_NG, factor_N = (joined([getattr(part, name) for part in parts]) for name in ("zeros_NG", "factor_N"))
+    return QuantizedMatrix(first.format, codes, scales_NG, zeros_NG, factor_N, first.num_inputs)
+
+
+def decode_scales(scales: Tensor) -> Tensor:
+    """Scales in float32; uint8 is E8M0."""
+    if scales.dtype == torch.uint8:
+        return torch.ldexp(torch.ones((), device=scales.device), scales.int() - 127)
+    return scales.float()
+
+
+def decode_codes(code: Code, codes: Tensor, num_inputs: int) -> Tensor:
+    """What codes stand for before zeros and scales, float32 `[N, K]`; INT4 is from -8 to 7."""
+    if code is Code.INT8:
+        return codes.view(torch.int8).float()
+    if code is Code.FP8:
+        return codes.view(torch.float8_e4m3fn).float()
+    halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :num_inputs]
+    if code is Code.INT4:
+        return halves.float() - INT4_ZERO
+    assert code is Code.FP4
+    table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
+    return table[halves.long()]
+
+
+def pack_halves(halves_NK: Tensor) -> Tensor:
+    """Codes of 4 bits, uint8 `[N, K]`, two in a byte; an odd K is filled up with the code 0."""
+    padded = torch.nn.functional.pad(halves_NK, (0, halves_NK.shape[1] % 2))
+    return padded[:, 0::2] | padded[:, 1::2] << 4
+
+
+def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
+    """Quantise to nearest, ties to even, without zeros.
+
+    The largest weight of a group gets the largest code: scale = max / largest. For E8M0 scales it is the power of two
+    2^(floor(log2(max)) - 2) of OCP's MX formats, section 6.3, and what is too large becomes the largest code.
+
+    Args:
+        weight_NK: float32 or bfloat16, finite.
+    """
+    assert format.scale in (Scale.FLOAT32, Scale.FLOAT16, Scale.BFLOAT16, Scale.E8M0) and not format.has_zero
+    rows, inputs = weight_NK.shape
+    group, groups = format.group or inputs, format.num_groups(inputs)
+    padded = torch.nn.functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
+    largest_NG = padded.abs().amax(dim=2)
+    code = format.code
+    if format.scale is Scale.E8M0:
+        assert code is Code.FP4
+        exponent = torch.frexp(largest_NG).exponent - 1 - 2  # E2M1's largest is 1.5 * 2^2
+        stored = (exponent + 127).clamp(0, 254).to(torch.uint8)
+    else:
+        top = {Code.INT8: 127.0, Code.INT4: 7.0, Code.FP8: FP8_MAX, Code.FP4: FP4_MAX}[code]
+        dtype: torch.dtype = getattr(torch, format.scale.dtype)
+        stored = (largest_NG / top).to(dtype)
+    scales_NG = decode_scales(stored)
+    inverse = torch.where(scales_NG > 0, 1.0 / scales_NG, 0.0)
+    scaled = (padded * inverse[:, :, None]).flatten(1)[:, :inputs]
+    return QuantizedMatrix(format, _encode(code, scaled), stored, None, None, inputs)
+
+
+def _encode(code: Code, scaled_NK: Tensor) -> Tensor:
+    """Codes of the nearest values, for weights divided by their scales."""
+    if code is Code.INT8:
+        return scaled_NK.round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+    if code is Code.FP8:
+        return scaled_NK.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    if code is Code.INT4:
+        return pack_halves((scaled_NK.round().clamp(-8, 7) + INT4_ZERO).to(torch.uint8))
+    assert code is Code.FP4
+    # Halfway points between neighbours; a tie goes to the even code, which is the lower one where the index is even.
+    edges = [(low + high) / 2 for low, high in itertools.pairwise(E2M1)]
+    size = scaled_NK.abs()
+    index = sum(
+        ((size > edge) if place % 2 == 0 else (size >= edge)).to(torch.uint8) for place, edge in enumerate(edges)
+    )
+    assert isinstance(index, Tensor)
+    return pack_halves(index | (scaled_NK < 0).to(torch.uint8) << 3)
