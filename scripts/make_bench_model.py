@@ -2,9 +2,9 @@
 
 The shapes are small enough for any machine (1.3 B parameters, 2.6 GB in bfloat16): `bench` is a `qwen3_moe`,
 `bench-mla` a `deepseek_v3` with latent attention, `bench-gpt-oss` a `gpt_oss`. `--gguf` writes the same weights for
-llama.cpp too. `olmoe` is the shape of OLMoE-1B-7B as a `qwen3_moe` (6.9 B parameters) and gets a `config.json` only;
-its weights come from `load_format="dummy"`. Folders are in the cache (`$MOE_RUNTIME_CACHE`, else
-`$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`). Complete files are not written again.
+llama.cpp too, as they are or quantised. `olmoe` is the shape of OLMoE-1B-7B as a `qwen3_moe` (6.9 B parameters) and
+gets a `config.json` only; its weights come from `load_format="dummy"`. Folders are in the cache (`$MOE_RUNTIME_CACHE`,
+else `$XDG_CACHE_HOME/moe-runtime`, else `~/.cache/moe-runtime`). Complete files are not written again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from bench_model.shapes import DeepseekV3, GptOss, Qwen3Moe, Shape
 from bench_model.weights import ensure_weights
 
 SEED = 0
-WEIGHTS, GGUF_FILE = "model.safetensors", "model-bf16.gguf"
+WEIGHTS = "model.safetensors"
+GGUF_KINDS = ("bf16", "q8_0", "q4_0")
 SHAPES: dict[str, Shape] = {
     "bench": Qwen3Moe(
         num_hidden_layers=12,
@@ -91,17 +92,18 @@ def ensure_bench_model(shape: str, folder: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sizes = SHAPES[shape]
     if shape != "olmoe" and ensure_weights(sizes, SEED, folder / WEIGHTS):
-        (folder / GGUF_FILE).unlink(missing_ok=True)
+        for old in folder.glob("*.gguf"):
+            old.unlink()
     (folder / "config.json").write_text(json.dumps(sizes.config(), indent=2) + "\n")
     return folder
 
 
-def ensure_gguf(folder: Path) -> Path:
-    """A folder's model from `ensure_bench_model` as a GGUF file without a tokenizer; the weights have the same bits."""
-    path = folder / GGUF_FILE
+def ensure_gguf(folder: Path, kind: str = "bf16") -> Path:
+    """A folder's model from `ensure_bench_model` as a GGUF file without a tokenizer, in a kind of `GGUF_KINDS`."""
+    path = folder / f"model-{kind}.gguf"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        write_gguf(json.loads((folder / "config.json").read_text()), folder / WEIGHTS, partial)
+        write_gguf(json.loads((folder / "config.json").read_text()), folder / WEIGHTS, partial, kind)
         partial.rename(path)
     return path
 
@@ -110,14 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="bench")
     parser.add_argument("--out", type=Path, help="folder; default bench-model/SHAPE in the cache")
-    parser.add_argument("--gguf", action="store_true", help="write model-bf16.gguf beside it (not for olmoe)")
+    parser.add_argument("--gguf", choices=GGUF_KINDS, nargs="?", const="bf16", help="write a GGUF file (not for olmoe)")
     options = parser.parse_args()
     if options.gguf and options.shape == "olmoe":
         parser.error("--gguf: olmoe has no weights on disk; it must be left out")
     folder = ensure_bench_model(options.shape, options.out)
     print(folder)
     if options.gguf:
-        print(ensure_gguf(folder))
+        print(ensure_gguf(folder, options.gguf))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from moe_runtime.all2all.dispatch import Dispatched, Returned
 from moe_runtime.all2all.rounds import counts_of, in_round, round_of
 from moe_runtime.kernels.cpu import loader, native
-from moe_runtime.kernels.cpu.native import check_arrived, native_format
+from moe_runtime.kernels.cpu.native import check_arrived, native_code
 from moe_runtime.kernels.cpu.structs import ExchangeShape, SpreadStep
 
 Value = TypeVar("Value")
@@ -88,7 +88,7 @@ class SymmetricDispatcher:
         self.num_slots, self.hidden_size, self.top_k, self.dtype = num_slots, hidden_size, top_k, dtype
         self.rank = group.rank()
         self._timeout_ns = int(timeout * 1e9)
-        self._element = native_format(dtype).code.native
+        self._element = native_code(dtype)
         self._number = 0
         self._arrived, self._computed = Room(hidden_size, dtype), Room(hidden_size, dtype)
         self._kernels = loader.load()

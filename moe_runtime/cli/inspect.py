@@ -13,6 +13,7 @@ from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig, parse_redundant
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
+from moe_runtime.config.quantization import quantized
 from moe_runtime.memory.budget import (
     Budget,
     available_host_memory,
@@ -42,6 +43,9 @@ ENGINE = (
     "block_size",
     "kv_cache_memory_bytes",
     "redundant_experts",
+    "quantization",
+    "quantization_parts",
+    "quantization_group_size",
 )
 MOST_RANKS = 8  # by default
 
@@ -97,7 +101,12 @@ def inspect(namespace: argparse.Namespace) -> int:
         from moe_runtime.models.registry import read_model_config
         from moe_runtime.weights.checkpoint import resolve_model
 
-        model = read_model_config(resolve_model(engine.model, weights=False))
+        model = quantized(
+            read_model_config(resolve_model(engine.model, weights=False)),
+            engine.quantization,
+            engine.quantization_parts,
+            engine.quantization_group_size,
+        )
         found = describe(engine, model, options)
     print(json.dumps(found, indent=1) if options.json else to_text(found, model))
     return 0
@@ -124,6 +133,7 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
         "model": engine.model,
         "family": model.family,
         "dtype": dtype,
+        "quantization": model.formats,
         "parameters": {"total": count.total, "active": count.active, "dense": count.dense, "expert": count.expert},
         "layers": {"total": model.num_layers, "sparse": len(model.moe_layers)},
         "experts": {
@@ -194,7 +204,7 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
             f"{_attention(model)}; KV cache {_kept(found['kv_cache'])}",
         ),
         ("context", f"{found['max_model_len']} tokens"),
-        ("weights", gigabytes(found["weight_bytes"])),
+        ("weights", gigabytes(found["weight_bytes"]) + _formats(found["quantization"])),
     ]
     decode = [["batch", "experts/layer", "per step", "per token"]] + [
         [
@@ -225,6 +235,12 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
             *_aligned(memory),
         ]
     )
+
+
+def _formats(parts: dict[str, str]) -> str:
+    """The quantised parts, as text; empty if there are none."""
+    named = [f"{part} {format}" for part, format in parts.items() if format != "none"]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def _attention(model: ModelConfig) -> str:

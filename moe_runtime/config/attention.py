@@ -95,6 +95,11 @@ class AttentionConfig:
         """The projections, as they are held."""
         return [(self.query_size + 2 * self.kv_size, hidden_size), (hidden_size, self.query_size)]
 
+    @property
+    def head_matrices(self) -> list[MatrixSize]:
+        """Matrices of each head apart."""
+        return []
+
     def num_vector_weights(self, hidden_size: int) -> int:
         """Parameters of the biases and sinks, and of the norms of queries and keys."""
         count = self.query_size + 2 * self.kv_size if self.qkv_bias else 0
@@ -180,10 +185,14 @@ class LatentAttentionConfig:
         return self.down_size + self.query_size + self.num_heads * (self.key_size + self.value_size) + self.output_size
 
     def matrices(self, hidden_size: int) -> list[MatrixSize]:
-        """The projections, as they are held; each head has its own key and value matrix."""
+        """The projections, as they are held."""
         up = [(self.query_size, self.query_rank)] if self.query_rank else []
-        heads = [(self.latent_size, self.nope_size), (self.head_value_size, self.latent_size)] * self.num_heads
-        return [(self.down_size, hidden_size), *up, *heads, (hidden_size, self.output_size)]
+        return [(self.down_size, hidden_size), *up, (hidden_size, self.output_size)]
+
+    @property
+    def head_matrices(self) -> list[MatrixSize]:
+        """The key and the value matrix of each head, which are never quantised: the key matrix is held turned."""
+        return [(self.latent_size, self.nope_size), (self.head_value_size, self.latent_size)] * self.num_heads
 
     def num_vector_weights(self, hidden_size: int) -> int:
         """Parameters of the biases, and of the norms of the compressed queries and of the latent."""

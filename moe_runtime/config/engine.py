@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from moe_runtime.config.checks import check_integer
 from moe_runtime.config.limits import OVERFLOWS, Limits
+from moe_runtime.config.quantization import check_quantization
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -33,6 +34,14 @@ class EngineConfig:
         max_num_batched_tokens: maximum tokens that a rank runs in one step; longer prompts are prefilled in chunks.
         block_size: tokens per page of the KV cache.
         kv_cache_memory_bytes: KV cache per rank; None takes what the sequences can use, within the free memory.
+        quantization: quantise weights while they are loaded: "int8", "int4", "fp8" or "mxfp4"; None keeps them as they
+            are in the checkpoint.
+        quantization_parts: which matrices that quantises. Dense MLPs and shared experts belong to the experts; gates
+            and the embedding are never quantised.
+        quantization_group_size: weights of an output that share a scale; None takes 128 for int8 and fp8, 32 for int4
+            and mxfp4.
+        activation_quantization: "int8" rounds the rows that are multiplied with quantised weights to int8, in blocks of
+            up to 128 inputs, which makes native CPU kernels faster; None keeps them. Not with fp8.
         load_format: "dummy" makes random weights and reads none.
         check_weights: check while loading that all weights are finite. A checkpoint with NaN or infinity is refused,
             and the error names the tensor. This takes one more pass over the weights in memory.
@@ -80,6 +89,10 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    quantization: str | None = None
+    quantization_parts: str = "experts,attention,head"
+    quantization_group_size: int | None = None
+    activation_quantization: str | None = None
     load_format: str = "auto"
     check_weights: bool = False
     generation_config: str = "auto"
@@ -116,6 +129,11 @@ class EngineConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be one of {list(allowed)}")
+        check_quantization(self.quantization, self.quantization_parts, self.quantization_group_size)
+        if self.activation_quantization not in (None, "int8"):
+            raise ValueError(
+                f'activation_quantization: {self.activation_quantization!r} is not allowed; it must be "int8" or absent'
+            )
         object.__setattr__(self, "routing", parse_expert_policy(self.routing))
         for name in ("tokenizer", "placement", "routing_calibration", "record_trace", "served_model_name"):
             value = getattr(self, name)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from moe_runtime.config.attention import AnyAttention, AttentionConfig, KVSpec, LatentAttentionConfig
+from moe_runtime.types.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,26 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
+class LayerFormats:
+    """How the matrices of a layer are held; None: in the model's dtype. Gates are never quantised.
+
+    Attributes:
+        attention: projections; of latent attention not those from the latent, whose heads are held apart.
+        mlp: the dense MLP, or the shared experts.
+        experts: routed experts.
+    """
+
+    attention: WeightFormat | None = None
+    mlp: WeightFormat | None = None
+    experts: WeightFormat | None = None
+
+    @property
+    def all(self) -> tuple[WeightFormat | None, ...]:
+        """Those of all parts."""
+        return self.attention, self.mlp, self.experts
+
+
+@dataclass(frozen=True)
 class LayerConfig:
     """One decoder layer: its attention, and the intermediate size of its dense MLP; None for a sparse layer.
 
@@ -86,6 +107,7 @@ class LayerConfig:
     grouped: AttentionConfig | None
     latent: LatentAttentionConfig | None
     dense_intermediate_size: int | None
+    formats: LayerFormats = LayerFormats()
 
     @classmethod
     def of(cls, attention: AnyAttention, dense_intermediate_size: int | None) -> LayerConfig:
@@ -136,6 +158,8 @@ class ModelConfig:
         residual_multiplier: factor on each block's output, before it is added to the residual rows.
         logits_scaling: the head's rows are divided by it.
         default_sampling: fields of `SamplingParams` for requests that leave them out.
+        head_format: how the head is held; None: in the model's dtype. A head that is quantised shares nothing with the
+            embedding, which never is.
     """
 
     family: str
@@ -153,10 +177,35 @@ class ModelConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     default_sampling: Mapping[str, float | int] = field(default_factory=dict, hash=False)
+    head_format: WeightFormat | None = None
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @cached_property
+    def formats(self) -> dict[str, str]:
+        """The quantised formats of each part, by name; "none" where a part is in the model's dtype."""
+        held: dict[str, list[WeightFormat | None]] = {
+            "experts": [layer.formats.experts for layer in self.layers if layer.is_sparse],
+            "mlp": [layer.formats.mlp for layer in self.layers if self._has_mlp(layer)],
+            "attention": [layer.formats.attention for layer in self.layers],
+            "head": [self.head_format],
+        }
+        return {
+            part: ", ".join(dict.fromkeys("none" if format is None else format.name for format in found))
+            for part, found in held.items()
+            if found
+        }
+
+    def _has_mlp(self, layer: LayerConfig) -> bool:
+        """Whether a layer has a dense MLP or shared experts."""
+        return not layer.is_sparse or self.moe.shared_intermediate_size > 0
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether the head and the embedding are one matrix in memory."""
+        return self.tie_word_embeddings and self.head_format is None
 
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:

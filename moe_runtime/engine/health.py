@@ -24,6 +24,8 @@ def describe(
         "ep_size": len(ranks),
         "ranks": [_rank(rank) for rank in ranks],
         "kernels": ranks[0].kernels,
+        "quantization": model.formats,
+        "activation_quantization": config.activation_quantization,
         "dispatcher": config.dispatcher,
         "dispatchers": sorted(ranks[0].dispatchers),
         "capacity_factor": config.capacity_factor,

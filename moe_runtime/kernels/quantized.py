@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -51,13 +52,13 @@ class QuantizedMatrix:
         assert (self.factor_N is not None) == (self.format.scale is Scale.E4M3)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that it is made of."""
-        return tuple(x for x in (self.codes, self.scales_NG, self.zeros_NG, self.factor_N) if x is not None)
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All that it is made of: codes, scales, zeros, factors."""
+        return self.codes, self.scales_NG, self.zeros_NG, self.factor_N
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(part.nbytes for part in self.parts if part is not None)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -72,6 +73,13 @@ class QuantizedMatrix:
             None if self.factor_N is None else self.factor_N[index],
             self.num_inputs,
         )
+
+    def to(self, device: torch.device) -> QuantizedMatrix:
+        """The same on a device."""
+        parts = [None if part is None else part.to(device) for part in self.parts]
+        codes, scales_NG, zeros_NG, factor_N = parts
+        assert codes is not None and scales_NG is not None
+        return QuantizedMatrix(self.format, codes, scales_NG, zeros_NG, factor_N, self.num_inputs)
 
     def dequantize(self) -> Tensor:
         """The weights `[N, K]`, float32."""
@@ -91,8 +99,22 @@ class QuantizedMatrix:
         return values_NK * spread(scales_NG)
 
 
-def concatenate(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    """The rows of matrices of one format, in order."""
+@overload
+def take_rows(matrix: Tensor, index: slice | Tensor) -> Tensor: ...
+@overload
+def take_rows(matrix: QuantizedMatrix, index: slice | Tensor) -> QuantizedMatrix: ...
+def take_rows(matrix: Tensor | QuantizedMatrix, index: slice | Tensor) -> Tensor | QuantizedMatrix:
+    """Some rows of a matrix of any kind."""
+    return matrix[index] if isinstance(matrix, Tensor) else matrix.rows(index)
+
+
+def stack_rows(parts: Sequence[Tensor | QuantizedMatrix]) -> Tensor | QuantizedMatrix:
+    """The rows of matrices of one kind, in order."""
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(dense) if dense else _concatenate([part for part in parts if isinstance(part, QuantizedMatrix)])
+
+
+def _concatenate(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     first = parts[0]
     assert all(part.format == first.format and part.num_inputs == first.num_inputs for part in parts)
 
@@ -106,9 +128,9 @@ def concatenate(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
 
 
 def decode_scales(scales: Tensor) -> Tensor:
-    """Scales in float32; uint8 is E8M0."""
+    """Scales in float32; uint8 is E8M0, whose byte is the exponent's, so that 2^-127 becomes 0."""
     if scales.dtype == torch.uint8:
-        return torch.ldexp(torch.ones((), device=scales.device), scales.int() - 127)
+        return (scales.int() << 23).view(torch.float32)
     return scales.float()
 
 
@@ -135,8 +157,10 @@ def pack_halves(halves_NK: Tensor) -> Tensor:
 def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
     """Quantise to nearest, ties to even, without zeros.
 
-    The largest weight of a group gets the largest code: scale = max / largest. For E8M0 scales it is the power of two
-    2^(floor(log2(max)) - 2) of OCP's MX formats, section 6.3, and what is too large becomes the largest code.
+    The largest weight of a group gets the largest code: scale = max / largest. With INT4 it gets -8, the code that is
+    farthest from 0, so the scale has the other sign, and a weight that is nearly as large on the other side becomes 7.
+    E8M0 scales are the powers of two 2^(floor(log2(max)) - 2) of OCP's MX formats, section 6.3; what is too large
+    becomes the largest code.
 
     Args:
         weight_NK: float32 or bfloat16, finite.
@@ -145,18 +169,20 @@ def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
     rows, inputs = weight_NK.shape
     group, groups = format.group or inputs, format.num_groups(inputs)
     padded = torch.nn.functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
-    largest_NG = padded.abs().amax(dim=2)
-    code = format.code
+    largest_NG, code = padded.abs().amax(dim=2), format.code
     if format.scale is Scale.E8M0:
         assert code is Code.FP4
         exponent = torch.frexp(largest_NG).exponent - 1 - 2  # E2M1's largest is 1.5 * 2^2
         stored = (exponent + 127).clamp(0, 254).to(torch.uint8)
     else:
-        top = {Code.INT8: 127.0, Code.INT4: 7.0, Code.FP8: FP8_MAX, Code.FP4: FP4_MAX}[code]
         dtype: torch.dtype = getattr(torch, format.scale.dtype)
-        stored = (largest_NG / top).to(dtype)
+        if code is Code.INT4:
+            extreme_NG = torch.where(padded.amax(dim=2) == largest_NG, largest_NG, -largest_NG)
+            stored = (extreme_NG / -INT4_ZERO).to(dtype)
+        else:
+            stored = (largest_NG / {Code.INT8: 127.0, Code.FP8: FP8_MAX, Code.FP4: FP4_MAX}[code]).to(dtype)
     scales_NG = decode_scales(stored)
-    inverse = torch.where(scales_NG > 0, 1.0 / scales_NG, 0.0)
+    inverse = torch.where(scales_NG != 0, 1.0 / scales_NG, 0.0)
     scaled = (padded * inverse[:, :, None]).flatten(1)[:, :inputs]
     return QuantizedMatrix(format, _encode(code, scaled), stored, None, None, inputs)
 

@@ -44,14 +44,16 @@ from moe_runtime.layers.native_layers import (
 from moe_runtime.layers.rotary import RotaryEmbedding
 from moe_runtime.layers.sparse_form import SparseForm, native_sparse_form
 from moe_runtime.layers.torch_layers import TorchEmbedding
+from moe_runtime.types.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
 class NativeKit:
-    """See `layers.kit.Kit`; weights are packed when they are put in."""
+    """See `layers.kit.Kit`; weights are packed when they are put in. `int8_rows`: see `PackedMatrices`."""
 
     kernels: Kernels
     dtype: torch.dtype
+    int8_rows: bool = False
 
     device = torch.device("cpu")
     batch_invariant = True
@@ -68,12 +70,16 @@ class NativeKit:
         """The implementation of each op."""
         return dict.fromkeys(ops.describe(self.device), f"native {self.kernels.instruction_set}")
 
-    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> PackedLinear:
-        return PackedLinear(self.kernels, outputs, inputs, self.dtype, bias)
+    def linear(
+        self, outputs: int, inputs: int, bias: Tensor | None = None, format: WeightFormat | None = None
+    ) -> PackedLinear:
+        return PackedLinear(self.kernels, outputs, inputs, self.dtype, bias, format, self.int8_rows)
 
-    def head(self, vocab_size: int, hidden_size: int) -> tuple[NativeHead, PackedLinear]:
+    def head(
+        self, vocab_size: int, hidden_size: int, format: WeightFormat | None = None
+    ) -> tuple[NativeHead, PackedLinear]:
         """The head, and the linear map that its weight is put into."""
-        linear = self.linear(vocab_size, hidden_size)
+        linear = self.linear(vocab_size, hidden_size, format=format)
         return NativeHead(linear), linear
 
     def embedding(self, weight_VD: Tensor) -> TorchEmbedding:
@@ -172,14 +178,23 @@ class NativeKit:
         fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGe) for layer in pages], cache.page_groups)
         return FusedLayers(fused, form, symmetric, loop)
 
-    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> NativeMLP:
-        return NativeMLP(PackedExperts(self.kernels, 1, hidden_size, intermediate_size, self.dtype, gate_D))
+    def mlp(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_D: Tensor | None = None,
+        format: WeightFormat | None = None,
+    ) -> NativeMLP:
+        sizes, int8_rows = (hidden_size, intermediate_size), self.int8_rows
+        return NativeMLP(PackedExperts(self.kernels, 1, *sizes, self.dtype, gate_D, format=format, int8_rows=int8_rows))
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> NativeDenseBlock:
         assert isinstance(mlp, NativeMLP) and isinstance(next_norm, NativeNorm)
         return NativeDenseBlock(mlp, next_norm)
 
-    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> PackedExperts:
+    def experts(
+        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
+    ) -> PackedExperts:
         return PackedExperts(
             self.kernels,
             num_slots,
@@ -188,6 +203,8 @@ class NativeKit:
             self.dtype,
             swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
             has_bias=moe.expert_bias,
+            format=format,
+            int8_rows=self.int8_rows,
         )
 
     def gate(

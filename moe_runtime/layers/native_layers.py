@@ -28,6 +28,7 @@ from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
+from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.decoder import LayerLoop
 from moe_runtime.layers.kit import HiddenRows
@@ -101,7 +102,7 @@ class NativeMLP:
     def nbytes(self) -> int:
         return self.experts.nbytes
 
-    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor | QuantizedMatrix) -> None:
         """Pack rows of a weight."""
         self.experts.put(slot, part, first_row, rows)
 

@@ -14,8 +14,8 @@ from moe_runtime.memory.model_size import (
     ITEMSIZE,
     cache_bytes,
     dense_bytes,
-    expert_bytes,
     page_bytes,
+    slot_bytes,
     weights_dtype,
 )
 from moe_runtime.memory.page_group import page_groups
@@ -138,7 +138,7 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     num_slots = slots_per_rank(engine, model, engine.ep_size)[:local_ranks]
     native = has_native_weights(engine.device)
     dense = dense_bytes(model, dtype, native)
-    slot = len(model.moe_layers) * expert_bytes(model, dtype, native)
+    slot = slot_bytes(model, dtype, native)
     sizes = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
     longest, groups = engine.max_model_len or model.max_model_len, page_groups(engine, model)
     if engine.kv_cache_memory_bytes is not None:

@@ -89,7 +89,8 @@ def _shared_gate(config: ModelConfig) -> int:
 
 
 def _attention_parameters(attention: AnyAttention, hidden: int) -> int:
-    matrices = sum(outputs * inputs for outputs, inputs in attention.matrices(hidden))
+    sizes = [*attention.matrices(hidden), *attention.head_matrices]
+    matrices = sum(outputs * inputs for outputs, inputs in sizes)
     return matrices + attention.num_vector_weights(hidden)
 
 
@@ -105,10 +106,13 @@ def weights_dtype(asked: str, stored: str) -> str:
     return name
 
 
-def expert_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
-    """Bytes of one routed expert of one layer."""
+def expert_bytes(config: ModelConfig, dtype: str, native: bool = False, layer: int | None = None) -> int:
+    """Bytes of one routed expert of a sparse layer; without `layer`, of the layer whose experts are largest."""
+    if layer is None:
+        return max(expert_bytes(config, dtype, native, index) for index in config.moe_layers)
     hidden, moe = config.hidden_size, config.moe
-    matrices = _mlp_bytes(WeightFormat.of(dtype, native), hidden, moe.intermediate_size, native)
+    matrix = config.layers[layer].formats.experts or WeightFormat.of(dtype, native)
+    matrices = _mlp_bytes(matrix, hidden, moe.intermediate_size, native)
     if not moe.expert_bias:
         return matrices
     inner = -(-moe.intermediate_size // PANEL) * PANEL if native else moe.intermediate_size
@@ -117,21 +121,23 @@ def expert_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
 
 def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     """Bytes that every rank holds: all except the routed experts. Gates are float32 if the family stores them so. An
-    embedding that is not tied to the head is as in the checkpoint also with native kernels."""
+    embedding that shares nothing with the head is as in the checkpoint also with native kernels."""
     count, moe, hidden = count_parameters(config), config.moe, config.hidden_size
-    matrix = WeightFormat.of(dtype, native)
+    dense = WeightFormat.of(dtype, native)
     gate = WeightFormat.of("float32" if moe.gate_float32 else dtype, native)
-    embedding = 0 if config.tie_word_embeddings else count.embedding
+    embedding = 0 if config.shares_embedding else count.embedding
     vectors = count.norms + len(config.moe_layers) * _shared_gate(config)
     vectors += sum(layer.attention.num_vector_weights(hidden) for layer in config.layers)
     if moe.gate_bias:
         vectors += len(config.moe_layers) * moe.num_experts
-    matrices = matrix.nbytes(config.vocab_size, hidden, native) + len(config.moe_layers) * (
-        gate.nbytes(moe.num_experts, hidden, native) + _mlp_bytes(matrix, hidden, moe.shared_intermediate_size, native)
-    )
+    matrices = (config.head_format or dense).nbytes(config.vocab_size, hidden, native)
     for layer in config.layers:
-        matrices += sum(matrix.nbytes(outputs, inputs, native) for outputs, inputs in layer.attention.matrices(hidden))
-        matrices += _mlp_bytes(matrix, hidden, layer.dense_intermediate_size or 0, native)
+        projection, mlp = layer.formats.attention or dense, layer.formats.mlp or dense
+        matrices += sum(projection.nbytes(*size, native) for size in layer.attention.matrices(hidden))
+        matrices += sum(dense.nbytes(*size, native) for size in layer.attention.head_matrices)
+        matrices += gate.nbytes(moe.num_experts, hidden, native) if layer.is_sparse else 0
+        inner = moe.shared_intermediate_size if layer.is_sparse else layer.dense_intermediate_size
+        matrices += _mlp_bytes(mlp, hidden, inner or 0, native)
     return matrices + (embedding + vectors) * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 
@@ -144,8 +150,12 @@ def _mlp_bytes(matrix: WeightFormat, hidden: int, intermediate: int, native: boo
 
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool = False) -> int:
     """Bytes of weights on a rank with `num_slots` slots in each sparse layer. An empty slot takes memory too."""
-    experts = len(config.moe_layers) * num_slots * expert_bytes(config, dtype, native)
-    return dense_bytes(config, dtype, native) + experts
+    return dense_bytes(config, dtype, native) + num_slots * slot_bytes(config, dtype, native)
+
+
+def slot_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
+    """Bytes of one slot in each sparse layer."""
+    return sum(expert_bytes(config, dtype, native, layer) for layer in config.moe_layers)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
@@ -182,12 +192,12 @@ def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: 
     before each sequence's last. Of an embedding that is not tied to the head, it reads only the rows of the tokens.
     """
     moe = config.moe
-    table = 0 if config.tie_word_embeddings else count_parameters(config).embedding - batch_size * config.hidden_size
-    experts = len(config.moe_layers) * distinct_experts(moe.num_experts, moe.top_k, batch_size)
+    table = 0 if config.shares_embedding else count_parameters(config).embedding - batch_size * config.hidden_size
+    experts = distinct_experts(moe.num_experts, moe.top_k, batch_size)
     kept = sum(spec.tokens_read(context_len) * spec.bytes_per_token for spec in config.kv_specs(ITEMSIZE[dtype]))
     return (
         dense_bytes(config, dtype, native)
         - table * ITEMSIZE[dtype]
-        + experts * expert_bytes(config, dtype, native)
+        + experts * slot_bytes(config, dtype, native)
         + batch_size * kept
     )

@@ -34,10 +34,14 @@ class StoredPart:
     transposed: bool = False
 
     @property
+    def is_bias(self) -> bool:
+        return len(self.shape if self.index is None else self.shape[1:]) == 1
+
+    @property
     def num_inputs(self) -> int:
         """Inputs of a matrix; 1 for a bias."""
         entry = self.shape if self.index is None else self.shape[1:]
-        return 1 if len(entry) == 1 else entry[0 if self.transposed else 1]
+        return 1 if self.is_bias else entry[0 if self.transposed else 1]
 
     def read(self, source: WeightSource, rows: range, kept: dict[str, Tensor]) -> Tensor:
         """Some of its outputs, `[rows, inputs]` or `[rows]`.

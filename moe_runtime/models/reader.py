@@ -17,14 +17,15 @@ from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.limits import Limits
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.kernels.quantized import QuantizedMatrix, quantize, stack_rows, take_rows
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import MLP, AttentionBlock, DecoderLayer, Experts, Kit, Linear, MLPBlock, Norm, SparseBlock
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.rotary import RotaryEmbedding
-from moe_runtime.models.expert_tensors import ExpertTensors
+from moe_runtime.models.expert_tensors import ExpertTensors, StoredPart
 from moe_runtime.models.names import SwiGLUNames, TensorNames
-from moe_runtime.types.weight_format import PANEL
+from moe_runtime.types.weight_format import PANEL, WeightFormat
 from moe_runtime.weights.checkpoint import WeightSource
 
 WHOLE = 1 << 62  # piece size in bytes that means "in one piece"
@@ -81,11 +82,12 @@ class ModelReader:
             progress()
         tied = config.tie_word_embeddings
         shape = (config.vocab_size, config.hidden_size)
-        head, rows = kit.head(*shape)
-        self.fill(rows, names.embedding if tied else names.head, *shape)
-        embed = head.tied_embedding() if tied else kit.embedding(self.tensor(names.embedding, *shape))
+        head, rows = kit.head(*shape, config.head_format)
+        rows.put(0, self.matrix(names.embedding if tied else names.head, *shape, format=config.head_format))
+        shares = config.shares_embedding
+        embed = head.tied_embedding() if shares else kit.embedding(self.tensor(names.embedding, *shape))
         self.source.release_all()
-        nbytes = head.nbytes + (0 if tied else embed.nbytes)
+        nbytes = head.nbytes + (0 if shares else embed.nbytes)
         nbytes += sum(layer.attention.nbytes + layer.mlp.nbytes for layer in layers)
         rope = RotaryEmbedding(config.rope, kit.device)
         return Decoder(
@@ -104,44 +106,74 @@ class ModelReader:
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
         kept: dict[str, Tensor] = {}
-        for part, stored in self.experts.expert(self.config.moe_layers[layer], expert):
+        index = self.config.moe_layers[layer]
+        format = self.config.layers[index].formats.experts
+        for part, stored in self.experts.expert(index, expert):
             rows = max(1, piece_bytes // (PANEL * stored.num_inputs * self.kit.dtype.itemsize)) * PANEL
             for first in range(0, stored.num_rows, rows):
-                piece = stored.read(self.source, range(first, min(first + rows, stored.num_rows)), kept)
-                experts.put(slot, part, first, piece.to(self.kit.dtype))
+                piece = self.piece(stored, range(first, min(first + rows, stored.num_rows)), kept, format)
+                experts.put(slot, part, first, piece)
                 yield piece.nbytes
 
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
 
-    def fill(self, linear: Linear, name: str, *shape: int) -> None:
-        """Put a weight into a linear map, without a copy of the whole on the kit's device."""
-        linear.put(0, self.source.read(name, shape).to(self.kit.dtype))
+    def matrix(self, name: str, *shape: int, format: WeightFormat | None) -> Tensor | QuantizedMatrix:
+        """A matrix in a quantised format, or in the kit's dtype; not on the kit's device yet."""
+        if format is None:
+            return self.source.read(name, shape).to(self.kit.dtype)
+        if self.source.format_of(name) == format:
+            return self.source.read_quantized(name, shape)
+        return quantize(self.source.read(name, shape), format)
+
+    def piece(
+        self, stored: StoredPart, rows: range, kept: dict[str, Tensor], format: WeightFormat | None
+    ) -> Tensor | QuantizedMatrix:
+        """As `matrix`, for rows of a part of a SwiGLU. Biases are in the kit's dtype."""
+        if format is None or stored.is_bias:
+            return stored.read(self.source, rows, kept).to(self.kit.dtype)
+        if self.source.format_of(stored.name) == format:
+            return stored.read_quantized(self.source, rows, kept)
+        return quantize(stored.read(self.source, rows, kept), format)
 
     def norm(self, name: str) -> Norm:
         weight_D = self.tensor(name, self.config.hidden_size)
         return self.kit.norm(weight_D, self.config.rms_norm_eps, self.config.residual_multiplier)
 
     def attention(self, index: int, next_norm: Norm) -> AttentionBlock:
-        config = self.config.layers[index].attention
-        if isinstance(config, LatentAttentionConfig):
-            return self._latent_attention(self.names.layer.format(index), config, next_norm)
-        return self._grouped_attention(self.names.layer.format(index), config, next_norm)
+        prefix, layer = self.names.layer.format(index), self.config.layers[index]
+        if isinstance(layer.attention, LatentAttentionConfig):
+            return self._latent_attention(prefix, layer.attention, layer.formats.attention, next_norm)
+        assert isinstance(layer.attention, AttentionConfig)
+        return self._grouped_attention(prefix, layer.attention, layer.formats.attention, next_norm)
 
-    def _grouped_attention(self, prefix: str, config: AttentionConfig, next_norm: Norm) -> AttentionBlock:
+    def _grouped_attention(
+        self, prefix: str, config: AttentionConfig, format: WeightFormat | None, next_norm: Norm
+    ) -> AttentionBlock:
         names, hidden = self.names, self.config.hidden_size
         rows = {names.query: config.query_size, names.key: config.kv_size, names.value: config.kv_size}
         turned = (names.query, names.key)
 
-        def stacked(suffix: str, *inputs: int) -> Tensor:
-            found = {part: self.tensor(f"{prefix}.{part}.{suffix}", count, *inputs) for part, count in rows.items()}
-            return torch.cat([self._halves(x, config.head_dim) if part in turned else x for part, x in found.items()])
+        def stacked(found: Mapping[str, Tensor | QuantizedMatrix]) -> Tensor | QuantizedMatrix:
+            return stack_rows(
+                [
+                    take_rows(x, self._halves(len(x), config.head_dim)) if part in turned else x
+                    for part, x in found.items()
+                ]
+            )
 
-        qkv = self.kit.linear(sum(rows.values()), hidden, stacked("bias") if config.qkv_bias else None)
-        qkv.put(0, stacked("weight", hidden))
-        output = self._attention_output(prefix, config.query_size, config.output_bias)
+        bias = None
+        if config.qkv_bias:
+            bias = stacked({part: self.tensor(f"{prefix}.{part}.bias", count) for part, count in rows.items()})
+            assert isinstance(bias, Tensor)
+        qkv = self.kit.linear(sum(rows.values()), hidden, bias, format)
+        weights = {
+            part: self.matrix(f"{prefix}.{part}.weight", count, hidden, format=format) for part, count in rows.items()
+        }
+        qkv.put(0, stacked(weights))
+        output = self._attention_output(prefix, config.query_size, config.output_bias, format)
         q_norm, k_norm = (
-            self._halves(self.tensor(f"{prefix}.{name}", size), config.head_dim) if size else None
+            self.tensor(f"{prefix}.{name}", size)[self._halves(size, config.head_dim)] if size else None
             for name, size in zip((names.query_norm, names.key_norm), config.norm_sizes, strict=True)
         )
         sinks_H = None
@@ -149,57 +181,70 @@ class ModelReader:
             sinks_H = self.tensor(f"{prefix}.{names.sinks}", config.num_heads, dtype=torch.float32)
         return self.kit.attention(config, self.config.rms_norm_eps, qkv, output, q_norm, k_norm, sinks_H, next_norm)
 
-    def _latent_attention(self, prefix: str, config: LatentAttentionConfig, next_norm: Norm) -> AttentionBlock:
+    def _latent_attention(
+        self, prefix: str, config: LatentAttentionConfig, format: WeightFormat | None, next_norm: Norm
+    ) -> AttentionBlock:
         names, hidden, kit, rank = self.names.latent, self.config.hidden_size, self.kit, config.query_rank
         query = self.names.query if rank is None else names.query_down
         head_size = config.nope_size + config.rope_size
 
-        def down_rows(suffix: str, *inputs: int) -> Tensor:
-            if rank is not None:
-                queries = self.tensor(f"{prefix}.{query}.{suffix}", rank, *inputs)
-            elif inputs:
-                queries = self.tensor(f"{prefix}.{query}.{suffix}", config.query_size, *inputs)
-                queries = self._halves(queries, head_size, config.nope_size)
-            else:  # a projection to queries that are not compressed has no bias
+        query_order = self._halves(config.query_size, head_size, config.nope_size)
+        latent_order = self._halves(config.key_size, config.key_size, config.latent_size)
+        bias = None
+        if config.bias:
+            if rank is None:  # a projection to queries that are not compressed has no bias
                 queries = torch.zeros(config.query_size, dtype=kit.dtype, device=kit.device)
-            latent = self.tensor(f"{prefix}.{names.latent_down}.{suffix}", config.key_size, *inputs)
-            return torch.cat((queries, self._halves(latent, config.key_size, config.latent_size)))
-
-        down = kit.linear(config.down_size, hidden, down_rows("bias") if config.bias else None)
-        down.put(0, down_rows("weight", hidden))
+            else:
+                queries = self.tensor(f"{prefix}.{query}.bias", rank)
+            latent = self.tensor(f"{prefix}.{names.latent_down}.bias", config.key_size)
+            bias = torch.cat((queries, latent[latent_order]))
+        down = kit.linear(config.down_size, hidden, bias, format)
+        weight = self.matrix(f"{prefix}.{query}.weight", rank or config.query_size, hidden, format=format)
+        if rank is None:
+            weight = take_rows(weight, query_order)
+        latent_weight = self.matrix(f"{prefix}.{names.latent_down}.weight", config.key_size, hidden, format=format)
+        down.put(0, stack_rows([weight, take_rows(latent_weight, latent_order)]))
         up = query_norm = None
         if rank is not None:
             query_norm = self.tensor(f"{prefix}.{names.query_norm}", rank)
-            up = kit.linear(config.query_size, rank)
-            weight = self.tensor(f"{prefix}.{names.query_up}.weight", config.query_size, rank)
-            up.put(0, self._halves(weight, head_size, config.nope_size))
+            up = kit.linear(config.query_size, rank, format=format)
+            weight = self.matrix(f"{prefix}.{names.query_up}.weight", config.query_size, rank, format=format)
+            up.put(0, take_rows(weight, query_order))
         key = kit.head_matrices(config.num_heads, config.latent_size, config.nope_size)
         value = kit.head_matrices(config.num_heads, config.head_value_size, config.latent_size)
         size = config.nope_size + config.head_value_size
         both = self.tensor(f"{prefix}.{names.latent_up}.weight", config.num_heads * size, config.latent_size)
-        for head, weight in enumerate(both.unflatten(0, (config.num_heads, size))):
-            key.put(head, 0, weight[: config.nope_size].T.contiguous())
-            value.put(head, 0, weight[config.nope_size :])
-        output = self._attention_output(prefix, config.output_size, config.bias)
+        for head, rows in enumerate(both.unflatten(0, (config.num_heads, size))):
+            key.put(head, 0, rows[: config.nope_size].T.contiguous())
+            value.put(head, 0, rows[config.nope_size :])
+        output = self._attention_output(prefix, config.output_size, config.bias, format)
         latent_norm = self.tensor(f"{prefix}.{names.latent_norm}", config.latent_size)
         return kit.latent_attention(config, down, up, key, value, output, query_norm, latent_norm, next_norm)
 
-    def _attention_output(self, prefix: str, inputs: int, has_bias: bool) -> Linear:
+    def _attention_output(self, prefix: str, inputs: int, has_bias: bool, format: WeightFormat | None) -> Linear:
         name, hidden = f"{prefix}.{self.names.attention_output}", self.config.hidden_size
-        output = self.kit.linear(hidden, inputs, self.tensor(f"{name}.bias", hidden) if has_bias else None)
-        self.fill(output, f"{name}.weight", hidden, inputs)
+        output = self.kit.linear(hidden, inputs, self.tensor(f"{name}.bias", hidden) if has_bias else None, format)
+        output.put(0, self.matrix(f"{name}.weight", hidden, inputs, format=format))
         return output
 
     def dense_block(self, index: int, next_norm: Norm) -> MLPBlock:
         size = self.config.layers[index].dense_intermediate_size
         assert size is not None
-        mlp = self.mlp(f"{self.names.layer.format(index)}.{self.names.dense}", self.names.dense_parts, size)
+        prefix = f"{self.names.layer.format(index)}.{self.names.dense}"
+        mlp = self.mlp(prefix, self.names.dense_parts, size, self.config.layers[index].formats.mlp)
         return self.kit.dense_block(mlp, next_norm)
 
-    def mlp(self, prefix: str, names: SwiGLUNames, intermediate: int, gate_D: Tensor | None = None) -> MLP:
-        mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D)
+    def mlp(
+        self,
+        prefix: str,
+        names: SwiGLUNames,
+        intermediate: int,
+        format: WeightFormat | None,
+        gate_D: Tensor | None = None,
+    ) -> MLP:
+        mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D, format)
         for part, stored in self.experts.swiglu(prefix, names, intermediate):
-            mlp.put(0, part, 0, stored.read(self.source, range(stored.num_rows), {}).to(self.kit.dtype))
+            mlp.put(0, part, 0, self.piece(stored, range(stored.num_rows), {}, format))
         return mlp
 
     def sparse_block(self, index: int, next_norm: Norm) -> SparseBlock:
@@ -222,7 +267,7 @@ class ModelReader:
         if moe.gate_bias:
             logit_bias_E = self.tensor(f"{prefix}.{names.gate_bias}", moe.num_experts, dtype=gate_dtype)
         gate = self.kit.gate(moe, weight_ED, logit_bias_E, bias_E, counts_2E if gate_counts else None, row)
-        experts = self.kit.experts(self.num_slots, c.hidden_size, moe)
+        experts = self.kit.experts(self.num_slots, c.hidden_size, moe, c.layers[index].formats.experts)
         for slot, expert in enumerate(slots_WS[self.rank, : self.num_slots].tolist()):
             if expert >= 0:
                 for _ in self.copy_expert(experts, slot, row, expert, WHOLE):
@@ -235,17 +280,16 @@ class ModelReader:
         gate_D = None
         if moe.shared_gate:
             gate_D = self.tensor(f"{prefix}.{names.shared_gate}", 1, self.config.hidden_size)[0]
-        return self.mlp(f"{prefix}.{names.shared}", names.shared_parts, moe.shared_intermediate_size, gate_D)
+        format = self.config.layers[index].formats.mlp
+        return self.mlp(f"{prefix}.{names.shared}", names.shared_parts, moe.shared_intermediate_size, format, gate_D)
 
-    def _halves(self, x: Tensor, head_size: int, first: int = 0) -> Tensor:
-        """Rows of heads, whose rotary pairs are brought from neighbours to halves if the checkpoint interleaves them.
-
-        `first` is the first rotated row of a head.
-        """
+    def _halves(self, rows: int, head_size: int, first: int = 0) -> Tensor | slice:
+        """The order in which rows of heads are held: rotary pairs are brought from neighbours to halves if the
+        checkpoint interleaves them. `first` is the first rotated row of a head."""
         rope = self.config.rope
         if not rope.interleaved:
-            return x
+            return slice(None)
         order = torch.arange(head_size)
         rotated = slice(first, first + rope.rotary_dim)
         order[rotated] = order[rotated].view(-1, 2).T.flatten()
-        return x.view(-1, head_size, *x.shape[1:])[:, order].flatten(0, 1)
+        return torch.arange(rows).view(-1, head_size)[:, order].flatten()

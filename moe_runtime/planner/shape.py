@@ -121,7 +121,7 @@ class ModelShape:
             num_sparse_layers=len(config.moe_layers),
             num_experts=moe.num_experts,
             top_k=moe.top_k,
-            attention=tuple(Matrix(*size, dtype) for size in attention.matrices(hidden)),
+            attention=tuple(Matrix(*size, dtype) for size in (*attention.matrices(hidden), *attention.head_matrices)),
             dense_mlp=_mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype),
             shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
             gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),

@@ -15,38 +15,56 @@ STEP_BYTES = 256  # codes of a step of a quantised panel; see kernels/cpu/quanti
 
 
 class Code(Enum):
-    """What stands for a weight: its name in `/health`, its bits, its number in the native kernels.
+    """What stands for a weight.
 
     INT4 and INT8 are integers, FP4 is E2M1, FP8 is E4M3 (arXiv:2310.10537, OCP's formats). CODED_BFLOAT16 is without
     loss; only native kernels have it (kernels/cpu/coded.h).
     """
 
-    FLOAT32 = ("float32", 32, 0)
-    BFLOAT16 = ("bfloat16", 16, None)
-    CODED_BFLOAT16 = ("bfloat16", 12, 1)
-    INT4 = ("int4", 4, 2)
-    FP4 = ("fp4", 4, 3)
-    INT8 = ("int8", 8, 4)
-    FP8 = ("fp8", 8, 5)
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    CODED_BFLOAT16 = "coded bfloat16"
+    INT4 = "int4"
+    FP4 = "fp4"
+    INT8 = "int8"
+    FP8 = "fp8"
 
-    def __init__(self, label: str, bits: int, native: int | None) -> None:
-        self.label, self.bits, self.native = label, bits, native
+    @property
+    def bits(self) -> int:
+        """Of one weight."""
+        return {"float32": 32, "bfloat16": 16, "coded bfloat16": 12}.get(self.value) or int(self.value[-1])
+
+    @property
+    def native(self) -> int:
+        """Its number in the native kernels."""
+        return {"float32": 0, "coded bfloat16": 1, "int4": 2, "fp4": 3, "int8": 4, "fp8": 5}[self.value]
 
 
 class Scale(Enum):
-    """The type of scales: its name in torch, its bytes, its number in the native kernels.
+    """The type of scales.
 
     E8M0 is a power of two, 2^(byte - 127). E4M3 is multiplied by a float32 factor of each output, in float32.
     """
 
-    FLOAT32 = ("float32", 4, 0)
-    FLOAT16 = ("float16", 2, 1)
-    BFLOAT16 = ("bfloat16", 2, 2)
-    E8M0 = ("uint8", 1, 3)
-    E4M3 = ("float8_e4m3fn", 1, 4)
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    E8M0 = "e8m0"
+    E4M3 = "e4m3"
 
-    def __init__(self, dtype: str, nbytes: int, native: int) -> None:
-        self.dtype, self.nbytes, self.native = dtype, nbytes, native
+    @property
+    def dtype(self) -> str:
+        """Its name in torch."""
+        return {"e8m0": "uint8", "e4m3": "float8_e4m3fn"}.get(self.value, self.value)
+
+    @property
+    def nbytes(self) -> int:
+        return {"float32": 4, "float16": 2, "bfloat16": 2}.get(self.value, 1)
+
+    @property
+    def native(self) -> int:
+        """Its number in the native kernels."""
+        return ["float32", "float16", "bfloat16", "e8m0", "e4m3"].index(self.value)
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class WeightFormat:
     @property
     def name(self) -> str:
         """As `/health` shows it: the code, and the size of a group."""
-        return f"{self.code.label} g{self.group}" if self.is_quantized and self.group else self.code.label
+        return f"{self.code.value} g{self.group}" if self.is_quantized and self.group else self.code.value
 
     def num_groups(self, inputs: int) -> int:
         """Groups of a row of `inputs` weights; the last may be shorter."""

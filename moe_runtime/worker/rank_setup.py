@@ -59,10 +59,19 @@ def native_kernels(device: torch.device, group: dist.ProcessGroup | None) -> Ker
 
 
 def make_kit(config: EngineConfig, kernels: Kernels | None, dtype: torch.dtype, device: torch.device) -> Kit:
-    """The kit that makes the layers: native if there are native kernels, else torch."""
-    if kernels is None:
-        return TorchKit(dtype, device, config.batch_invariant)
-    return NativeKit(kernels, dtype)
+    """The kit that makes the layers: native if there are native kernels, else torch.
+
+    Raises:
+        ValueError: `activation_quantization` is set, and there are no native kernels.
+    """
+    if kernels is not None:
+        return NativeKit(kernels, dtype, int8_rows=config.activation_quantization == "int8")
+    if config.activation_quantization is not None:
+        raise ValueError(
+            f"activation_quantization: {config.activation_quantization!r} is not allowed here; "
+            "only native CPU kernels have it"
+        )
+    return TorchKit(dtype, device, config.batch_invariant)
 
 
 def open_source(config: EngineConfig, model: ModelConfig, path: Path) -> WeightSource:

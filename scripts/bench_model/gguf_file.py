@@ -1,4 +1,4 @@
-"""The GGUF file of a bench model for llama.cpp, without a tokenizer; the weights have the same bits."""
+"""The GGUF file of a bench model for llama.cpp, without a tokenizer: weights with the same bits, or quantised."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from tqdm import tqdm
 from bench_model.gguf_families import FAMILIES, Config
 
 
-def write_gguf(config: Config, weights: Path, path: Path) -> None:
+def write_gguf(config: Config, weights: Path, path: Path, kind: str = "bf16") -> None:
     """Write the model of a `config.json` and a safetensors file.
 
     Args:
         config: of a family in `FAMILIES`.
+        kind: of the matrices in attention, experts and head: "bf16", "q8_0" or "q4_0". The embedding stays bf16.
     """
     family = FAMILIES[config["model_type"]]
     writer = gguf.GGUFWriter(path, family.arch)
-    _describe(writer, config)
+    _describe(writer, config, kind)
     family.describe(writer, config)
     with safe_open(weights, framework="pt") as source:
         _add(writer, "token_embd.weight", source.get_tensor("model.embed_tokens.weight"))
         _add(writer, "output_norm.weight", source.get_tensor("model.norm.weight"))
-        _add(writer, "output.weight", source.get_tensor("lm_head.weight"))
+        _add(writer, "output.weight", source.get_tensor("lm_head.weight"), kind)
         layers = range(config["num_hidden_layers"])
         for layer in tqdm(layers, unit="layer", desc="reading weights for the GGUF file"):
 
@@ -36,14 +37,14 @@ def write_gguf(config: Config, weights: Path, path: Path) -> None:
                 return found
 
             for name, tensor in family.tensors(config, layer, read):
-                _add(writer, f"blk.{layer}.{name}", tensor)
+                _add(writer, f"blk.{layer}.{name}", tensor, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=sys.stderr.isatty())
         writer.close()
 
 
-def _describe(writer: gguf.GGUFWriter, config: Config) -> None:
+def _describe(writer: gguf.GGUFWriter, config: Config, kind: str) -> None:
     """The parameters that all families have."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -54,14 +55,17 @@ def _describe(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_rope_freq_base(float(config["rope_theta"]))
     writer.add_expert_used_count(config["num_experts_per_tok"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"])
     writer.add_tokenizer_model("none")
 
 
-def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor) -> None:
+def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: str = "bf16") -> None:
     # llama.cpp needs norms, biases, sinks and gates in float32; the conversion from bfloat16 is exact.
     if tensor.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
         writer.add_tensor(name, tensor.float().numpy())
+    elif kind != "bf16":
+        stored = gguf.GGMLQuantizationType[kind.upper()]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), stored), raw_dtype=stored)
     else:
         raw = tensor.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)

@@ -19,7 +19,7 @@ from typing import Any
 
 from make_bench_model import SHAPES
 
-from peers.conductor import OURS, PEERS, Case, Conductor, DisagreementError, Plan, say
+from peers.conductor import OURS, OURS_QUANTIZED, PEERS, Case, Conductor, DisagreementError, Plan, say
 from peers.drivers import DriverError
 from peers.report import markdown, plot
 
@@ -38,13 +38,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench_peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", choices=[*OURS, *PEERS], default=[*OURS, *PEERS], metavar="NAME")
+    known = [*OURS, *OURS_QUANTIZED, *PEERS]
+    parser.add_argument("--engines", nargs="+", choices=known, metavar="NAME", help=f"some of {', '.join(known)}")
     parser.add_argument("--repetitions", type=int, help="default 5")
     parser.add_argument("--quick", action="store_true", help="one repetition of small cases: does everything work?")
     parser.add_argument("--model", choices=list(SHAPES), default="bench", help="a shape (default bench)")
+    parser.add_argument(
+        "--quantization", choices=["int8", "int4"], help="quantise experts, attention and head; with llama.cpp alone"
+    )
     parser.add_argument("--avx2", action="store_true", help="no engine uses instructions beyond AVX2")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/peers"), help="folder for the results")
     options = parser.parse_args()
+    usual = (*OURS, *PEERS) if options.quantization is None else ("ours", *OURS_QUANTIZED, "llama.cpp")
+    options.engines = options.engines or list(usual)
     if "ours" not in options.engines:
         parser.error("--engines: 'ours' is missing; its gate counts the experts that the floor is made of")
     repetitions = options.repetitions or (1 if options.quick else 5)
@@ -53,7 +59,7 @@ def main() -> int:
 
     lacks = lacking(options.model) | ({"vllm": "not tried with AVX2 alone"} if options.avx2 else {})
     absent = {name: why for name, why in lacks.items() if name in options.engines}
-    engines = tuple(name for name in (*OURS, *PEERS) if name in options.engines and name not in absent)
+    engines = tuple(name for name in known if name in options.engines and name not in absent)
     if options.model == "olmoe":
         cases = QUICK_OLMOE_CASES if options.quick else OLMOE_CASES
         # Not every machine has room for two copies of 14 GB.
@@ -64,7 +70,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
     try:
-        plan = Plan(options.model, cases, together, repetitions, options.out / "logs", absent, options.avx2)
+        limits = options.avx2, options.quantization
+        plan = Plan(options.model, cases, together, repetitions, options.out / "logs", absent, *limits)
         results: dict[str, Any] = {"machine": machine()} | Conductor(plan).run()
     except KeyboardInterrupt:
         print("interrupted; everything has ended", file=sys.stderr)
@@ -74,7 +81,7 @@ def main() -> int:
         return 1
     text = markdown(results)
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"{plan.shape}-avx2" if plan.avx2 else plan.shape
+    name = "-".join(filter(None, [plan.shape, plan.quantization, "avx2" if plan.avx2 else None]))
     (options.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / f"{name}.md").write_text(text)
     plot(results, options.out / f"{name}.png")

@@ -15,6 +15,7 @@ import numpy as np
 TOP = 20  # best tokens per position; what all engines can give
 # With transformers, bfloat16 gives about a tenth of this limit; other weights give hundreds of times as much.
 MAX_MEAN_KL = 0.005
+MAX_QUANTIZED_KL = {"int8": 0.02, "int4": 0.5}
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class Agreement:
     mean_kl: float
     max_kl: float
     rms_logprob: float
+    limit: float
 
     @property
     def agrees(self) -> bool:
-        return self.mean_kl <= MAX_MEAN_KL
+        return self.mean_kl <= self.limit
 
 
-def compare(reference_PTV: np.ndarray, answers: list[Any]) -> Agreement:
+def compare(reference_PTV: np.ndarray, answers: list[Any], limit: float = MAX_MEAN_KL) -> Agreement:
     """Compare an engine's answer to `logprobs` with the reference `[prompts, positions, V]`."""
     divergences, squares = [], []
     for reference_TV, positions in zip(reference_PTV, answers, strict=True):
@@ -41,7 +43,8 @@ def compare(reference_PTV: np.ndarray, answers: list[Any]) -> Agreement:
             squares.append(np.mean((p_log - q_log) ** 2))
             p_log, q_log = (np.append(log, _log_of_rest(log)) for log in (p_log, q_log))
             divergences.append(float(np.sum(np.exp(p_log) * (p_log - q_log))))
-    return Agreement(float(np.mean(divergences)), float(np.max(divergences)), float(np.sqrt(np.mean(squares))))
+    means = float(np.mean(divergences)), float(np.max(divergences)), float(np.sqrt(np.mean(squares)))
+    return Agreement(*means, limit)
 
 
 def _log_of_rest(logprobs: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from make_bench_model import ensure_bench_model, ensure_gguf
 
+from moe_runtime.config.quantization import METHODS
 from moe_runtime.types.weight_format import Code
 from peers import check
 from peers.drivers import SCRIPTS, Driver
@@ -25,6 +26,9 @@ from peers.report import agreement_table
 from peers.sizes import Sizes
 
 OURS = ("ours", "ours-ep2")
+# Beside "ours" in a run with quantised weights: rows in int8, and weights that are not quantised.
+OURS_QUANTIZED = ("ours-int8-rows", "ours-bf16")
+GGUF_KINDS = {None: "bf16", "int8": "q8_0", "int4": "q4_0"}
 PEERS = ("llama.cpp", "vllm", "transformers")
 CHECK_PROMPTS, CHECK_LENGTH = 2, 192  # longer than a window of `bench-gpt-oss`
 WARM_UP_TOKENS = 3
@@ -65,6 +69,7 @@ class Plan:
         logs: folder for the engines' output.
         absent: engines that were asked for but do not run the model, and why.
         avx2: no engine uses instructions beyond AVX2.
+        quantization: "int8" or "int4" of experts, attention and head, or None; llama.cpp has Q8_0 or Q4_0 then.
     """
 
     shape: str
@@ -74,6 +79,7 @@ class Plan:
     logs: Path
     absent: dict[str, str] = field(default_factory=dict)
     avx2: bool = False
+    quantization: str | None = None
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -101,7 +107,7 @@ class Conductor:
             DisagreementError: an engine's log-probabilities differ from the reference.
         """
         if "llama.cpp" in self.plan.engines:
-            ensure_gguf(self.model)
+            ensure_gguf(self.model, GGUF_KINDS[self.plan.quantization])
         reference = self._reference() if set(self.plan.engines) & set(PEERS) else None
         info, agreement = {}, {}
         with self._start("machine") as machine:
@@ -121,6 +127,7 @@ class Conductor:
             "engines": list(self.plan.engines),
             "absent": self.plan.absent,
             "avx2": self.plan.avx2,
+            "quantization": self.plan.quantization,
             "repetitions": self.plan.repetitions,
             "info": info,
             "agreement": agreement,
@@ -153,10 +160,18 @@ class Conductor:
         sequences = str(max(case.batch for case in self.plan.cases))
         length = str(max(case.length + case.new_tokens for case in self.plan.cases))
         weights = "dummy" if self.plan.shape == "olmoe" else "auto"
+        quantized = [] if self.plan.quantization is None else ["--quantization", self.plan.quantization]
+
+        def ours(ep_size: int, *options: str) -> tuple[str, list[str], dict[str, str]]:
+            return "peers.ours_engine", [model, str(ep_size), weights, sequences, length, *options], {}
+
+        gguf = self.model / f"model-{GGUF_KINDS[self.plan.quantization]}.gguf"
         return {
-            "ours": ("peers.ours_engine", [model, "1", weights, sequences, length], {}),
-            "ours-ep2": ("peers.ours_engine", [model, "2", weights, sequences, length], {}),
-            "llama.cpp": ("peers.llamacpp_engine", [str(self.model / "model-bf16.gguf"), threads], {}),
+            "ours": ours(1, *quantized),
+            "ours-ep2": ours(2, *quantized),
+            "ours-int8-rows": ours(1, *quantized, "--activation-quantization", "int8"),
+            "ours-bf16": ours(1),
+            "llama.cpp": ("peers.llamacpp_engine", [str(gguf), threads], {}),
             "vllm": ("peers.vllm_engine", [model, sequences, length], vllm_variables()),
             "transformers": ("peers.hf_engine", [model, "bfloat16"], {"HF_HUB_OFFLINE": "1"}),
             "reference": ("peers.hf_engine", [model, "float32"], {"HF_HUB_OFFLINE": "1"}),
@@ -187,7 +202,9 @@ class Conductor:
         found = {}
         for name, driver in drivers.items():
             answer = driver.call("logprobs", prompts=self._check_prompts(), top=check.TOP)
-            agreement = check.compare(reference_PTV, answer)
+            quantization = None if name == "ours-bf16" else self.plan.quantization
+            limit = check.MAX_QUANTIZED_KL[quantization] if quantization else check.MAX_MEAN_KL
+            agreement = check.compare(reference_PTV, answer, limit)
             found[name] = asdict(agreement) | {"agrees": agreement.agrees}
             say(f"{name}: mean KL to the reference {agreement.mean_kl:.5f}")
         if not all(entry["agrees"] for entry in found.values()):
@@ -230,7 +247,7 @@ class Conductor:
         self, repetition: int, case: Case, name: str, seconds: dict[str, float], rates: Rates
     ) -> list[dict[str, Any]]:
         ranks = 2 if name == "ours-ep2" else 1
-        weight_bytes = Code.CODED_BFLOAT16.bits / 8 if name.startswith("ours") else BYTES
+        weight_bytes = stored_bytes(name, self.plan.quantization)
         routing = self.routing[case.name][str(ranks)]
         touched = {phase: Routing(**routing[phase]) for phase in ("prefill", "decode") if phase in routing}
         floor = prefill_seconds(
@@ -279,6 +296,15 @@ class Conductor:
         """Random tokens, the same for all engines; another seed gives other prompts."""
         source = random.Random(f"{seed}/{batch}/{length}")
         return [[source.randrange(self.config["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+
+
+def stored_bytes(engine: str, quantization: str | None) -> float:
+    """Bytes of a weight as an engine stores it."""
+    if quantization is None or engine == "ours-bf16":
+        return Code.CODED_BFLOAT16.bits / 8 if engine.startswith("ours") else BYTES
+    if engine.startswith("ours"):
+        return METHODS[quantization].nbytes(64, 1024, native=True) / (64 * 1024)
+    return {"int8": 34, "int4": 18}[quantization] / 32  # of Q8_0 and Q4_0
 
 
 def vllm_variables() -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""moe_runtime as a driver: `python -m peers.ours_engine MODEL EP_SIZE LOAD_FORMAT MAX_NUM_SEQS MAX_MODEL_LEN`."""
+"""moe_runtime as a driver: `python -m peers.ours_engine MODEL EP_SIZE LOAD_FORMAT MAX_NUM_SEQS MAX_MODEL_LEN`, and
+`--quantization` and `--activation-quantization` as the engine has them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,20 +113,17 @@ def _by_rank(counts_SLE: np.ndarray, ranks: int) -> dict[str, float]:
 
 def main() -> None:
     answers = take_stdout()
-    model, ep_size, load_format, max_num_seqs, max_model_len = sys.argv[1:]
-    engine = OursEngine(
-        EngineConfig(
-            model=model,
-            ep_size=int(ep_size),
-            dtype="bfloat16",
-            device="cpu",
-            load_format=load_format,
-            skip_tokenizer_init=True,
-            max_num_seqs=int(max_num_seqs),
-            max_model_len=int(max_model_len),
-            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
-        )
-    )
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("ep_size", type=int)
+    parser.add_argument("load_format")
+    parser.add_argument("max_num_seqs", type=int)
+    parser.add_argument("max_model_len", type=int)
+    parser.add_argument("--quantization")
+    parser.add_argument("--activation-quantization")
+    fixed: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "skip_tokenizer_init": True}
+    options = vars(parser.parse_args())
+    engine = OursEngine(EngineConfig(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, **options, **fixed))
     try:
         names = ("info", "generate", "routing", "logprobs")
         serve(answers, {name: getattr(engine, name) for name in names})

@@ -9,8 +9,11 @@ from typing import Any
 
 OURS = "ours"
 PHASES = ("decode", "prefill")
+LLAMA_CPP = {"int8": "Q8_0", "int4": "Q4_0"}
 COLOURS = {
     "ours": "#d1495b",
+    "ours-int8-rows": "#f79256",
+    "ours-bf16": "#c9a0a6",
     "ours-ep2": "#edae49",
     "llama.cpp": "#00798c",
     "vllm": "#30638e",
@@ -21,6 +24,11 @@ COLOURS = {
 def markdown(results: dict[str, Any]) -> str:
     """The machine, the check and a table per phase."""
     parts = [_machine(results), f"Model: `{results['shape']}` of `scripts/make_bench_model.py`, bfloat16."]
+    if quantization := results.get("quantization"):
+        parts.append(
+            f"Experts, attention and head are quantised: {quantization}, in llama.cpp {LLAMA_CPP[quantization]}. "
+            "ours-int8-rows multiplies with rows in int8, as llama.cpp does. ours-bf16 is not quantised."
+        )
     if results.get("avx2"):
         parts.append("No engine uses instructions beyond AVX2.")
     if absent := results.get("absent"):
@@ -102,7 +110,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     handles = [pyplot.Line2D([], [], color="black", linewidth=2, label="floor")]
     figure.legend(handles=handles, loc="upper right")
     cores = f"{results['threads']} cores{', AVX2 alone' if results.get('avx2') else ''}"
-    figure.suptitle(f"{results['shape']} model, bfloat16, {results['machine']['cpu']}, {cores}")
+    weights = results.get("quantization") or "bfloat16"
+    figure.suptitle(f"{results['shape']} model, {weights}, {results['machine']['cpu']}, {cores}")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -47,7 +47,7 @@ def test_a_model_is_the_same_for_the_same_seed(make, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "SEED", 1)
     make.ensure_bench_model("bench", first)  # other weights: written again, and the GGUF file of the old ones is gone
     assert not torch.equal(load_file(first / make.WEIGHTS)["lm_head.weight"], weights["lm_head.weight"])
-    assert not (first / make.GGUF_FILE).exists()
+    assert not (first / "model-bf16.gguf").exists()
 
 
 @pytest.mark.parametrize("shape", TINY)

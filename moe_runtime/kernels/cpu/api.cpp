@@ -75,6 +75,31 @@ void moe_unpack(Element element, const void* packed, const Escape* const* escape
   });
 }
 
+int64_t moe_quantized_bytes(const QuantFormat* format, int64_t outputs, int64_t inputs) {
+  return ceil_div(outputs, kPanel) * PanelShape(*format, inputs).bytes;
+}
+
+// As moe_pack, for a quantised matrix.
+void moe_pack_quantized(const QuantFormat* format, const QuantSource* source, int64_t first_panel, int64_t rows,
+                        int64_t inputs, void* packed) {
+  const Call call;
+  const int64_t panel_bytes = PanelShape(*format, inputs).bytes;
+  engine.pool.run(ceil_div(rows, kPanel), [&](int64_t task, int) {
+    const int64_t row = task * kPanel;
+    pack_quantized_panel(*format, *source, row, std::min<int64_t>(kPanel, rows - row), inputs,
+                         static_cast<uint8_t*>(packed) + (first_panel + task) * panel_bytes);
+  });
+}
+
+// The values of rows of a quantised matrix, in the type of activations.
+void moe_unpack_quantized(Element element, const QuantFormat* format, const void* packed, int64_t first_row, int64_t rows,
+                          int64_t inputs, void* out) {
+  dispatch(element, [&](auto type) {
+    using T = decltype(type);
+    unpack_quantized_rows(*format, static_cast<const uint8_t*>(packed), first_row, rows, inputs, static_cast<T*>(out));
+  });
+}
+
 // Copies the escapes of `panels` panels, with each list's end mark, to `out` unless null; returns their number.
 int64_t moe_list_escapes(const Escape* const* escapes, int64_t panels, Escape* out) {
   int64_t count = 0;

@@ -91,7 +91,7 @@ class AttentionCall:
         self.next_norm = next_norm
         self._keep = (q_norm, k_norm, sinks_H)
         self.dtype = qkv.dtype
-        self.element = qkv.format.code.native
+        self.element = qkv.element
 
     @property
     def nbytes(self) -> int:
@@ -255,7 +255,7 @@ class SparseCall:
         self.address = ctypes.addressof(self.struct)
         self.has_exchange = exchange is not None
         self._keep = slot_EP
-        self._element = experts.format.code.native
+        self._element = experts.element
 
     def __call__(
         self,
@@ -303,7 +303,7 @@ class DenseCall:
         self.mlp, self.next_norm = mlp, next_norm
         self.struct = structs.DenseStruct(next_norm_struct(next_norm), mlp.address)
         self.address = ctypes.addressof(self.struct)
-        self._element = mlp.format.code.native
+        self._element = mlp.element
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
         """`[T, D]`."""

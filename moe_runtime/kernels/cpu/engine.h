@@ -5,9 +5,8 @@
 
 #include <cstdlib>
 
-#include "gemm.h"
+#include "int8_rows.h"
 #include "pool.h"
-#include "tiles.h"
 
 namespace moe {
 
@@ -61,12 +60,18 @@ struct AttentionTask {
   int64_t part;  // index among the parts to merge afterwards; -1: the task has all keys
 };
 
+// Copies of rows, as a product takes them.
+struct RowBuffers {
+  Buffer padded, codes, scales, sums;
+};
+
 struct Engine {
   Pool pool;
   std::vector<Scratch> scratch = std::vector<Scratch>(1);
   std::vector<PanelTask> panel_tasks;
   std::vector<AttentionTask> attention_tasks;
-  Buffer padded, widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, groups,
+  RowBuffers rows, hidden_rows;
+  Buffer widened, logits, qkv, attended, hidden, gate_weights, slots, turns, expert_rows, shared_rows, groups,
       parts, row_factors, projected, queries;
 };
 
@@ -79,46 +84,95 @@ void for_rows(Pool& pool, int64_t rows, const Body& body) {
   });
 }
 
-// The type of activations. Weights are float32 too, or coded bf16; types/weight_format.py has the same numbers.
+// The type of activations. Weights that are not quantised are float32 too, or coded bf16.
 enum Element : int { kFloat32 = 0, kBf16 = 1 };
 
-// A packed weight; plain data, filled by the caller. `escapes` has a list for each bf16 panel.
+// A packed weight; plain data, filled by the caller. `escapes` has a list for each bf16 panel. `format` is null unless
+// the weight is quantised.
 struct Weight {
   const void* data;
   const Escape* const* escapes;
   int64_t outputs;
   int64_t inputs;
+  const QuantFormat* format;
 };
 
-// Rows whose length is a whole number of steps: `x` itself, or a copy padded with zeros.
+// `out[r][0 .. 64)` = the products of rows of `row_inputs` inputs with a panel of a weight.
 template <class T>
-const T* whole_steps(Buffer& buffer, const T* x, int64_t rows, int64_t inputs, int64_t* stride) {
-  const int64_t padded = num_steps<T>(inputs) * kStepInputs<T>;
-  if (padded == inputs) return x;
-  T* copy = buffer.get<T>(rows * padded);
-  for (int64_t i = 0; i < rows; i++) {
-    std::memcpy(copy + i * padded, x + i * *stride, inputs * sizeof(T));
-    std::memset(copy + i * padded + inputs, 0, (padded - inputs) * sizeof(T));
+void multiply(const T* const* x, int64_t rows, const Weight& weight, int64_t panel, float* out) {
+  if (weight.format) {
+    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * PanelShape(*weight.format, weight.inputs).bytes;
+    return multiply_quantized(x, rows, *weight.format, data, weight.inputs, out);
   }
-  *stride = padded;
-  return copy;
+  multiply_panel(x, rows, panel_of(T{}, weight.data, weight.escapes, panel, weight.inputs), num_steps<T>(weight.inputs),
+                 out);
+}
+
+// The length of the rows that `multiply` takes: whole steps, with zeros after the inputs.
+template <class T>
+int64_t row_inputs(const Weight& weight) {
+  const int64_t step = weight.format ? step_inputs(weight.format->code) : kStepInputs<T>;
+  return ceil_div(weight.inputs, step) * step;
+}
+
+// Rows as the products with a weight take them: `x`, `stride` elements apart, in whole steps with zeros after the
+// inputs; or in int8, and `x` is null.
+template <class T>
+struct InputRows {
+  const T* x;
+  int64_t stride;
+  Int8Rows int8;
+};
+
+template <class T>
+InputRows<T> int8_rows(Pool& pool, RowBuffers& buffers, const Weight& weight, const T* x, int64_t rows, int64_t stride) {
+  const int64_t block = block_inputs(*weight.format), blocks = ceil_div(weight.inputs, block);
+  const Int8Rows found{buffers.codes.get<int8_t>(rows * row_inputs<T>(weight)), buffers.scales.get<float>(rows * blocks),
+                       buffers.sums.get<int32_t>(rows * blocks), row_inputs<T>(weight), block, blocks};
+  for_rows(pool, rows, [&](int64_t row) { quantize_row(found, row, x + row * stride, weight.inputs); });
+  return {nullptr, 0, found};
+}
+
+template <class T>
+InputRows<T> input_rows(Pool& pool, RowBuffers& buffers, const Weight& weight, const T* x, int64_t rows, int64_t stride) {
+  if (weight.format && weight.format->int8_rows) return int8_rows(pool, buffers, weight, x, rows, stride);
+  const int64_t padded = row_inputs<T>(weight);
+  if (padded == weight.inputs) return {x, stride, {}};
+  T* copy = buffers.padded.get<T>(rows * padded);
+  for (int64_t i = 0; i < rows; i++) {
+    std::memcpy(copy + i * padded, x + i * stride, weight.inputs * sizeof(T));
+    std::memset(copy + i * padded + weight.inputs, 0, (padded - weight.inputs) * sizeof(T));
+  }
+  return {copy, padded, {}};
+}
+
+// `out[i][0 .. 64)` = the products of the rows with these numbers with a panel of a weight.
+template <class T>
+void multiply(const InputRows<T>& rows, const int64_t* numbers, int64_t count, const Weight& weight, int64_t panel,
+              float* out) {
+  if (rows.x == nullptr) {
+    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * PanelShape(*weight.format, weight.inputs).bytes;
+    return multiply_int8(*weight.format, rows.int8, numbers, count, data, weight.inputs, out);
+  }
+  const T* pointers[kChunkRows];
+  for (int64_t i = 0; i < count; i++) pointers[i] = rows.x + numbers[i] * rows.stride;
+  multiply(pointers, count, weight, panel, out);
 }
 
 // out[rows, outputs] = x[rows, inputs] @ weight.T + bias; sums in float32, rounded once to Out.
 template <class T, class Out>
 void linear(Engine& engine, const Weight& weight, const T* bias, const T* x, int64_t rows, int64_t stride, Out* out) {
-  x = whole_steps(engine.padded, x, rows, weight.inputs, &stride);
+  const InputRows<T> input = input_rows(engine.pool, engine.rows, weight, x, rows, stride);
   const int64_t chunks = ceil_div(rows, kChunkRows), chunk_rows = rows ? ceil_div(rows, chunks) : 0;
   const int64_t panels = ceil_div(weight.outputs, kPanel);
   engine.pool.run(panels * chunks, [&](int64_t task, int thread) {
     const int64_t panel = task / chunks, first = task % chunks * chunk_rows;
     const int64_t count = std::min(chunk_rows, rows - first);
     if (count <= 0) return;
-    const T* pointers[kChunkRows];
-    for (int64_t i = 0; i < count; i++) pointers[i] = x + (first + i) * stride;
+    int64_t numbers[kChunkRows];
+    std::iota(numbers, numbers + count, first);
     float* sums = engine.scratch[thread].sums.get<float>(kChunkRows * kPanel);
-    multiply_panel(pointers, count, panel_of(T{}, weight.data, weight.escapes, panel, weight.inputs),
-                   num_steps<T>(weight.inputs), sums);
+    multiply(input, numbers, count, weight, panel, sums);
     const int64_t column = panel * kPanel, width = std::min<int64_t>(kPanel, weight.outputs - column);
     for (int64_t i = 0; i < count; i++) {
       for_lanes(width, [&](int64_t j, int n) {

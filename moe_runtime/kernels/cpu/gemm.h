@@ -35,6 +35,9 @@ constexpr int kTileRows = 4;
 constexpr int kTileVecs = 2;
 #endif
 constexpr int kTileOutputs = kTileVecs * kLanes;
+// Vectors of outputs for a number of rows: with few of them there are registers for more, and more sums that don't wait
+// for each other.
+constexpr int tile_vecs(int64_t rows) { return kTileVecs == 4 || rows > 2 ? kTileVecs : 8 / static_cast<int>(rows); }
 constexpr int64_t kTileSteps = 16;  // steps of one product of tiles on AMX [tiles.h]
 #if defined(__AMX_BF16__)
 constexpr int kFewRows = 3;  // rows that stay in vector registers: a product of tiles is worth more of them
@@ -44,10 +47,10 @@ constexpr int kFewRows = kTileRows;
 
 // Rows that one task multiplies with a panel.
 constexpr int kChunkRows = 96;
-// If rows need several tiles, the tiles process a panel in blocks of at most this many steps. Two passes wait for
+// If rows need several tiles, the tiles process a panel in blocks of at most this many steps. One or two passes wait for
 // memory, and are faster with a block that fits the L1 cache; more passes are bound by computation.
 constexpr int64_t kMaxBlockSteps = 256;
-constexpr int64_t block_steps_of(int64_t passes) { return passes == 2 ? 64 : kMaxBlockSteps; }
+constexpr int64_t block_steps_of(int64_t passes) { return passes <= 2 ? 64 : kMaxBlockSteps; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -68,11 +71,11 @@ inline IntVec broadcast_word(const void* x) {
   return set1_bits(word);
 }
 
-// The uncoded steps of a panel, for the outputs of one tile.
+// The uncoded steps of a panel, from output `column` on, for the outputs of one tile.
 template <class T>
 class PlainSteps {
  public:
-  explicit PlainSteps(const T* w) : next_(w) {}
+  explicit PlainSteps(const T* w, int column = 0) : next_(w + column * kStepInputs<T>) {}
 
   // A step's weights, read from memory at each use, because registers are few.
   struct Step {
@@ -94,38 +97,73 @@ class PlainSteps {
   const T* next_;
 };
 
-// Adds the products of one step to kRows x kTileVecs accumulators. `words[j]` are the step's weights.
-template <int kRows, class Step>
-inline void add_step(Vec (&sums)[kRows][kTileVecs], const float* const (&x)[kRows], const Step& words, int64_t step) {
-  Vec weights[kTileVecs];
-  for (int j = 0; j < kTileVecs; j++) weights[j] = vec_of(words[j]);
-  for (int r = 0; r < kRows; r++) {
-    const Vec input = set1(x[r][step]);
-    for (int j = 0; j < kTileVecs; j++) sums[r][j] = fma(input, weights[j], sums[r][j]);
+// The same for pairs of inputs of which each has 64 float32.
+class WidePairs {
+ public:
+  explicit WidePairs(const float* w, int column = 0) : next_(w + column) {}
+
+  struct Step {
+    const float* w;
+    Vec even(int j) const { return load(w + j * kLanes); }
+    Vec odd(int j) const { return load(w + kPanel + j * kLanes); }
+  };
+
+  static int64_t plain_steps(int64_t count) { return count; }
+
+  Step next() {
+    const float* w = next_;
+    next_ += 2 * kPanel;
+    return {w};
+  }
+
+  Step next_escaped() { return next(); }
+
+ private:
+  const float* next_;
+};
+
+// Adds the products of a row's input each with the outputs' weights, `weight(j)` in order.
+template <int kRows, int kVecs, class WeightAt>
+inline void add_products(Vec (&sums)[kRows][kVecs], const Vec (&inputs)[kRows], const WeightAt& weight) {
+  for (int j = 0; j < kVecs; j++) {
+    const Vec w = weight(j);
+    for (int r = 0; r < kRows; r++) sums[r][j] = fma(inputs[r], w, sums[r][j]);
   }
 }
 
-template <int kRows, class Step>
-inline void add_step(Vec (&sums)[kRows][kTileVecs], const bf16* const (&x)[kRows], const Step& words, int64_t step) {
+// Adds the products of one step to kRows x kVecs accumulators. `words[j]` are the step's weights.
+template <int kRows, int kVecs, class Step>
+inline void add_step(Vec (&sums)[kRows][kVecs], const float* const (&x)[kRows], const Step& words, int64_t step) {
+  Vec inputs[kRows];
+  for (int r = 0; r < kRows; r++) inputs[r] = set1(x[r][step]);
+  add_products(sums, inputs, [&](int j) { return vec_of(words[j]); });
+}
+
+template <int kRows, int kVecs, class Step>
+inline void add_step(Vec (&sums)[kRows][kVecs], const bf16* const (&x)[kRows], const Step& words, int64_t step) {
 #if defined(__AVX512BF16__)
-  __m512bh weights[kTileVecs];
-  for (int j = 0; j < kTileVecs; j++) weights[j] = (__m512bh)words[j];
+  __m512bh weights[kVecs];
+  for (int j = 0; j < kVecs; j++) weights[j] = (__m512bh)words[j];
   for (int r = 0; r < kRows; r++) {
     const __m512bh input = (__m512bh)broadcast_word(x[r] + 2 * step);
-    for (int j = 0; j < kTileVecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], weights[j], input);
+    for (int j = 0; j < kVecs; j++) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], weights[j], input);
   }
 #else
-  const auto add_half = [&](auto half) {
-    Vec weights[kTileVecs];
-    for (int j = 0; j < kTileVecs; j++) weights[j] = half(words[j]);
-    for (int r = 0; r < kRows; r++) {
-      const Vec input = half(broadcast_word(x[r] + 2 * step));
-      for (int j = 0; j < kTileVecs; j++) sums[r][j] = fma(input, weights[j], sums[r][j]);
-    }
-  };
-  add_half([](IntVec pairs) { return even_bf16(pairs); });
-  add_half([](IntVec pairs) { return odd_bf16(pairs); });
+  Vec inputs[kRows];
+  for (int r = 0; r < kRows; r++) inputs[r] = even_bf16(broadcast_word(x[r] + 2 * step));
+  add_products(sums, inputs, [&](int j) { return even_bf16(words[j]); });
+  for (int r = 0; r < kRows; r++) inputs[r] = odd_bf16(broadcast_word(x[r] + 2 * step));
+  add_products(sums, inputs, [&](int j) { return odd_bf16(words[j]); });
 #endif
+}
+
+template <int kRows, int kVecs>
+inline void add_step(Vec (&sums)[kRows][kVecs], const bf16* const (&x)[kRows], const WidePairs::Step& pair, int64_t step) {
+  Vec inputs[kRows];
+  for (int r = 0; r < kRows; r++) inputs[r] = even_bf16(broadcast_word(x[r] + 2 * step));
+  add_products(sums, inputs, [&](int j) { return pair.even(j); });
+  for (int r = 0; r < kRows; r++) inputs[r] = odd_bf16(broadcast_word(x[r] + 2 * step));
+  add_products(sums, inputs, [&](int j) { return pair.odd(j); });
 }
 
 // A sum for each output's lane of the products of weight words and input words, in the order of `add_step`; on AMX in
@@ -172,16 +210,18 @@ struct Prefetch {
   int64_t step_bytes;
 };
 
-// `out[r][0 .. kTileOutputs)` = (or +=, with `resume`) the products of kRows rows with `steps` steps of a panel.
+// `out[r][0 .. tile_vecs(kRows) * kLanes)` = (or +=, with `resume`) the products of kRows rows with `steps` steps of a
+// panel.
 template <int kRows, bool kAhead, class T, class Steps>
 void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int64_t steps, Prefetch ahead, float* out,
                    bool resume) {
   Steps weights = panel;  // a copy, so that it stays in registers
   const T* x[kRows];
   for (int r = 0; r < kRows; r++) x[r] = rows[r] + first_input;
-  Vec sums[kRows][kTileVecs];
+  constexpr int kVecs = tile_vecs(kRows);
+  Vec sums[kRows][kVecs];
   for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kTileVecs; j++) sums[r][j] = resume ? load(out + r * kPanel + j * kLanes) : zero();
+    for (int j = 0; j < kVecs; j++) sums[r][j] = resume ? load(out + r * kPanel + j * kLanes) : zero();
   }
   const auto add = [&](const auto& words, int64_t step) {
     if constexpr (kAhead) {
@@ -189,7 +229,7 @@ void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int6
       _mm_prefetch(ahead.next + 64, _MM_HINT_T1);
       ahead.next += ahead.step_bytes;
     }
-    add_step<kRows>(sums, x, words, step);
+    add_step(sums, x, words, step);
   };
   // The inner loop has no branch for rare cases, which would force the sums into memory.
   for (int64_t step = 0; step < steps; step++) {
@@ -198,7 +238,7 @@ void multiply_tile(const T* const* rows, int64_t first_input, Steps& panel, int6
   }
   panel = weights;
   for (int r = 0; r < kRows; r++) {
-    for (int j = 0; j < kTileVecs; j++) store(out + r * kPanel + j * kLanes, sums[r][j]);
+    for (int j = 0; j < kVecs; j++) store(out + r * kPanel + j * kLanes, sums[r][j]);
   }
 }
 
@@ -226,7 +266,9 @@ void multiply_tile(int rows, const T* const* x, int64_t first_input, Steps& pane
 }
 
 // How many tiles pass over a panel.
-inline int64_t passes_of(int64_t rows) { return ceil_div(rows, kTileRows) * (kPanel / kTileOutputs); }
+inline int64_t passes_of(int64_t rows) {
+  return ceil_div(rows, kTileRows) * (kPanel / (tile_vecs(std::max<int64_t>(rows, 1)) * kLanes));
+}
 
 // Calls `body` with the first row and the number of rows of each tile.
 template <class Body>
@@ -240,12 +282,12 @@ void for_tiles(int64_t rows, const Body& body) {
 }
 
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of any number of rows with a block of a panel, tile by tile.
-template <bool kAhead, class T>
-void multiply_block(const T* const* x, int64_t rows, int64_t first_input, const T* block, int64_t steps, Prefetch ahead,
-                    float* out, bool resume) {
+template <bool kAhead, class Steps, class T, class Word>
+void multiply_block(const T* const* x, int64_t rows, int64_t first_input, const Word* block, int64_t steps,
+                    Prefetch ahead, float* out, bool resume) {
   for_tiles(rows, [&](int64_t row, int tile_rows) {
-    for (int column = 0; column < kPanel; column += kTileOutputs) {
-      PlainSteps<T> weights(block + column * kStepInputs<T>);
+    for (int column = 0; column < kPanel; column += tile_vecs(tile_rows) * kLanes) {
+      Steps weights(block, column);
       multiply_tile<kAhead>(tile_rows, x + row, first_input, weights, steps, ahead, out + row * kPanel + column, resume);
       ahead.next += steps * ahead.step_bytes;
     }
@@ -265,7 +307,8 @@ void multiply_panel(const T* const* x, int64_t rows, const T* panel, int64_t ste
     const int64_t block_steps = std::min(block_size, steps - block);
     const T* w = panel + block * kStepElements<T>;
     const Prefetch ahead{reinterpret_cast<const char*>(w) + block_size * kStepBytes, kStepBytes / passes};
-    const auto multiply = kStreamed && passes > 1 ? multiply_block<true, T> : multiply_block<false, T>;
+    using Steps = PlainSteps<T>;
+    const auto multiply = kStreamed && passes > 1 ? multiply_block<true, Steps, T, T> : multiply_block<false, Steps, T, T>;
     multiply(x, rows, block * kStepInputs<T>, w, block_steps, ahead, out, resume || block > 0);
   }
 }
@@ -317,8 +360,8 @@ inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel&
 #else
     decode_steps(panel, block, block_steps, escape, words);
 #endif
-    multiply_block<true>(x + first_rows, rows - first_rows, first_input, words, block_steps, ahead,
-                         out + first_rows * kPanel, block > 0);
+    multiply_block<true, PlainSteps<bf16>>(x + first_rows, rows - first_rows, first_input, words, block_steps,
+                                           ahead, out + first_rows * kPanel, block > 0);
   }
 }
 #endif

@@ -17,13 +17,12 @@ struct LatentSizes {
 };
 
 // out[row, head, ..] = x[row, head, ..] @ weight[head].T, rounded once. `weight` has the panels of each head's weight
-// [outputs, inputs], one head after another. Strides are elements between rows and between heads.
+// [outputs, inputs], one head after another, not quantised. Strides are elements between rows and between heads.
 template <class T>
 void head_products(Engine& engine, const Weight& weight, int64_t heads, const T* x, int64_t rows,
                    int64_t row_stride, int64_t head_stride, T* out, int64_t out_stride, int64_t out_head_stride) {
   const int64_t chunks = ceil_div(rows, kChunkRows), chunk_rows = rows ? ceil_div(rows, chunks) : 0;
-  const int64_t panels = ceil_div(weight.outputs, kPanel), steps = num_steps<T>(weight.inputs);
-  const int64_t padded = steps * kStepInputs<T>;
+  const int64_t panels = ceil_div(weight.outputs, kPanel), padded = num_steps<T>(weight.inputs) * kStepInputs<T>;
   engine.pool.run(heads * panels * chunks, [&](int64_t task, int thread) {
     const int64_t head = task / (panels * chunks), panel = task / chunks % panels, first = task % chunks * chunk_rows;
     const int64_t count = std::min(chunk_rows, rows - first);
@@ -41,8 +40,7 @@ void head_products(Engine& engine, const Weight& weight, int64_t heads, const T*
       }
     }
     float* sums = scratch.sums.get<float>(kChunkRows * kPanel);
-    multiply_panel(pointers, count, panel_of(T{}, weight.data, weight.escapes, head * panels + panel, weight.inputs),
-                   steps, sums);
+    multiply(pointers, count, weight, head * panels + panel, sums);
     const int64_t column = panel * kPanel, width = std::min<int64_t>(kPanel, weight.outputs - column);
     for (int64_t i = 0; i < count; i++) {
       T* to = out + (first + i) * out_stride + head * out_head_stride + column;

@@ -83,7 +83,7 @@ class LatentCall:
         )
         self.address = ctypes.addressof(self.struct)
         self.dtype = down.dtype
-        self.element = down.format.code.native
+        self.element = down.element
         self.parts = (down, key, value, output) if up is None else (down, up, key, value, output)
         self._keep = (query_norm, latent_norm)
 

@@ -30,18 +30,18 @@ _COMMON = (
     f"-DMOE_EXPERT_ROWS={EXPERT_ROWS} "
     "-std=c++17 -O3 -Wall -Wextra -fPIC -shared -pthread -fvisibility=hidden -fno-strict-aliasing "
     # Fuse a product and a sum only where the source says so, otherwise results would depend on the compiler.
-    "-ffp-contract=off -mavx2 -mfma -mbmi -mbmi2"
+    "-ffp-contract=off -mavx2 -mfma -mf16c -mbmi -mbmi2"
 )
 _AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq"
 # Best first: the flags that the processor must report, and the compiler's options.
-_AVX2_FLAGS = frozenset({"avx2", "fma", "bmi2"})
+_AVX2_FLAGS = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512_FLAGS = _AVX2_FLAGS | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
     "amx_bf16": (
-        _AVX512_FLAGS | {"avx512_bf16", "amx_tile", "amx_bf16"},
-        f"{_AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+        _AVX512_FLAGS | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
+        f"{_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
     ),
-    "avx512_bf16": (_AVX512_FLAGS | {"avx512_bf16"}, f"{_AVX512} -mavx512bf16"),
+    "avx512_bf16": (_AVX512_FLAGS | {"avx512_vnni", "avx512_bf16"}, f"{_AVX512} -mavx512vnni -mavx512bf16"),
     "avx512": (_AVX512_FLAGS, _AVX512),
     "avx2": (_AVX2_FLAGS, ""),
 }

@@ -7,15 +7,13 @@
 namespace moe {
 
 // Packed SwiGLU experts, one after another. For each expert, w13 holds the panels of the gate projection, then those of
-// the up projection, each [intermediate, hidden]. w2 holds the panels of the down projection [hidden, intermediate].
-// The escapes have a list for each bf16 panel. Unless `row_gate` [hidden] is null, a row's output is multiplied by the
+// the up projection, each [intermediate, hidden]. w2 holds the panels of the down projection [hidden, intermediate]. The
+// outputs of both are those of one expert. Unless `row_gate` [hidden] is null, a row's output is multiplied by the
 // sigmoid of its product with x's row. Biases are null, or those of each expert: `b13` of the gate and of the up
 // projection, each padded with zeros to whole panels, `b2` [hidden].
 struct Experts {
-  const void* w13;
-  const void* w2;
-  const Escape* const* w13_escapes;
-  const Escape* const* w2_escapes;
+  Weight w13;
+  Weight w2;
   int64_t slots;
   int64_t hidden;
   int64_t intermediate;
@@ -53,11 +51,11 @@ inline void list_tasks(std::vector<PanelTask>& tasks, const int64_t* counts, int
 
 // factors[row] = sigmoid(x[row] @ gate)
 template <class T>
-void row_factors(Engine& engine, const T* x, int64_t rows, int64_t stride, int64_t size, const T* gate, float* factors) {
+void row_factors(Engine& engine, const T* x, int64_t rows, int64_t size, const T* gate, float* factors) {
   for_rows(engine.pool, rows, [&](int64_t row) {
     Vec total = zero();
     for_lanes(size, [&](int64_t i, int n) {
-      total = fma(load_first(x + row * stride + i, n), load_first(gate + i, n), total);
+      total = fma(load_first(x + row * size + i, n), load_first(gate + i, n), total);
     });
     factors[row] = first_lane(sigmoid(set1(sum(total))));
   });
@@ -68,35 +66,28 @@ void row_factors(Engine& engine, const T* x, int64_t rows, int64_t stride, int64
 template <class T>
 void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num_rows, const int64_t* row,
                  const int64_t* counts, T* y) {
-  int64_t stride = experts.hidden, total = 0;
+  int64_t total = 0;
   for (int64_t slot = 0; slot < experts.slots; slot++) total += counts[slot];
-  x = whole_steps(engine.padded, x, num_rows, experts.hidden, &stride);
-  const int64_t up_steps = num_steps<T>(experts.hidden), down_steps = num_steps<T>(experts.intermediate);
   const int64_t up_panels = ceil_div(experts.intermediate, kPanel), down_panels = ceil_div(experts.hidden, kPanel);
-  const int64_t hidden_stride = down_steps * kStepInputs<T>;
+  const int64_t hidden_stride = row_inputs<T>(experts.w2);
   T* hidden = engine.hidden.get<T>(total * hidden_stride);
   float* factors = nullptr;
   if (experts.row_gate) {
     factors = engine.row_factors.get<float>(num_rows);
-    row_factors(engine, x, num_rows, stride, experts.hidden, static_cast<const T*>(experts.row_gate), factors);
+    row_factors(engine, x, num_rows, experts.hidden, static_cast<const T*>(experts.row_gate), factors);
   }
 
+  const InputRows<T> input = input_rows(engine.pool, engine.rows, experts.w13, x, num_rows, experts.hidden);
   list_tasks(engine.panel_tasks, counts, experts.slots, up_panels);
   engine.pool.run(engine.panel_tasks.size(), [&](int64_t index, int thread) {
     const PanelTask& task = engine.panel_tasks[index];
-    const T* pointers[kChunkRows];
-    for (int64_t i = 0; i < task.rows; i++) {
-      const int64_t place = task.first_row + i;
-      pointers[i] = x + (row ? row[place] : place) * stride;
-    }
+    int64_t numbers[kChunkRows];
+    for (int64_t i = 0; i < task.rows; i++) numbers[i] = row ? row[task.first_row + i] : task.first_row + i;
     float* gate = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
     float* up = gate + kChunkRows * kPanel;
-    const auto panel = [&](int64_t index) {
-      return panel_of(T{}, experts.w13, experts.w13_escapes, index, experts.hidden);
-    };
     const int64_t first = task.slot * 2 * up_panels + task.panel;
-    multiply_panel(pointers, task.rows, panel(first), up_steps, gate);
-    multiply_panel(pointers, task.rows, panel(first + up_panels), up_steps, up);
+    multiply(input, numbers, task.rows, experts.w13, first, gate);
+    multiply(input, numbers, task.rows, experts.w13, first + up_panels, up);
     if (experts.b13) {
       const T* bias = static_cast<const T*>(experts.b13) + first * kPanel;
       add_bias(bias, task.rows, kPanel, gate);
@@ -115,15 +106,18 @@ void grouped_mlp(Engine& engine, const Experts& experts, const T* x, int64_t num
     }
   });
 
+  InputRows<T> products{hidden, hidden_stride, {}};
+  if (experts.w2.format && experts.w2.format->int8_rows) {
+    products = int8_rows(engine.pool, engine.hidden_rows, experts.w2, hidden, total, hidden_stride);
+  }
   list_tasks(engine.panel_tasks, counts, experts.slots, down_panels);
   engine.pool.run(engine.panel_tasks.size(), [&](int64_t index, int thread) {
     const PanelTask& task = engine.panel_tasks[index];
-    const T* pointers[kChunkRows];
-    for (int64_t i = 0; i < task.rows; i++) pointers[i] = hidden + (task.first_row + i) * hidden_stride;
+    int64_t numbers[kChunkRows];
+    std::iota(numbers, numbers + task.rows, task.first_row);
     float* sums = engine.scratch[thread].sums.get<float>(2 * kChunkRows * kPanel);
     const int64_t panel = task.slot * down_panels + task.panel;
-    multiply_panel(pointers, task.rows, panel_of(T{}, experts.w2, experts.w2_escapes, panel, experts.intermediate),
-                   down_steps, sums);
+    multiply(products, numbers, task.rows, experts.w2, panel, sums);
     const int64_t column = task.panel * kPanel, width = std::min<int64_t>(kPanel, experts.hidden - column);
     if (experts.b2) {
       add_bias(static_cast<const T*>(experts.b2) + task.slot * experts.hidden + column, task.rows, width, sums);

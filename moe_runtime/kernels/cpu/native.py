@@ -38,11 +38,14 @@ def native_format(dtype: torch.dtype) -> WeightFormat:
     return WeightFormat.of(str(dtype).removeprefix("torch."), native=True)
 
 
+def native_code(dtype: torch.dtype) -> int:
+    """The library's number for a dtype of activations. Raises ValueError as `native_format` does."""
+    return native_format(dtype).code.native
+
+
 def element(tensor: Tensor) -> int:
     """The library's number for a tensor's dtype. Raises ValueError as `native_format` does."""
-    found = native_format(tensor.dtype).code.native
-    assert found is not None
-    return found
+    return native_code(tensor.dtype)
 
 
 def check_arrived(late: int, timeout_ns: int) -> None:
@@ -282,9 +285,19 @@ class Kernels:
         )
         return out_TD
 
-    def packed_empty(self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> Tensor:
-        """Room for `copies` packed weights `[outputs, inputs]`, uint8 `[copies, bytes]`, in huge pages."""
-        nbytes: int = self.library.moe_packed_bytes(native_format(dtype).code.native, outputs, inputs)
+    def packed_empty(
+        self, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1, quant: int | None = None
+    ) -> Tensor:
+        """Room for `copies` packed weights `[outputs, inputs]`, uint8 `[copies, bytes]`, in huge pages.
+
+        Args:
+            quant: address of the C struct of their format, if they are quantised.
+        """
+        nbytes: int
+        if quant is None:
+            nbytes = self.library.moe_packed_bytes(native_code(dtype), outputs, inputs)
+        else:
+            nbytes = self.library.moe_quantized_bytes(quant, outputs, inputs)
         return self._room(copies * nbytes).view(copies, nbytes)
 
     def _room(self, nbytes: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Packed weights: a linear map, and the experts of a layer.
 
-bfloat16 weights are stored in 12 bits each, without loss; see `coded.h`. C structs hold what does not change, so that a
+bfloat16 weights are stored in 12 bits each, without loss; see `coded.h`. Quantised weights stay in their codes; see
+`quantized.h`. C structs hold what does not change, so that a
 call passes a few pointers. Shape suffixes are those of `native`.
 """
 
@@ -14,17 +15,23 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
-from moe_runtime.kernels.cpu.native import Kernels, native_format
+from moe_runtime.kernels.cpu.native import Kernels, native_code, native_format
 from moe_runtime.kernels.cpu.native_step import pointer
-from moe_runtime.kernels.cpu.structs import Weight
+from moe_runtime.kernels.cpu.structs import QuantFormat, QuantSource, Weight
+from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.types.weight_format import PANEL
+from moe_runtime.types.weight_format import PANEL, Code, WeightFormat
 
 PackedPart = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
 
 
 class PackedMatrices:
     """Room for weights `[outputs, inputs]`, packed one after another. Put in all rows of a weight before using it.
+
+    Args:
+        dtype: of activations.
+        format: how the weights are stored, if they are quantised; None: as weights of `dtype`.
+        int8_rows: products round rows to int8, see `int8_rows.h`; not with FP8.
 
     Attributes:
         format: how they are stored.
@@ -37,24 +44,59 @@ class PackedMatrices:
         ValueError: a dtype that is neither float32 nor bfloat16.
     """
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype, outputs: int, inputs: int, copies: int = 1) -> None:
-        self.format = native_format(dtype)
+    def __init__(
+        self,
+        kernels: Kernels,
+        dtype: torch.dtype,
+        outputs: int,
+        inputs: int,
+        copies: int = 1,
+        format: WeightFormat | None = None,
+        int8_rows: bool = False,
+    ) -> None:
+        self.format = format or native_format(dtype)
         self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs = outputs, inputs
-        self.data = kernels.packed_empty(dtype, outputs, inputs, copies)
+        self._quant = quant_format(self.format, int8_rows) if self.format.is_quantized else None
+        self._quant_address = None if self._quant is None else ctypes.addressof(self._quant)
+        self.data = kernels.packed_empty(dtype, outputs, inputs, copies, self._quant_address)
         self.escapes = torch.zeros(copies, -(-outputs // PANEL), dtype=torch.int64)
-        self.weight = Weight(self.data.data_ptr(), self.escapes.data_ptr(), outputs, inputs)
+        self.weight = Weight(self.data.data_ptr(), self.escapes.data_ptr(), outputs, inputs, self._quant_address)
         weakref.finalize(self, _free_escapes, kernels, self.escapes)
 
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def put(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
-        """Fill the outputs from `first_row` on, in whole panels; only the weight's last panel may lack rows."""
+    def put(self, copy: int, first_row: int, weight: Tensor | QuantizedMatrix) -> None:
+        """Fill the outputs from `first_row` on, in whole panels; only the weight's last panel may lack rows.
+
+        Args:
+            weight: `[rows, inputs]` of `dtype`, or of the format if that is quantised.
+        """
+        assert first_row % PANEL == 0 and 0 <= first_row <= self.outputs - len(weight)
+        if isinstance(weight, QuantizedMatrix):
+            self._put_quantized(copy, first_row, weight)
+        else:
+            self._put_dense(copy, first_row, weight)
+
+    def _put_quantized(self, copy: int, first_row: int, weight: QuantizedMatrix) -> None:
+        assert weight.format == self.format and weight.num_inputs == self.inputs
+        parts = [None if x is None else x.contiguous() for x in weight.parts]
+        source = QuantSource(*(None if x is None else x.data_ptr() for x in parts))
+        self.kernels.library.moe_pack_quantized(
+            self._quant_address,
+            ctypes.addressof(source),
+            first_row // PANEL,
+            len(weight),
+            self.inputs,
+            self.data[copy].data_ptr(),
+        )
+
+    def _put_dense(self, copy: int, first_row: int, weight_MD: Tensor) -> None:
         rows, inputs = weight_MD.shape
-        assert weight_MD.dtype == self.dtype and (weight_MD.stride(1) == 1 or inputs == 1)
-        assert inputs == self.inputs and first_row % PANEL == 0 and 0 <= first_row <= self.outputs - rows
+        assert not self.format.is_quantized and weight_MD.dtype == self.dtype and inputs == self.inputs
+        assert weight_MD.stride(1) == 1 or inputs == 1
         self.kernels.library.moe_pack(
             self.format.code.native,
             weight_MD.data_ptr(),
@@ -67,17 +109,14 @@ class PackedMatrices:
         )
 
     def unpack(self, copy: int, first_row: int, rows: int) -> Tensor:
-        """Rows of a weight, `[rows, inputs]`."""
+        """The values of rows of a weight, `[rows, inputs]`."""
         out = torch.empty(rows, self.inputs, dtype=self.dtype)
-        self.kernels.library.moe_unpack(
-            self.format.code.native,
-            self.data[copy].data_ptr(),
-            self.escapes[copy].data_ptr(),
-            first_row,
-            rows,
-            self.inputs,
-            out.data_ptr(),
-        )
+        data, escapes, size = self.data[copy].data_ptr(), self.escapes[copy].data_ptr(), (first_row, rows, self.inputs)
+        library, code = self.kernels.library, native_code(self.dtype)
+        if self._quant_address is None:
+            library.moe_unpack(code, data, escapes, *size, out.data_ptr())
+        else:
+            library.moe_unpack_quantized(code, self._quant_address, data, *size, out.data_ptr())
         return out
 
     def stored(self, copy: int) -> tuple[Tensor, Tensor]:
@@ -89,6 +128,13 @@ class PackedMatrices:
         return self.data[copy], escapes
 
 
+def quant_format(format: WeightFormat, int8_rows: bool) -> QuantFormat:
+    """The C struct of a quantised format."""
+    assert format.scale is not None
+    takes_int8 = int8_rows and format.code is not Code.FP8
+    return QuantFormat(format.code.native, format.scale.native, format.has_zero, takes_int8, format.group or 0)
+
+
 def _free_escapes(kernels: Kernels, escapes: Tensor) -> None:
     kernels.library.moe_free_escapes(escapes.data_ptr(), escapes.numel())
 
@@ -98,17 +144,26 @@ class PackedLinear:
 
     Args:
         bias: `[outputs]` in `dtype`, or None.
+        format, int8_rows: see `PackedMatrices`.
     """
 
     def __init__(
-        self, kernels: Kernels, outputs: int, inputs: int, dtype: torch.dtype, bias: Tensor | None = None
+        self,
+        kernels: Kernels,
+        outputs: int,
+        inputs: int,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        format: WeightFormat | None = None,
+        int8_rows: bool = False,
     ) -> None:
         assert bias is None or (bias.dtype == dtype and bias.shape == (outputs,))
         self.kernels, self.dtype = kernels, dtype
         self.outputs, self.inputs, self.bias = outputs, inputs, bias
-        self.matrix = PackedMatrices(kernels, dtype, outputs, inputs)
+        self.matrix = PackedMatrices(kernels, dtype, outputs, inputs, format=format, int8_rows=int8_rows)
         self.weight = self.matrix.weight
         self.format = self.matrix.format
+        self.element = native_code(dtype)
         self._address = ctypes.addressof(self.weight)
         self._bias = pointer(bias)
 
@@ -123,9 +178,9 @@ class PackedLinear:
     def nbytes(self) -> int:
         return self.matrix.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def put(self, first_row: int, weight_MD: Tensor) -> None:
+    def put(self, first_row: int, weight: Tensor | QuantizedMatrix) -> None:
         """Fill the outputs from `first_row` on, in whole panels."""
-        self.matrix.put(0, first_row, weight_MD)
+        self.matrix.put(0, first_row, weight)
 
     def unpack(self) -> Tensor:
         """The weight `[outputs, inputs]`."""
@@ -137,10 +192,10 @@ class PackedLinear:
         Raises:
             ValueError: an index is out of range.
         """
-        assert index_T.dtype == torch.int64 and index_T.ndim == 1
+        assert index_T.dtype == torch.int64 and index_T.ndim == 1 and not self.format.is_quantized
         out = torch.empty(len(index_T), self.inputs, dtype=self.dtype)
         taken = self.kernels.library.moe_take_rows(
-            self.format.code.native, self._address, pointer(index_T), len(index_T), out.data_ptr()
+            self.element, self._address, pointer(index_T), len(index_T), out.data_ptr()
         )
         if taken < len(index_T):
             raise ValueError(f"index: {int(index_T[taken])} is not allowed; it must be from 0 to {self.outputs - 1}")
@@ -151,7 +206,7 @@ class PackedLinear:
         assert x_TD.dtype == self.dtype and x_TD.ndim == 2 and x_TD.shape[1] == self.inputs
         out = torch.empty(len(x_TD), self.outputs, dtype=torch.float32 if float32 else x_TD.dtype)
         self.kernels.library.moe_linear(
-            self.format.code.native, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
+            self.element, float32, self._address, self._bias, pointer(x_TD), len(x_TD), out.data_ptr()
         )
         return out
 
@@ -163,6 +218,7 @@ class PackedExperts:
         gate_D: a row's output is multiplied by the sigmoid of its product with the gate; None: it is not.
         swiglu: the activation.
         has_bias: whether the projections have biases, which are zeros until they are put in.
+        format, int8_rows: see `PackedMatrices`.
     """
 
     def __init__(
@@ -175,21 +231,21 @@ class PackedExperts:
         gate_D: Tensor | None = None,
         swiglu: SwiGLU = PLAIN,
         has_bias: bool = False,
+        format: WeightFormat | None = None,
+        int8_rows: bool = False,
     ) -> None:
         assert gate_D is None or (gate_D.dtype == dtype and gate_D.shape == (hidden_size,))
         self.kernels, self.dtype = kernels, dtype
         self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
         # Gate and up projections each begin at a panel boundary.
         self._up_row = -(-intermediate_size // PANEL) * PANEL
-        self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots)
-        self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots)
+        self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots, format, int8_rows)
+        self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots, format, int8_rows)
         b13 = torch.zeros(num_slots, 2 * self._up_row, dtype=dtype) if has_bias else None
         b2 = torch.zeros(num_slots, hidden_size, dtype=dtype) if has_bias else None
         self.experts = structs.ExpertsStruct(
-            self.w13.data.data_ptr(),
-            self.w2.data.data_ptr(),
-            self.w13.escapes.data_ptr(),
-            self.w2.escapes.data_ptr(),
+            self.w13.weight,
+            self.w2.weight,
             num_slots,
             hidden_size,
             intermediate_size,
@@ -202,13 +258,14 @@ class PackedExperts:
         self.b13, self.b2 = b13, b2
         self.address = ctypes.addressof(self.experts)
         self.format = self.w13.format
+        self.element = native_code(dtype)
 
     @property
     def nbytes(self) -> int:
         vectors = (vector for vector in (self.b13, self.b2, self.gate_D) if vector is not None)
         return self.w13.nbytes + self.w2.nbytes + sum(vector.nbytes for vector in vectors)
 
-    def put(self, slot: int, part: PackedPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: PackedPart, first_row: int, rows: Tensor | QuantizedMatrix) -> None:
         """Pack rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) or biases into a slot.
 
         Pieces of a matrix are whole panels: only the last piece may have a number of rows that `PANEL` does not divide.
@@ -219,7 +276,7 @@ class PackedExperts:
             first_row += self._up_row
         if part.endswith("bias"):
             bias = self.b2 if part == "down_bias" else self.b13
-            assert bias is not None
+            assert bias is not None and isinstance(rows, Tensor)
             bias[slot, first_row : first_row + len(rows)] = rows
         else:
             (self.w2 if part == "down" else self.w13).put(slot, first_row, rows)
@@ -233,7 +290,7 @@ class PackedExperts:
         )
 
     def unpack(self, slot: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`(gate_FD, up_FD, down_DF)` of a slot."""
+        """The values `(gate_FD, up_FD, down_DF)` of a slot."""
         gate, up = (self.w13.unpack(slot, row, self.intermediate_size) for row in (0, self._up_row))
         return gate, up, self.w2.unpack(slot, 0, self.hidden_size)
 
@@ -249,7 +306,7 @@ class PackedExperts:
         y_RD = x_ND.new_empty(rows, self.hidden_size) if room_RD is None else room_RD
         assert y_RD.dtype == self.dtype and y_RD.shape == (rows, self.hidden_size) and y_RD.is_contiguous()
         self.kernels.library.moe_grouped_mlp(
-            self.format.code.native,
+            self.element,
             self.address,
             pointer(x_ND),
             len(x_ND),

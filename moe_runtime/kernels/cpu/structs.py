@@ -10,8 +10,28 @@ import ctypes
 from ctypes import c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
 
+class QuantFormat(ctypes.Structure):
+    _fields_ = (
+        ("code", c_int32),
+        ("scale", c_int32),
+        ("has_zero", c_int32),
+        ("int8_rows", c_int32),
+        ("group", c_int64),
+    )
+
+
+class QuantSource(ctypes.Structure):
+    _fields_ = (("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p), ("factor", c_void_p))
+
+
 class Weight(ctypes.Structure):
-    _fields_ = (("data", c_void_p), ("escapes", c_void_p), ("outputs", c_int64), ("inputs", c_int64))
+    _fields_ = (
+        ("data", c_void_p),
+        ("escapes", c_void_p),
+        ("outputs", c_int64),
+        ("inputs", c_int64),
+        ("format", c_void_p),
+    )
 
 
 class AttentionShape(ctypes.Structure):
@@ -185,10 +205,8 @@ class SwiGLUStruct(ctypes.Structure):
 
 class ExpertsStruct(ctypes.Structure):
     _fields_ = (
-        ("w13", c_void_p),
-        ("w2", c_void_p),
-        ("w13_escapes", c_void_p),
-        ("w2_escapes", c_void_p),
+        ("w13", Weight),
+        ("w2", Weight),
         ("slots", c_int64),
         ("hidden", c_int64),
         ("intermediate", c_int64),
@@ -239,6 +257,9 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_packed_bytes": (c_int64, (c_int, c_int64, c_int64)),
     "moe_pack": (None, (c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "moe_unpack": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_quantized_bytes": (c_int64, (c_void_p, c_int64, c_int64)),
+    "moe_pack_quantized": (None, (c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
+    "moe_unpack_quantized": (None, (c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p)),
     "moe_list_escapes": (c_int64, (c_void_p, c_int64, c_void_p)),
     "moe_free_escapes": (None, (c_void_p, c_int64)),
     "moe_take_rows": (c_int64, (c_int, c_void_p, c_void_p, c_int64, c_void_p)),

@@ -127,18 +127,17 @@ inline void multiply_packed(const bf16* const* x, int64_t rows, const bf16* word
 
 // The products of a few rows in vector registers, with the bits of tile products: for 16 steps at a time, there are two
 // sums from zero, of the even and of the odd inputs.
-template <int kRows>
-void multiply_few(const bf16* const* rows, const CodedPanel& panel, int64_t steps, float* out) {
-  CodedSteps<false> weights(panel);
+template <int kRows, class Steps>
+void multiply_few(const bf16* const* rows, int64_t first_input, Steps weights, int64_t steps, float* out, bool resume) {
   const bf16* x[kRows];
-  for (int r = 0; r < kRows; r++) x[r] = rows[r];
-  std::fill_n(out, kRows * kPanel, 0.0f);
+  for (int r = 0; r < kRows; r++) x[r] = rows[r] + first_input;
+  if (!resume) std::fill_n(out, kRows * kPanel, 0.0f);
   for (int64_t step = 0; step < steps;) {
     Vec even[kRows][kTileVecs], odd[kRows][kTileVecs];
     for (int r = 0; r < kRows; r++) {
       for (int j = 0; j < kTileVecs; j++) even[r][j] = odd[r][j] = zero();
     }
-    const auto add = [&](const CodedStep& words) {
+    const auto add = [&](const auto& words) {
       for (int r = 0; r < kRows; r++) {
         const IntVec inputs = broadcast_word(x[r] + 2 * step);
         const Vec even_input = even_bf16(inputs), odd_input = odd_bf16(inputs);
@@ -163,12 +162,18 @@ void multiply_few(const bf16* const* rows, const CodedPanel& panel, int64_t step
   }
 }
 
+template <class Steps>
+void multiply_few(const bf16* const* x, int64_t rows, int64_t first_input, const Steps& weights, int64_t steps,
+                  float* out, bool resume) {
+  const auto multiply = rows == 1   ? multiply_few<1, Steps>
+                        : rows == 2 ? multiply_few<2, Steps>
+                                    : multiply_few<3, Steps>;
+  multiply(x, first_input, weights, steps, out, resume);
+}
+
 // `out[r][0 .. 64)` = the products of rows with a coded panel.
 inline void multiply_panel(const bf16* const* x, int64_t rows, const CodedPanel& panel, int64_t steps, float* out) {
-  if (rows <= kFewRows) {
-    const auto multiply = rows == 1 ? multiply_few<1> : rows == 2 ? multiply_few<2> : multiply_few<3>;
-    return multiply(x, panel, steps, out);
-  }
+  if (rows <= kFewRows) return multiply_few(x, rows, 0, CodedSteps<false>(panel), steps, out, false);
   const TileRegisters registers;
   const Escape* escape = first_escape(panel);
   alignas(64) bf16 words[kUnitSteps * kStepWords];

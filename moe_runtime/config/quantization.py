@@ -1,0 +1,80 @@
+"""Quantising weights while they are loaded: which matrices, and into which format. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_runtime.config.model import LayerFormats, ModelConfig
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+
+# Scales in bfloat16 lose nothing: codes are chosen for the scale as it is stored.
+METHODS = {
+    "int8": WeightFormat(Code.INT8, Scale.BFLOAT16, 128),
+    "int4": WeightFormat(Code.INT4, Scale.BFLOAT16, 32),
+    "fp8": WeightFormat(Code.FP8, Scale.BFLOAT16, 128),
+    "mxfp4": WeightFormat(Code.FP4, Scale.E8M0, 32),
+}
+PARTS = ("experts", "attention", "head")
+GROUP_SIZES = (16, 32, 64, 128, 256)
+
+
+def parse_parts(value: object) -> tuple[str, ...]:
+    """The parts in a text such as "experts,head".
+
+    Raises:
+        ValueError: there is none, or one is unknown.
+    """
+    parts = tuple(value.split(",")) if isinstance(value, str) else ()
+    if not parts or not set(parts) <= set(PARTS):
+        raise ValueError(
+            f"quantization_parts: {value!r} is not allowed; it must be some of {','.join(PARTS)}, with commas between"
+        )
+    return parts
+
+
+def check_quantization(method: object, parts: object, group_size: object) -> None:
+    """Check the engine's options `quantization`, `quantization_parts` and `quantization_group_size`.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"quantization: {method!r} is not allowed; it must be one of {list(METHODS)}")
+    parse_parts(parts)
+    if group_size is None:
+        return
+    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
+        raise ValueError(
+            f"quantization_group_size: {group_size!r} is not allowed; it must be one of {list(GROUP_SIZES)}"
+        )
+    if method == "mxfp4" and group_size != METHODS["mxfp4"].group:
+        raise ValueError(f"quantization_group_size: {group_size} is not allowed with mxfp4; it must be 32")
+
+
+def quantized(model: ModelConfig, method: str | None, parts: str, group_size: int | None) -> ModelConfig:
+    """The configuration of a model whose weights are quantised while they are loaded.
+
+    Args:
+        method: a name in `METHODS`; None changes nothing.
+        parts: which matrices, as in "experts,attention,head". Dense MLPs and shared experts belong to the experts.
+        group_size: inputs that share a scale; None takes the method's own.
+
+    Raises:
+        ValueError: weights of the checkpoint are quantised already.
+    """
+    if method is None:
+        return model
+    if stored := next((format for layer in model.layers for format in layer.formats.all if format), model.head_format):
+        raise ValueError(
+            f"quantization: {method!r} is not allowed; the checkpoint is quantised already ({stored.name}), "
+            "and twice would lose twice"
+        )
+    format, chosen = METHODS[method], parse_parts(parts)
+    if group_size is not None:
+        format = replace(format, group=group_size)
+    experts, attention, head = (format if part in chosen else None for part in PARTS)
+    formats = LayerFormats(attention=attention, mlp=experts, experts=experts)
+    layers = tuple(
+        replace(layer, formats=formats if layer.is_sparse else replace(formats, experts=None)) for layer in model.layers
+    )
+    return replace(model, layers=layers, head_format=head)

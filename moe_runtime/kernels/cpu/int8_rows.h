@@ -1,0 +1,214 @@
+// Products of quantised weights with rows in int8: the option `activation_quantization`.
+//
+// A row's inputs are cut into blocks that divide the weight's groups, of at most 128 inputs. A block is held as
+// round(x / s), s = max |x| / 127. The products of a block are sums of integers, which are exact in any order:
+//
+//     out = sum over blocks, in order, of (float(sum of (code - zero) * input) * scale) * s
+//
+// so results have the same bits for any number of rows, and on every instruction set.
+#pragma once
+
+#include "quantized.h"
+
+namespace moe {
+
+constexpr int64_t kMostBlockInputs = 128;
+
+// Rows in int8: `codes` [rows][stride], and for each row and block its scale and the sum of its codes.
+struct Int8Rows {
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  int64_t stride, block, blocks;
+};
+
+// The largest block that divides a group; the only group of a row may have any size.
+inline int64_t block_inputs(const QuantFormat& format) {
+  int64_t block = format.group ? std::min(format.group, kMostBlockInputs) : kMostBlockInputs;
+  while (format.group % block != 0) block -= kMostStepInputs;
+  return block;
+}
+
+template <class T>
+void quantize_row(const Int8Rows& rows, int64_t row, const T* x, int64_t inputs) {
+  int8_t* codes = rows.codes + row * rows.stride;
+  std::memset(codes, 0, rows.stride);
+  for (int64_t block = 0; block < rows.blocks; block++) {
+    const int64_t first = block * rows.block, count = std::min(rows.block, inputs - first);
+    Vec largest = zero();
+    for_lanes(count, [&](int64_t i, int n) {
+      const Vec v = load_first(x + first + i, n);
+      largest = max(largest, max(v, zero() - v));
+    });
+    const float scale = max(largest) / 127.0f;
+    const Vec inverse = set1(scale > 0.0f ? 1.0f / scale : 0.0f);
+    int32_t sum = 0;
+    for_lanes(count, [&](int64_t i, int n) {
+      float rounded[kLanes];
+      store(rounded, round_to_int(load_first(x + first + i, n) * inverse));
+      for (int j = 0; j < n; j++) {
+        codes[first + i + j] = static_cast<int8_t>(rounded[j]);
+        sum += static_cast<int8_t>(rounded[j]);
+      }
+    });
+    rows.scales[row * rows.blocks + block] = scale;
+    rows.sums[row * rows.blocks + block] = sum;
+  }
+}
+
+#if defined(__AVX512F__)
+inline IntVec and_bits(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }
+inline IntVec xor_bits(IntVec a, IntVec b) { return _mm512_xor_si512(a, b); }
+inline IntVec add_int32(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
+inline IntVec sub_int32(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
+inline IntVec mul_int32(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
+inline Vec float_of(IntVec v) { return _mm512_cvtepi32_ps(v); }
+inline IntVec int_of(Vec v) { return _mm512_cvtps_epi32(v); }
+inline IntVec lookup(__m128i table, IntVec index) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index); }
+inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm512_maddubs_epi16(a, b); }
+inline IntVec add_int16(IntVec a, IntVec b) { return _mm512_add_epi16(a, b); }
+inline IntVec add_pairs(IntVec v) { return _mm512_madd_epi16(v, _mm512_set1_epi16(1)); }
+inline IntVec size_of(IntVec v) { return _mm512_abs_epi8(v); }
+inline IntVec with_sign(IntVec v, IntVec sign) {
+  return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);
+}
+#else
+inline IntVec and_bits(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
+inline IntVec add_int32(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
+inline IntVec sub_int32(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
+inline IntVec mul_int32(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
+inline Vec float_of(IntVec v) { return _mm256_cvtepi32_ps(v); }
+inline IntVec int_of(Vec v) { return _mm256_cvtps_epi32(v); }
+inline IntVec lookup(__m128i table, IntVec index) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index); }
+inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm256_maddubs_epi16(a, b); }
+inline IntVec add_int16(IntVec a, IntVec b) { return _mm256_add_epi16(a, b); }
+inline IntVec add_pairs(IntVec v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+inline IntVec size_of(IntVec v) { return _mm256_abs_epi8(v); }
+inline IntVec with_sign(IntVec v, IntVec sign) { return _mm256_sign_epi8(v, sign); }
+#endif
+
+// One vector of outputs in one step: codes as unsigned bytes, and products with a row's inputs, which they add to 32-bit
+// sums. `kZero` is what stands for 0 among the bytes; FP4 is held as twice its value.
+template <int kCode>
+struct StepCodes {
+  static constexpr int32_t kZero = kCode == kInt4 ? 8 : 12;
+  static constexpr float kFactor = kCode == kInt4 ? 1.0f : 0.5f;
+  IntVec low, high;
+
+  explicit StepCodes(IntVec codes) {
+    low = and_bits(codes, set1_bits(0x0f0f0f0f));
+    high = and_bits(shift_right(codes, 4), set1_bits(0x0f0f0f0f));
+    if constexpr (kCode == kFp4) {
+      const __m128i table = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+      low = lookup(table, low);
+      high = lookup(table, high);
+    }
+  }
+
+  IntVec add(IntVec sum, const int8_t* inputs) const {
+    const IntVec first = broadcast_word(inputs), second = broadcast_word(inputs + 4);
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, low, first), high, second);
+#else
+    // At most four products of 24 * 127, which 16 bits hold.
+    return add_int32(sum, add_pairs(add_int16(pairs_of_products(low, first), pairs_of_products(high, second))));
+#endif
+  }
+};
+
+template <>
+struct StepCodes<kInt8> {
+  static constexpr float kFactor = 1.0f;
+#if defined(__AVX512VNNI__)
+  static constexpr int32_t kZero = 128;
+  IntVec codes;
+
+  explicit StepCodes(IntVec given) : codes(xor_bits(given, set1_bits(static_cast<int32_t>(0x80808080)))) {}
+
+  IntVec add(IntVec sum, const int8_t* inputs) const { return _mm512_dpbusd_epi32(sum, codes, broadcast_word(inputs)); }
+#else
+  static constexpr int32_t kZero = 0;
+  IntVec sizes, codes;
+
+  explicit StepCodes(IntVec given) : sizes(size_of(given)), codes(given) {}
+
+  // Two products of 128 * 127 fit into 16 bits.
+  IntVec add(IntVec sum, const int8_t* inputs) const {
+    return add_int32(sum, add_pairs(pairs_of_products(sizes, with_sign(broadcast_word(inputs), codes))));
+  }
+#endif
+};
+
+// Adds the products of one block to `out[r][0 .. 64)`. `head` and `codes` are those of its group and its first step.
+template <int kRows, int kCode, bool kHasZero>
+void add_block(const QuantFormat& format, const Int8Rows& rows, const int64_t* numbers, int64_t block,
+               const uint8_t* head, const float* factor, const uint8_t* codes, int64_t steps, float* out) {
+  constexpr int64_t kInputs = step_inputs(kCode);
+  const int8_t* x[kRows];
+  for (int r = 0; r < kRows; r++) x[r] = rows.codes + numbers[r] * rows.stride + block * rows.block;
+  for (int column = 0; column < kPanel; column += kTileOutputs) {
+    IntVec sums[kRows][kTileVecs];
+    for (int r = 0; r < kRows; r++) {
+      for (int j = 0; j < kTileVecs; j++) sums[r][j] = set1_bits(0);
+    }
+    const uint8_t* from = codes + column * 4;
+    for (int64_t step = 0; step < steps; step++, from += kCodesBytes) {
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kMostBlockInputs / kInputs * kCodesBytes, _MM_HINT_T0);
+      for (int j = 0; j < kTileVecs; j++) {
+        const StepCodes<kCode> step_codes(load_bits(from + j * kLanes * 4));
+        for (int r = 0; r < kRows; r++) sums[r][j] = step_codes.add(sums[r][j], x[r] + step * kInputs);
+      }
+    }
+    for (int j = 0; j < kTileVecs; j++) {
+      const int output = column + j * kLanes;
+      const Vec scale = load_scales(format.scale, head, factor, output) * set1(StepCodes<kCode>::kFactor);
+      IntVec zeros = set1_bits(StepCodes<kCode>::kZero);
+      if constexpr (kHasZero) {
+        zeros = add_int32(zeros, int_of(widen_int8(head + kPanel * scale_bytes(format.scale) + output)));
+      }
+      for (int r = 0; r < kRows; r++) {
+        const int64_t place = numbers[r] * rows.blocks + block;
+        IntVec total = sums[r][j];
+        if constexpr (kHasZero) {
+          total = sub_int32(total, mul_int32(zeros, set1_bits(rows.sums[place])));
+        } else if constexpr (StepCodes<kCode>::kZero != 0) {
+          total = sub_int32(total, set1_bits(StepCodes<kCode>::kZero * rows.sums[place]));
+        }
+        float* to = out + r * kPanel + output;
+        store(to, fma(float_of(total) * scale, set1(rows.scales[place]), load(to)));
+      }
+    }
+  }
+}
+
+// `out[i][0 .. 64)` = the products of the rows with these numbers with a panel of `inputs` inputs.
+template <int kCode, bool kHasZero>
+void multiply_int8(const QuantFormat& format, const Int8Rows& rows, const int64_t* numbers, int64_t count,
+                   const uint8_t* panel, int64_t inputs, float* out) {
+  const PanelShape shape(format, inputs);
+  const auto* factor = reinterpret_cast<const float*>(panel);
+  std::fill_n(out, count * kPanel, 0.0f);
+  for (int64_t block = 0; block < rows.blocks; block++) {
+    const int64_t first = block * rows.block, group = first / shape.group;
+    const int64_t steps = ceil_div(std::min(rows.block, inputs - first), shape.inputs_of_step);
+    const uint8_t* head = panel + shape.head_at(group);
+    const uint8_t* codes = head + shape.head_bytes + (first - group * shape.group) / shape.inputs_of_step * kCodesBytes;
+    for_tiles(count, [&](int64_t row, int tile_rows) {
+      with_rows(tile_rows, [&](auto constant) {
+        add_block<decltype(constant)::value, kCode, kHasZero>(format, rows, numbers + row, block, head, factor, codes,
+                                                              steps, out + row * kPanel);
+      });
+    });
+  }
+}
+
+inline void multiply_int8(const QuantFormat& format, const Int8Rows& rows, const int64_t* numbers, int64_t count,
+                          const uint8_t* panel, int64_t inputs, float* out) {
+  const auto multiply = format.code == kFp4 ? multiply_int8<kFp4, false>
+                        : format.code == kInt4
+                            ? (format.has_zero ? multiply_int8<kInt4, true> : multiply_int8<kInt4, false>)
+                            : (format.has_zero ? multiply_int8<kInt8, true> : multiply_int8<kInt8, false>);
+  multiply(format, rows, numbers, count, panel, inputs, out);
+}
+
+}  // namespace moe

@@ -1,0 +1,89 @@
+"""How a checkpoint's quantised matrices are held: as they are stored, where all matrices of a part agree. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from moe_runtime.config.attention import LatentAttentionConfig
+from moe_runtime.config.model import LayerConfig, LayerFormats, ModelConfig
+from moe_runtime.models.names import SwiGLUNames, TensorNames
+from moe_runtime.types.weight_format import WeightFormat
+
+logger = logging.getLogger(__name__)
+
+FormatOf = Callable[[str], WeightFormat | None]
+
+
+def with_stored_formats(model: ModelConfig, names: TensorNames, format_of: FormatOf) -> ModelConfig:
+    """The configuration with the formats in which the parts of its layers are stored.
+
+    A part whose matrices are stored in different formats is held in the model's dtype; a log line names it.
+
+    Args:
+        format_of: a matrix's format by its name in a checkpoint of the family, None if it is not quantised.
+    """
+    reader = _Reader(names, format_of)
+    layers = tuple(
+        replace(layer, formats=reader.layer(layer, names.layer.format(index), model.moe.shared_intermediate_size > 0))
+        for index, layer in enumerate(model.layers)
+    )
+    if reader.mixed:
+        logger.warning(
+            "quantization: %d parts are held in the model's dtype, because their matrices are stored in different "
+            "formats, the first %s",
+            len(reader.mixed),
+            reader.mixed[0],
+        )
+    head = None if model.tie_word_embeddings else format_of(names.head)
+    return replace(model, layers=layers, head_format=head)
+
+
+class _Reader:
+    """Attributes: `mixed`, the names of parts whose matrices have different formats."""
+
+    def __init__(self, names: TensorNames, format_of: FormatOf) -> None:
+        self.names, self.format_of = names, format_of
+        self.mixed: list[str] = []
+
+    def layer(self, layer: LayerConfig, prefix: str, has_shared: bool) -> LayerFormats:
+        """The formats of a layer whose tensors' names begin with `prefix`."""
+        names = self.names
+        attention = self._common(f"{prefix}.{part}.weight" for part in self._projections(layer))
+        if not layer.is_sparse:
+            return LayerFormats(attention, self._swiglu(f"{prefix}.{names.dense}", names.dense_parts), None)
+        shared = self._swiglu(f"{prefix}.{names.shared}", names.shared_parts) if has_shared else None
+        return LayerFormats(attention, shared, self._experts(prefix))
+
+    def _projections(self, layer: LayerConfig) -> list[str]:
+        names, latent = self.names, self.names.latent
+        if not isinstance(layer.attention, LatentAttentionConfig):
+            return [names.query, names.key, names.value, names.attention_output]
+        queries = [names.query] if layer.attention.query_rank is None else [latent.query_down, latent.query_up]
+        return [*queries, latent.latent_down, names.attention_output]
+
+    def _experts(self, prefix: str) -> WeightFormat | None:
+        """Of the first expert, stored apart or with all others, under the family's name or the usual one."""
+        names = self.names
+        for block in dict.fromkeys((f"{prefix}.{names.sparse}", f"{prefix}.{names.dense}")):
+            if found := self._swiglu(f"{block}.{names.expert.format(0)}", names.expert_parts):
+                return found
+            fused = f"{block}.experts"
+            usual = [(f"{fused}.gate_up_proj{end}", f"{fused}.down_proj{end}") for end in ("", ".weight")]
+            own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
+            for pair in (*own, *usual):
+                if found := self._common(pair):
+                    return found
+        return None
+
+    def _swiglu(self, prefix: str, parts: SwiGLUNames) -> WeightFormat | None:
+        up = (parts.gate_up,) if parts.gate_up else (parts.gate, parts.up)
+        return self._common(f"{prefix}.{part}.weight" for part in (*up, parts.down))
+
+    def _common(self, names: Iterable[str]) -> WeightFormat | None:
+        listed = list(names)
+        found = {self.format_of(name) for name in listed}
+        if len(found) > 1:
+            self.mixed.append(listed[0])
+        return found.pop() if len(found) == 1 else None

@@ -1,0 +1,92 @@
+"""The twin itself: what codes stand for, and quantising to nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantized_matrices import FORMATS, name_of, random_matrix
+
+from moe_runtime.config.quantization import METHODS
+from moe_runtime.kernels.quantized import E2M1, QuantizedMatrix, decode_codes, quantize, stack_rows
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+
+
+def nearest_value(code: Code, scaled: float) -> float:
+    """By trying all values of a code; a tie goes to the even code."""
+    if code is Code.FP4:
+        values = [*E2M1, *(-x for x in E2M1)]
+    elif code is Code.FP8:
+        return float(torch.tensor(scaled).clamp(-448, 448).to(torch.float8_e4m3fn))
+    else:
+        values = list(range(-8, 8)) if code is Code.INT4 else list(range(-127, 128))
+    distance = min(abs(value - scaled) for value in values)
+    ties = [place for place, value in enumerate(values) if abs(value - scaled) == distance]
+    return float(values[min(ties, key=lambda place: values[place] % 2 if code is not Code.FP4 else place % 2)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_weight_becomes_the_nearest_value(method: str) -> None:
+    format = METHODS[method]
+    weight = torch.randn(5, 150)
+    weight[1, :32] = 0
+    weight[2, 40] = 30.0
+    matrix = quantize(weight, format)
+    scales = matrix.scales_NG
+    scale = torch.exp2(scales.float() - 127) if format.scale is Scale.E8M0 else scales.float()
+    values = decode_codes(format.code, matrix.codes, 150)
+    for row, column in torch.cartesian_prod(torch.arange(5), torch.randperm(150)[:40]).tolist():
+        own = scale[row, column // format.group]
+        inverse = 1.0 / own if own else torch.tensor(0.0)
+        assert values[row, column] == nearest_value(format.code, float(weight[row, column] * inverse))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_is_at_most_half_a_step(method: str) -> None:
+    weight = torch.randn(64, 256).bfloat16()
+    found = quantize(weight, METHODS[method]).dequantize()
+    group = METHODS[method].group
+    largest = weight.float().view(64, -1, group).abs().amax(2, keepdim=True)
+    error = (found - weight.float()).view(64, -1, group).abs() / largest
+    bound = {"int8": 0.005, "int4": 0.13, "fp8": 0.036, "mxfp4": 0.26}[method]
+    assert error.max() <= bound and error.mean() <= bound / 2
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_dequantised_weights_follow_the_formula(format: WeightFormat) -> None:
+    """One weight at a time, in Python."""
+    matrix = random_matrix(format, 3, 37)
+    found, group = matrix.dequantize(), format.group or 37
+    for row in range(3):
+        for column in range(37):
+            if format.code.bits == 4:
+                code = int(matrix.codes[row, column // 2]) >> 4 * (column % 2) & 15
+            else:
+                code = int(matrix.codes[row, column])
+            zero = 0 if matrix.zeros_NG is None else int(matrix.zeros_NG[row, column // group])
+            match format.code:
+                case Code.INT4:
+                    value = code - (zero if format.has_zero else 8)
+                case Code.INT8:
+                    value = (code ^ 128) - 128 - ((zero ^ 128) - 128)
+                case Code.FP4:
+                    value = E2M1[code & 7] * (-1 if code & 8 else 1)
+                case _:
+                    exponent, mantissa = code >> 3 & 15, code & 7
+                    size = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+                    value = -size if code & 128 else size
+            stored = matrix.scales_NG[row, column // group]
+            scale = torch.tensor(2.0 ** (int(stored) - 127)) if format.scale is Scale.E8M0 else stored.float()
+            if matrix.factor_N is not None:
+                scale = scale * matrix.factor_N[row]
+            assert found[row, column] == torch.tensor(float(value)) * scale
+
+
+def test_rows_and_stacks() -> None:
+    for format in FORMATS:
+        first, second = random_matrix(format, 6, 40), random_matrix(format, 3, 40)
+        both = stack_rows([first, second])
+        assert isinstance(both, QuantizedMatrix)
+        index = torch.tensor([8, 0, 3])
+        values = torch.cat([first.dequantize(), second.dequantize()])
+        assert torch.equal(both.rows(index).dequantize(), values[index])
+        assert both.nbytes == format.nbytes(9, 40)
