@@ -30,7 +30,8 @@ class QuantizedMatrix:
         scales_NG: of the type `format.scale`; for E8M0 uint8.
         zeros_NG: uint8, as the codes are (0 to 15 for INT4, two's complement for INT8); None without zeros: then INT4
             has the zero 8 and INT8 the zero 0.
-        factor_N: float32; None: 1. Given if and only if scales are E4M3.
+        factor_N: float32, or float64 where it stands for a division by its reciprocal; None: 1. Given if and only if
+            scales are E4M3. The product with a scale is rounded once, to float32. Kernels round the factor before.
         num_inputs: K.
     """
 
@@ -53,8 +54,8 @@ class QuantizedMatrix:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """All that it is made of: codes, scales, zeros, factors."""
-        return self.codes, self.scales_NG, self.zeros_NG, self.factor_N
+        """What kernels take: codes, scales, zeros, and factors in float32."""
+        return self.codes, self.scales_NG, self.zeros_NG, None if self.factor_N is None else self.factor_N.float()
 
     @property
     def nbytes(self) -> int:
@@ -76,16 +77,20 @@ class QuantizedMatrix:
 
     def to(self, device: torch.device) -> QuantizedMatrix:
         """The same on a device."""
-        parts = [None if part is None else part.to(device) for part in self.parts]
-        codes, scales_NG, zeros_NG, factor_N = parts
-        assert codes is not None and scales_NG is not None
-        return QuantizedMatrix(self.format, codes, scales_NG, zeros_NG, factor_N, self.num_inputs)
+        return QuantizedMatrix(
+            self.format,
+            self.codes.to(device),
+            self.scales_NG.to(device),
+            None if self.zeros_NG is None else self.zeros_NG.to(device),
+            None if self.factor_N is None else self.factor_N.to(device),
+            self.num_inputs,
+        )
 
     def dequantize(self) -> Tensor:
         """The weights `[N, K]`, float32."""
         scales_NG = decode_scales(self.scales_NG)
         if self.factor_N is not None:
-            scales_NG = scales_NG * self.factor_N[:, None]
+            scales_NG = (scales_NG.double() * self.factor_N[:, None]).float()
         values_NK = decode_codes(self.format.code, self.codes, self.num_inputs)
         group = self.format.group or self.num_inputs
 
