@@ -31,9 +31,9 @@ wire              -> types config
 text              -> types
 memory            -> types config balancer kernels
 demo              -> system
-weights           -> config system demo
+weights           -> types config system kernels demo
 layers            -> types system config wire memory kernels experts all2all
-models            -> types config balancer experts all2all layers weights
+models            -> types config balancer kernels experts all2all layers weights
 worker            -> types system config wire memory kernels experts all2all layers models weights
 balancer.live     -> config wire memory balancer
 engine            -> types config wire text memory balancer balancer.live
@@ -52,8 +52,9 @@ TORCH_FREE_ROOMS = """
 types system config balancer balancer.live text wire memory engine cluster build llm serve bench cli
 """.split()  # noqa: SIM905
 TORCH_FREE_BESIDES = """
-models.hf_config models.registry planner.choices planner.exchange planner.hardware planner.hardware_file
-planner.measure planner.measure_engine planner.plot planner.predict planner.report planner.routing planner.shape
+models.hf_config models.quantization models.registry planner.choices planner.exchange planner.hardware
+planner.hardware_file planner.measure planner.measure_engine planner.plot planner.predict planner.report planner.routing
+planner.shape weights.scheme
 """.split()  # noqa: SIM905
 WITH_TORCH = {"cluster.in_process"}
 OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]

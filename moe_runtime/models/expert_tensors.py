@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.models.names import SwiGLUNames, TensorNames
 from moe_runtime.weights.checkpoint import WeightSource
+
+Kept = dict[str, Tensor | QuantizedMatrix]  # tensors of an expert that were read whole, by name
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,38 @@ class StoredPart:
         entry = self.shape if self.index is None else self.shape[1:]
         return 1 if self.is_bias else entry[0 if self.transposed else 1]
 
-    def read(self, source: WeightSource, rows: range, kept: dict[str, Tensor]) -> Tensor:
+    def read(self, source: WeightSource, rows: range, kept: Kept) -> Tensor:
         """Some of its outputs, `[rows, inputs]` or `[rows]`.
 
         If outputs are not adjacent in the tensor, it is read whole. `kept` holds it for the parts and pieces of the
         same expert that follow.
         """
-        start, end = self.first + self.step * rows.start, self.first + self.step * (rows.stop - 1) + 1
+        start, end = self._span(rows)
         if not self.transposed and self.step == 1:
             return source.read(self.name, self.shape, self.index, slice(start, end))
         if self.name not in kept:
             kept.clear()
             kept[self.name] = source.read(self.name, self.shape, self.index)
-        outputs = kept[self.name].T if self.transposed else kept[self.name]
-        return outputs[start : end : self.step].contiguous()
+        whole = kept[self.name]
+        assert isinstance(whole, Tensor)
+        return (whole.T if self.transposed else whole)[start : end : self.step].contiguous()
+
+    def read_quantized(self, source: WeightSource, rows: range, kept: Kept) -> QuantizedMatrix:
+        """As `read`, of a matrix that is stored quantised."""
+        assert not self.transposed
+        start, end = self._span(rows)
+        if self.step == 1:
+            return source.read_quantized(self.name, self.shape, self.index, slice(start, end))
+        if self.name not in kept:
+            kept.clear()
+            kept[self.name] = source.read_quantized(self.name, self.shape, self.index)
+        whole = kept[self.name]
+        assert isinstance(whole, QuantizedMatrix)
+        return whole.rows(torch.arange(start, end, self.step))
+
+    def _span(self, rows: range) -> tuple[int, int]:
+        """Where its outputs `rows` begin and end in the tensor."""
+        return self.first + self.step * rows.start, self.first + self.step * (rows.stop - 1) + 1
 
 
 @dataclass(frozen=True)
@@ -103,8 +125,12 @@ class ExpertTensors:
         yield "down_bias", StoredPart(f"{prefix}.{parts.down}.bias", (hidden,), hidden)
 
     def _fused(self, fused: tuple[str, str], expert: int) -> Iterator[tuple[ExpertPart, StoredPart]]:
-        """The parts of an expert within tensors of all experts, `[E, 2F, D]` and `[E, D, F]`, or both transposed."""
-        hidden, moe, turned = self.config.hidden_size, self.config.moe, self.names.fused_is_transposed
+        """The parts of an expert within tensors of all experts, `[E, 2F, D]` and `[E, D, F]`, or both transposed.
+
+        Quantised ones are never transposed.
+        """
+        hidden, moe = self.config.hidden_size, self.config.moe
+        turned = self.names.fused_is_transposed and self.source.format_of(fused[0]) is None
         inner, total = moe.intermediate_size, moe.num_experts
         first_up, step = (1, 2) if self.names.fused_is_interleaved else (inner, 1)
         gate_up, down = fused
@@ -122,8 +148,6 @@ class ExpertTensors:
         """Names of all experts' matrices in one tensor: the family's own, or those that newer checkpoints of all
         families use; None if experts are stored one by one."""
         names, layer, sparse = self.names, self.names.layer.format(index), self.sparse(index)
-        if self.source.has(f"{sparse}.experts.gate_up_proj_blocks"):
-            raise ValueError("quantization: MXFP4 weights are not supported; the weights must be float32 or 16-bit")
         own = [(f"{layer}.{names.fused_gate_up}", f"{layer}.{names.fused_down}")] if names.fused_gate_up else []
         usual = [(f"{sparse}.experts.gate_up_proj{end}", f"{sparse}.experts.down_proj{end}") for end in ("", ".weight")]
         return next((pair for pair in (*own, *usual) if self.source.has(pair[0])), None)

@@ -23,7 +23,7 @@ from moe_runtime.layers.decoder import Decoder
 from moe_runtime.layers.kit import MLP, AttentionBlock, DecoderLayer, Experts, Kit, Linear, MLPBlock, Norm, SparseBlock
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.rotary import RotaryEmbedding
-from moe_runtime.models.expert_tensors import ExpertTensors, StoredPart
+from moe_runtime.models.expert_tensors import ExpertTensors, Kept, StoredPart
 from moe_runtime.models.names import SwiGLUNames, TensorNames
 from moe_runtime.types.weight_format import PANEL, WeightFormat
 from moe_runtime.weights.checkpoint import WeightSource
@@ -105,7 +105,7 @@ class ModelReader:
 
     def copy_expert(self, experts: Experts, slot: int, layer: int, expert: int, piece_bytes: int) -> Iterator[int]:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
-        kept: dict[str, Tensor] = {}
+        kept: Kept = {}
         index = self.config.moe_layers[layer]
         format = self.config.layers[index].formats.experts
         for part, stored in self.experts.expert(index, expert):
@@ -127,7 +127,7 @@ class ModelReader:
         return quantize(self.source.read(name, shape), format)
 
     def piece(
-        self, stored: StoredPart, rows: range, kept: dict[str, Tensor], format: WeightFormat | None
+        self, stored: StoredPart, rows: range, kept: Kept, format: WeightFormat | None
     ) -> Tensor | QuantizedMatrix:
         """As `matrix`, for rows of a part of a SwiGLU. Biases are in the kit's dtype."""
         if format is None or stored.is_bias:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from moe_runtime.config.default_sampling import default_sampling
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.models.hf_config import read_json_object, token_ids
-from moe_runtime.models.quantization import refuse_quantization
+from moe_runtime.models.quantization import KEYS, read_scheme
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
 from moe_runtime.weights.safetensors_file import stored_dtype
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GENERATION_CONFIG = "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 FAMILIES = {
     name: f"moe_runtime.models.families.{name}"
     for name in (
@@ -74,18 +74,18 @@ def read_model_config(path: Path) -> ModelConfig:
 
     Raises:
         ValueError: no such directory, missing or broken `config.json`, unknown architecture, unsupported setting or
-            quantised weights.
+            quantisation.
     """
     if not path.is_dir():
         raise ValueError(f"model: {str(path)!r} is no directory")
-    config = read_json_object(path / "config.json")
+    config = read_json_object(path / CONFIG)
     if config is None:
         raise ValueError(f"model: {str(path)!r} is no checkpoint; it has no config.json")
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(f"model_type: {family!r} in {path / 'config.json'} is not known; known: {sorted(FAMILIES)}")
-    refuse_quantization(path, config)
-    model: ModelConfig = family_module(family).parse(config)
+        raise ValueError(f"model_type: {family!r} in {path / CONFIG} is not known; known: {sorted(FAMILIES)}")
+    read_scheme(path, config)
+    model: ModelConfig = family_module(family).parse({key: config[key] for key in config if key not in KEYS})
     _check(model)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         model = dataclasses.replace(model, dtype=stored_dtype(path) or model.dtype)
@@ -144,8 +144,10 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
     files = DeepSpeedFiles.find(path)
     if files is None:
         from moe_runtime.weights.checkpoint import Checkpoint
+        from moe_runtime.weights.quantized import QuantizedCheckpoint
 
-        return Checkpoint(path)
+        scheme = read_scheme(path, read_json_object(path / CONFIG) or {})
+        return Checkpoint(path) if scheme is None else QuantizedCheckpoint(Checkpoint(path), scheme)
     return open_deepspeed(files, config)
 
 

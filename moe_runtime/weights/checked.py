@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe_runtime.kernels.quantized import QuantizedMatrix, decode_scales
+from moe_runtime.types.weight_format import Code, WeightFormat
 from moe_runtime.weights.checkpoint import ALL_ROWS, WeightSource
 
 
@@ -27,6 +29,24 @@ class CheckedWeights:
             count = f"{int(is_bad.sum())} of {tensor.numel()} values read"
             raise ValueError(f"model: tensor {name!r} is damaged: {count} are NaN or infinite, the first at {place}")
         return tensor
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        return self._source.format_of(name)
+
+    def read_quantized(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS
+    ) -> QuantizedMatrix:
+        matrix = self._source.read_quantized(name, shape, index, rows)
+        checked = {"scales": decode_scales(matrix.scales_NG)}
+        if matrix.factor_N is not None:
+            checked["factors"] = matrix.factor_N
+        if matrix.format.code is Code.FP8:  # other codes are always numbers
+            checked["codes"] = matrix.codes.view(torch.float8_e4m3fn).float()
+        for what, values in checked.items():
+            if num_bad := int(values.isfinite().logical_not_().sum()):
+                count = f"{num_bad} of {values.numel()} {what} read"
+                raise ValueError(f"model: tensor {name!r} is damaged: {count} are NaN or infinite")
+        return matrix
 
     def release_all(self) -> None:
         self._source.release_all()

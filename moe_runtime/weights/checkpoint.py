@@ -8,22 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.system.pages import give_freed_memory_back
-from moe_runtime.weights.safetensors_file import SafetensorsFile
+from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.weights.safetensors_file import SafetensorsFile, StoredTensor
 
 logger = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head."
 USUAL_PREFIX = "model."
 PREFIXES = (USUAL_PREFIX, "model.language_model.", "language_model.model.", "")
 ALL_ROWS = slice(None)
@@ -65,7 +67,7 @@ class WeightSource(Protocol):
         """Whether there is a tensor of this name."""
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
-        """A tensor or a part of it.
+        """A tensor or a part of it; a quantised one is dequantised to float32.
 
         Args:
             shape: of the whole tensor.
@@ -76,11 +78,31 @@ class WeightSource(Protocol):
             ValueError: there is no such tensor, it has another shape or dtype, or its file has changed.
         """
 
+    def format_of(self, name: str) -> WeightFormat | None:
+        """How a matrix is quantised; None: it is not, or it is only read dequantised."""
+
+    def read_quantized(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS
+    ) -> QuantizedMatrix:
+        """A matrix that `format_of` gives a format of, or some of its rows. Arguments and errors as of `read`."""
+
     def release_all(self) -> None:
         """Return to the system what was freed since the last call."""
 
 
-class Checkpoint:
+class PlainWeights:
+    """What sources have in common in which nothing is quantised."""
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        return None
+
+    def read_quantized(
+        self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS
+    ) -> QuantizedMatrix:
+        raise AssertionError(f"{name} is not quantised")
+
+
+class Checkpoint(PlainWeights):
     """The weights in safetensors files of a directory.
 
     If there is a `model.safetensors.index.json`, it names the files. Else `model.safetensors` alone counts. Without it,
@@ -115,10 +137,26 @@ class Checkpoint:
         return name in self._place_of
 
     def read(self, name: str, shape: tuple[int, ...], index: int | None = None, rows: slice = ALL_ROWS) -> Tensor:
+        return self.read_stored(name, READABLE, shape, index, rows)
+
+    def stored(self, name: str) -> StoredTensor:
+        """What the header of its file says of a tensor. Raises ValueError if there is no such tensor."""
+        file, key = self._find(name)
+        return file.tensors[key]
+
+    def read_stored(
+        self,
+        name: str,
+        dtypes: Mapping[str, torch.dtype],
+        shape: tuple[int, ...],
+        index: int | None = None,
+        rows: slice = ALL_ROWS,
+    ) -> Tensor:
+        """As `read`, for a tensor of one of `dtypes`, which are named as in files."""
         file, key = self._find(name)
         found = file.tensors[key]
-        if found.dtype not in READABLE:
-            known = list(READABLE)
+        if found.dtype not in dtypes:
+            known = list(dtypes)
             raise ValueError(f"model: tensor {key!r} has dtype {found.dtype}, which is not supported ({known})")
         if found.shape != shape:
             have, want = list(found.shape), list(shape)
@@ -127,12 +165,14 @@ class Checkpoint:
         if index is not None:
             shape, nbytes = shape[1:], nbytes // shape[0]
             start += index * nbytes
+        if not shape:
+            shape = (1,)  # of a number
         first, end, _ = rows.indices(shape[0])
         row_bytes = nbytes // shape[0]
         content = torch.empty((end - first) * row_bytes, dtype=torch.uint8)
         file.stored.read_into(content.numpy().data, start + first * row_bytes)
         self.bytes_read += content.nbytes
-        return content.view(READABLE[found.dtype]).view(end - first, *shape[1:])
+        return content.view(dtypes[found.dtype]).view(end - first, *shape[1:])
 
     def release_all(self) -> None:
         """Return freed memory to the system."""
@@ -164,9 +204,8 @@ def decoder_names(keys: Collection[str]) -> dict[str, str]:
     if prefix == USUAL_PREFIX:
         return {key: key for key in keys}
     names = {f"{USUAL_PREFIX}{key.removeprefix(prefix)}": key for key in keys if key.startswith(prefix)}
-    head = next((key for key in (HEAD, f"language_model.{HEAD}") if key in keys), None)
-    if head is not None:
-        names[HEAD] = head
+    for outer in ("language_model.", ""):
+        names |= {key.removeprefix(outer): key for key in keys if key.startswith(f"{outer}{HEAD}")}
     rest = sorted(set(keys) - set(names.values()))
     if rest:
         logger.info("model: %d tensors that are no part of the language model are not read, as %s", len(rest), rest[0])
@@ -191,7 +230,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"model: {index} is no index of weights; it must hold a JSON object 'weight_map'") from None
 
 
-class RandomWeights:
+class RandomWeights(PlainWeights):
     """`load_format="dummy"`: reproducible random weights that depend on the tensor's name and the seed alone."""
 
     def __init__(self, seed: int) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.pages import release_pages
-from moe_runtime.weights.checkpoint import ALL_ROWS
+from moe_runtime.weights.checkpoint import ALL_ROWS, PlainWeights
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles
 from moe_runtime.weights.stored_file import StoredFile
 
@@ -32,7 +32,7 @@ SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 BESIDE_THE_BLOCK = ("self_attn.", "input_layernorm.", "post_attention_layernorm.")
 
 
-class DeepSpeedCheckpoint:
+class DeepSpeedCheckpoint(PlainWeights):
     """A `WeightSource` that uses the family's Hugging Face names.
 
     Args:

@@ -1,0 +1,1 @@
+"""Formats of quantised matrices on disk, each read into a `QuantizedMatrix`."""
