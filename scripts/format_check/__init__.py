@@ -1,0 +1,1 @@
+"""Checks `moe_runtime.weights` against the libraries that define the formats."""
