@@ -37,7 +37,7 @@ constexpr int kTileVecs = 2;
 constexpr int kTileOutputs = kTileVecs * kLanes;
 // Vectors of outputs for a number of rows: with few of them there are registers for more, and more sums that don't wait
 // for each other.
-constexpr int tile_vecs(int64_t rows) { return kTileVecs == 4 || rows > 2 ? kTileVecs : 8 / static_cast<int>(rows); }
+constexpr int tile_vecs(int64_t rows) { return rows > 2 ? kTileVecs : 4; }
 constexpr int64_t kTileSteps = 16;  // steps of one product of tiles on AMX [tiles.h]
 #if defined(__AMX_BF16__)
 constexpr int kFewRows = 3;  // rows that stay in vector registers: a product of tiles is worth more of them

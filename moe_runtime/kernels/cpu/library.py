@@ -38,8 +38,8 @@ _AVX2_FLAGS = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512_FLAGS = _AVX2_FLAGS | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
 INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
     "amx_bf16": (
-        _AVX512_FLAGS | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16"},
-        f"{_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
+        _AVX512_FLAGS | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+        f"{_AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8",
     ),
     "avx512_bf16": (_AVX512_FLAGS | {"avx512_vnni", "avx512_bf16"}, f"{_AVX512} -mavx512vnni -mavx512bf16"),
     "avx512": (_AVX512_FLAGS, _AVX512),

@@ -107,12 +107,14 @@ inline IntVec shift_right(IntVec v, int bits) {
 #endif
 }
 
-// The integer in the highest `bits` bits of each lane.
-inline Vec top_integer(IntVec v, int bits) {
+// Byte `i` of each lane as its highest, above zeros, as a number.
+inline Vec top_byte(IntVec v, int i) {
+  const __m128i places = _mm_add_epi8(_mm_set_epi8(12, -128, -128, -128, 8, -128, -128, -128, 4, -128, -128, -128, 0, -128, -128, -128),
+                                      _mm_set1_epi32(i << 24));
 #if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_srai_epi32(v, 32 - bits));
+  return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(places)));
 #else
-  return _mm256_cvtepi32_ps(_mm256_srai_epi32(v, 32 - bits));
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(places)));
 #endif
 }
 
@@ -133,10 +135,20 @@ inline Vec load_scales(int32_t type, const uint8_t* scales, const float* factor,
   }
 }
 
-// What the codes of input `i` of a step stand for, before zero and scale.
+// Values of integers are read this many times as large, which the scale makes up for: a number in the highest bits of a
+// lane needs no shift.
+#if defined(__AVX512F__)
+template <int kCode>
+constexpr float kUnit = kCode == kInt8 ? 0x1p24f : 1.0f;
+#else
+template <int kCode>
+constexpr float kUnit = kCode == kInt8 ? 0x1p24f : kCode == kInt4 ? 0x1p28f : 1.0f;
+#endif
+
+// What the codes of input `i` of a step stand for, before zero and scale, times `kUnit`.
 template <int kCode>
 inline Vec code_value(IntVec codes, int i) {
-  if constexpr (kCode == kInt8) return top_integer(shift_left(codes, 24 - 8 * i), 8);
+  if constexpr (kCode == kInt8) return top_byte(codes, i);
   if constexpr (kCode == kFp8) return e4m3(shift_left(codes, 24 - 8 * i));
   const int bit = i < 4 ? 8 * i : 8 * (i - 4) + 4;
 #if defined(__AVX512F__)
@@ -145,8 +157,12 @@ inline Vec code_value(IntVec codes, int i) {
                                    : _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
   return _mm512_permutexvar_ps(shift_right(codes, bit), table);
 #else
+  if constexpr (kCode == kInt4) {  // 0 to 15 as two's complement of 4 bits: the highest bit is turned
+    const IntVec turned = _mm256_xor_si256(codes, set1_bits(static_cast<int32_t>(0x88888888)));
+    const IntVec high = i < 4 ? shift_left(turned, 4) : turned;
+    return top_byte(_mm256_and_si256(high, set1_bits(static_cast<int32_t>(0xf0f0f0f0))), i % 4);
+  }
   const IntVec top = shift_left(codes, 28 - bit);
-  if constexpr (kCode == kInt4) return top_integer(_mm256_xor_si256(top, set1_bits(INT32_MIN)), 4);
   const Vec sizes = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), shift_right(codes, bit));
   return vec_of(_mm256_or_si256(bits_of(sizes), _mm256_and_si256(top, set1_bits(INT32_MIN))));
 #endif
@@ -182,8 +198,10 @@ void decode_group(const QuantFormat& format, const uint8_t* head, const float* f
     Vec scales[kTileVecs], zeros[kTileVecs];
     for (int j = 0; j < kTileVecs; j++) {
       const int output = column + j * kLanes;
-      scales[j] = load_scales(format.scale, head, factor, output);
-      if constexpr (kHasZero) zeros[j] = widen_int8(head + kPanel * scale_bytes(format.scale) + output);
+      scales[j] = load_scales(format.scale, head, factor, output) * set1(1.0f / kUnit<kCode>);
+      if constexpr (kHasZero) {
+        zeros[j] = widen_int8(head + kPanel * scale_bytes(format.scale) + output) * set1(kUnit<kCode>);
+      }
     }
     for (int64_t step = 0; step < steps; step++) {
       const uint8_t* from = codes + step * kCodesBytes + column * 4;
