@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_runtime.config.checks import check_integer, check_output
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import given_values, only_fields, options_of, user_mistakes
+from moe_runtime.config.quantization import METHODS
 from moe_runtime.memory.model_size import weights_dtype
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class PlanOptions:
         phase: decode or prefill.
         context_len: keys of each sequence; with phase prefill, tokens of each prompt.
         dtype: data type of weights: auto, float32 or bfloat16; a JSON shape has its own.
+        quantization: of all matrices but gates: none, int8, int4, fp8 or mxfp4; may be repeated, to compare. Products
+            are predicted as those in the dtype.
         max_step_ms: do not recommend a choice with a longer step.
         seed: seeds assumed loads and the draws from them.
         json: print JSON.
@@ -54,6 +57,7 @@ class PlanOptions:
     phase: str = "decode"
     context_len: int = 1024
     dtype: str = "auto"
+    quantization: Sequence[str] = ("none",)
     max_step_ms: float | None = None
     seed: int = 0
     json: bool = False
@@ -69,6 +73,12 @@ class PlanOptions:
             if not values:
                 raise ValueError(f"{name}: [] is not allowed; it must be one or more integers")
             object.__setattr__(self, name, tuple(dict.fromkeys(values)))
+        if isinstance(self.quantization, str):
+            object.__setattr__(self, "quantization", (self.quantization,))
+        known = ["none", *METHODS]
+        for method in self.quantization:
+            if method not in known:
+                raise ValueError(f"quantization: {method!r} is not allowed; it must be one of {known}")
         if isinstance(self.output, str):
             object.__setattr__(self, "output", (self.output,))
         check_integer("context_len", self.context_len, 1)
@@ -167,9 +177,11 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
         raise ValueError("model: missing; without a trace that names it, it must be given")
     shape = load_shape(named, options.dtype)
     routing, words = _routing(shape, trace, options)
-    choices = list(
-        evaluate(
-            shape,
+    choices = [
+        choice
+        for method in dict.fromkeys(options.quantization)
+        for choice in evaluate(
+            shape if method == "none" else shape.quantized(METHODS[method]),
             hardware,
             routing,
             ranks=options.ranks,
@@ -178,7 +190,7 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
             phase="decode" if options.phase == "decode" else "prefill",
             length=options.context_len,
         )
-    )
+    ]
     best = recommend(choices, None if options.max_step_ms is None else options.max_step_ms / 1e3)
     return to_dict(shape, hardware, words, options.phase, options.context_len, choices, best)
 

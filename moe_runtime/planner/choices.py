@@ -22,8 +22,10 @@ class Choice:
     Attributes:
         redundant: slots per rank and layer in addition to those for one copy of every expert.
         batch: sequences per rank.
+        weights: how experts are held.
     """
 
+    weights: str
     ranks: int
     redundant: int
     batch: int
@@ -66,7 +68,7 @@ def evaluate(
             for batch in batches:
                 work = Workload(phase, batch * num_ranks, length)
                 found = predict(shape, hardware, placement, routing, work)
-                yield Choice(num_ranks, slots - share, batch, found)
+                yield Choice(shape.weights, num_ranks, slots - share, batch, found)
 
 
 def recommend(choices: Sequence[Choice], max_step_seconds: float | None = None) -> Choice | None:

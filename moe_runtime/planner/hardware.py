@@ -127,7 +127,13 @@ class Hardware:
     def stored_bytes(self, matrices: Sequence[Matrix]) -> float:
         """Bytes of weights as kernels store them."""
         sizes = ITEMSIZE | dict(self.weight_bytes)
-        return sum((matrix.parameters * sizes[matrix.dtype] for matrix in matrices), 0.0)
+
+        def stored(matrix: Matrix) -> float:
+            if matrix.format is not None:
+                return matrix.format.nbytes(matrix.outputs, matrix.inputs)
+            return matrix.parameters * sizes[matrix.dtype]
+
+        return sum(map(stored, matrices), 0.0)
 
     def cold(self, nbytes: float) -> float:
         """The slowdown factor of the interpreter if `nbytes` were read since it last did the same work."""

@@ -11,6 +11,7 @@ from moe_runtime.planner.hardware_file import hardware_to_dict
 from moe_runtime.planner.shape import ModelShape
 
 HEADER = (
+    "weights",
     "ranks",
     "redundant",
     "batch/rank",
@@ -53,6 +54,7 @@ def to_dict(
 def _entry(choice: Choice) -> dict[str, Any]:
     found, memory = choice.prediction, choice.prediction.rank_memory
     return {
+        "weights": choice.weights,
         "ranks": choice.ranks,
         "redundant": choice.redundant,
         "batch": choice.batch,
@@ -79,7 +81,8 @@ def to_text(found: dict[str, Any]) -> str:
         advice = "None of these fits and is fast enough."
     else:
         advice = (
-            f"Recommended: {best['ranks']} ranks, {best['redundant']} redundant slots, {best['batch']} sequences each: "
+            f"Recommended: {best['weights']}, {best['ranks']} ranks, {best['redundant']} redundant slots, "
+            f"{best['batch']} sequences each: "
             f"{best['tokens_per_second_rank']:.0f} tokens/s a rank, {best['step_seconds'] * 1e3:.1f} ms a step"
         )
     return "\n".join(
@@ -98,6 +101,7 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
     parts, step = entry["parts_seconds"], entry["step_seconds"]
     most = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
     return (
+        entry["weights"],
         str(entry["ranks"]),
         str(entry["redundant"]),
         str(entry["batch"]),

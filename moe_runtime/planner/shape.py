@@ -6,12 +6,13 @@ Formulas use D hidden, V vocabulary, F intermediate, H query heads, G key/value 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.system.files import parse_json, read_text
+from moe_runtime.types.weight_format import WeightFormat
 
 DTYPES = ("float32", "bfloat16", "float8")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -36,11 +37,12 @@ OTHERS = ("name", "source", "dtype", "head_dtype", "attention", "tied_embedding"
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight `[outputs, inputs]`."""
+    """A weight `[outputs, inputs]`, multiplied in `dtype`; `format` is how it is held if it is quantised."""
 
     outputs: int
     inputs: int
     dtype: str
+    format: WeightFormat | None = None
 
     @property
     def parameters(self) -> int:
@@ -48,6 +50,10 @@ class Matrix:
 
 
 Matrices = tuple[Matrix, ...]
+
+
+def _held(matrices: Matrices, format: WeightFormat | None) -> Matrices:
+    return tuple(replace(matrix, format=format) for matrix in matrices)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,17 @@ class ModelShape:
             self.head,
         )
 
+    @property
+    def weights(self) -> str:
+        """How the routed experts are held, in a word."""
+        matrix = self.expert[0]
+        return matrix.dtype if matrix.format is None else matrix.format.name
+
+    def quantized(self, format: WeightFormat) -> ModelShape:
+        """The shape with all matrices but the gate in a quantised format."""
+        parts = {name: _held(getattr(self, name), format) for name in ("attention", "dense_mlp", "shared", "expert")}
+        return replace(self, **parts, head=replace(self.head, format=format))
+
     def keys_seen(self, length: int) -> int:
         """Keys that the token after `length` sees, summed over the layers."""
         return sum(min(length, window or length) for window in self.windows)
@@ -111,6 +128,7 @@ class ModelShape:
         """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
         hidden, moe = config.hidden_size, config.moe
         attention = config.layers[0].attention  # layers differ only in their windows
+        formats = config.layers[config.moe_layers[0]].formats  # those of the first sparse layer stand for all
         # One product with the key, one with the value.
         flops = 2 * attention.num_heads * (attention.key_size + attention.value_size)
         item = ITEMSIZE[dtype]
@@ -121,13 +139,18 @@ class ModelShape:
             num_sparse_layers=len(config.moe_layers),
             num_experts=moe.num_experts,
             top_k=moe.top_k,
-            attention=tuple(Matrix(*size, dtype) for size in (*attention.matrices(hidden), *attention.head_matrices)),
-            dense_mlp=_mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype),
-            shared=_mlp(hidden, moe.shared_intermediate_size, dtype),
+            attention=(
+                *_held(tuple(Matrix(*size, dtype) for size in attention.matrices(hidden)), formats.attention),
+                *(Matrix(*size, dtype) for size in attention.head_matrices),
+            ),
+            dense_mlp=_held(
+                _mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype), formats.mlp
+            ),
+            shared=_held(_mlp(hidden, moe.shared_intermediate_size, dtype), formats.mlp),
             gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),
-            expert=_mlp(hidden, moe.intermediate_size, dtype),
-            head=Matrix(config.vocab_size, hidden, dtype),
-            embedding_bytes=0 if config.tie_word_embeddings else config.vocab_size * hidden * item,
+            expert=_held(_mlp(hidden, moe.intermediate_size, dtype), formats.experts),
+            head=Matrix(config.vocab_size, hidden, dtype, config.head_format),
+            embedding_bytes=0 if config.shares_embedding else config.vocab_size * hidden * item,
             kv_bytes=kept[0].bytes_per_token,
             windows=tuple(spec.window for spec in kept),
             decode_flops_per_key=flops,
