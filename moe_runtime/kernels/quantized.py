@@ -160,25 +160,30 @@ def pack_halves(halves_NK: Tensor) -> Tensor:
 
 
 def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
-    """Quantise to nearest, ties to even, without zeros.
+    """Quantise to nearest, ties to even. Zeros, if the format has them, are those of formats without.
 
     The largest weight of a group gets the largest code: scale = max / largest. With INT4 it gets -8, the code that is
     farthest from 0, so the scale has the other sign, and a weight that is nearly as large on the other side becomes 7.
     E8M0 scales are the powers of two 2^(floor(log2(max)) - 2) of OCP's MX formats, section 6.3; what is too large
-    becomes the largest code.
+    becomes the largest code. E4M3 scales have a factor that makes an output's largest one 448.
 
     Args:
         weight_NK: float32 or bfloat16, finite.
     """
-    assert format.scale in (Scale.FLOAT32, Scale.FLOAT16, Scale.BFLOAT16, Scale.E8M0) and not format.has_zero
+    assert format.scale is not None
     rows, inputs = weight_NK.shape
     group, groups = format.group or inputs, format.num_groups(inputs)
     padded = torch.nn.functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
     largest_NG, code = padded.abs().amax(dim=2), format.code
+    factor_N: Tensor | None = None
     if format.scale is Scale.E8M0:
         assert code is Code.FP4
         exponent = torch.frexp(largest_NG).exponent - 1 - 2  # E2M1's largest is 1.5 * 2^2
         stored = (exponent + 127).clamp(0, 254).to(torch.uint8)
+    elif format.scale is Scale.E4M3:
+        assert code is Code.FP4
+        factor_N = largest_NG.amax(dim=1) / (FP8_MAX * FP4_MAX)
+        stored = (largest_NG / FP4_MAX / factor_N.clamp(min=1e-38)[:, None]).to(torch.float8_e4m3fn)
     else:
         dtype: torch.dtype = getattr(torch, format.scale.dtype)
         if code is Code.INT4:
@@ -187,9 +192,14 @@ def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
         else:
             stored = (largest_NG / {Code.INT8: 127.0, Code.FP8: FP8_MAX, Code.FP4: FP4_MAX}[code]).to(dtype)
     scales_NG = decode_scales(stored)
+    if factor_N is not None:
+        scales_NG = scales_NG * factor_N[:, None]
     inverse = torch.where(scales_NG != 0, 1.0 / scales_NG, 0.0)
     scaled = (padded * inverse[:, :, None]).flatten(1)[:, :inputs]
-    return QuantizedMatrix(format, _encode(code, scaled), stored, None, None, inputs)
+    zeros_NG = None
+    if format.has_zero:
+        zeros_NG = torch.full_like(stored, INT4_ZERO if code is Code.INT4 else 0, dtype=torch.uint8)
+    return QuantizedMatrix(format, _encode(code, scaled), stored, zeros_NG, factor_N, inputs)
 
 
 def _encode(code: Code, scaled_NK: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from moe_runtime.config.default_sampling import default_sampling
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.models.hf_config import read_json_object, token_ids
 from moe_runtime.models.quantization import KEYS, read_scheme
+from moe_runtime.models.stored_formats import with_stored_formats
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
 from moe_runtime.weights.safetensors_file import stored_dtype
 
@@ -84,9 +85,11 @@ def read_model_config(path: Path) -> ModelConfig:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"model_type: {family!r} in {path / CONFIG} is not known; known: {sorted(FAMILIES)}")
-    read_scheme(path, config)
+    scheme = read_scheme(path, config)
     model: ModelConfig = family_module(family).parse({key: config[key] for key in config if key not in KEYS})
     _check(model)
+    if scheme is not None:
+        model = with_stored_formats(model, names_of(family), scheme.format_of)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         model = dataclasses.replace(model, dtype=stored_dtype(path) or model.dtype)
     if DeepSpeedFiles.find(path) is not None:
@@ -133,6 +136,17 @@ def with_own_head(path: Path, config: ModelConfig) -> ModelConfig:
         names.embedding,
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def held_as_stored(path: Path, config: ModelConfig) -> ModelConfig:
+    """The configuration with the formats that the checkpoint's files have; `config.json` does not tell all of them.
+
+    Raises:
+        ValueError: as `open_weights`.
+    """
+    if read_scheme(path, read_json_object(path / CONFIG) or {}) is None:
+        return config
+    return with_stored_formats(config, names_of(config.family), open_weights(path, config).format_of)
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:

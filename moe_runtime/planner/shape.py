@@ -116,8 +116,14 @@ class ModelShape:
 
     def quantized(self, format: WeightFormat) -> ModelShape:
         """The shape with all matrices but the gate in a quantised format."""
-        parts = {name: _held(getattr(self, name), format) for name in ("attention", "dense_mlp", "shared", "expert")}
-        return replace(self, **parts, head=replace(self.head, format=format))
+        return replace(
+            self,
+            attention=_held(self.attention, format),
+            dense_mlp=_held(self.dense_mlp, format),
+            shared=_held(self.shared, format),
+            expert=_held(self.expert, format),
+            head=replace(self.head, format=format),
+        )
 
     def keys_seen(self, length: int) -> int:
         """Keys that the token after `length` sees, summed over the layers."""

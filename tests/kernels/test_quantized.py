@@ -81,6 +81,14 @@ def test_dequantised_weights_follow_the_formula(format: WeightFormat) -> None:
             assert found[row, column] == torch.tensor(float(value)) * scale
 
 
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_every_format_can_be_quantised_into(format: WeightFormat) -> None:
+    weight = torch.randn(20, 100)
+    found = quantize(weight, format)
+    error = (found.dequantize() - weight).norm() / weight.norm()
+    assert found.format == format and error < (0.15 if format.code.bits == 4 else 0.04)
+
+
 def test_rows_and_stacks() -> None:
     for format in FORMATS:
         first, second = random_matrix(format, 6, 40), random_matrix(format, 3, 40)

@@ -15,6 +15,7 @@ from tiny_models import CASES, make_model, save
 from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig, MoEConfig, RopeConfig, layers_alike
+from moe_runtime.config.quantization import quantized
 from moe_runtime.kernels.cpu.loader import load_or_none
 from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedMatrices
@@ -70,13 +71,25 @@ SIZED += ["olmoe", "qwen2", "granite shared", "deepseek3", "glm4 lite"]
 
 
 @pytest.mark.parametrize("case", SIZED)
-@pytest.mark.parametrize(("dtype", "num_ranks"), [("bfloat16", 1), ("float32", 2), ("bfloat16", 3)])
-def test_weights_are_those_that_a_rank_loads(case: str, dtype: str, num_ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "num_ranks", "method"),
+    [
+        ("bfloat16", 1, None),
+        ("float32", 2, None),
+        ("bfloat16", 3, None),
+        ("bfloat16", 1, "int8"),
+        ("bfloat16", 2, "int4"),
+        ("float32", 1, "mxfp4"),
+    ],
+)
+def test_weights_are_those_that_a_rank_loads(
+    case: str, dtype: str, num_ranks: int, method: str | None, tmp_path: Path
+) -> None:
     """Ranks leave norms and correction biases out of their figure."""
     from moe_runtime.worker.worker import Worker
 
     path = save(make_model(case), tmp_path)
-    config = read_model_config(path)
+    config = quantized(read_model_config(path), method, "experts,attention,head", None)
     options = {"ep_size": num_ranks, "redundant_experts": range(num_ranks)}
     engine = EngineConfig("m", dtype=dtype, device="cpu", max_num_seqs=1, **options)
     for rank, num_slots in enumerate(slots_per_rank(engine, config, num_ranks)):
