@@ -18,6 +18,7 @@ from moe_runtime.cli.generate import engine_options, generate, sampling_options
 from moe_runtime.cli.heatmap import heatmap
 from moe_runtime.cli.inspect import InspectOptions, inspect, inspect_engine_options
 from moe_runtime.cli.plan import PlanOptions, ProfileOptions, plan, profile
+from moe_runtime.cli.quantize import QuantizeOptions, quantize, quantize_options
 from moe_runtime.cli.tune import tune, tune_options
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import (
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_heatmap(commands)
     _add_calibrate(commands)
+    _add_quantize(commands)
     _add_plan(commands)
     _add_profile(commands)
     _add_tune(commands)
@@ -215,6 +217,13 @@ def _add_calibrate(commands: argparse._SubParsersAction[_Parser]) -> None:
         "-o", "--output", action="append", metavar="FILE", help="write the calibration (.json) or a plot (.png)"
     )
     add_flags(parser.add_argument_group("engine"), engine_options())
+
+
+def _add_quantize(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add_command(commands, "quantize", "Write a checkpoint with quantised weights.", quantize)
+    _add_model(parser)
+    add_flags(parser, [*quantize_options(), *options_of(QuantizeOptions, exclude=("output",))])
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="folder to write; it must not exist")
 
 
 def _generate(namespace: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from moe_runtime.weights.safetensors_file import SafetensorsFile, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-SINGLE_FILE = "model.safetensors"
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DUMMY_STD = 0.02
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head."
@@ -119,7 +119,7 @@ class Checkpoint(PlainWeights):
         self.path = path
         self.bytes_read = 0
         present = sorted(file.name for file in path.glob("*.safetensors"))
-        index = path / "model.safetensors.index.json"
+        index = path / INDEX
         listed = _weight_map(index) if index.exists() else None
         if listed is not None:
             names = sorted(set(listed.values()))
@@ -132,6 +132,11 @@ class Checkpoint(PlainWeights):
         files = {name: self._open(name) for name in names}
         file_of = _files_of(files, path) if listed is None else {key: files[listed[key]] for key in listed}
         self._place_of = {name: (file_of[key], key) for name, key in decoder_names(file_of).items()}
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tensors, as in a checkpoint of the language model alone."""
+        return set(self._place_of)
 
     def has(self, name: str) -> bool:
         return name in self._place_of

@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Pools, pool_engine, run
 from kernel_marks import needs_native_kernels
+from quantized_runs import answers
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCAB, make_model, save
+from tiny_models import make_model, save
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.quantization import METHODS, quantized
 from moe_runtime.kernels.quantized import quantize
 from moe_runtime.models.registry import read_model_config
-from moe_runtime.types.sampling_params import SamplingParams
 
 PARTS = {
     "experts": ("experts", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "shared_expert"),
@@ -45,21 +44,6 @@ def dequantised(path: Path, out: Path, method: str, parts: str) -> Path:
             tensors[name] = torch.stack([w.T if turned else w for w in values])
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
     return out
-
-
-def answers(pools: Pools, path: Path, ep_size: int = 1, **options: Any) -> tuple[list[list[int]], list[float]]:
-    """Greedy tokens of prompts of mixed lengths, and the log-probabilities of each."""
-    prompts = [[(7 * i + length) % VOCAB for i in range(length)] for length in (1, 3, 8, 21)]
-    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=0)
-    with pool_engine(pools, path, ep_size, **options) as engine:
-        deltas = run(engine, prompts, params)
-        shown = engine.health()["quantization"]
-    assert ("quantization" in options) == (set(shown.values()) != {"none"})
-    tokens = [[token for delta in one for token in delta.token_ids] for one in deltas]
-    logprobs = [
-        entry.logprob for one in deltas for delta in one for place in delta.logprobs or [] for entry in place.values()
-    ]
-    return tokens, logprobs
 
 
 @pytest.mark.parametrize("case", ["qwen3", "deepseek3", "gpt-oss"])

@@ -1,0 +1,85 @@
+"""`moe-runtime quantize`: write a checkpoint whose weights are quantised."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
+from moe_runtime.config.quantization import METHODS, quantized
+from moe_runtime.memory.budget import gigabytes
+
+ENGINE = ("model", "quantization", "quantization_parts", "quantization_group_size")
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of the `quantize` command.
+
+    Attributes:
+        output: folder to write; it must not exist.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    output: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.output, str) or not self.output or Path(self.output).exists():
+            raise ValueError(f"output: {self.output!r} is not allowed; it must be a folder that does not exist")
+
+
+def quantize_options() -> list[Option]:
+    """The engine's options that say what is quantised, and how."""
+    return [option for option in options_of(EngineConfig) if option.name in ENGINE[1:]]
+
+
+def quantize(namespace: argparse.Namespace) -> int:
+    """Run the command; returns the exit code.
+
+    Raises:
+        UserMistake: an option or the model cannot be used.
+    """
+    with user_mistakes():
+        known = [option for option in options_of(EngineConfig) if option.name in ENGINE]
+        values = option_values(namespace, [*known, *options_of(QuantizeOptions)])
+        options = QuantizeOptions(**only_fields(QuantizeOptions, values))
+        engine = EngineConfig(**only_fields(EngineConfig, values))
+        if engine.quantization is None:
+            raise ValueError(f"quantization: missing; it must be one of {list(METHODS)}")
+        nbytes = _write(engine, Path(options.output))
+    print(f"wrote {gigabytes(nbytes)} to {options.output}")
+    return 0
+
+
+def _write(engine: EngineConfig, out: Path) -> int:
+    """Write the folder; it appears when it is complete. Returns the bytes of its tensors."""
+    from tqdm import tqdm
+
+    from moe_runtime.models.registry import names_of, read_model_config, with_own_head
+    from moe_runtime.models.write_quantized import QuantizedWriter
+    from moe_runtime.weights.checkpoint import resolve_model
+
+    path = resolve_model(engine.model)
+    model = quantized(
+        with_own_head(path, read_model_config(path)),
+        engine.quantization,
+        engine.quantization_parts,
+        engine.quantization_group_size,
+    )
+    format = next(found for found in (*model.layers[model.moe_layers[0]].formats.all, model.head_format) if found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
+    try:
+        with tqdm(total=model.num_layers, unit="layer", desc="quantising") as bar:
+            nbytes = QuantizedWriter(path, model, names_of(model.family)).write(partial, format, bar.update)
+        partial.chmod(0o755)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return nbytes
