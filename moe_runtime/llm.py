@@ -36,7 +36,7 @@ class LLM:
     with `close()`, with the `with` block, or when the object is garbage-collected.
 
     Args:
-        model: a local Hugging Face directory, a hub id, or "demo".
+        model: a local Hugging Face directory, a GGUF file, a hub id, or "demo".
         options: fields of `EngineConfig`.
 
     Raises:

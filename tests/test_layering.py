@@ -28,7 +28,7 @@ experts           -> types kernels
 all2all           -> kernels
 balancer          -> system
 wire              -> types config
-text              -> types
+text              -> types weights
 memory            -> types config balancer kernels
 demo              -> system
 weights           -> types config system kernels demo
@@ -52,9 +52,9 @@ TORCH_FREE_ROOMS = """
 types system config balancer balancer.live text wire memory engine cluster build llm serve bench cli
 """.split()  # noqa: SIM905
 TORCH_FREE_BESIDES = """
-models.hf_config models.quantization models.registry planner.choices planner.exchange planner.hardware
-planner.hardware_file planner.measure planner.measure_engine planner.plot planner.predict planner.report planner.routing
-planner.shape weights.scheme
+models.gguf_config models.gguf_metadata models.gguf_names models.hf_config models.quantization models.registry
+planner.choices planner.exchange planner.hardware planner.hardware_file planner.measure planner.measure_engine
+planner.plot planner.predict planner.report planner.routing planner.shape weights.scheme
 """.split()  # noqa: SIM905
 WITH_TORCH = {"cluster.in_process"}
 OPTIONAL_IN_PROCESS = ["zmq", "msgspec", "fastapi", "pydantic", "uvicorn", "starlette", "matplotlib"]

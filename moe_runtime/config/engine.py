@@ -24,8 +24,8 @@ class EngineConfig:
     """The engine's options. They have the same names as Python arguments, command-line flags and keys of a YAML file.
 
     Attributes:
-        model: a local Hugging Face directory, a hub id, or "demo".
-        tokenizer: directory or hub id of the tokenizer; None uses the model's.
+        model: a local Hugging Face directory, a GGUF file, a hub id, or "demo".
+        tokenizer: directory, GGUF file or hub id of the tokenizer; None uses the model's.
         ep_size: number of ranks that share the experts.
         dtype: data type of weights and activations; "auto" uses the checkpoint's.
         device: where ranks run; "auto" uses CUDA if it is available.
@@ -117,7 +117,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f'model: {self.model!r} is not allowed; it must be a directory, a hub id or "demo"')
+            raise ValueError(
+                f'model: {self.model!r} is not allowed; it must be a directory, a .gguf file, a hub id or "demo"'
+            )
         for name, allowed in (
             ("dtype", DTYPES),
             ("device", DEVICES),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL = 'a local Hugging Face directory, a hub id, or "demo"'
+MODEL = 'a local Hugging Face directory, a GGUF file, a hub id, or "demo"'
 EXPECTED = {int: "an integer", float: "a number", str: "a string"}
 
 

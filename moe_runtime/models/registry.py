@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING
 
 from moe_runtime.config.default_sampling import default_sampling
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.models.gguf_config import read_config, read_generation_config
+from moe_runtime.models.gguf_names import GgufNames, check_tensors
 from moe_runtime.models.hf_config import read_json_object, token_ids
 from moe_runtime.models.quantization import KEYS, read_scheme
 from moe_runtime.models.stored_formats import with_stored_formats
 from moe_runtime.weights.deepspeed_files import DeepSpeedFiles, with_deepspeed_gate
+from moe_runtime.weights.gguf_file import GGUF_SUFFIX, Gguf
 from moe_runtime.weights.safetensors_file import stored_dtype
 
 if TYPE_CHECKING:
@@ -69,14 +72,16 @@ def names_of(family: str) -> TensorNames:
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read the configuration of the checkpoint in the directory `path`.
+    """Read the configuration of the checkpoint in the directory `path`, or of the GGUF file `path`.
 
     End-of-sequence ids come from `generation_config.json` if it names some, else from `config.json`.
 
     Raises:
         ValueError: no such directory, missing or broken `config.json`, unknown architecture, unsupported setting or
-            quantisation.
+            quantisation; a GGUF file that is damaged or has tensors that cannot be read.
     """
+    if path.suffix == GGUF_SUFFIX:
+        return _read_gguf_config(Gguf(path))
     if not path.is_dir():
         raise ValueError(f"model: {str(path)!r} is no directory")
     config = read_json_object(path / CONFIG)
@@ -99,15 +104,29 @@ def read_model_config(path: Path) -> ModelConfig:
     return dataclasses.replace(model, eos_token_ids=eos_token_ids) if eos_token_ids else model
 
 
+def _read_gguf_config(gguf: Gguf) -> ModelConfig:
+    """The configuration of a GGUF file, by the reader of its family."""
+    config, has_pairs = read_config(gguf)
+    try:
+        model: ModelConfig = family_module(config["model_type"]).parse(config)
+        _check(model)
+    except ValueError as error:
+        raise ValueError(f"{error} (config.json: what {gguf.path} means)") from None
+    check_tensors(gguf, names_of(model.family), model.num_layers)
+    return dataclasses.replace(model, rope=dataclasses.replace(model.rope, interleaved=True)) if has_pairs else model
+
+
 def read_default_sampling(path: Path) -> dict[str, float | int]:
-    """The sampling parameters that `generation_config.json` in the directory `path` recommends; perhaps none.
+    """The sampling parameters that `generation_config.json` in the directory `path`, or the GGUF file `path`,
+    recommends; perhaps none.
 
     Raises:
         ValueError: the file is broken, or a value is not allowed; the message names the field and the file.
     """
-    file = path / GENERATION_CONFIG
+    is_gguf = path.suffix == GGUF_SUFFIX
+    file = path if is_gguf else path / GENERATION_CONFIG
     try:
-        return default_sampling(read_json_object(file) or {})
+        return default_sampling(read_generation_config(Gguf(path)) if is_gguf else read_json_object(file) or {})
     except ValueError as error:
         raise ValueError(f"{error} ({file}; generation_config=none ignores its sampling parameters)") from None
 
@@ -150,11 +169,17 @@ def held_as_stored(path: Path, config: ModelConfig) -> ModelConfig:
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
-    """The weights in a model's directory: safetensors files, or else a DeepSpeed checkpoint.
+    """The weights in a model's directory, safetensors files or else a DeepSpeed checkpoint, or in a GGUF file.
 
     Raises:
         ValueError: there are none, or a file is missing, foreign or damaged.
     """
+    if path.suffix == GGUF_SUFFIX:
+        from moe_runtime.weights.gguf import GgufWeights
+
+        gguf, names = Gguf(path), names_of(config.family)
+        check_tensors(gguf, names, config.num_layers)
+        return GgufWeights(gguf, GgufNames(names, gguf.tensors).locate)
     files = DeepSpeedFiles.find(path)
     if files is None:
         from moe_runtime.weights.checkpoint import Checkpoint

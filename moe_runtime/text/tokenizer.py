@@ -16,7 +16,9 @@ from moe_runtime.text.chat_template import ChatTemplate
 from moe_runtime.text.detokenizer import REPLACEMENT
 from moe_runtime.text.escape import MARK, ControlTexts, has_mark, shows_mark
 from moe_runtime.text.formats.registry import ANSWER_TAGS
+from moe_runtime.text.gguf_tokenizer import build_tokenizer
 from moe_runtime.types.sampling_params import is_unicode
+from moe_runtime.weights.gguf_file import GGUF_SUFFIX, Gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +59,7 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path) -> Tokenizer:
-        """Load the tokenizer of a directory or hub id. Code that a checkpoint brings along is not run.
+        """Load the tokenizer of a directory, hub id or GGUF file. Code that a checkpoint brings along is not run.
 
         Raises:
             ValueError: there is no tokenizer, or it cannot be read.
@@ -65,6 +67,8 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
+            if Path(path).suffix == GGUF_SUFFIX:
+                return cls(build_tokenizer(Gguf(Path(path)).metadata))
             _check_files(Path(path))
             # With mistral-common installed, transformers would read tekken.json in place of tokenizer.json.
             return cls(AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, mistral_format=False))

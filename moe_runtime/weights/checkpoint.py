@@ -18,6 +18,7 @@ from torch import Tensor
 from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.system.pages import give_freed_memory_back
 from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.weights.gguf_file import GGUF_SUFFIX
 from moe_runtime.weights.safetensors_file import SafetensorsFile, StoredTensor
 
 logger = logging.getLogger(__name__)
@@ -33,21 +34,26 @@ NOTHING: tuple[tuple[str, int | None], Tensor] = ("", None), torch.empty(0)
 
 
 def resolve_model(model: str, *, weights: bool = True) -> Path:
-    """The directory of a model: the embedded "demo", a local directory, or a hub id that is downloaded.
+    """The directory of a model: the embedded "demo", a local directory, or a hub id that is downloaded. Or a GGUF file.
 
     Without `weights`, only the configuration and the tokenizer are downloaded.
 
     Raises:
-        ValueError: it is no directory, and the hub can't provide it.
+        ValueError: it is no directory or GGUF file, and the hub can't provide it.
     """
     if model == "demo":
         from moe_runtime.demo.checkpoint import ensure_demo_model
 
         return ensure_demo_model()
     path = Path(model).expanduser()
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return path
+    if path.exists() or path.suffix == GGUF_SUFFIX or model.startswith((".", "/", "~")) or model.count("/") != 1:
         if not path.is_dir():
-            raise ValueError(f'model: {model!r} is no directory; give a checkpoint directory, a hub id or "demo"')
+            raise ValueError(
+                f"model: {model!r} is no directory or GGUF file; give a checkpoint directory, a .gguf file, a hub id "
+                'or "demo"'
+            )
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
