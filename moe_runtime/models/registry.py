@@ -112,8 +112,12 @@ def _read_gguf_config(gguf: Gguf) -> ModelConfig:
         _check(model)
     except ValueError as error:
         raise ValueError(f"{error} (config.json: what {gguf.path} means)") from None
-    check_tensors(gguf, names_of(model.family), model.num_layers)
-    return dataclasses.replace(model, rope=dataclasses.replace(model.rope, interleaved=True)) if has_pairs else model
+    names = names_of(model.family)
+    check_tensors(gguf, names, model.num_layers)
+    if has_pairs:
+        model = dataclasses.replace(model, rope=dataclasses.replace(model.rope, interleaved=True))
+    located = GgufNames(names, gguf.tensors)
+    return with_stored_formats(model, names, lambda name: gguf.format_of(located.locate(name)))
 
 
 def read_default_sampling(path: Path) -> dict[str, float | int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from engines import Pools
 from gguf import GGMLQuantizationType as Kind
 from gguf_models import write_gguf
+from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, make_model, rope, save
@@ -25,7 +27,7 @@ from moe_runtime.models.registry import open_weights, read_default_sampling, rea
 from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 from moe_runtime.weights.checkpoint import resolve_model
 from moe_runtime.weights.gguf import GgufWeights
-from moe_runtime.weights.gguf_file import Gguf
+from moe_runtime.weights.gguf_file import FORMATS, Gguf
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 24, "mscale": 0.7, "mscale_all_dim": 0.7}
 # Cases of tiny_models, with the settings that llama.cpp has no other values of.
@@ -93,10 +95,26 @@ def test_tokens_are_those_of_the_checkpoint(bfloat16: tuple[Path, Path]) -> None
     assert generate(file) == generate(checkpoint)
 
 
+def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's tensors in a matrix of a file of Qwen3-MoE, but for the embedding and gates."""
+    layer, module = name.split(".")[1], name.split(".")[-2]
+    if name == "output.weight":
+        yield "lm_head.weight", tensor
+    if module.endswith("_exps"):
+        part = module.removeprefix("ffn_").removesuffix("_exps")
+        yield from (
+            (f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight", weight)
+            for expert, weight in enumerate(tensor)
+        )
+    projection = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o"}.get(module)
+    if projection:
+        yield f"model.layers.{layer}.self_attn.{projection}_proj.weight", tensor
+
+
 def quantised(
     tmp_path: Path, kinds: dict[str, Kind], case: str = "qwen3 normalised", **settings: Any
 ) -> tuple[Path, Path]:
-    """A GGUF file with experts of some types, and a checkpoint with the weights that they stand for."""
+    """A GGUF file with matrices of some types, and a checkpoint with the weights that they stand for."""
     sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     folder = save(make_model(case, **sizes | settings), tmp_path / "model")
     file = write_gguf(folder, tmp_path / "m.gguf", lambda name: kinds.get(name.split(".")[-2], Kind.F32))
@@ -105,13 +123,10 @@ def quantised(
     (twin / "config.json").write_text((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     for tensor in gguf.GGUFReader(file).tensors:
-        for part, name in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
-            if tensor.name.endswith(f"ffn_{part}_exps.weight"):
-                weights = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-                for expert, weight in enumerate(weights):
-                    key = f"model.layers.{tensor.name.split('.')[1]}.mlp.experts.{expert}.{name}.weight"
-                    assert state[key].shape == weight.shape
-                    state[key] = weight.clone()
+        weights = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        for name, weight in plain_tensors(tensor.name, weights):
+            assert state[name].shape == weight.shape
+            state[name] = weight.clone()
     save_file(state, twin / "model.safetensors", metadata={"format": "pt"})
     return file, twin
 
@@ -146,6 +161,23 @@ def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
     ]
     for mine, other in zip(*results, strict=True):
         assert torch.equal(mine, other)
+
+
+@needs_native_kernels
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.MXFP4])
+def test_matrices_are_held_as_they_are_stored(kind: Kind, tmp_path: Path, rank_pool: Pools) -> None:
+    names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q", "attn_k", "attn_v", "attn_output", "output")
+    file, twin = quantised(tmp_path, dict.fromkeys(names, kind), num_attention_heads=4, head_dim=32)
+    config = read_model_config(file)
+    name = FORMATS[kind.name].name
+    assert config.formats == {"experts": name, "attention": name, "head": name}
+    steps = [plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS]) for _ in range(2)]
+    results = [
+        gather(rank_pool(1).run(run_steps, path, "float32", plan, True), len(PROMPTS))
+        for path, plan in zip((file, twin), steps, strict=True)
+    ]
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
 
 
 def test_only_an_experts_bytes_are_read(tmp_path: Path) -> None:
