@@ -85,7 +85,7 @@ class ShardWriter:
     def close(self) -> None:
         """Write the rest and the index."""
         self._flush()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, (file, names) in enumerate(self._files, start=1):
             final = f"model-{number:05}-of-{len(self._files):05}.safetensors"
             file.rename(self._folder / final)
