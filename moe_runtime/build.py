@@ -79,7 +79,8 @@ def _choices(engine: Engine) -> str:
     return (
         f"{engine.model_name}: {len(ranks)} x {ranks[0].device} with {ranks[0].num_threads} threads, {ranks[0].dtype}, "
         f"kernels {kernels}, dispatcher {engine.config.dispatcher}, weights {weights:.2f} GB, "
-        f"KV cache {cache:.2f} GB ({pages_text(num_pages)} of {engine.config.block_size} tokens), "
+        f"KV cache {cache:.2f} GB ({pages_text(num_pages)} of {engine.config.block_size} tokens in "
+        f"{ranks[0].kv_cache_dtype}), "
         f"loaded in {max(r.load_seconds for r in ranks):.1f} s"
     )
 

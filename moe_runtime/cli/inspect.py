@@ -23,7 +23,7 @@ from moe_runtime.memory.budget import (
     plan_budget,
 )
 from moe_runtime.memory.model_size import (
-    ITEMSIZE,
+    cache_dtype,
     count_parameters,
     decode_bytes,
     distinct_experts,
@@ -42,6 +42,7 @@ ENGINE = (
     "max_num_batched_tokens",
     "block_size",
     "kv_cache_memory_bytes",
+    "kv_cache_dtype",
     "redundant_experts",
     "quantization",
     "quantization_parts",
@@ -123,6 +124,7 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
     from moe_runtime.build import fit_to_model
 
     dtype = weights_dtype(engine.dtype, model.dtype)
+    kv_dtype = cache_dtype(engine.kv_cache_dtype, dtype)
     count, moe = count_parameters(model), model.moe
     usual = [n for n in (1, 2, 4, 8) if n <= min(MOST_RANKS, moe.num_experts)]
     sizes = options.ep_size or (usual if isinstance(engine.redundant_experts, int) else [engine.ep_size])
@@ -144,10 +146,11 @@ def describe(engine: EngineConfig, model: ModelConfig, options: InspectOptions) 
             "bytes": expert_bytes(model, dtype, native),
         },
         "weight_bytes": weight_bytes(model, dtype, moe.num_experts, native),
-        "kv_bytes_per_token": kv_bytes_per_token(model, dtype),
+        "kv_cache_dtype": kv_dtype,
+        "kv_bytes_per_token": kv_bytes_per_token(model, kv_dtype),
         "kv_cache": [
             {"window": window, "bytes_per_token": size}
-            for window, size in zip(model.windows, page_bytes(model, 1, ITEMSIZE[dtype]), strict=True)
+            for window, size in zip(model.windows, page_bytes(model, 1, kv_dtype), strict=True)
         ],
         "max_model_len": engine.max_model_len or model.max_model_len,
         "decode": [_decode(model, dtype, batch_size, native) for batch_size in options.batch_size],
@@ -201,7 +204,7 @@ def to_text(found: dict[str, Any], model: ModelConfig) -> str:
         ),
         (
             "attention",
-            f"{_attention(model)}; KV cache {_kept(found['kv_cache'])}",
+            f"{_attention(model)}; KV cache {_kept(found['kv_cache'])} in {found['kv_cache_dtype']}",
         ),
         ("context", f"{found['max_model_len']} tokens"),
         ("weights", gigabytes(found["weight_bytes"]) + _formats(found["quantization"])),

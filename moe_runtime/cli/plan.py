@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.config.checks import check_integer, check_output
-from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.engine import KV_CACHE_DTYPES, EngineConfig
 from moe_runtime.config.options import given_values, only_fields, options_of, user_mistakes
 from moe_runtime.config.quantization import METHODS
 from moe_runtime.memory.model_size import weights_dtype
@@ -39,6 +39,7 @@ class PlanOptions:
         dtype: data type of weights: auto, float32 or bfloat16; a JSON shape has its own.
         quantization: of all matrices but gates: none, int8, int4, fp8 or mxfp4; may be repeated, to compare. Products
             are predicted as those in the dtype.
+        kv_cache_dtype: data type of the KV cache: auto, fp8 or int8; a JSON shape has its own.
         max_step_ms: do not recommend a choice with a longer step.
         seed: seeds assumed loads and the draws from them.
         json: print JSON.
@@ -58,6 +59,7 @@ class PlanOptions:
     context_len: int = 1024
     dtype: str = "auto"
     quantization: Sequence[str] = ("none",)
+    kv_cache_dtype: str = "auto"
     max_step_ms: float | None = None
     seed: int = 0
     json: bool = False
@@ -87,6 +89,10 @@ class PlanOptions:
             raise ValueError(f"phase: {self.phase!r} is not allowed; it must be decode or prefill")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype: {self.dtype!r} is not allowed; it must be auto, float32 or bfloat16")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype: {self.kv_cache_dtype!r} is not allowed; it must be one of {list(KV_CACHE_DTYPES)}"
+            )
         limit = self.max_step_ms
         if limit is not None and (isinstance(limit, (bool, str)) or not limit > 0):
             raise ValueError(f"max_step_ms: {limit!r} is not allowed; it must be a number above 0")
@@ -175,7 +181,7 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
     named = model if model is not None or trace is None else trace.model
     if named is None:
         raise ValueError("model: missing; without a trace that names it, it must be given")
-    shape = load_shape(named, options.dtype)
+    shape = load_shape(named, options.dtype, options.kv_cache_dtype)
     routing, words = _routing(shape, trace, options)
     choices = [
         choice
@@ -195,7 +201,7 @@ def _predict_all(model: str | None, options: PlanOptions) -> dict[str, Any]:
     return to_dict(shape, hardware, words, options.phase, options.context_len, choices, best)
 
 
-def load_shape(model: str, dtype: str) -> ModelShape:
+def load_shape(model: str, dtype: str, kv_cache_dtype: str = "auto") -> ModelShape:
     """The shape of a model, from a JSON file of sizes or from a checkpoint's configuration.
 
     Raises:
@@ -209,7 +215,7 @@ def load_shape(model: str, dtype: str) -> ModelShape:
     from moe_runtime.weights.checkpoint import resolve_model
 
     config = read_model_config(resolve_model(model, weights=False))
-    return ModelShape.of(config, weights_dtype(dtype, config.dtype), model)
+    return ModelShape.of(config, weights_dtype(dtype, config.dtype), model, kv_cache_dtype)
 
 
 def _routing(shape: ModelShape, trace: RoutingTrace | None, options: PlanOptions) -> tuple[Routing, str]:

@@ -8,6 +8,9 @@ from typing import Literal
 # The norm on queries and keys: of each head, of all heads of a token together, or of each head after the rotation.
 QKNorm = Literal["head", "token", "rotated_head"]
 MatrixSize = tuple[int, int]  # outputs, inputs
+# Bytes of a number in the KV cache. Rows of "int8" and "fp8" (E4M3) have scales beside them.
+KV_ITEMSIZE = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+SCALE_BYTES = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class KVSpec:
     kind: Literal["full", "window"]
     bytes_per_token: int
     window: int | None
+
+    @classmethod
+    def of(cls, dtype: str, kept_size: int, num_scales: int, window: int | None) -> KVSpec:
+        """The state of `kept_size` numbers of a dtype in `KV_ITEMSIZE`; 8-bit rows of the cache add `num_scales`."""
+        scales = num_scales * SCALE_BYTES if dtype in ("int8", "fp8") else 0
+        return cls("window" if window else "full", kept_size * KV_ITEMSIZE[dtype] + scales, window)
 
     def tokens_read(self, context_len: int) -> int:
         """How many of `context_len` tokens the next token attends to."""
@@ -106,10 +115,9 @@ class AttentionConfig:
         count += self.num_heads if self.sinks else 0
         return count + (hidden_size if self.output_bias else 0) + sum(self.norm_sizes)
 
-    def kv_spec(self, itemsize: int) -> KVSpec:
-        """The layer's state, in elements of `itemsize` bytes."""
-        kind: Literal["full", "window"] = "full" if self.sliding_window is None else "window"
-        return KVSpec(kind, self.kept_size * itemsize, self.sliding_window)
+    def kv_spec(self, dtype: str) -> KVSpec:
+        """The layer's state in a dtype of `KV_ITEMSIZE`; 8-bit rows have a scale for each head's key and value."""
+        return KVSpec.of(dtype, self.kept_size, 2 * self.num_kv_heads, self.sliding_window)
 
     def __str__(self) -> str:
         window = f", window {self.sliding_window}" if self.sliding_window else ""
@@ -199,9 +207,9 @@ class LatentAttentionConfig:
         bias = (self.query_rank or 0) + self.key_size + hidden_size if self.bias else 0
         return bias + (self.query_rank or 0) + self.latent_size
 
-    def kv_spec(self, itemsize: int) -> KVSpec:
-        """The layer's state, in elements of `itemsize` bytes."""
-        return KVSpec("full", self.kept_size * itemsize, None)
+    def kv_spec(self, dtype: str) -> KVSpec:
+        """The layer's state in a dtype of `KV_ITEMSIZE`; 8-bit rows have a scale for the latent and one for the key."""
+        return KVSpec.of(dtype, self.kept_size, 2, None)
 
     def __str__(self) -> str:
         return f"{self.num_heads} heads over a latent of {self.latent_size} and a shared key of {self.rope_size}"

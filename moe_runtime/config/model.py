@@ -223,9 +223,9 @@ class ModelConfig:
         """The page group of each layer, an index into `windows`."""
         return tuple(self.windows.index(layer.attention.sliding_window) for layer in self.layers)
 
-    def kv_specs(self, itemsize: int) -> list[KVSpec]:
-        """The state that each layer keeps for a token, in elements of `itemsize` bytes."""
-        return [layer.attention.kv_spec(itemsize) for layer in self.layers]
+    def kv_specs(self, dtype: str) -> list[KVSpec]:
+        """The state that each layer keeps for a token, in a dtype of `attention.KV_ITEMSIZE`."""
+        return [layer.attention.kv_spec(dtype) for layer in self.layers]
 
     @property
     def max_model_len(self) -> int:

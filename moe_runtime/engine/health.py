@@ -32,6 +32,7 @@ def describe(
         "overflow": config.overflow,
         "balance_epsilon": config.balance_epsilon,
         "block_size": config.block_size,
+        "kv_cache_dtype": ranks[0].kv_cache_dtype,
         "num_blocks": [sum(rank.num_pages) for rank in ranks],
         "windows": list(model.windows),
         "vocab_size": model.vocab_size,

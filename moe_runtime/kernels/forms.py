@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moe_runtime.kernels import invariant_ops, ops, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 
@@ -44,6 +45,7 @@ class PagedAttention(Protocol):
         scale: float,
         sliding_window: int | None,
         sinks_H: Tensor | None = None,
+        kv_scales: KVScales | None = None,
     ) -> Tensor: ...
 
 

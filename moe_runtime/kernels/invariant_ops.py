@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moe_runtime.kernels import ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 
@@ -87,16 +88,20 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
+    options: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "sinks_H": sinks_H,
+        "kv_scales": kv_scales,
+    }
     if ops.uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import attention
 
-        return attention.invariant_paged_attention(
-            q_THd, k_cache_NBGd, v_cache_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
-        )
+        return attention.invariant_paged_attention(q_THd, k_cache_NBGd, v_cache_NBGe, meta, **options)
     out_THe = q_THd.new_empty(*q_THd.shape[:2], v_cache_NBGe.shape[3])
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "sinks_H": sinks_H}
     for row, (sequence, position) in enumerate(zip(*_rows(meta), strict=True)):
         table = meta.page_table[sequence : sequence + 1]
         alone = AttentionMetadata(1, [0, 1], [position + 1], table)

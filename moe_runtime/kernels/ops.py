@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels import torch_attention, torch_ops
+from moe_runtime.kernels import kv_rows, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
@@ -35,6 +36,7 @@ __all__ = [
     "scale_rows",
     "silu_mul",
     "store_kv",
+    "store_quantized",
     "topk_gate",
 ]
 
@@ -103,14 +105,32 @@ def apply_rotary(q_THd: Tensor, k_TGd: Tensor, cos_Tr: Tensor, sin_Tr: Tensor) -
 
 
 def store_kv(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    cache_position_T: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Write keys and values into the cache; see `torch_attention.store_kv`."""
+    operands = (k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T, kv_scales)
     if uses_triton(k_TGd.device):
         from moe_runtime.kernels.triton import rotary
 
-        return rotary.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
-    return torch_attention.store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
+        return rotary.store_kv(*operands)
+    return torch_attention.store_kv(*operands)
+
+
+def store_quantized(
+    x_TGd: Tensor, cache_NBGd: Tensor, scale_NBGP: Tensor, cache_position_T: Tensor, parts: tuple[int, ...]
+) -> None:
+    """Write rows into a cache of 8 bits; see `kv_rows.store_quantized`."""
+    operands = (x_TGd, cache_NBGd, scale_NBGP, cache_position_T, parts)
+    if uses_triton(x_TGd.device):
+        from moe_runtime.kernels.triton import quantized_rows
+
+        return quantized_rows.store_quantized(*operands)
+    return kv_rows.store_quantized(*operands)
 
 
 def rotary_store_kv(
@@ -122,9 +142,10 @@ def rotary_store_kv(
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
     cache_position_T: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """`apply_rotary` and `store_kv` in one; returns the rotated queries; see `torch_attention.rotary_store_kv`."""
-    operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, cache_position_T)
+    operands = (q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, k_cache_NBGd, v_cache_NBGd, cache_position_T, kv_scales)
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton import rotary
 
@@ -141,6 +162,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Causal attention over the cached keys of each row's sequence; see `torch_attention.paged_attention`."""
     if uses_triton(q_THd.device):
@@ -150,7 +172,14 @@ def paged_attention(
     else:
         implementation = torch_attention.paged_attention
     return implementation(
-        q_THd, k_cache_NBGd, v_cache_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
+        q_THd,
+        k_cache_NBGd,
+        v_cache_NBGe,
+        meta,
+        scale=scale,
+        sliding_window=sliding_window,
+        sinks_H=sinks_H,
+        kv_scales=kv_scales,
     )
 
 
@@ -166,6 +195,7 @@ def decode_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Attention of single rows, without a device sync; see `torch_attention.decode_attention`."""
     operands = (q_THd, k_cache_NBGd, v_cache_NBGe, page_table, sequence_T, position_T)
@@ -174,6 +204,7 @@ def decode_attention(
         "scale": scale,
         "sliding_window": sliding_window,
         "sinks_H": sinks_H,
+        "kv_scales": kv_scales,
     }
     if uses_triton(q_THd.device):
         from moe_runtime.kernels.triton.decode_attention import decode_attention as implementation

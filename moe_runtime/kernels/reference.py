@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import KVScales, key_parts, widen_rows
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
@@ -23,8 +24,13 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Attention one query and one head at a time, its keys looked up one by one."""
+    if kv_scales is not None:
+        parts = key_parts(k_cache_NBGd.shape[3], v_cache_NBGe.shape[3], kv_scales.k_NBGP)
+        k_cache_NBGd = widen_rows(k_cache_NBGd, kv_scales.k_NBGP, parts, q_THd.dtype)
+        v_cache_NBGe = widen_rows(v_cache_NBGe, kv_scales.v_NBG1, v_cache_NBGe.shape[3:], q_THd.dtype)
     block_size, num_groups = k_cache_NBGd.shape[1:3]
     heads_per_group = q_THd.shape[1] // num_groups
     out_THe = q_THd.new_zeros(*q_THd.shape[:2], v_cache_NBGe.shape[3])

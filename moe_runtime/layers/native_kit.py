@@ -17,6 +17,7 @@ from moe_runtime.config.model import MoEConfig
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.blocks import AttentionCall, GateCall, SparseCall
+from moe_runtime.kernels.cpu.kv_pages import kv_pages
 from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native import Kernels, gate_config
@@ -174,8 +175,9 @@ class NativeKit:
             if isinstance(mlp, NativeMoELayer):
                 form, symmetric = SparseForm.EXCHANGE, mlp.symmetric
             calls.append((attention.call, mlp.call))
-        pages = [cache.layer(index) for index in range(len(layers))]
-        fused = Layers(calls, [(layer.k_NBGd, layer.v_NBGe) for layer in pages], cache.page_groups)
+        kept = [cache.layer(index) for index in range(len(layers))]
+        pages = [kv_pages(layer.k_NBGd, layer.v_NBGe, layer.scales) for layer in kept]
+        fused = Layers(calls, pages, cache.page_groups)
         return FusedLayers(fused, form, symmetric, loop)
 
     def mlp(

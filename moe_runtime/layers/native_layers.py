@@ -73,7 +73,8 @@ class NativeAttention:
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
         assert isinstance(step, NativeStep)
-        return self.call(x_TD, step, cache.k_NBGd, cache.v_NBGe, residual_TD, in_place=True), residual_TD
+        rows = self.call(x_TD, step, cache.k_NBGd, cache.v_NBGe, residual_TD, kv_scales=cache.scales, in_place=True)
+        return rows, residual_TD
 
 
 class NativeLatentAttention:
@@ -88,7 +89,8 @@ class NativeLatentAttention:
 
     def __call__(self, x_TD: Tensor, residual_TD: Tensor, step: object, cache: LayerCache) -> tuple[Tensor, Tensor]:
         assert isinstance(step, NativeStep)
-        return self.call(x_TD, step, cache.k_NBGd, residual_TD, in_place=True), residual_TD
+        rows = self.call(x_TD, step, cache.k_NBGd, residual_TD, kv_scales=cache.scales, in_place=True)
+        return rows, residual_TD
 
 
 class NativeMLP:

@@ -81,16 +81,16 @@ class TorchAttention:
         q_THd, k_TGd, v_TGd = (rows.unflatten(1, (-1, config.head_dim)) for rows in (q_TI, k_TJ, v_TJ))
         if norm == "head":
             q_THd, k_TGd = self._norm(q_THd, k_TGd)
-        pages, angles = (cache.k_NBGd, cache.v_NBGe), (step.cos_Tr, step.sin_Tr)
+        angles, pages = (step.cos_Tr, step.sin_Tr), (cache.k_NBGd, cache.v_NBGe, step.cache_position_T)
         if norm == "rotated_head":
             q_THd, k_TGd = self._norm(*ops.apply_rotary(q_THd, k_TGd, *angles))
-            ops.store_kv(k_TGd, v_TGd, *pages, step.cache_position_T)
+            ops.store_kv(k_TGd, v_TGd, *pages, cache.scales)
         else:
-            q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, *angles, *pages, step.cache_position_T)
+            q_THd = ops.rotary_store_kv(q_THd, k_TGd, v_TGd, *angles, *pages, cache.scales)
         out_THd = attend(
             self.forms,
             q_THd,
-            *pages,
+            cache,
             step.metadata,
             scale=config.softmax_scale,
             sliding_window=config.sliding_window,
@@ -170,13 +170,16 @@ class TorchLatentAttention:
         query_THr, key_T1r = ops.apply_rotary(query_THr, key_Tr[:, None], step.cos_Tr, step.sin_Tr)
         latent_TL = ops.rms_norm(latent_TL, self.latent_norm, config.norm_eps)
         row_T1d = torch.cat((latent_TL[:, None], key_T1r), dim=2)
-        cache.k_NBGd.flatten(0, 1).index_copy_(0, step.cache_position_T, row_T1d)
+        if cache.scales is None:
+            cache.k_NBGd.flatten(0, 1).index_copy_(0, step.cache_position_T, row_T1d)
+        else:
+            parts = (config.latent_size, config.rope_size)
+            ops.store_quantized(row_T1d, cache.k_NBGd, cache.scales.k_NBGP, step.cache_position_T, parts)
 
         query_THd = torch.cat((self.forms.head_products(query_THn, self.key.weight_HOI), query_THr), dim=2)
         if step.query_scale_T is not None:
             query_THd = (query_THd.float() * step.query_scale_T[:, None, None]).to(query_THd.dtype)
-        pages = (cache.k_NBGd, cache.v_NBGe)
-        sum_THL = attend(self.forms, query_THd, *pages, step.metadata, scale=config.scale, sliding_window=None)
+        sum_THL = attend(self.forms, query_THd, cache, step.metadata, scale=config.scale, sliding_window=None)
         value_THv = self.forms.head_products(sum_THL, self.value.weight_HOI)
         return self.next_norm.add(self.output(value_THv.flatten(1)), residual_TD)
 
@@ -184,8 +187,7 @@ class TorchLatentAttention:
 def attend(
     forms: Forms,
     q_THd: Tensor,
-    k_NBGd: Tensor,
-    v_NBGe: Tensor,
+    cache: LayerCache,
     meta: ops.AttentionMetadata | DecodeRows,
     *,
     scale: float,
@@ -196,8 +198,8 @@ def attend(
     if isinstance(meta, DecodeRows):
         return ops.decode_attention(
             q_THd,
-            k_NBGd,
-            v_NBGe,
+            cache.k_NBGd,
+            cache.v_NBGe,
             meta.page_table,
             meta.sequence_T,
             meta.position_T,
@@ -205,7 +207,15 @@ def attend(
             scale=scale,
             sliding_window=sliding_window,
             sinks_H=sinks_H,
+            kv_scales=cache.scales,
         )
     return forms.paged_attention(
-        q_THd, k_NBGd, v_NBGe, meta, scale=scale, sliding_window=sliding_window, sinks_H=sinks_H
+        q_THd,
+        cache.k_NBGd,
+        cache.v_NBGe,
+        meta,
+        scale=scale,
+        sliding_window=sliding_window,
+        sinks_H=sinks_H,
+        kv_scales=cache.scales,
     )

@@ -13,6 +13,7 @@ from moe_runtime.kernels.cpu.library import EXPERT_ROWS, can_have_kernels
 from moe_runtime.memory.model_size import (
     ITEMSIZE,
     cache_bytes,
+    cache_dtype,
     dense_bytes,
     page_bytes,
     slot_bytes,
@@ -139,7 +140,8 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     native = has_native_weights(engine.device)
     dense = dense_bytes(model, dtype, native)
     slot = slot_bytes(model, dtype, native)
-    sizes = page_bytes(model, engine.block_size, ITEMSIZE[dtype])
+    kv_dtype = cache_dtype(engine.kv_cache_dtype, dtype)
+    sizes = page_bytes(model, engine.block_size, kv_dtype)
     longest, groups = engine.max_model_len or model.max_model_len, page_groups(engine, model)
     if engine.kv_cache_memory_bytes is not None:
         memory = engine.kv_cache_memory_bytes
@@ -148,7 +150,7 @@ def plan_budget(engine: EngineConfig, model: ModelConfig, local_ranks: int, avai
     else:
         free = max(available - local_ranks * dense - sum(num_slots) * slot, 0)
         memory = max(default_kv_bytes(free, local_ranks), cache_bytes([each.most(longest) for each in groups], sizes))
-    num_pages = num_cache_pages(engine, model, ITEMSIZE[dtype], memory)
+    num_pages = num_cache_pages(engine, model, kv_dtype, memory)
     buffers = buffer_bytes(engine, model, local_ranks)
     if may_use_cuda(engine.device):
         buffers += graph_bytes(engine, model)
@@ -204,8 +206,9 @@ def graph_bytes(engine: EngineConfig, model: ModelConfig) -> int:
     return exchange * ITEMSIZE[weights_dtype(engine.dtype, model.dtype)] + merged * ITEMSIZE["float32"]
 
 
-def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, memory: int) -> tuple[int, ...]:
+def num_cache_pages(engine: EngineConfig, model: ModelConfig, kv_dtype: str, memory: int) -> tuple[int, ...]:
     """Pages of each page group in a rank's KV cache of at most `memory` bytes, and no more than its sequences can use.
+    `kv_dtype` is the cache's, see `cache_dtype`.
 
     A sequence of the maximum length fits. Beyond that, all groups have the same number of pages, until a group with a
     window has all that it can use. So no group runs out before the others while sequences are shorter than the windows.
@@ -213,7 +216,7 @@ def num_cache_pages(engine: EngineConfig, model: ModelConfig, itemsize: int, mem
     Raises:
         ValueError: the pages do not hold one sequence of `max_model_len`.
     """
-    groups, sizes = page_groups(engine, model), page_bytes(model, engine.block_size, itemsize)
+    groups, sizes = page_groups(engine, model), page_bytes(model, engine.block_size, kv_dtype)
     longest = engine.max_model_len or model.max_model_len
     least = [group.most(longest) for group in groups]
     most = [group.most_of_step(engine.max_num_seqs, longest) for group in groups]

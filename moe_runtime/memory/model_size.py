@@ -106,6 +106,11 @@ def weights_dtype(asked: str, stored: str) -> str:
     return name
 
 
+def cache_dtype(asked: str, dtype: str) -> str:
+    """The dtype of the KV cache; if `asked` is "auto", it is that of weights and activations."""
+    return dtype if asked == "auto" else asked
+
+
 def expert_bytes(config: ModelConfig, dtype: str, native: bool = False, layer: int | None = None) -> int:
     """Bytes of one routed expert of a sparse layer; without `layer`, of the layer whose experts are largest."""
     if layer is None:
@@ -158,15 +163,15 @@ def slot_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
     return sum(expert_bytes(config, dtype, native, layer) for layer in config.moe_layers)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: str) -> int:
-    """Bytes that all layers keep of a new token; with grouped-query attention 2 * L * G * d elements."""
-    return sum(page_bytes(config, 1, ITEMSIZE[dtype]))
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: str) -> int:
+    """Bytes that all layers keep of a new token; with grouped-query attention 2 * L * G * d numbers, and scales."""
+    return sum(page_bytes(config, 1, kv_dtype))
 
 
-def page_bytes(config: ModelConfig, block_size: int, itemsize: int) -> tuple[int, ...]:
-    """Bytes of a page of each page group, over the group's layers; an element has `itemsize` bytes."""
+def page_bytes(config: ModelConfig, block_size: int, kv_dtype: str) -> tuple[int, ...]:
+    """Bytes of a page of each page group, over the group's layers; `kv_dtype` is the cache's, see `cache_dtype`."""
     sizes = [0] * len(config.windows)
-    for group, spec in zip(config.page_groups, config.kv_specs(itemsize), strict=True):
+    for group, spec in zip(config.page_groups, config.kv_specs(kv_dtype), strict=True):
         sizes[group] += block_size * spec.bytes_per_token
     return tuple(sizes)
 
@@ -194,7 +199,7 @@ def decode_bytes(config: ModelConfig, dtype: str, batch_size: int, context_len: 
     moe = config.moe
     table = 0 if config.shares_embedding else count_parameters(config).embedding - batch_size * config.hidden_size
     experts = distinct_experts(moe.num_experts, moe.top_k, batch_size)
-    kept = sum(spec.tokens_read(context_len) * spec.bytes_per_token for spec in config.kv_specs(ITEMSIZE[dtype]))
+    kept = sum(spec.tokens_read(context_len) * spec.bytes_per_token for spec in config.kv_specs(dtype))
     return (
         dense_bytes(config, dtype, native)
         - table * ITEMSIZE[dtype]

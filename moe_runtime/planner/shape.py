@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.memory.model_size import cache_dtype
 from moe_runtime.system.files import parse_json, read_text
 from moe_runtime.types.weight_format import WeightFormat
 
@@ -130,15 +131,15 @@ class ModelShape:
         return sum(min(length, window or length) for window in self.windows)
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str, name: str) -> ModelShape:
-        """The shape of a checkpoint that the runtime serves, with weights in `dtype`."""
+    def of(cls, config: ModelConfig, dtype: str, name: str, kv_cache_dtype: str = "auto") -> ModelShape:
+        """The shape of a checkpoint that the runtime serves, with weights in `dtype` and this option for the cache."""
         hidden, moe = config.hidden_size, config.moe
         attention = config.layers[0].attention  # layers differ only in their windows
         formats = config.layers[config.moe_layers[0]].formats  # those of the first sparse layer stand for all
         # One product with the key, one with the value.
         flops = 2 * attention.num_heads * (attention.key_size + attention.value_size)
         item = ITEMSIZE[dtype]
-        kept = config.kv_specs(item)
+        kept = config.kv_specs(cache_dtype(kv_cache_dtype, dtype))
         return cls(
             name=name,
             num_layers=config.num_layers,

@@ -19,10 +19,10 @@ class RankError(RuntimeError):
 class RankInfo:
     """What a rank reports once it is ready.
 
-    `num_pages` are the pages of each page group in its KV cache, `weight_bytes` is the size of its weights. `kernels`
-    names the implementation of each operation. `pid` is its process id. `batch_invariant` guarantees that a row has the
-    same bits in any batch, chunk and rank. A plan may name any of `dispatchers` and `buckets`. `graph_bytes` is the
-    memory of the buckets' graphs and tensors.
+    `num_pages` are the pages of each page group in its KV cache, `kv_cache_dtype` is the dtype of its rows.
+    `weight_bytes` is the size of its weights. `kernels` names the implementation of each operation. `pid` is its
+    process id. `batch_invariant` guarantees that a row has the same bits in any batch, chunk and rank. A plan may name
+    any of `dispatchers` and `buckets`. `graph_bytes` is the memory of the buckets' graphs and tensors.
     """
 
     rank: int
@@ -32,6 +32,7 @@ class RankInfo:
     num_threads: int
     num_pages: tuple[int, ...]
     kv_cache_bytes: int
+    kv_cache_dtype: str
     weight_bytes: int
     load_seconds: float
     kernels: dict[str, str]

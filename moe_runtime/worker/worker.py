@@ -29,7 +29,7 @@ from moe_runtime.layers.kv_cache import KVCache, choose_num_pages
 from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.memory.graph_buckets import buckets_of
 from moe_runtime.memory.initial_placement import initial_placement, slots_per_rank
-from moe_runtime.memory.model_size import weights_dtype
+from moe_runtime.memory.model_size import cache_dtype, weights_dtype
 from moe_runtime.models.reader import ModelReader
 from moe_runtime.models.registry import names_of
 from moe_runtime.system.pages import giving_memory_back
@@ -116,10 +116,11 @@ class Worker:
         )
         self.model = self._read_model(reader)
         self.slot_tasks = SlotTasks(rank, reader, [block.experts for block in self.model.sparse_blocks])
-        num_pages = choose_num_pages(config, model_config, self.dtype, self.device, local_ranks)
+        self._kv_dtype = cache_dtype(config.kv_cache_dtype, str(self.dtype).removeprefix("torch."))
+        num_pages = choose_num_pages(config, model_config, self._kv_dtype, self.device, local_ranks)
         # Padding writes to one additional page of each page group.
         held = [count + (capture is not None) for count in num_pages]
-        self.cache = KVCache(model_config, held, config.block_size, self.dtype, self.device)
+        self.cache = KVCache(model_config, held, config.block_size, self._kv_dtype, self.device)
         self._argmax = kit.argmax
         self._layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
@@ -144,6 +145,7 @@ class Worker:
             num_threads=kit.num_threads,
             num_pages=num_pages,
             kv_cache_bytes=self.cache.nbytes,
+            kv_cache_dtype=self._kv_dtype,
             weight_bytes=self.model.nbytes,
             load_seconds=seconds,
             kernels=kit.describe(),

@@ -7,11 +7,23 @@ from collections.abc import Iterator, Mapping
 
 import triton
 
+from moe_runtime.kernels import kv_rows
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
-from moe_runtime.kernels.triton import attention, decode_attention, gate, group, grouped_gemm, norms, rotary, tiles
+from moe_runtime.kernels.triton import (
+    attention,
+    decode_attention,
+    gate,
+    group,
+    grouped_gemm,
+    norms,
+    quantized_rows,
+    rotary,
+    tiles,
+)
 from moe_runtime.kernels.triton.attend import HeadSizes
 
+CACHES = {"i8": "int8", "u8": "fp8"}  # types of rows of 8 bits, as kernels load them
 GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, offset=1.0)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 BFLOAT16 = "bf16"
@@ -145,15 +157,29 @@ def row_forms(dtype: str) -> Iterator[Form]:
     names = [name for name in kernel.arg_names if name.endswith("_ptr") and name != "slot_ptr"]
     types = types_of(kernel, meta, **dict.fromkeys(names, f"*{dtype}"), slot_ptr="*i64")
     yield Form(f"store_kv {dtype}", kernel, types, meta)
+    for cache, name in CACHES.items():
+        kernel = quantized_rows.store_quantized_kernel
+        meta = quantized_rows.store_quantized_meta(8, 128, 16, kv_rows.DTYPES[name])
+        pointers = {"x_ptr": f"*{dtype}", "cache_ptr": f"*{cache}", "scale_ptr": "*fp32", "position_ptr": "*i64"}
+        yield Form(f"store_quantized {dtype} as {name}", kernel, types_of(kernel, meta, **pointers), meta)
 
 
 def attention_forms(
-    dtype: str, sizes: HeadSizes, window: int | None, *, heads_per_group: int = 8, sinks: bool = False
+    dtype: str,
+    sizes: HeadSizes,
+    window: int | None,
+    *,
+    heads_per_group: int = 8,
+    sinks: bool = False,
+    cache: str | None = None,
 ) -> Iterator[Form]:
-    """Decode, merge and prefill. With sinks, decode is that of a single chunk, because else the merge has them."""
-    operands = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"table_ptr": "*i64"}
+    """Decode, merge and prefill. With sinks, decode is that of a single chunk, because else the merge has them. `cache`
+    is the type of rows of 8 bits, a key of `CACHES`."""
+    operands = {"q_ptr": f"*{dtype}", "table_ptr": "*i64"} | dict.fromkeys(("k_ptr", "v_ptr"), f"*{cache or dtype}")
+    operands |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32") if cache else {}
     sink = {"sinks_ptr": "*fp32"} if sinks else {}
     shape = f"{dtype} {attention_shape(sizes, window, heads_per_group, sinks)}"
+    shape += f", rows of {CACHES[cache]}" if cache else ""
     uses_tensor_cores = dtype != FLOAT32
     for chips in ((80,), (90, 100)):
         chip = tiles.CHIPS[chips[0] // 10, 0]
@@ -201,6 +227,11 @@ def all_forms() -> list[Form]:
         forms += attention_forms(dtype, HeadSizes(192, 128), None)
         for heads in (16, 128):
             forms += attention_forms(dtype, HeadSizes(576, 512, in_keys=True), None, heads_per_group=heads)
+    for cache in CACHES:
+        forms += attention_forms(BFLOAT16, HeadSizes(128, 128, scales=1), None, cache=cache)
+        for heads in (16, 128):
+            sizes = HeadSizes(576, 512, in_keys=True, scales=2)
+            forms += attention_forms(BFLOAT16, sizes, None, heads_per_group=heads, cache=cache)
     return forms
 
 
@@ -217,4 +248,5 @@ def one_tile_forms() -> list[Form]:
         *list(row_forms(BFLOAT16))[2:],
         *attention_forms(BFLOAT16, HeadSizes(64, 64), 128, sinks=True),
         *attention_forms(BFLOAT16, HeadSizes(576, 512, in_keys=True), None, heads_per_group=128),
+        *attention_forms(BFLOAT16, HeadSizes(576, 512, in_keys=True, scales=2), None, heads_per_group=128, cache="u8"),
     ]

@@ -61,7 +61,7 @@ def test_figures_are_those_of_the_model(path, capsys):
 def test_engine_options_count(path, capsys):
     words = (path, "--max-model-len", 40, "--max-num-seqs", 3, "--block-size", 8, "--ep-size", 1)
     (rank,) = inspect(capsys, *words)["ranks"]
-    (page,) = size.page_bytes(read_model_config(path), 8, 4)
+    (page,) = size.page_bytes(read_model_config(path), 8, "float32")
     assert rank["kv_cache_bytes"] == 3 * 5 * page
     (rank,) = inspect(capsys, *words, "--kv-cache-memory-bytes", 7 * page)["ranks"]
     assert rank["kv_cache_bytes"] == 7 * page

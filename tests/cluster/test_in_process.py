@@ -23,7 +23,7 @@ def test_a_step_is_run_and_errors_pass_through(monkeypatch):
     made = []
 
     class Worker:
-        info = RankInfo(0, os.getpid(), "cpu", "float32", 1, (8,), 0, 0, 0.0, {}, False, ("all_gather",))
+        info = RankInfo(0, os.getpid(), "cpu", "float32", 1, (8,), 0, "float32", 0, 0.0, {}, False, ("all_gather",))
 
         def __init__(self, *args) -> None:
             made.append(args)

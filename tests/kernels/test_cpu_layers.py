@@ -12,6 +12,7 @@ from cpu_cases import DTYPES, cache_and_meta, experts_of, normal
 
 from moe_runtime.kernels.cpu import native
 from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, GateCall, NextNorm, SparseCall
+from moe_runtime.kernels.cpu.kv_pages import kv_pages
 from moe_runtime.kernels.cpu.layers import Layers
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedLinear
@@ -32,7 +33,7 @@ class Case:
         self.caches = [cache_and_meta([TOKENS], [TOKENS], 1, 16, dtype)[:2] for _ in mlps]
         slots = torch.tensor([pages[0][0] * 16 + row for row in range(TOKENS)])
         self.step = NativeStep(meta, slots, torch.randn(TOKENS, 16), torch.randn(TOKENS, 16))
-        self.layers = Layers(self.blocks, self.caches, [0] * len(self.blocks))
+        self.layers = Layers(self.blocks, [kv_pages(*cache) for cache in self.caches], [0] * len(self.blocks))
         self.x, self.residual = normal(TOKENS, HIDDEN, dtype=dtype), normal(TOKENS, HIDDEN, dtype=dtype)
         self.expected = self.one_by_one()
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from kv_cases import quantize_cache
 from triton_cases import Case, assert_near, kernel_tests, run_cases
 
-from moe_runtime.kernels import reference, torch_attention, torch_ops
+from moe_runtime.kernels import kv_rows, reference, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import DTYPES, KVScales
 
 BLOCK_SIZE = 4
 # Name -> query rows and keys of each sequence.
@@ -92,6 +94,53 @@ def sinks_case(window: int | None) -> Case:
         assert_near(attention.invariant_paged_attention(*operands, **options), expected)
 
     return check
+
+
+def quantized_case(name: str, head_size: int, value_size: int, in_keys: bool = False) -> Case:
+    def check(device: torch.device, dtype: torch.dtype) -> None:
+        from moe_runtime.kernels.triton import attention
+
+        sizes = {"head_size": head_size, "value_size": value_size, "in_keys": in_keys, "groups": 1 if in_keys else 2}
+        for step, window in (("decodes", None), ("mixed", 7)):
+            q, k_cache, v_cache, meta = random_step(step, device, dtype, **sizes)
+            *codes, scales = quantize_cache(k_cache, v_cache, name)
+            options = {"scale": 0.3, "sliding_window": window, "kv_scales": scales}
+            expected = reference.paged_attention(q, *codes, meta, **options)
+            assert_near(attention.paged_attention(q, *codes, meta, **options), expected)
+            assert_near(attention.invariant_paged_attention(q, *codes, meta, **options), expected)
+
+    return check
+
+
+def rows_of_8_bits_have_the_bits_of_their_twin(device: torch.device, dtype: torch.dtype) -> None:
+    from moe_runtime.kernels.triton import quantized_rows, rotary
+
+    for name, parts in (("int8", (12,)), ("fp8", (12,)), ("int8", (5, 7)), ("fp8", (8, 4))):
+        wide = torch.randn(9, 5, 12) * torch.logspace(-4, 4, 9)[:, None, None]
+        wide[1], wide[2, 0, 3], wide[3, :, 1::3] = 0, float("nan"), 3e3
+        x = wide.to(dtype)[:, 1:4]
+        position = torch.randperm(16)[:9]
+        caches = [torch.zeros(4, 4, 3, 12).to(DTYPES[name]) for _ in range(2)]
+        scales = [torch.zeros(4, 4, 3, len(parts)) for _ in range(2)]
+        kv_rows.store_quantized(x, caches[0], scales[0], position, parts)
+        found, found_scales = caches[1].to(device), scales[1].to(device)
+        quantized_rows.store_quantized(x.to(device), found, found_scales, position.to(device), parts)
+        finite = scales[0].isfinite().all(3)
+        assert torch.equal(found_scales.cpu()[finite], scales[0][finite])
+        assert torch.equal(found_scales.cpu().isfinite(), scales[0].isfinite())
+        assert torch.equal(found.cpu().view(torch.uint8)[finite], caches[0].view(torch.uint8)[finite])
+    k, v = (torch.randn(3, 2, 8, device=device).to(dtype) for _ in range(2))
+    cos, sin = torch.randn(2, 3, 8, device=device)
+    caches, scales = torch.zeros(2, 2, 4, 2, 8, device=device).to(torch.int8), torch.zeros(2, 2, 4, 2, 1, device=device)
+    turned = rotary.rotary_store_kv(k, k, v, cos, sin, *caches, torch.arange(3, device=device), KVScales(*scales))
+    assert torch.equal(turned, torch_ops.apply_rotary(k, k, cos, sin)[0])
+    for cache, scale, rows in zip(caches, scales, (turned, v), strict=True):
+        read = kv_rows.widen_rows(cache[0, :3], scale[0, :3], (8,), torch.float32)
+        assert (read - rows.float()).abs().max() <= float(scale.max()) * 0.51
+    with pytest.raises(ValueError, match=r"^cache_NBGd: .* does not fit x_TGd"):
+        quantized_rows.store_quantized(v, caches[0], scales[0], torch.arange(3, device=device), (7,))
+    with pytest.raises(ValueError, match=r"^scale_NBGP: .* must be float32"):
+        quantized_rows.store_quantized(v, caches[0], scales[0].half(), torch.arange(3, device=device), (8,))
 
 
 def decode_bits_do_not_depend_on_the_batch(device: torch.device, dtype: torch.dtype) -> None:
@@ -244,6 +293,9 @@ CASES: dict[str, Case] = {
         f"attention, {h} heads of {d}/{e}, values in {g} groups of keys": heads_case(h, g, d, e, in_keys=True)
         for h, g, d, e in ((4, 2, 40, 32), (34, 1, 72, 64), (5, 1, 24, 16))
     },
+    "attention, rows of int8": quantized_case("int8", 20, 20),
+    "attention, rows of fp8, values in keys": quantized_case("fp8", 40, 32, in_keys=True),
+    "attention, rows of int8, values in keys": quantized_case("int8", 24, 16, in_keys=True),
     **{f"attention with sinks, window {window}": sinks_case(window) for window in (None, 3)},
     **{
         check.__name__: check
@@ -255,6 +307,7 @@ CASES: dict[str, Case] = {
             norms_give_what_their_twins_give,
             silu_mul_gives_what_its_twin_gives,
             rotary_gives_the_bits_of_its_twin,
+            rows_of_8_bits_have_the_bits_of_their_twin,
             unfit_operands_are_refused,
         )
     },

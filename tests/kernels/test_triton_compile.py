@@ -31,6 +31,7 @@ KERNELS = {
         "scale_rows",
         "silu_mul",
         "store_kv",
+        "store_quantized",
         "tile_map",
         "topk_gate",
     )

@@ -49,7 +49,7 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
     assert tuple(rank.num_slots for rank in budget.ranks) == num_slots and min(num_slots) >= 4 / ep_size
     for rank in budget.ranks:
         assert rank.weights == weight_bytes(MODEL, "float32", rank.num_slots, native=has_native_weights("auto"))
-        assert rank.kv_cache == rank.num_pages[0] * page_bytes(MODEL, 16, 4)[0]
+        assert rank.kv_cache == rank.num_pages[0] * page_bytes(MODEL, 16, "float32")[0]
     assert len({(rank.dense, rank.kv_cache, rank.buffers) for rank in budget.ranks}) == 1
     assert budget.largest.num_slots == max(num_slots) and budget.largest.total == max(r.total for r in budget.ranks)
     assert budget.total == sum(rank.weights + rank.kv_cache + rank.buffers for rank in budget.ranks)
@@ -58,7 +58,8 @@ def test_what_is_planned_adds_up(redundant, data, free, max_num_seqs, max_model_
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"kv_cache_memory_bytes": 100_000}, {"max_num_seqs": 2}, {"dtype": "bfloat16"}]
+    "options",
+    [{}, {"kv_cache_memory_bytes": 100_000}, {"max_num_seqs": 2}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"}],
 )
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypatch, options, num_ranks) -> None:
@@ -68,7 +69,7 @@ def test_the_planned_pages_are_those_that_ranks_choose(tmp_path: Path, monkeypat
     budget = plan_budget(engine, model, num_ranks, free)
     after_loading = free - sum(rank.weights for rank in budget.ranks)
     monkeypatch.setattr(kv_cache, "available_host_memory", lambda: after_loading)
-    dtype = getattr(torch, options.get("dtype", "float32"))
+    dtype = options.get("kv_cache_dtype", options.get("dtype", "float32"))
     chosen = kv_cache.choose_num_pages(engine, model, dtype, torch.device("cpu"), num_ranks)
     assert {rank.num_pages for rank in budget.ranks} == {chosen}
 

@@ -163,8 +163,12 @@ def test_a_page_holds_the_keys_and_values_of_its_tokens(tmp_path: Path) -> None:
     from moe_runtime.layers.kv_cache import KVCache
 
     config = read_model_config(save(make_model("glm4"), tmp_path))
-    cache = KVCache(config, [3], 8, torch.bfloat16, torch.device("cpu"))
-    assert cache.nbytes == 3 * sum(size.page_bytes(config, 8, 2)) == 24 * size.kv_bytes_per_token(config, "bfloat16")
+    cache = KVCache(config, [3], 8, "bfloat16", torch.device("cpu"))
+    assert (
+        cache.nbytes
+        == 3 * sum(size.page_bytes(config, 8, "bfloat16"))
+        == 24 * size.kv_bytes_per_token(config, "bfloat16")
+    )
 
 
 def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for() -> None:

@@ -56,13 +56,13 @@ def test_memory_is_used_and_a_sequence_fits(windows, memory, max_num_seqs, max_m
     engine = EngineConfig(
         "m", max_num_seqs=max_num_seqs, max_model_len=max_model_len, block_size=8, max_num_batched_tokens=tokens
     )
-    groups, sizes = page_groups(engine, model), page_bytes(model, 8, 4)
+    groups, sizes = page_groups(engine, model), page_bytes(model, 8, "float32")
     least = [group.most(max_model_len) for group in groups]
     if memory < cache_bytes(least, sizes):
         with pytest.raises(ValueError, match=rf"give at least {cache_bytes(least, sizes)} bytes"):
-            num_cache_pages(engine, model, 4, memory)
+            num_cache_pages(engine, model, "float32", memory)
         return
-    found = num_cache_pages(engine, model, 4, memory)
+    found = num_cache_pages(engine, model, "float32", memory)
     most = [group.most_of_step(max_num_seqs, max_model_len) for group in groups]
     assert cache_bytes(found, sizes) <= memory
     assert all(low <= count <= high for low, count, high in zip(least, found, most, strict=True))
@@ -78,6 +78,6 @@ def test_a_window_makes_room_for_more_tokens():
     full = dataclasses.replace(full, layers=full.layers[:2])
     half = dataclasses.replace(half, layers=half.layers[:2])
     engine = EngineConfig("m", max_num_seqs=2, max_model_len=2000, block_size=8, max_num_batched_tokens=8)
-    memory = 300 * page_bytes(full, 8, 4)[0]
-    assert num_cache_pages(engine, full, 4, memory) == (300,)
-    assert num_cache_pages(engine, half, 4, memory) == (500, 5)
+    memory = 300 * page_bytes(full, 8, "float32")[0]
+    assert num_cache_pages(engine, full, "float32", memory) == (300,)
+    assert num_cache_pages(engine, half, "float32", memory) == (500, 5)

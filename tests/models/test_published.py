@@ -58,6 +58,6 @@ def test_pages_of_a_long_sequence(tmp_path: Path, name: str, gigabytes: float) -
     """What a sequence of the longest context holds: latents, and behind a window nothing."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
     model = read_model_config(tmp_path)
-    groups, sizes = page_groups(EngineConfig("m"), model), page_bytes(model, 16, 2)
+    groups, sizes = page_groups(EngineConfig("m"), model), page_bytes(model, 16, "bfloat16")
     held = [group.most_decoding(model.max_model_len) for group in groups]
     assert round(cache_bytes(held, sizes) / 1e9, 2) == gigabytes

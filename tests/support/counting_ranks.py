@@ -30,7 +30,7 @@ class CountingRanks:
         self.asked: list[np.ndarray] = []
         self.tasks: list[tuple[int, SlotTask]] = []
         self.ranks = [
-            RankInfo(rank, 0, "cpu", "float32", 1, (64,), 0, 0, 0.0, {}, False, ("all_to_all",))
+            RankInfo(rank, 0, "cpu", "float32", 1, (64,), 0, "float32", 0, 0.0, {}, False, ("all_to_all",))
             for rank in range(num_ranks)
         ]
 

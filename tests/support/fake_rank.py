@@ -45,7 +45,19 @@ class FakeWorker:
         threads = int(os.environ["OMP_NUM_THREADS"])
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         self.info = RankInfo(
-            self.rank, os.getpid(), "cpu", "float32", threads, (8,), 0, 0, 0.0, {"cores": cores}, False, ("all_gather",)
+            self.rank,
+            os.getpid(),
+            "cpu",
+            "float32",
+            threads,
+            (8,),
+            0,
+            "float32",
+            0,
+            0.0,
+            {"cores": cores},
+            False,
+            ("all_gather",),
         )
 
     def step(self, step: RankStep) -> RankResult:

@@ -213,6 +213,7 @@ class MockExecutor:
                 1,
                 counts,
                 sum(counts) * 1000,
+                "float32",
                 10**6,
                 0.5,
                 {"gate": "torch"},

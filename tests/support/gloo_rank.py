@@ -30,6 +30,7 @@ class GlooWorker:
             torch.get_num_threads(),
             (8,),
             0,
+            "float32",
             0,
             0.0,
             {},

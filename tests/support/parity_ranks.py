@@ -55,7 +55,13 @@ def plan_steps(
 
 
 def run_steps(
-    context: RankContext, path: Path, dtype: str, steps: list[StepPlan], native: bool, batch_invariant: bool = False
+    context: RankContext,
+    path: Path,
+    dtype: str,
+    steps: list[StepPlan],
+    native: bool,
+    batch_invariant: bool = False,
+    kv_cache_dtype: str = "auto",
 ) -> dict[int, list[Tensor]]:
     """Logits of every token of every sequence of this rank, in order, with native kernels or with torch."""
     config = EngineConfig(
@@ -67,6 +73,7 @@ def run_steps(
         max_num_batched_tokens=MAX_SEQUENCES * MODEL_LEN,
         device="cpu",
         batch_invariant=batch_invariant,
+        kv_cache_dtype=kv_cache_dtype,
     )
     logits: dict[int, list[Tensor]] = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -177,30 +177,29 @@ void moe_silu_mul(Element element, const void* gate_up, int64_t rows, int64_t si
   });
 }
 
-void moe_paged_attention(Element element, const AttentionShape* shape, const StepLayout* step, const void* queries,
-                         int64_t stride, const void* key_cache, const void* value_cache, void* out) {
+void moe_paged_attention(Element element, const AttentionShape* shape, const KVPages* pages, const StepLayout* step,
+                         const void* queries, int64_t stride, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
-    paged_attention(engine, *shape, *step, static_cast<const T*>(queries), stride, static_cast<const T*>(key_cache),
-                    static_cast<const T*>(value_cache), static_cast<T*>(out));
+    paged_attention(engine, *shape, *pages, *step, static_cast<const T*>(queries), stride, static_cast<T*>(out));
   });
 }
 
 void moe_attention_block(Element element, const Attention* block, const StepLayout* step, const StepHeads* heads,
-                         const void* x, void* key_cache, void* value_cache, void* residual, void* out) {
+                         const void* x, const KVPages* pages, void* residual, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
-    attention_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
-                    static_cast<T*>(value_cache), static_cast<T*>(residual), static_cast<T*>(out));
+    attention_block(engine, *block, *step, *heads, static_cast<const T*>(x), *pages, static_cast<T*>(residual),
+                    static_cast<T*>(out));
   });
 }
 
 void moe_latent_block(Element element, const LatentAttention* block, const StepLayout* step, const StepHeads* heads,
-                      const void* x, void* key_cache, void* residual, void* out) {
+                      const void* x, const KVPages* pages, void* residual, void* out) {
   dispatch(element, [&](auto type) {
     using T = decltype(type);
-    latent_block(engine, *block, *step, *heads, static_cast<const T*>(x), static_cast<T*>(key_cache),
-                 static_cast<T*>(residual), static_cast<T*>(out));
+    latent_block(engine, *block, *step, *heads, static_cast<const T*>(x), *pages, static_cast<T*>(residual),
+                 static_cast<T*>(out));
   });
 }
 

@@ -44,8 +44,8 @@ inline int64_t list_tasks(std::vector<AttentionTask>& tasks, const AttentionShap
 
 // out[tokens, heads, value_size]; a token's queries are `stride` elements after the previous token's.
 template <class T>
-void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayout& step, const T* queries,
-                     int64_t stride, const T* key_cache, const T* value_cache, T* out) {
+void paged_attention(Engine& engine, const AttentionShape& shape, const KVPages& pages, const StepLayout& step,
+                     const T* queries, int64_t stride, T* out) {
   std::vector<AttentionTask>& tasks = engine.attention_tasks;
   const int64_t parts = list_tasks(tasks, shape, step, engine.pool.size());
   const int64_t count = static_cast<int64_t>(tasks.size()), panels = ceil_div(shape.value_size, kPanel);
@@ -56,8 +56,8 @@ void paged_attention(Engine& engine, const AttentionShape& shape, const StepLayo
     const AttentionTask& task = tasks[index];
     const AttentionTask* then = task.num_queries == 1 && index + 1 < count ? &tasks[index + 1] : nullptr;
     float* part = task.part < 0 ? nullptr : memory + task.part * part_size;
-    AttentionTile<T> tile(shape, step, task, engine.scratch[thread]);
-    tile.run(queries, stride, key_cache, value_cache, then, part, out);
+    AttentionTile<T> tile(shape, pages, step, task, engine.scratch[thread]);
+    tile.run(queries, stride, then, part, out);
   });
   if (parts == 0) return;
   // Whether two tasks are parts of the same rows.

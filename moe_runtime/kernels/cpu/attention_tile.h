@@ -10,7 +10,7 @@
 // The rows of a tile are (key/value head, query, head of the group) of one sequence. With many rows, a block's keys are
 // packed as a panel and multiplied with the queries; its values are packed and multiplied with the softmax weights
 // (rounded to T). With few rows, keys and values stay in registers instead. Keys after the last visible one are then
-// skipped: they would add zeros.
+// skipped: they would add zeros. Rows of 8 bits are first read into rows of T.
 #pragma once
 
 #include "key_block.h"
@@ -71,12 +71,11 @@ struct RowSums {
 // Scores of kRows queries with kLanes keys, `words` words of each. A query's scores start kPanel floats after the
 // previous query's.
 template <int kRows, class T>
-void score_keys(const T* const* queries, const T* const* keys, int64_t offset, int64_t words, Ahead<T>& ahead,
-                float* scores) {
+void score_keys(const T* const* queries, const T* const* keys, int64_t words, Ahead& ahead, float* scores) {
   WordSums<T> sums[kRows];
   for (int64_t word = 0; word < words; word += kLanes) {
     IntVec columns[kLanes];
-    transpose_words(reinterpret_cast<const char* const*>(keys), offset * sizeof(T) + word * 4, columns);
+    transpose_words(reinterpret_cast<const char* const*>(keys), word * 4, columns);
     ahead.ask();
     for (int j = 0; j < kLanes; j++) {
       for (int r = 0; r < kRows; r++) {
@@ -105,7 +104,7 @@ inline void load_step(const bf16* const* values, int64_t offset, IntVec (&column
 
 // Adds kTileOutputs dimensions of the values of `steps` keys or pairs of keys, weighted for kRows rows.
 template <int kRows, class T>
-void weigh_values(const T* const* weights, const T* const* values, int64_t offset, int64_t steps, Ahead<T>& ahead,
+void weigh_values(const T* const* weights, const T* const* values, int64_t offset, int64_t steps, Ahead& ahead,
                   float* out) {
   WordSums<T> sums[kRows][kTileVecs];
   for (int r = 0; r < kRows; r++) {
@@ -133,8 +132,9 @@ void weigh_values(const T* const* weights, const T* const* values, int64_t offse
 template <class T>
 class AttentionTile {
  public:
-  AttentionTile(const AttentionShape& shape, const StepLayout& step, const AttentionTask& task, Scratch& scratch)
-      : shape_(shape), step_(step), task_(task), group_heads_(shape.heads / shape.kv_heads),
+  AttentionTile(const AttentionShape& shape, const KVPages& pages, const StepLayout& step, const AttentionTask& task,
+                Scratch& scratch)
+      : shape_(shape), pages_(pages), step_(step), task_(task), group_heads_(shape.heads / shape.kv_heads),
         group_rows_(task.num_queries * group_heads_), rows_(task.num_groups * group_rows_),
         panels_(ceil_div(shape.value_size, kPanel)), query_stride_(num_steps<T>(shape.head_size) * kStepInputs<T>),
         first_row_(step.query_start[task.sequence] + task.first_query), first_position_(position_of(step, task)),
@@ -148,6 +148,7 @@ class AttentionTile {
     packed_keys_ = scratch.keys.get<T>(steps * kStepElements<T>);
     std::fill(packed_keys_ + panel_elements<T>(shape.head_size), packed_keys_ + steps * kStepElements<T>, T{});
     packed_values_ = scratch.values.get<T>(panels_ * panel_elements<T>(kKeys));
+    if (pages.code != kPlain) rows_of_t_ = scratch.widened.get<T>(kKeys * (shape.head_size + shape.value_size));
   }
 
   // The first key of a task's first block.
@@ -158,14 +159,13 @@ class AttentionTile {
 
   // `then` is the task that this thread will probably run next, or null. If the task has only a part of its rows' keys,
   // their sums go to `part`, else the result goes to `out`.
-  void run(const T* queries, int64_t stride, const T* key_cache, const T* value_cache, const AttentionTask* then,
-           float* part, T* out) {
+  void run(const T* queries, int64_t stride, const AttentionTask* then, float* part, T* out) {
     const TileRegisters registers;
     load_queries(queries, stride);
     const RowSums all = task_.part < 0 ? all_ : RowSums(part, rows_, panels_);
     int64_t key = first_key(shape_, step_, task_);
     const int64_t end = std::min(task_.end_key, first_position_ + task_.num_queries);
-    KeyBlock<T> block(shape_, step_, task_, key, key_cache, value_cache), next;
+    KeyBlock block(shape_, pages_, step_, task_, key), next;
     for (bool first = true; key < end; first = false) {
       sums_ = first ? all : span_;
       sums_.clear();
@@ -173,7 +173,7 @@ class AttentionTile {
         const AttentionTask* next_task = key + kKeys < end ? &task_ : then;
         if (next_task) {
           const int64_t next_key = next_task == &task_ ? key + kKeys : first_key(shape_, step_, *then);
-          next = KeyBlock<T>(shape_, step_, *next_task, next_key, key_cache, value_cache);
+          next = KeyBlock(shape_, pages_, step_, *next_task, next_key);
         }
         take_block(block, key, next_task ? &next : nullptr, next_task ? next_task->num_groups : 0);
         block = next;
@@ -204,7 +204,7 @@ class AttentionTile {
     }
   }
 
-  void take_block(const KeyBlock<T>& block, int64_t first_key, const KeyBlock<T>* next, int64_t next_groups) {
+  void take_block(const KeyBlock& block, int64_t first_key, const KeyBlock* next, int64_t next_groups) {
     // The queries that see a key of this block: from its first key on. With a window, up to the last whose window
     // reaches the block.
     const int64_t first_query = std::max<int64_t>(0, first_key - first_position_);
@@ -217,22 +217,23 @@ class AttentionTile {
     const int64_t seen = std::min(kKeys, first_position_ + end_query - first_key);
     const int64_t lanes = ceil_div(seen, kLanes), steps = ceil_div(seen, kStepInputs<T>);
     const int64_t calls = few ? lanes * (words / kLanes) + steps * (shape_.value_size / kTileOutputs) : 4;
-    Ahead<T> ahead(next, shape_.key_offset(next_groups - 1) + shape_.head_size, task_.num_groups * calls);
+    const int64_t next_rows = shape_.shared ? 1 : next_groups;  // side by side
+    Ahead ahead(next, next_rows * shape_.head_size * pages_.item_size, task_.num_groups * calls);
 
     for (int64_t group = 0; group < task_.num_groups; group++) {
-      const int64_t first = group * group_rows_ + first_query * group_heads_, offset = shape_.key_offset(group);
-      const int64_t value_offset = shape_.value_offset(group);
+      const int64_t first = group * group_rows_ + first_query * group_heads_;
+      if (group == 0 || !shape_.shared) head_.take(block, shape_, pages_, group, rows_of_t_);
       const T *const *queries = pointers_ + first, *const *weights = queries + rows_;
       float* scores = scores_ + first * kPanel;
       if (few) {
         with_rows(count, [&](auto rows) {
           for (int64_t i = 0; i < lanes * kLanes; i += kLanes) {
-            score_keys<decltype(rows)::value>(queries, block.keys + i, offset, words, ahead, scores + i);
+            score_keys<decltype(rows)::value>(queries, head_.keys + i, words, ahead, scores + i);
           }
         });
       } else {
         ahead.ask();
-        block.pack_keys(offset, shape_.head_size, packed_keys_);
+        head_.pack_keys(shape_.head_size, packed_keys_);
         ahead.ask();
         multiply_packed(queries, count, packed_keys_, words * kStepInputs<T>, scores);
       }
@@ -240,13 +241,13 @@ class AttentionTile {
       if (few) {
         with_rows(count, [&](auto rows) {
           for (int64_t i = 0; i < shape_.value_size; i += kTileOutputs) {
-            weigh_values<decltype(rows)::value>(weights, block.values, value_offset + i, steps, ahead,
+            weigh_values<decltype(rows)::value>(weights, head_.values, i, steps, ahead,
                                                 sums_.value(first, i / kPanel) + i % kPanel);
           }
         });
       } else {
         ahead.ask();
-        block.pack_values(value_offset, shape_.value_size, packed_values_);
+        head_.pack_values(shape_.value_size, packed_values_);
         ahead.ask();
         for (int64_t panel = 0; panel < panels_; panel++) {
           multiply_packed(weights, count, packed_values_ + panel * panel_elements<T>(kKeys), kKeys,
@@ -290,13 +291,15 @@ class AttentionTile {
   }
 
   const AttentionShape& shape_;
+  const KVPages& pages_;
   const StepLayout& step_;
   const AttentionTask& task_;
   const int64_t group_heads_, group_rows_, rows_, panels_, query_stride_, first_row_, first_position_;
   float* scores_;
   RowSums span_, all_;
   RowSums sums_ = all_;  // of the current span
-  T *queries_, *weights_, *packed_keys_, *packed_values_;
+  T *queries_, *weights_, *packed_keys_, *packed_values_, *rows_of_t_ = nullptr;  // the last: of rows of 8 bits
+  HeadBlock<T> head_;  // whose keys and values are multiplied
   const T** pointers_;
 };
 

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
+from moe_runtime.kernels.cpu.kv_pages import kv_pages
 from moe_runtime.kernels.cpu.native import Kernels, check_arrived, element
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig, HeadOps
+from moe_runtime.kernels.kv_rows import KVScales
 
 HEAD_NORMS = {None: 0, "head": 1, "token": 2, "rotated_head": 3}  # `HeadNorm` of heads.h
 
@@ -75,8 +77,6 @@ class AttentionCall:
                 kv_heads=num_kv_heads,
                 head_size=head_dim,
                 value_size=head_dim,
-                key_stride=num_kv_heads * head_dim,
-                value_stride=num_kv_heads * head_dim,
                 window=sliding_window or 0,
                 sinks=pointer(sinks_H),
                 scale=scale,
@@ -105,11 +105,13 @@ class AttentionCall:
         v_cache_NBGd: Tensor,
         residual_TD: Tensor | None = None,
         *,
+        kv_scales: KVScales | None = None,
         in_place: bool = False,
     ) -> Tensor:
         """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' keys and values into the cache."""
-        assert x_TD.dtype == k_cache_NBGd.dtype == self.dtype and len(x_TD) == step.layout.tokens
-        step.heads.page_size = k_cache_NBGd.shape[1]
+        assert x_TD.dtype == self.dtype and len(x_TD) == step.layout.tokens
+        assert kv_scales is not None or k_cache_NBGd.dtype == self.dtype
+        pages = kv_pages(k_cache_NBGd, v_cache_NBGd, kv_scales)
         out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self.dtype)
         assert out_TD.shape == (len(x_TD), self.output.outputs)
         self.kernels.library.moe_attention_block(
@@ -118,8 +120,7 @@ class AttentionCall:
             step.address,
             step.heads_address,
             pointer(x_TD),
-            pointer(k_cache_NBGd),
-            pointer(v_cache_NBGd),
+            ctypes.addressof(pages),
             residual_pointer(self.next_norm, residual_TD, out_TD),
             out_TD.data_ptr(),
         )

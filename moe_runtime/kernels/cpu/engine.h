@@ -46,7 +46,7 @@ class Buffer {
 
 // Scratch of one thread within a task.
 struct Scratch {
-  Buffer sums, rows, keys, values, weights;
+  Buffer sums, rows, keys, values, weights, widened;
 };
 
 // Rows of one slot that one task multiplies with a panel.

@@ -2,7 +2,7 @@
 // into the cache.
 #pragma once
 
-#include "engine.h"
+#include "kv_pages.h"
 #include "norms.h"
 
 namespace moe {
@@ -25,14 +25,13 @@ struct StepHeads {
   const float* sin;
   const int64_t* rope_row;    // row of cos and sin for each token; null: token i uses row i
   const int64_t* cache_position;  // page * page_size + offset of each token
-  int64_t page_size;
   const float* query_scale;  // factor on each token's queries, or null; latent attention only
 };
 
 // Changes the queries in `qkv` in place.
 template <class T>
 void finish_heads(Engine& engine, const AttentionShape& shape, const HeadOps& ops, const StepHeads& step,
-                  int64_t tokens, T* qkv, T* key_cache, T* value_cache) {
+                  int64_t tokens, T* qkv, const KVPages& pages) {
   const int64_t d = shape.head_size, row_size = (shape.heads + 2 * shape.kv_heads) * d;
   constexpr int64_t kTokens = 16;  // per task: fewer tokens are not worth waking another thread
   engine.pool.run(ceil_div(tokens, kTokens), [&](int64_t task, int) {
@@ -51,9 +50,9 @@ void finish_heads(Engine& engine, const AttentionShape& shape, const HeadOps& op
         if (step.rotated) rotate_head(values, step.cos + angle, step.sin + angle, step.rotated);
         if (ops.norm == kRotatedHead) rms_norm_row(values, norm, d, ops.eps, values);
       }
-      const int64_t place = step.cache_position[token] * shape.kv_heads * d, bytes = shape.kv_heads * d * sizeof(T);
-      std::memcpy(key_cache + place, keys, bytes);
-      std::memcpy(value_cache + place, heads + (shape.heads + shape.kv_heads) * d, bytes);
+      const int64_t position = step.cache_position[token];
+      write_rows(pages, pages.keys, position, keys, shape.kv_heads, d, 0);
+      write_rows(pages, pages.values, position, keys + shape.kv_heads * d, shape.kv_heads, d, 0);
     }
   });
 }

@@ -68,7 +68,7 @@ struct LatentAttention {
 // Norms of the compressed queries and of the latent; the latent and the rotated key go into the cache.
 template <class T>
 void finish_down(Engine& engine, const LatentAttention& block, const StepHeads& step, int64_t tokens, T* down,
-                 T* key_cache) {
+                 const KVPages& pages) {
   const LatentSizes& sizes = block.sizes;
   const int64_t row_size = block.down.outputs, key_size = sizes.latent + sizes.rope;
   for_rows(engine.pool, tokens, [&](int64_t token) {
@@ -79,7 +79,7 @@ void finish_down(Engine& engine, const LatentAttention& block, const StepHeads& 
     rms_norm_row(latent, static_cast<const T*>(block.latent_norm), sizes.latent, block.eps, latent);
     const int64_t angle = (step.rope_row ? step.rope_row[token] : token) * step.rotated;
     rotate_head(latent + sizes.latent, step.cos + angle, step.sin + angle, step.rotated);
-    std::memcpy(key_cache + step.cache_position[token] * key_size, latent, key_size * sizeof(T));
+    write_rows(pages, pages.keys, step.cache_position[token], latent, 1, key_size, pages.key_split);
   });
 }
 
@@ -119,12 +119,12 @@ inline int64_t head_groups(int64_t heads, const StepLayout& step, int threads) {
 // `x` and `out` may be the same. Values are the front of the keys.
 template <class T>
 void latent_block(Engine& engine, const LatentAttention& block, const StepLayout& step, const StepHeads& heads,
-                  const T* x, T* key_cache, T* residual, T* out) {
+                  const T* x, const KVPages& pages, T* residual, T* out) {
   const int64_t tokens = step.tokens, num_heads = block.shape.heads, key_size = block.shape.head_size;
   const int64_t latent = block.sizes.latent, query_size = block.sizes.nope + block.sizes.rope;
   T* down = engine.qkv.get<T>(tokens * block.down.outputs);
   linear(engine, block.down, static_cast<const T*>(block.down_bias), x, tokens, block.down.inputs, down);
-  finish_down(engine, block, heads, tokens, down, key_cache);
+  finish_down(engine, block, heads, tokens, down, pages);
   const T* projected = down;
   int64_t stride = block.down.outputs;
   if (block.sizes.query_rank) {
@@ -138,10 +138,9 @@ void latent_block(Engine& engine, const LatentAttention& block, const StepLayout
                 key_size);
   finish_queries(engine, block, heads, tokens, projected, stride, queries);
   AttentionShape shape = block.shape;
-  shape.page_size = heads.page_size;
   shape.kv_heads = head_groups(num_heads, step, engine.pool.size());
   T* attended = engine.attended.get<T>(tokens * num_heads * latent);
-  paged_attention(engine, shape, step, queries, num_heads * key_size, key_cache, key_cache, attended);
+  paged_attention(engine, shape, pages, step, queries, num_heads * key_size, attended);
   const int64_t value_size = block.value.outputs;
   T* values = engine.queries.get<T>(tokens * num_heads * value_size);  // the queries are not read any more
   head_products(engine, block.value, num_heads, attended, tokens, num_heads * latent, latent, values,

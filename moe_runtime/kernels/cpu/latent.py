@@ -12,10 +12,12 @@ from torch import Tensor
 
 from moe_runtime.kernels.cpu import structs
 from moe_runtime.kernels.cpu.blocks import NextNorm, next_norm_struct, residual_pointer
+from moe_runtime.kernels.cpu.kv_pages import kv_pages
 from moe_runtime.kernels.cpu.native import Kernels
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.packed import PackedLinear, PackedMatrices
 from moe_runtime.kernels.cpu.structs import AttentionShape, LatentSizes, Weight
+from moe_runtime.kernels.kv_rows import KVScales
 
 
 class LatentCall:
@@ -61,8 +63,6 @@ class LatentCall:
             kv_heads=1,
             head_size=key_size,
             value_size=latent,
-            key_stride=key_size,
-            value_stride=key_size,
             shared=True,
             scale=scale,
         )
@@ -98,11 +98,13 @@ class LatentCall:
         cache_NB1d: Tensor,
         residual_TD: Tensor | None = None,
         *,
+        kv_scales: KVScales | None = None,
         in_place: bool = False,
     ) -> Tensor:
         """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' latents and keys into the cache."""
-        assert x_TD.dtype == cache_NB1d.dtype == self.dtype and len(x_TD) == step.layout.tokens
-        step.heads.page_size = cache_NB1d.shape[1]
+        assert x_TD.dtype == self.dtype and len(x_TD) == step.layout.tokens
+        assert kv_scales is not None or cache_NB1d.dtype == self.dtype
+        pages = kv_pages(cache_NB1d, cache_NB1d[..., : self.struct.shape.value_size], kv_scales)
         out_TD = x_TD if in_place else torch.empty(len(x_TD), self.output.outputs, dtype=self.dtype)
         assert out_TD.shape == (len(x_TD), self.output.outputs)
         self.kernels.library.moe_latent_block(
@@ -111,7 +113,7 @@ class LatentCall:
             step.address,
             step.heads_address,
             pointer(x_TD),
-            pointer(cache_NB1d),
+            ctypes.addressof(pages),
             residual_pointer(self.next_norm, residual_TD, out_TD),
             out_TD.data_ptr(),
         )

@@ -23,15 +23,13 @@ struct Attention {
 // QKV projection, head ops, attention, output projection. `x` and `out` may be the same, as in the blocks below.
 template <class T>
 void attention_block(Engine& engine, const Attention& block, const StepLayout& step, const StepHeads& heads,
-                     const T* x, T* key_cache, T* value_cache, T* residual, T* out) {
+                     const T* x, const KVPages& pages, T* residual, T* out) {
   const int64_t tokens = step.tokens, inner = block.output.inputs;
   T* qkv = engine.qkv.get<T>(tokens * block.qkv.outputs);
   T* attended = engine.attended.get<T>(tokens * inner);
   linear(engine, block.qkv, static_cast<const T*>(block.qkv_bias), x, tokens, block.qkv.inputs, qkv);
-  AttentionShape shape = block.shape;
-  shape.page_size = heads.page_size;
-  finish_heads(engine, shape, block.heads, heads, tokens, qkv, key_cache, value_cache);
-  paged_attention(engine, shape, step, qkv, block.qkv.outputs, key_cache, value_cache, attended);
+  finish_heads(engine, block.shape, block.heads, heads, tokens, qkv, pages);
+  paged_attention(engine, block.shape, pages, step, qkv, block.qkv.outputs, attended);
   linear(engine, block.output, static_cast<const T*>(block.output_bias), attended, tokens, inner, out);
   normalize(engine, block.next, tokens, block.output.outputs, residual, out);
 }
@@ -119,8 +117,7 @@ struct Layer {
   const LatentAttention* latent;
   const Sparse* sparse;
   const Dense* dense;
-  void* key_cache;
-  void* value_cache;
+  const KVPages* pages;
   int64_t group;  // which step of the call it takes
 };
 
@@ -152,12 +149,11 @@ int64_t run_layers(Engine& engine, const LayersCall& call) {
   T *residual = static_cast<T*>(call.residual), *x = static_cast<T*>(call.x);
   const int64_t tokens = call.steps->layout->tokens;
   for (const Layer* layer = call.layers; layer < call.layers + call.count; layer++) {
-    T *keys = static_cast<T*>(layer->key_cache), *values = static_cast<T*>(layer->value_cache);
     const GroupStep step = call.steps[layer->group];
     if (layer->latent) {
-      latent_block(engine, *layer->latent, *step.layout, *step.heads, x, keys, residual, x);
+      latent_block(engine, *layer->latent, *step.layout, *step.heads, x, *layer->pages, residual, x);
     } else {
-      attention_block(engine, *layer->attention, *step.layout, *step.heads, x, keys, values, residual, x);
+      attention_block(engine, *layer->attention, *step.layout, *step.heads, x, *layer->pages, residual, x);
     }
     if (layer->dense) {
       dense_block(engine, *layer->dense, x, tokens, residual, x);

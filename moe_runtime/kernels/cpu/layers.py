@@ -15,6 +15,7 @@ from moe_runtime.kernels.cpu.blocks import AttentionCall, DenseCall, LayerPolici
 from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.native import check_arrived
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
+from moe_runtime.kernels.cpu.structs import KVPages
 
 
 class Layers:
@@ -23,20 +24,18 @@ class Layers:
     Args:
         blocks: attention and MLP of each layer, each with the norm after it. Either all sparse blocks have an
             exchange, or none has.
-        caches: keys `[N, B, G, d]` and values `[N, B, G, e]` of each layer; the values are the front of the keys in
-            latent attention.
+        caches: of each layer.
         groups: which of a step's inputs to attention each layer takes.
     """
 
     def __init__(
         self,
         blocks: Sequence[tuple[AttentionCall | LatentCall, SparseCall | DenseCall]],
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[KVPages],
         groups: Sequence[int],
     ) -> None:
         assert all(part.next_norm is not None for layer in blocks for part in layer)
         self._keep = (list(blocks), list(caches))
-        self._page_size = caches[0][0].shape[1]
         sparse = [mlp for _, mlp in blocks if isinstance(mlp, SparseCall)]
         self._top_k = [mlp.gate.top_k for mlp in sparse]
         self.num_experts = max((mlp.gate.num_experts for mlp in sparse), default=0)
@@ -53,11 +52,10 @@ class Layers:
                     latent=attention.address if isinstance(attention, LatentCall) else None,
                     sparse=mlp.address if isinstance(mlp, SparseCall) else None,
                     dense=mlp.address if isinstance(mlp, DenseCall) else None,
-                    key_cache=pointer(keys),
-                    value_cache=pointer(values) if isinstance(attention, AttentionCall) else None,
+                    pages=ctypes.addressof(pages),
                     group=group,
                 )
-                for (attention, mlp), (keys, values), group in zip(blocks, caches, groups, strict=True)
+                for (attention, mlp), pages, group in zip(blocks, caches, groups, strict=True)
             )
         )
         self._address = ctypes.addressof(self._layers)
@@ -83,7 +81,6 @@ class Layers:
         assert self._has_exchange == (spread is not None)
         for step in steps:
             assert x_TD.shape[0] == step.layout.tokens
-            step.heads.page_size = self._page_size
         groups = (structs.GroupStep * len(steps))(
             *(structs.GroupStep(step.address, step.heads_address) for step in steps)
         )

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.kv_pages import kv_pages
 from moe_runtime.kernels.cpu.native_step import NativeStep, pointer
 from moe_runtime.kernels.cpu.structs import AttentionShape, GateConfig
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.torch_ops import Scoring, check_gate
 from moe_runtime.system.pages import HUGE_PAGE, ask_for_huge_pages
 from moe_runtime.types.weight_format import WeightFormat
@@ -170,22 +172,20 @@ class Kernels:
         scale: float,
         sliding_window: int | None,
         sinks_H: Tensor | None = None,
+        kv_scales: KVScales | None = None,
     ) -> Tensor:
         """See `torch_attention.paged_attention`; bitwise independent of chunking and batching."""
         step = meta if isinstance(meta, NativeStep) else NativeStep(meta)
         num_tokens, heads, head_size = q_THd.shape
-        assert num_tokens == step.layout.tokens and q_THd.dtype == k_cache_NBGd.dtype == v_cache_NBGe.dtype
-        _, page_size, groups, value_size = v_cache_NBGe.shape
-        assert k_cache_NBGd.shape[:3] == v_cache_NBGe.shape[:3] and heads % groups == 0
-        assert v_cache_NBGe.stride()[2:] == (value_size, 1) or groups == 1
+        groups, value_size = v_cache_NBGe.shape[2:]
+        assert num_tokens == step.layout.tokens and heads % groups == 0
+        assert kv_scales is not None or k_cache_NBGd.dtype == q_THd.dtype
+        pages = kv_pages(k_cache_NBGd, v_cache_NBGe, kv_scales)
         shape = AttentionShape(
             heads=heads,
             kv_heads=groups,
             head_size=head_size,
             value_size=value_size,
-            key_stride=groups * head_size,
-            value_stride=v_cache_NBGe.stride(1),
-            page_size=page_size,
             window=sliding_window or 0,
             sinks=pointer(sinks_H),
             scale=scale,
@@ -194,11 +194,10 @@ class Kernels:
         self.library.moe_paged_attention(
             element(q_THd),
             ctypes.addressof(shape),
+            ctypes.addressof(pages),
             step.address,
             pointer(q_THd),
             heads * head_size,
-            pointer(k_cache_NBGd),
-            v_cache_NBGe.data_ptr(),
             out_THe.data_ptr(),
         )
         return out_THe

@@ -40,14 +40,34 @@ class AttentionShape(ctypes.Structure):
         ("kv_heads", c_int64),
         ("head_size", c_int64),
         ("value_size", c_int64),
-        ("key_stride", c_int64),
-        ("value_stride", c_int64),
         ("shared", c_int64),
-        ("page_size", c_int64),
         ("window", c_int64),
         ("sinks", c_void_p),
         ("scale", c_float),
     )
+
+
+class CachedRows(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("page_stride", c_int64),
+        ("token_stride", c_int64),
+        ("page_scales", c_int64),
+        ("token_scales", c_int64),
+    )
+
+
+class KVPages(ctypes.Structure):
+    _fields_ = (
+        ("keys", CachedRows),
+        ("values", CachedRows),
+        ("page_size", c_int64),
+        ("code", c_int64),
+        ("item_size", c_int64),
+        ("key_split", c_int64),
+    )
+    keep: object = None  # what the pointers point to
 
 
 class StepLayout(ctypes.Structure):
@@ -77,7 +97,6 @@ class StepHeads(ctypes.Structure):
         ("sin", c_void_p),
         ("rope_row", c_void_p),
         ("cache_position", c_void_p),
-        ("page_size", c_int64),
         ("query_scale", c_void_p),
     )
 
@@ -172,8 +191,7 @@ class LayerStruct(ctypes.Structure):
         ("latent", c_void_p),
         ("sparse", c_void_p),
         ("dense", c_void_p),
-        ("key_cache", c_void_p),
-        ("value_cache", c_void_p),
+        ("pages", c_void_p),
         ("group", c_int64),
     )
 
@@ -272,11 +290,11 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "moe_silu_mul": (None, (c_int, c_void_p, c_int64, c_int64, c_void_p)),
     "moe_paged_attention": (
         None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     ),
     "moe_attention_block": (
         None,
-        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+        (c_int, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     ),
     "moe_latent_block": (
         None,

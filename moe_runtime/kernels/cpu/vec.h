@@ -19,6 +19,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// OCP's 8-bit floating point number: 4 bits of exponent, 3 of mantissa (arXiv:2209.05433).
+struct e4m3 {
+  uint8_t bits;
+};
+
 inline float to_float(float x) { return x; }
 
 inline float to_float(bf16 x) {
@@ -77,6 +82,17 @@ inline Vec times_power_of_two(Vec v, Vec exponent) { return _mm512_scalef_ps(v, 
 
 inline Vec load(const bf16* p) {
   return vec_of(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+
+inline Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+// As float16 with the exponent's bias of E4M3, 8 less than its own.
+inline Vec load(const e4m3* p) {
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm512_cvtph_ps(halves) * set1(256.0f);
 }
 
 // bf16 bits in the low halves.
@@ -140,6 +156,17 @@ inline Vec times_power_of_two(Vec v, Vec exponent) {
 
 inline Vec load(const bf16* p) {
   return vec_of(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+
+inline Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+// As float16 with the exponent's bias of E4M3, 8 less than its own.
+inline Vec load(const e4m3* p) {
+  const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i halves = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
+  return _mm256_cvtph_ps(halves) * set1(256.0f);
 }
 
 // bf16 bits in the low halves.

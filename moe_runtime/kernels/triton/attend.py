@@ -1,21 +1,23 @@
 """Shared by both attention kernels: the loop over a sequence's keys, its constants, and the checks of operands.
 
 A key's numbers are one block, or a block and a smaller one for the rest, so that little of a head of 192 or 576 numbers
-is padding.
+is padding. Rows of 8 bits (`kv_rows`) are widened to the dtype of the queries as they are loaded.
 
 Shape suffixes: T tokens, H query heads, G key/value heads, d head size of keys, e of values, N pages, B tokens per
 page, S sequences, X chunks; in the kernels M is a block of (token, head) pairs, C of keys, D and R are the first and
-the rest of a key's numbers, E a value's numbers.
+the rest of a key's numbers, E a value's numbers, P scales of a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.torch_attention import check_attention
 from moe_runtime.kernels.torch_ops import check_contiguous
 from moe_runtime.kernels.triton.rotary import check_heads
@@ -42,6 +44,39 @@ def load_part(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def load_rows(
+    ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    place_C: tl.tensor,
+    scale_place_C: tl.tensor,
+    is_row_C: tl.tensor,
+    dtype: tl.constexpr,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:
+    """As `load_part`. Rows of 8 bits are widened to `dtype`: int8, or E4M3 as uint8, times the row's scale; from number
+    `SPLIT` on, unless it is 0, times its second one."""
+    x_CD = load_part(ptr, place_C, is_row_C, FIRST, SIZE, BLOCK)
+    if scale_ptr is not None:
+        if x_CD.dtype == tl.uint8:
+            # As float16 with the exponent's bias of E4M3, 8 less than its own.
+            code_CD = x_CD.to(tl.uint16)
+            half_CD = ((code_CD & 0x80) << 8 | (code_CD & 0x7F) << 7).to(tl.float16, bitcast=True)
+            wide_CD = half_CD.to(tl.float32) * 256.0
+        else:
+            wide_CD = x_CD.to(tl.float32)
+        scale_CD = tl.load(scale_ptr + scale_place_C, mask=is_row_C, other=0.0)[:, None]
+        if SPLIT > 0 and SPLIT < FIRST + BLOCK:
+            second_C = tl.load(scale_ptr + scale_place_C + 1, mask=is_row_C, other=0.0)
+            is_first_CD = (FIRST + tl.arange(0, BLOCK) < SPLIT)[None, :]
+            scale_CD = tl.where(is_first_CD, scale_CD, second_C[:, None])
+        x_CD = (wide_CD * scale_CD).to(dtype)
+    return x_CD
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def attend(
     q_MD: tl.tensor,
     q_MR: tl.tensor,
@@ -50,7 +85,12 @@ def attend(
     end_key: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    k_page_stride: tl.tensor,
+    v_page_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
     num_groups: tl.tensor,
     scale: tl.tensor,
     WINDOW: tl.constexpr,
@@ -58,6 +98,7 @@ def attend(
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
     REUSE_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -67,7 +108,10 @@ def attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Weighted sum of values, sum of weights and largest score (base 2) of each row, over keys `first .. end`.
 
-    `q_MR` counts if `BLOCK_R` is not 0. With `REUSE_KEYS`, the first block of a key is its value."""
+    `q_MR` counts if `BLOCK_R` is not 0. With `REUSE_KEYS`, the first block of a key is its value. Without rows of 8
+    bits, pointers to scales are `None`; a key has `SCALES` of them, the first of two for as many numbers as a value
+    has."""
+    SPLIT: tl.constexpr = VALUE_SIZE if SCALES == 2 else 0
     acc_ME = tl.zeros((BLOCK_M, BLOCK_E), dtype=tl.float32)
     total_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
     max_M = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -75,12 +119,19 @@ def attend(
         key_C = start + tl.arange(0, BLOCK_C)
         is_key_C = key_C < end_key
         page_C = tl.load(table_ptr + key_C // PAGE, mask=is_key_C, other=0)
-        place_C = (page_C * PAGE + key_C % PAGE) * num_groups
+        in_page_C = key_C % PAGE * num_groups
+        k_place_C = page_C * k_page_stride + in_page_C * HEAD_SIZE
+        v_place_C = page_C * v_page_stride + in_page_C * VALUE_STRIDE
+        scale_place_C = page_C * scale_page_stride + in_page_C * SCALES
         # After the last key, values belong to no sequence. They are read as zeros, because 0 times NaN is NaN.
-        k_CD = load_part(k_ptr, place_C * HEAD_SIZE, is_key_C, 0, HEAD_SIZE, BLOCK_D)
+        k_CD = load_rows(
+            k_ptr, k_scale_ptr, k_place_C, scale_place_C, is_key_C, q_MD.dtype, 0, HEAD_SIZE, BLOCK_D, SPLIT
+        )
         score_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee")
         if BLOCK_R > 0:
-            k_CR = load_part(k_ptr, place_C * HEAD_SIZE, is_key_C, BLOCK_D, HEAD_SIZE, BLOCK_R)
+            k_CR = load_rows(
+                k_ptr, k_scale_ptr, k_place_C, scale_place_C, is_key_C, q_MD.dtype, BLOCK_D, HEAD_SIZE, BLOCK_R, SPLIT
+            )
             score_MC = tl.dot(q_MR, tl.trans(k_CR), score_MC, input_precision="ieee")
         score_MC = score_MC * scale
         visible_MC = (key_C[None, :] <= position_M[:, None]) & is_key_C[None, :]
@@ -93,7 +144,11 @@ def attend(
         weight_MC = tl.exp2(score_MC - finite_M[:, None])
         shrink_M = tl.exp2(max_M - finite_M)
         total_M = total_M * shrink_M + tl.sum(weight_MC, 1)
-        v_CE = k_CD if REUSE_KEYS else load_part(v_ptr, place_C * VALUE_STRIDE, is_key_C, 0, VALUE_SIZE, BLOCK_E)
+        v_CE = k_CD
+        if not REUSE_KEYS:
+            v_CE = load_rows(
+                v_ptr, v_scale_ptr, v_place_C, scale_place_C, is_key_C, q_MD.dtype, 0, VALUE_SIZE, BLOCK_E, 0
+            )
         acc_ME = tl.dot(weight_MC.to(v_CE.dtype), v_CE, acc_ME * shrink_M[:, None], input_precision="ieee")
         max_M = new_max_M
     return acc_ME, total_M, max_M
@@ -115,11 +170,13 @@ class HeadSizes:
         key: of a query and a key.
         value: of a value.
         in_keys: whether values are a view of the keys, the first numbers of each.
+        scales: of a key of 8 bits; 0: the cache has the dtype of queries.
     """
 
     key: int
     value: int
     in_keys: bool = False
+    scales: int = 0
 
     @property
     def key_blocks(self) -> tuple[int, int]:
@@ -149,7 +206,8 @@ class HeadSizes:
 def attention_meta(
     sizes: HeadSizes, page_size: int, sliding_window: int | None, itemsize: int, chip: Chip, *, rows: int, keys: int
 ) -> dict[str, int]:
-    """Constants and launch options that both attention kernels share; `rows` (token, head) pairs and `keys` a step."""
+    """Constants and launch options that both attention kernels share; `rows` (token, head) pairs and `keys` a step.
+    `itemsize` is that of queries."""
     block_d, block_r = sizes.key_blocks
     large = rows * sizes.most > 64 * 128
     num_stages = 3 if rows > 64 else 2
@@ -165,6 +223,7 @@ def attention_meta(
         "HEAD_SIZE": sizes.key,
         "VALUE_SIZE": sizes.value,
         "VALUE_STRIDE": sizes.key if sizes.in_keys else sizes.value,
+        "SCALES": sizes.scales,
         "REUSE_KEYS": sizes.in_keys and sizes.value == block_d,
         "BLOCK_M": rows,
         "BLOCK_C": keys,
@@ -178,7 +237,11 @@ def attention_meta(
 
 
 def check_operands(
-    q_THd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGe: Tensor, sinks_H: Tensor | None
+    q_THd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGe: Tensor,
+    sinks_H: Tensor | None,
+    kv_scales: KVScales | None = None,
 ) -> tuple[int, HeadSizes]:
     """Refuse operands that do not fit together; returns the number of key/value heads and the numbers of a head.
 
@@ -186,12 +249,40 @@ def check_operands(
         ValueError: the operand and what is allowed.
     """
     check_heads(q_THd=q_THd)
-    check_attention(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H)
-    check_contiguous(k_cache_NBGd=k_cache_NBGd, sinks_H=sinks_H)
+    check_attention(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H, kv_scales)
+    check_contiguous(sinks_H=sinks_H)
     in_keys = v_cache_NBGe.data_ptr() == k_cache_NBGd.data_ptr() and v_cache_NBGe.stride() == k_cache_NBGd.stride()
-    if not in_keys and not v_cache_NBGe.is_contiguous():
+    if not _has_whole_pages(k_cache_NBGd):
+        raise ValueError(f"k_cache_NBGd: strides {k_cache_NBGd.stride()} are not allowed; pages must be contiguous")
+    if not in_keys and not _has_whole_pages(v_cache_NBGe):
         raise ValueError(
-            f"v_cache_NBGe: strides {v_cache_NBGe.stride()} are not allowed; it must be contiguous, or the first "
+            f"v_cache_NBGe: strides {v_cache_NBGe.stride()} are not allowed; pages must be contiguous, or the first "
             "numbers of each key of k_cache_NBGd"
         )
-    return k_cache_NBGd.shape[2], HeadSizes(k_cache_NBGd.shape[3], v_cache_NBGe.shape[3], in_keys)
+    scales = 0 if kv_scales is None else kv_scales.k_NBGP.shape[3]
+    return k_cache_NBGd.shape[2], HeadSizes(k_cache_NBGd.shape[3], v_cache_NBGe.shape[3], in_keys, scales)
+
+
+def _has_whole_pages(cache_NBGd: Tensor) -> bool:
+    return cache_NBGd[:1].is_contiguous()
+
+
+def cache_arguments(
+    k_cache_NBGd: Tensor, v_cache_NBGe: Tensor, kv_scales: KVScales | None, page_table: Tensor
+) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """Pointers of a cache, with the page table, and its strides, as both attention kernels take them.
+
+    Raises:
+        ValueError: scales are not as a page has them.
+    """
+    strides = (k_cache_NBGd.stride(0), v_cache_NBGe.stride(0))
+    if kv_scales is None:
+        return (k_cache_NBGd, v_cache_NBGe, None, None, page_table), (*strides, 0)
+    k_scale, v_scale = kv_scales.k_NBGP, kv_scales.v_NBG1
+    num_scales = k_scale.shape[3]
+    for name, scale in (("k_NBGP", k_scale), ("v_NBG1", v_scale)):
+        wanted = (k_scale.stride(0), k_scale.shape[2] * num_scales, num_scales)
+        if scale.stride()[:3] != wanted or scale.stride(3) != 1:
+            raise ValueError(f"kv_scales: {name} with strides {scale.stride()} is not allowed; it must be {wanted}")
+    codes = (cache.view(torch.uint8) if cache.dtype != torch.int8 else cache for cache in (k_cache_NBGd, v_cache_NBGe))
+    return (*codes, k_scale, v_scale, page_table), (*strides, k_scale.stride(0))

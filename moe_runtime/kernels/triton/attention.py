@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.triton.attend import (
     HeadSizes,
     attend,
     attention_meta,
+    cache_arguments,
     check_operands,
     load_part,
     sink_weight,
@@ -33,6 +35,8 @@ def prefill_attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     table_ptr: tl.tensor,
     query_start_ptr: tl.tensor,
     context_ptr: tl.tensor,
@@ -42,6 +46,9 @@ def prefill_attention_kernel(
     q_token_stride: tl.tensor,
     q_head_stride: tl.tensor,
     table_stride: tl.tensor,
+    k_page_stride: tl.tensor,
+    v_page_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
     num_groups: tl.tensor,
     heads_per_group: tl.tensor,
     scale: tl.tensor,
@@ -50,6 +57,7 @@ def prefill_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
     REUSE_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,11 +93,16 @@ def prefill_attention_kernel(
     if WINDOW > 0:
         first_seen = tl.maximum(first_query + first_pair // heads_per_group - (WINDOW - 1), 0)
         first_key = first_seen // BLOCK_C * BLOCK_C
+    if SCALES > 0:  # otherwise pointers to scales are None
+        k_scale_ptr += group * SCALES
+        v_scale_ptr += group * SCALES
     acc_ME, total_M, max_M = attend(
         q_MD, q_MR, first_query + token_M, first_key, first_query + last_token // heads_per_group + 1,
-        k_ptr + group * HEAD_SIZE, v_ptr + group * VALUE_STRIDE, table_ptr + sequence.to(tl.int64) * table_stride,
+        k_ptr + group * HEAD_SIZE, v_ptr + group * VALUE_STRIDE, k_scale_ptr, v_scale_ptr,
+        table_ptr + sequence.to(tl.int64) * table_stride, k_page_stride, v_page_stride, scale_page_stride,
         num_groups, scale,
-        WINDOW, PAGE, HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, REUSE_KEYS, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_R, BLOCK_E,
+        WINDOW, PAGE, HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, SCALES, REUSE_KEYS,
+        BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     if sinks_ptr is not None:
         total_M += sink_weight(tl.load(sinks_ptr + head_M), max_M)
@@ -119,15 +132,16 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """The Triton form of `torch_attention.paged_attention`, same arguments and result.
 
-    Caches and sinks are contiguous, or values are `k_cache_NBGd[..., :e]`.
+    Sinks and the pages of caches are contiguous, or values are `k_cache_NBGd[..., :e]`.
 
     Raises:
         ValueError: operands do not fit together.
     """
-    num_groups, sizes = check_operands(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H)
+    num_groups, sizes = check_operands(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H, kv_scales)
     num_tokens, num_heads, _ = q_THd.shape
     assert num_tokens == meta.num_tokens, (q_THd.shape, meta.num_tokens)
     out_THe = torch.empty(num_tokens, num_heads, sizes.value, dtype=q_THd.dtype, device=q_THd.device)
@@ -145,6 +159,7 @@ def paged_attention(
             scale=scale,
             sliding_window=sliding_window,
             sinks_H=sinks_H,
+            kv_scales=kv_scales,
             out_THe=out_THe[decode],
         )
     if num_chunks := len(meta.context_len) - meta.num_decode:
@@ -153,11 +168,10 @@ def paged_attention(
         )
         heads_per_group = num_heads // num_groups
         most_pairs = max(meta.num_query[meta.num_decode :]) * heads_per_group
+        pointers, strides = cache_arguments(k_cache_NBGd, v_cache_NBGe, kv_scales, meta.page_table)
         prefill_attention_kernel[(triton.cdiv(most_pairs, options["BLOCK_M"]), num_groups, num_chunks)](
             q_THd,
-            k_cache_NBGd,
-            v_cache_NBGe,
-            meta.page_table,
+            *pointers,
             on_device.query_start,
             on_device.context_len,
             sinks_H,
@@ -165,6 +179,7 @@ def paged_attention(
             meta.num_decode,
             *q_THd.stride()[:2],
             meta.page_table.stride(0),
+            *strides,
             num_groups,
             heads_per_group,
             scale * math.log2(math.e),
@@ -182,6 +197,7 @@ def invariant_paged_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """`paged_attention` with decode attention for every row: the same bits for any cut of a prompt into chunks.
 
@@ -199,4 +215,5 @@ def invariant_paged_attention(
         scale=scale,
         sliding_window=sliding_window,
         sinks_H=sinks_H,
+        kv_scales=kv_scales,
     )

@@ -16,11 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.kv_rows import KVScales
 from moe_runtime.kernels.torch_ops import check_contiguous
 from moe_runtime.kernels.triton.attend import (
     HeadSizes,
     attend,
     attention_meta,
+    cache_arguments,
     check_operands,
     load_part,
     sink_weight,
@@ -46,6 +48,8 @@ def decode_attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scale_ptr: tl.tensor,
+    v_scale_ptr: tl.tensor,
     table_ptr: tl.tensor,
     sequence_ptr: tl.tensor,
     position_ptr: tl.tensor,
@@ -55,6 +59,9 @@ def decode_attention_kernel(
     q_token_stride: tl.tensor,
     q_head_stride: tl.tensor,
     table_stride: tl.tensor,
+    k_page_stride: tl.tensor,
+    v_page_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
     num_groups: tl.tensor,
     heads_per_group: tl.tensor,
     num_chunks: tl.tensor,
@@ -65,6 +72,7 @@ def decode_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     VALUE_STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
     REUSE_KEYS: tl.constexpr,
     HEAD_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -94,10 +102,15 @@ def decode_attention_kernel(
     if BLOCK_R > 0:
         q_MR = load_part(q_ptr, q_place_M, is_head_M, BLOCK_D, HEAD_SIZE, BLOCK_R)
     table_ptr += tl.load(sequence_ptr + token).to(tl.int64) * table_stride
+    if SCALES > 0:  # otherwise pointers to scales are None
+        k_scale_ptr += group * SCALES
+        v_scale_ptr += group * SCALES
     acc_ME, total_M, max_M = attend(
         q_MD, q_MR, tl.zeros((BLOCK_M,), dtype=tl.int32) + position, first_key, end_key,
-        k_ptr + group * HEAD_SIZE, v_ptr + group * VALUE_STRIDE, table_ptr, num_groups, scale,
-        WINDOW, PAGE, HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, REUSE_KEYS, BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_R, BLOCK_E,
+        k_ptr + group * HEAD_SIZE, v_ptr + group * VALUE_STRIDE, k_scale_ptr, v_scale_ptr, table_ptr,
+        k_page_stride, v_page_stride, scale_page_stride, num_groups, scale,
+        WINDOW, PAGE, HEAD_SIZE, VALUE_SIZE, VALUE_STRIDE, SCALES, REUSE_KEYS,
+        BLOCK_M, BLOCK_C, BLOCK_D, BLOCK_R, BLOCK_E,
     )  # fmt: skip
     row_M = (token * num_groups * heads_per_group + head_M) * num_chunks + tl.program_id(2)
     if part_ptr is None:
@@ -211,6 +224,7 @@ def decode_attention(
     scale: float,
     sliding_window: int | None,
     sinks_H: Tensor | None = None,
+    kv_scales: KVScales | None = None,
     out_THe: Tensor | None = None,
 ) -> Tensor:
     """Attention of rows of any sequence and position; all values that depend on the step are on the device.
@@ -220,7 +234,7 @@ def decode_attention(
 
     Args:
         q_THd: `[T, H, d]`.
-        v_cache_NBGe, sinks_H: as in `paged_attention`.
+        v_cache_NBGe, sinks_H, kv_scales: as in `paged_attention`.
         page_table: int64 `[S, max_pages]`, pages of each sequence.
         sequence_T: int32 or int64, which row of the page table each token uses.
         position_T: int32 or int64; a row sees the keys up to its own position.
@@ -233,7 +247,7 @@ def decode_attention(
     Raises:
         ValueError: operands do not fit together.
     """
-    num_groups, sizes = check_operands(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H)
+    num_groups, sizes = check_operands(q_THd, k_cache_NBGd, v_cache_NBGe, sinks_H, kv_scales)
     check_contiguous(sequence_T=sequence_T, position_T=position_T, out_THe=out_THe)
     num_tokens, num_heads, _ = q_THd.shape
     if out_THe is None:
@@ -246,14 +260,13 @@ def decode_attention(
     options = decode_attention_meta(
         sizes, k_cache_NBGd.shape[1], sliding_window, q_THd.element_size(), heads_per_group, chip_of(q_THd.device)
     )
+    pointers, strides = cache_arguments(k_cache_NBGd, v_cache_NBGe, kv_scales, page_table)
     for first in range(0, num_tokens, rows_at_once):
         rows = slice(first, first + rows_at_once)
         out_rows, position_rows = out_THe[rows], position_T[rows]
         decode_attention_kernel[(len(out_rows), num_groups * options["HEAD_BLOCKS"], num_chunks)](
             q_THd[rows],
-            k_cache_NBGd,
-            v_cache_NBGe,
-            page_table,
+            *pointers,
             sequence_T[rows],
             position_rows,
             sinks_H if part is None else None,
@@ -261,6 +274,7 @@ def decode_attention(
             part,
             *q_THd.stride()[:2],
             page_table.stride(0),
+            *strides,
             num_groups,
             heads_per_group,
             num_chunks,

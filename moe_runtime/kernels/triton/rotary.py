@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.kv_rows import KVScales
+from moe_runtime.kernels.triton.quantized_rows import store_quantized
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def copy_heads(
@@ -186,24 +189,38 @@ def rotary_store_kv(
     k_cache_NBGd: Tensor,
     v_cache_NBGd: Tensor,
     cache_position_T: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """The Triton form of `torch_attention.rotary_store_kv`, same arguments and result.
 
     Raises:
         ValueError: operands do not fit together.
     """
+    if kv_scales is not None:
+        q_THd, k_TGd = apply_rotary(q_THd, k_TGd, cos_Tr, sin_Tr)
+        store_kv(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T, kv_scales)
+        return q_THd
     check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     return _launch_rotary(q_THd, k_TGd, v_TGd, cos_Tr, sin_Tr, cache_position_T, k_cache_NBGd, v_cache_NBGd)
 
 
 def store_kv(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_NBGd: Tensor, v_cache_NBGd: Tensor, cache_position_T: Tensor
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    k_cache_NBGd: Tensor,
+    v_cache_NBGd: Tensor,
+    cache_position_T: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """The Triton form of `torch_attention.store_kv`, same arguments and effect.
 
     Raises:
         ValueError: operands do not fit together.
     """
+    if kv_scales is not None:
+        store_quantized(k_TGd, k_cache_NBGd, kv_scales.k_NBGP, cache_position_T, k_TGd.shape[2:])
+        store_quantized(v_TGd, v_cache_NBGd, kv_scales.v_NBG1, cache_position_T, v_TGd.shape[2:])
+        return
     check_cache(k_TGd, v_TGd, k_cache_NBGd, v_cache_NBGd, cache_position_T)
     num_tokens, num_kv_heads, head_size = k_TGd.shape
     if num_tokens:

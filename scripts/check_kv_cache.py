@@ -1,0 +1,189 @@
+"""What a KV cache of 8 bits costs and gains: loss on the demo model's held-out texts, speed with long contexts.
+
+Loss: KL divergence from the logits of the same model with a cache in the dtype of its activations, and perplexity.
+Blocks of 512 tokens run in two chunks, so the second half reads the first one's keys from the cache. Activations are
+float32, so that nothing else is lost; a row for bfloat16 shows what rounding activations loses.
+
+Speed: `bench` or `bench-mla` of make_bench_model.py with bfloat16 activations. The three engines decode in turn, so
+that other work on the machine affects them equally.
+
+    python scripts/check_kv_cache.py --work-dir FOLDER   # texts are downloaded there (Debian packages); minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_runtime.build import build_engine
+from moe_runtime.config.engine import KV_CACHE_DTYPES, EngineConfig
+from moe_runtime.demo.texts import BLOCK, KINDS, fetch_texts, token_blocks
+from moe_runtime.engine.engine import Engine
+from moe_runtime.engine.page_pool import RankPages
+from moe_runtime.memory.model_size import cache_dtype, kv_bytes_per_token
+from moe_runtime.memory.page_group import page_groups
+from moe_runtime.models.registry import read_model_config
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.weights.checkpoint import resolve_model
+from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.worker.worker import Worker
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
+from make_bench_model import WEIGHTS, ensure_bench_model
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Reader:
+    """The demo model as a single rank that computes the logits of whole texts."""
+
+    def __init__(self, path: Path, dtype: str, kv_cache_dtype: str) -> None:
+        self.config = EngineConfig(
+            str(path), dtype=dtype, kv_cache_dtype=kv_cache_dtype, device="cpu", max_model_len=BLOCK, max_num_seqs=1
+        )
+        self.model_config = read_model_config(path)
+        self.worker = Worker(self.config, self.model_config, path)
+        self.num_read = 0
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> Tensor:
+        """`[len(tokens), V]` in float32, from two chunks."""
+        pages = RankPages(page_groups(self.config, self.model_config), self.worker.info.num_pages)
+        held, rows, half = pages.hold(), [], len(tokens) // 2
+        self.num_read += 1
+        new = [NewSequence(self.num_read, tokens, len(tokens), GREEDY, 0)]
+        for start, count in ((0, half), (half, len(tokens) - half)):
+            chunk = Chunk(self.num_read, start, count, pages.extend(held, start, count), False)
+            work = RankPlan([] if start else new, [] if start or self.num_read == 1 else [self.num_read - 1], [chunk])
+            step = StepPlan(0, "local", [count], ranks=[work]).of_rank(0)
+            rows.append(self.worker.model.logits(self.worker.launch(self.worker.prepare(step))()))
+        return torch.cat(rows)
+
+
+def losses(work_dir: Path, num_blocks: int) -> Iterator[str]:
+    """Rows of the table of losses, one for each reader and all kinds of text."""
+    from transformers import AutoTokenizer
+
+    path, root = resolve_model("demo"), fetch_texts(work_dir)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    blocks = {kind: token_blocks(tokenizer, read(root)[1], num_blocks).tolist() for kind, read in KINDS.items()}
+    ways = [*(("float32", name) for name in KV_CACHE_DTYPES), ("bfloat16", "auto")]
+    readers = {way: Reader(path, *way) for way in ways}
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {way: {k: [] for k in KINDS} for way in ways}
+    for kind, texts in blocks.items():
+        for tokens in texts:
+            expected = readers[ways[0]].logits(tokens).log_softmax(-1)
+            for way, reader in readers.items():
+                logprobs = expected if way == ways[0] else reader.logits(tokens).log_softmax(-1)
+                divergence = float((expected.exp() * (expected - logprobs)).sum(-1).mean())
+                loss = float(F.nll_loss(logprobs[:-1], torch.tensor(tokens[1:])))
+                found[way][kind].append((divergence, loss))
+    yield f"| activations | cache | KL | {' | '.join(f'perplexity, {kind}' for kind in KINDS)} |"
+    yield "|---" * (3 + len(KINDS)) + "|"
+    for (dtype, name), kinds in found.items():
+        divergence = statistics.mean(one for results in kinds.values() for one, _ in results)
+        perplexities = [torch.tensor([loss for _, loss in results]).mean().exp() for results in kinds.values()]
+        cells = [f"{float(value):.3f}" for value in perplexities]
+        yield f"| {dtype} | {cache_dtype(name, dtype)} | {divergence:.5f} | {' | '.join(cells)} |"
+
+
+def speeds(shape: str, context: int, batches: list[int], steps: int) -> Iterator[str]:
+    """Rows of the table of speeds."""
+    yield (
+        f"| {shape}, bfloat16 | bytes of a token | ratio | prompt, tokens/s | "
+        + " | ".join(f"step of {batch}, ms" for batch in batches)
+        + " |"
+    )
+    yield "|---" * (4 + len(batches)) + "|"
+    with tempfile.TemporaryDirectory() as folder:
+        path = long_model(shape, context + 2 * steps, Path(folder))
+        engines = {name: open_engine(path, name, context + 2 * steps, max(batches)) for name in KV_CACHE_DTYPES}
+        prompt_rates: dict[str, float] = {}
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for batch in batches:
+            for name, engine in engines.items():
+                prompt_rates[name] = batch * context / prefill(engine, batch, context, steps)
+            samples: dict[str, list[float]] = {name: [] for name in engines}
+            for _ in range(steps):
+                for name, engine in engines.items():
+                    start = time.perf_counter()
+                    engine.step()
+                    samples[name].append(time.perf_counter() - start)
+            for name, engine in engines.items():
+                times[name].append(statistics.median(samples[name]) * 1e3)
+                while engine.has_work:
+                    engine.step()
+    model = read_model_config(ensure_bench_model(shape))
+    plain = kv_bytes_per_token(model, "bfloat16")
+    for name in engines:
+        dtype = cache_dtype(name, "bfloat16")
+        size = kv_bytes_per_token(model, dtype)
+        cells = " | ".join(f"{value:.1f}" for value in times[name])
+        yield f"| {dtype} | {size} | {size / plain:.2f} | {prompt_rates[name]:.0f} | {cells} |"
+
+
+def long_model(shape: str, length: int, folder: Path) -> Path:
+    """The bench model with a longer context than it names; its weights are random anyway."""
+    source = ensure_bench_model(shape)
+    config = json.loads((source / "config.json").read_text()) | {"max_position_embeddings": length}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / WEIGHTS).symlink_to(source / WEIGHTS)
+    return folder
+
+
+def open_engine(path: Path, kv_cache_dtype: str, length: int, max_num_seqs: int) -> Engine:
+    """An engine of one rank in this process."""
+    return build_engine(
+        EngineConfig(
+            str(path),
+            dtype="bfloat16",
+            kv_cache_dtype=kv_cache_dtype,
+            device="cpu",
+            skip_tokenizer_init=True,
+            max_model_len=length,
+            max_num_seqs=max_num_seqs,
+        )
+    )
+
+
+def prefill(engine: Engine, batch: int, context: int, steps: int) -> float:
+    """Seconds until all of `batch` prompts have been read and their sequences decode."""
+    params = SamplingParams(temperature=0.0, max_tokens=2 * steps, ignore_eos=True)
+    draw, decoding = random.Random(batch), set()
+    for index in range(batch):
+        prompt = [draw.randrange(engine.model_config.vocab_size) for _ in range(context)]
+        engine.add_request(str(index), prompt, params)
+    start = time.perf_counter()
+    while len(decoding) < batch:
+        decoding |= {delta.request_id for delta in engine.step()}
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work-dir", type=Path, help="folder for the texts; without it no loss is measured")
+    parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens of each kind of text")
+    parser.add_argument("--shapes", nargs="*", default=["bench", "bench-mla"], help="bench models to time")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--steps", type=int, default=16)
+    options = parser.parse_args()
+    if options.work_dir is not None:
+        print(*losses(options.work_dir.resolve(), options.blocks), sep="\n")
+    for shape in options.shapes:
+        print(*speeds(shape, options.context, options.batch, options.steps), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
