@@ -122,7 +122,7 @@ class ModelReader:
         """A matrix in a quantised format, or in the kit's dtype; not on the kit's device yet."""
         if format is None:
             return self.source.read(name, shape).to(self.kit.dtype)
-        if self.source.format_of(name) == format:
+        if self._is_stored_as(name, format):
             return self.source.read_quantized(name, shape)
         return quantize(self.source.read(name, shape), format)
 
@@ -132,13 +132,19 @@ class ModelReader:
         """As `matrix`, for rows of a part of a SwiGLU. Biases are in the kit's dtype."""
         if format is None or stored.is_bias:
             return stored.read(self.source, rows, kept).to(self.kit.dtype)
-        if self.source.format_of(stored.name) == format:
+        if self._is_stored_as(stored.name, format):
             return stored.read_quantized(self.source, rows, kept)
         return quantize(stored.read(self.source, rows, kept), format)
 
     def norm(self, name: str) -> Norm:
         weight_D = self.tensor(name, self.config.hidden_size)
         return self.kit.norm(weight_D, self.config.rms_norm_eps, self.config.residual_multiplier)
+
+    def _is_stored_as(self, name: str, format: WeightFormat) -> bool:
+        """Whether a matrix is stored in the format in which it is to be held; if not, it is not quantised yet."""
+        stored = self.source.format_of(name)
+        assert stored in (None, format), f"{name}: stored as {stored}, held as {format}"
+        return stored is not None
 
     def attention(self, index: int, next_norm: Norm) -> AttentionBlock:
         prefix, layer = self.names.layer.format(index), self.config.layers[index]
@@ -162,10 +168,11 @@ class ModelReader:
                 ]
             )
 
-        bias = None
+        bias: Tensor | None = None
         if config.qkv_bias:
-            bias = stacked({part: self.tensor(f"{prefix}.{part}.bias", count) for part, count in rows.items()})
-            assert isinstance(bias, Tensor)
+            biases = stacked({part: self.tensor(f"{prefix}.{part}.bias", count) for part, count in rows.items()})
+            assert isinstance(biases, Tensor)
+            bias = biases
         qkv = self.kit.linear(sum(rows.values()), hidden, bias, format)
         weights = {
             part: self.matrix(f"{prefix}.{part}.weight", count, hidden, format=format) for part, count in rows.items()

@@ -24,9 +24,10 @@ def with_stored_formats(model: ModelConfig, names: TensorNames, format_of: Forma
     Args:
         format_of: a matrix's format by its name in a checkpoint of the family, None if it is not quantised.
     """
-    reader = _Reader(names, format_of)
+    reader, moe = _Reader(names, format_of), model.moe
+    has_shared = moe.shared_intermediate_size > 0
     layers = tuple(
-        replace(layer, formats=reader.layer(layer, names.layer.format(index), model.moe.shared_intermediate_size > 0))
+        replace(layer, formats=reader.layer(layer, names.layer.format(index), moe.num_experts, has_shared))
         for index, layer in enumerate(model.layers)
     )
     if reader.mixed:
@@ -47,14 +48,14 @@ class _Reader:
         self.names, self.format_of = names, format_of
         self.mixed: list[str] = []
 
-    def layer(self, layer: LayerConfig, prefix: str, has_shared: bool) -> LayerFormats:
+    def layer(self, layer: LayerConfig, prefix: str, num_experts: int, has_shared: bool) -> LayerFormats:
         """The formats of a layer whose tensors' names begin with `prefix`."""
         names = self.names
         attention = self._common(f"{prefix}.{part}.weight" for part in self._projections(layer))
         if not layer.is_sparse:
             return LayerFormats(attention, self._swiglu(f"{prefix}.{names.dense}", names.dense_parts), None)
         shared = self._swiglu(f"{prefix}.{names.shared}", names.shared_parts) if has_shared else None
-        return LayerFormats(attention, shared, self._experts(prefix))
+        return LayerFormats(attention, shared, self._experts(prefix, num_experts))
 
     def _projections(self, layer: LayerConfig) -> list[str]:
         names, latent = self.names, self.names.latent
@@ -63,23 +64,29 @@ class _Reader:
         queries = [names.query] if layer.attention.query_rank is None else [latent.query_down, latent.query_up]
         return [*queries, latent.latent_down, names.attention_output]
 
-    def _experts(self, prefix: str) -> WeightFormat | None:
-        """Of the first expert, stored apart or with all others, under the family's name or the usual one."""
+    def _experts(self, prefix: str, num_experts: int) -> WeightFormat | None:
+        """Of all experts, stored one by one or in one tensor, under the family's name or the usual one."""
         names = self.names
+        own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
+        places = [*own]
         for block in dict.fromkeys((f"{prefix}.{names.sparse}", f"{prefix}.{names.dense}")):
-            if found := self._swiglu(f"{block}.{names.expert.format(0)}", names.expert_parts):
-                return found
-            fused = f"{block}.experts"
-            usual = [(f"{fused}.gate_up_proj{end}", f"{fused}.down_proj{end}") for end in ("", ".weight")]
-            own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
-            for pair in (*own, *usual):
-                if found := self._common(pair):
-                    return found
-        return None
+            fused, single = f"{block}.experts", f"{block}.{names.expert}"
+            places += [(f"{fused}.gate_up_proj{end}", f"{fused}.down_proj{end}") for end in ("", ".weight")]
+            places.append(
+                tuple(
+                    name
+                    for expert in range(num_experts)
+                    for name in self._parts(single.format(expert), names.expert_parts)
+                )
+            )
+        return next((found for place in places if (found := self._common(place))), None)
 
     def _swiglu(self, prefix: str, parts: SwiGLUNames) -> WeightFormat | None:
+        return self._common(self._parts(prefix, parts))
+
+    def _parts(self, prefix: str, parts: SwiGLUNames) -> list[str]:
         up = (parts.gate_up,) if parts.gate_up else (parts.gate, parts.up)
-        return self._common(f"{prefix}.{part}.weight" for part in (*up, parts.down))
+        return [f"{prefix}.{part}.weight" for part in (*up, parts.down)]
 
     def _common(self, names: Iterable[str]) -> WeightFormat | None:
         listed = list(names)

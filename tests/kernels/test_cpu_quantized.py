@@ -114,12 +114,12 @@ INTEGER_FORMATS = [format for format in FORMATS if format.code is not Code.FP8]
 
 
 @pytest.mark.parametrize("format", INTEGER_FORMATS, ids=name_of)
-def test_products_with_int8_rows_are_those_of_the_twin(kernels: Kernels, format: WeightFormat) -> None:
+def test_products_with_int8_rows_are_those_of_the_twin(byte_kernels: Kernels, format: WeightFormat) -> None:
     """To the bit: sums of integers are exact, and the rest is in one order."""
     for dtype in (torch.float32, torch.bfloat16):
         for outputs, inputs in SIZES:
             matrix = random_matrix(format, outputs, inputs)
-            linear = PackedLinear(kernels, outputs, inputs, dtype, format=format, int8_rows=True)
+            linear = PackedLinear(byte_kernels, outputs, inputs, dtype, format=format, int8_rows=True)
             linear.put(0, matrix)
             x = torch.randn(100, inputs).to(dtype)
             x[3] = 0
@@ -128,17 +128,17 @@ def test_products_with_int8_rows_are_those_of_the_twin(kernels: Kernels, format:
                 assert torch.equal(linear(x[:rows], float32=True), wanted[:rows])
 
 
-def test_fp8_ignores_int8_rows(kernels: Kernels) -> None:
+def test_fp8_ignores_int8_rows(byte_kernels: Kernels) -> None:
     matrix, x = random_matrix(WeightFormat(Code.FP8, Scale.FLOAT32, 128), 64, 128), torch.randn(3, 128)
-    linear = PackedLinear(kernels, 64, 128, torch.float32, format=matrix.format, int8_rows=True)
+    linear = PackedLinear(byte_kernels, 64, 128, torch.float32, format=matrix.format, int8_rows=True)
     linear.put(0, matrix)
-    assert torch.equal(linear(x), packed(kernels, matrix, torch.float32)(x))
+    assert torch.equal(linear(x), packed(byte_kernels, matrix, torch.float32)(x))
 
 
-def test_experts_with_int8_rows(kernels: Kernels) -> None:
+def test_experts_with_int8_rows(byte_kernels: Kernels) -> None:
     format = WeightFormat(Code.INT4, Scale.BFLOAT16, 32)
     slots, hidden, inner = 3, 96, 160
-    experts = PackedExperts(kernels, slots, hidden, inner, torch.float32, format=format, int8_rows=True)
+    experts = PackedExperts(byte_kernels, slots, hidden, inner, torch.float32, format=format, int8_rows=True)
     matrices = [
         [random_matrix(format, *shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))]
         for _ in range(slots)

@@ -148,7 +148,7 @@ class AttentionTile {
     packed_keys_ = scratch.keys.get<T>(steps * kStepElements<T>);
     std::fill(packed_keys_ + panel_elements<T>(shape.head_size), packed_keys_ + steps * kStepElements<T>, T{});
     packed_values_ = scratch.values.get<T>(panels_ * panel_elements<T>(kKeys));
-    if (pages.code != kPlain) rows_of_t_ = scratch.widened.get<T>(kKeys * (shape.head_size + shape.value_size));
+    if (pages.code != kRowPlain) rows_of_t_ = scratch.widened.get<T>(kKeys * (shape.head_size + shape.value_size));
   }
 
   // The first key of a task's first block.

@@ -74,6 +74,7 @@ inline IntVec with_sign(IntVec v, IntVec sign) {
 }
 #else
 inline IntVec and_bits(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
+inline IntVec xor_bits(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
 inline IntVec add_int32(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
 inline IntVec sub_int32(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
 inline IntVec mul_int32(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
@@ -85,6 +86,15 @@ inline IntVec add_int16(IntVec a, IntVec b) { return _mm256_add_epi16(a, b); }
 inline IntVec add_pairs(IntVec v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 inline IntVec size_of(IntVec v) { return _mm256_abs_epi8(v); }
 inline IntVec with_sign(IntVec v, IntVec sign) { return _mm256_sign_epi8(v, sign); }
+#endif
+
+// Adds products of four unsigned and four signed bytes to each lane.
+#if defined(__AVX512VNNI__)
+#define MOE_BYTE_PRODUCTS
+inline IntVec add_byte_products(IntVec sum, IntVec a, IntVec b) { return _mm512_dpbusd_epi32(sum, a, b); }
+#elif defined(__AVXVNNI__)
+#define MOE_BYTE_PRODUCTS
+inline IntVec add_byte_products(IntVec sum, IntVec a, IntVec b) { return _mm256_dpbusd_avx_epi32(sum, a, b); }
 #endif
 
 // One vector of outputs in one step: codes as unsigned bytes, and products with a row's inputs, which they add to 32-bit
@@ -106,8 +116,8 @@ struct StepCodes {
 
   IntVec add(IntVec sum, const int8_t* inputs) const {
     const IntVec first = broadcast_word(inputs), second = broadcast_word(inputs + 4);
-#if defined(__AVX512VNNI__)
-    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, low, first), high, second);
+#if defined(MOE_BYTE_PRODUCTS)
+    return add_byte_products(add_byte_products(sum, low, first), high, second);
 #else
     // At most four products of 24 * 127, which 16 bits hold.
     return add_int32(sum, add_pairs(add_int16(pairs_of_products(low, first), pairs_of_products(high, second))));
@@ -117,13 +127,13 @@ struct StepCodes {
 
 template <>
 struct StepCodes<kInt8> {
-#if defined(__AVX512VNNI__)
+#if defined(MOE_BYTE_PRODUCTS)
   static constexpr int32_t kZero = 128;
   IntVec codes;
 
   explicit StepCodes(IntVec given) : codes(xor_bits(given, set1_bits(static_cast<int32_t>(0x80808080)))) {}
 
-  IntVec add(IntVec sum, const int8_t* inputs) const { return _mm512_dpbusd_epi32(sum, codes, broadcast_word(inputs)); }
+  IntVec add(IntVec sum, const int8_t* inputs) const { return add_byte_products(sum, codes, broadcast_word(inputs)); }
 #else
   static constexpr int32_t kZero = 0;
   IntVec sizes, codes;
@@ -148,7 +158,7 @@ struct BlockScales {
     scale = load_scales(format.scale, head, factor, output) * set1(kCode == kFp4 ? 0.5f : 1.0f);
     zeros = set1_bits(base);
     if constexpr (kHasZero) {
-      zeros = add_int32(zeros, int_of(widen_int8(head + kPanel * scale_bytes(format.scale) + output)));
+      zeros = add_int32(zeros, int_of(load_zeros(format, head, output)));
     }
   }
 

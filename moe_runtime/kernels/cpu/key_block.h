@@ -91,8 +91,8 @@ struct KeyBlock {
       values.take_page(pages.values, *page, in_page, first, end, head * shape.value_size * pages.item_size, head);
       i = end;
     }
-    keys.repeat(behind, count, pages.code != kPlain);
-    values.repeat(behind, count, pages.code != kPlain);
+    keys.repeat(behind, count, pages.code != kRowPlain);
+    values.repeat(behind, count, pages.code != kRowPlain);
   }
 };
 
@@ -159,7 +159,7 @@ struct HeadBlock {
                         T* memory, const T** out) {
     const int64_t skip = head * size * pages.item_size;
     for (int64_t i = 0; i < kKeys; i++) {
-      if (pages.code == kPlain) {
+      if (pages.code == kRowPlain) {
         out[i] = reinterpret_cast<const T*>(rows.data[i] + skip);
       } else if (i > 0 && rows.data[i] == rows.data[i - 1]) {
         out[i] = out[i - 1];

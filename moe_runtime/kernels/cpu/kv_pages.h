@@ -9,7 +9,7 @@
 namespace moe {
 
 // How the cache holds a number: in T, as int8, as E4M3.
-enum RowCode : int64_t { kPlain = 0, kInt8 = 1, kFp8 = 2 };
+enum RowCode : int64_t { kRowPlain = 0, kRowInt8 = 1, kRowFp8 = 2 };
 
 // The rows of all tokens, in pages. The heads of a token are side by side, and so are their scales.
 struct CachedRows {
@@ -99,14 +99,14 @@ void write_rows(const KVPages& pages, const CachedRows& rows, int64_t position, 
                 int64_t split) {
   const int64_t page = position / pages.page_size, in_page = position % pages.page_size;
   char* to = rows.row(page, in_page);
-  if (pages.code == kPlain) {
+  if (pages.code == kRowPlain) {
     std::memcpy(to, x, heads * size * sizeof(T));
     return;
   }
   float* scale = rows.scale(page, in_page);
   for (int64_t head = 0; head < heads; head++, x += size, to += size) {
     for_parts(size, split, [&](int64_t first, int64_t count) {
-      *scale++ = pages.code == kInt8 ? quantize_row(x + first, count, reinterpret_cast<int8_t*>(to) + first)
+      *scale++ = pages.code == kRowInt8 ? quantize_row(x + first, count, reinterpret_cast<int8_t*>(to) + first)
                                      : quantize_row(x + first, count, reinterpret_cast<e4m3*>(to) + first);
     });
   }
@@ -116,7 +116,7 @@ void write_rows(const KVPages& pages, const CachedRows& rows, int64_t position, 
 template <class T>
 void read_row(int64_t code, const char* row, const float* scale, int64_t size, int64_t split, T* out) {
   for_parts(size, split, [&](int64_t first, int64_t count) {
-    if (code == kInt8) {
+    if (code == kRowInt8) {
       widen_row(reinterpret_cast<const int8_t*>(row) + first, *scale++, count, out + first);
     } else {
       widen_row(reinterpret_cast<const e4m3*>(row) + first, *scale++, count, out + first);

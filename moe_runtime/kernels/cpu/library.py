@@ -43,6 +43,7 @@ INSTRUCTION_SETS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "avx512_bf16": (_AVX512_FLAGS | {"avx512_vnni", "avx512_bf16"}, f"{_AVX512} -mavx512vnni -mavx512bf16"),
     "avx512": (_AVX512_FLAGS, _AVX512),
+    "avx_vnni": (_AVX2_FLAGS | {"avx_vnni"}, "-mavxvnni"),
     "avx2": (_AVX2_FLAGS, ""),
 }
 

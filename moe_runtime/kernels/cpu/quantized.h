@@ -58,7 +58,7 @@ struct PanelShape {
 // --- one vector of outputs ---
 
 // E4M3 in the highest byte of each lane. It has no infinities; NaN is not expected.
-inline Vec e4m3(IntVec top) {
+inline Vec from_e4m3(IntVec top) {
 #if defined(__AVX512F__)
   const IntVec size = _mm512_srli_epi32(_mm512_and_si512(top, set1_bits(0x7f000000)), 4);
   const Vec normal = vec_of(_mm512_add_epi32(size, set1_bits(120 << 23)));
@@ -80,14 +80,6 @@ inline IntVec widen_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#endif
-}
-
-inline Vec widen_int8(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#else
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #endif
 }
 
@@ -125,7 +117,7 @@ inline Vec load_scales(int32_t type, const uint8_t* scales, const float* factor,
     case kScaleFloat32: return load(reinterpret_cast<const float*>(at));
     case kScaleBf16: return load(reinterpret_cast<const bf16*>(at));
     case kScaleE8M0: return vec_of(shift_left(widen_bytes(at), 23));
-    case kScaleE4M3: return e4m3(shift_left(widen_bytes(at), 24)) * load(factor + output);
+    case kScaleE4M3: return load(reinterpret_cast<const e4m3*>(at)) * load(factor + output);
     default:
 #if defined(__AVX512F__)
       return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
@@ -133,6 +125,11 @@ inline Vec load_scales(int32_t type, const uint8_t* scales, const float* factor,
       return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
 #endif
   }
+}
+
+// Zeros of the outputs from `output` on.
+inline Vec load_zeros(const QuantFormat& format, const uint8_t* head, int output) {
+  return load(reinterpret_cast<const int8_t*>(head + kPanel * scale_bytes(format.scale) + output));
 }
 
 // Values of integers are read this many times as large, which the scale makes up for: a number in the highest bits of a
@@ -149,7 +146,7 @@ constexpr float kUnit = kCode == kInt8 ? 0x1p24f : kCode == kInt4 ? 0x1p28f : 1.
 template <int kCode>
 inline Vec code_value(IntVec codes, int i) {
   if constexpr (kCode == kInt8) return top_byte(codes, i);
-  if constexpr (kCode == kFp8) return e4m3(shift_left(codes, 24 - 8 * i));
+  if constexpr (kCode == kFp8) return from_e4m3(shift_left(codes, 24 - 8 * i));
   const int bit = i < 4 ? 8 * i : 8 * (i - 4) + 4;
 #if defined(__AVX512F__)
   // A permutation looks at the lowest four bits of its index.
@@ -200,7 +197,7 @@ void decode_group(const QuantFormat& format, const uint8_t* head, const float* f
       const int output = column + j * kLanes;
       scales[j] = load_scales(format.scale, head, factor, output) * set1(1.0f / kUnit<kCode>);
       if constexpr (kHasZero) {
-        zeros[j] = widen_int8(head + kPanel * scale_bytes(format.scale) + output) * set1(kUnit<kCode>);
+        zeros[j] = load_zeros(format, head, output) * set1(kUnit<kCode>);
       }
     }
     for (int64_t step = 0; step < steps; step++) {
