@@ -130,9 +130,10 @@ def test_only_the_rows_that_are_wanted_are_read(tmp_path: Path) -> None:
     assert source.bytes_read == 2 * sum(tensor.nbytes for tensor in packed.parts.values())
 
 
-def test_matrices_that_were_left_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["compressed int4", "fp8 blocks", "modelopt nvfp4", "gptq int4"])
+def test_matrices_that_were_left_as_they_are(tmp_path: Path, label: str) -> None:
     """Whether the configuration names them or not."""
-    case, tensor = CASES["compressed int4"], torch.randn(16, 48).bfloat16()
+    case, tensor = CASES[label], torch.randn(16, 48).bfloat16()
     name = EXPERT.format(0, "up")
     source = open_source(write(tmp_path, {name: tensor, "lm_head.weight": tensor.clone()}, case.settings))
     for left in (name, "lm_head.weight"):
@@ -179,25 +180,27 @@ def test_damage_is_named(tmp_path: Path, label: str, changes: dict[str, Tensor |
 
 
 @pytest.mark.parametrize(
-    ("label", "part", "what"),
+    ("label", "part", "value", "what"),
     [
-        ("fp8 blocks", "weight_scale_inv", "scales"),
-        ("fp8 blocks", "weight", "codes"),
-        ("mxfp8", "weight_scale_inv", "scales"),
-        ("gptq int4, zeros", "scales", "scales"),
-        ("compressed nvfp4", "weight_scale", "scales"),
-        ("compressed nvfp4", "weight_global_scale", "factors"),
-        ("modelopt nvfp4", "weight_scale_2", "factors"),
+        ("fp8 blocks", "weight_scale_inv", torch.nan, "scales"),
+        ("fp8 blocks", "weight", torch.nan, "codes"),
+        ("mxfp8", "weight_scale_inv", torch.nan, "scales"),
+        ("gptq int4, zeros", "scales", -torch.inf, "scales"),
+        ("compressed nvfp4", "weight_scale", torch.nan, "scales"),
+        ("compressed nvfp4", "weight_global_scale", 0.0, "factors"),
+        ("modelopt nvfp4", "weight_scale_2", torch.inf, "factors"),
     ],
 )
-def test_nan_is_found_when_weights_are_checked(tmp_path: Path, label: str, part: str, what: str) -> None:
+def test_what_is_not_finite_is_found_when_weights_are_checked(
+    tmp_path: Path, label: str, part: str, value: float, what: str
+) -> None:
     source, name, _ = made(tmp_path, CASES[label], (24, 64))
     tensors = load_file(tmp_path / "model.safetensors")
     damaged = tensors[part_name(name, part)]
     if damaged.element_size() == 1:
         damaged.view(torch.uint8).flatten()[-1] = 255  # NaN in E8M0 and E4M3
     else:
-        damaged.flatten()[-1] = torch.nan
+        damaged.view(-1)[-1] = value
     source = open_source(write(tmp_path, tensors, CASES[label].settings))
     source.read_quantized(name, (24, 64))
     with pytest.raises(ValueError, match=rf"^model: tensor '{name}' is damaged: \d+ of \d+ {what} read are NaN"):
