@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.forms import USUAL, Forms
+from moe_runtime.kernels.quantized_slots import Matrix, MatrixSlots, QuantizedSlots, empty_matrix, put_rows, tensors_of
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.types.weight_format import WeightFormat
 
@@ -21,10 +22,11 @@ class ExpertSlots:
 
     Args:
         num_slots, hidden_size, intermediate_size: S, D, F.
-        dtype, device: of the weights and biases.
+        dtype, device: of the rows, of biases, and of weights that are not quantised.
         forms: of the products.
         swiglu: the activation.
         has_bias: whether the matrices have biases; they are zero until they are put in.
+        format: of quantised weights, or None.
     """
 
     def __init__(
@@ -37,12 +39,19 @@ class ExpertSlots:
         forms: Forms = USUAL,
         swiglu: SwiGLU = PLAIN,
         has_bias: bool = False,
+        format: WeightFormat | None = None,
     ) -> None:
         self.forms = forms
         self.swiglu = swiglu
-        self.format = WeightFormat.of(str(dtype).removeprefix("torch."))
-        self.w13_SGD = torch.empty(num_slots, 2 * intermediate_size, hidden_size, dtype=dtype, device=device)
-        self.w2_SDF = torch.empty(num_slots, hidden_size, intermediate_size, dtype=dtype, device=device)
+        self.format = WeightFormat.of(str(dtype).removeprefix("torch.")) if format is None else format
+
+        def room(outputs: int, inputs: int) -> MatrixSlots:
+            if format is None:
+                return torch.empty(num_slots, outputs, inputs, dtype=dtype, device=device)
+            return QuantizedSlots(empty_matrix(format, num_slots * outputs, inputs, device), outputs)
+
+        self.w13_SGD = room(2 * intermediate_size, hidden_size)
+        self.w2_SDF = room(hidden_size, intermediate_size)
         self.b13_SG: Tensor | None = None
         self.b2_SD: Tensor | None = None
         if has_bias:
@@ -55,24 +64,25 @@ class ExpertSlots:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(room.nbytes for room in self._rooms())
 
-    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Matrix) -> None:
         """Copy rows of one of an expert's matrices (gate and up `[F, D]`, down `[D, F]`) into a slot, or of its biases.
 
         Args:
-            rows: `[n, inputs]`, or `[n]` of a bias, for the outputs from `first_row` on.
+            rows: `[n, inputs]` in the slots' format, or `[n]` of a bias, for the outputs from `first_row` on.
         """
         matrix, _, bias = part.partition("_")
-        up, down = (self.b13_SG, self.b2_SD) if bias else (self.w13_SGD, self.w2_SDF)
-        assert up is not None and down is not None, f"{part}: no room for biases"
-        inner = self.w2_SDF.shape[2]
-        whole = {"gate": up[slot, :inner], "up": up[slot, inner:], "down": down[slot]}[matrix]
-        whole[first_row : first_row + len(rows)] = rows
+        weights, biases = (self.w2_SDF, self.b2_SD) if matrix == "down" else (self.w13_SGD, self.b13_SG)
+        room: MatrixSlots | None = biases if bias else weights
+        assert room is not None, f"{part}: no room for biases"
+        if matrix == "up":
+            first_row += self.w2_SDF.shape[2]
+        put_rows(room[slot], first_row, rows)
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """A slot's content as stored in memory; the same on every rank for the same expert."""
-        return tuple(tensor[slot] for tensor in self._tensors())
+        return tuple(tensor for room in self._rooms() for tensor in tensors_of(room[slot]))
 
     def __call__(self, x_ND: Tensor, row_R: Tensor | None, counts_S: Tensor, room_RD: Tensor | None = None) -> Tensor:
         """The experts' outputs for the rows `x_ND[row_R]`, grouped by slot: `[R, D]` in that order.
@@ -90,6 +100,6 @@ class ExpertSlots:
             swiglu=self.swiglu,
         )
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def _rooms(self) -> Iterator[MatrixSlots]:
         yield from (self.w13_SGD, self.w2_SDF)
-        yield from (tensor for tensor in (self.b13_SG, self.b2_SD) if tensor is not None)
+        yield from (bias for bias in (self.b13_SG, self.b2_SD) if bias is not None)

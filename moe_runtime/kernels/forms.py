@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from moe_runtime.kernels import invariant_ops, ops, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.kv_rows import KVScales
+from moe_runtime.kernels.quantized_slots import Matrix, MatrixSlots
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 
@@ -23,8 +24,8 @@ class GroupedMLP(Protocol):
         x_ND: Tensor,
         row_R: Tensor | None,
         counts_S: Tensor,
-        w13_SGD: Tensor,
-        w2_SDF: Tensor,
+        w13_SGD: MatrixSlots,
+        w2_SDF: MatrixSlots,
         *,
         b13_SG: Tensor | None = None,
         b2_SD: Tensor | None = None,
@@ -51,16 +52,23 @@ class PagedAttention(Protocol):
 
 @dataclass(frozen=True)
 class Forms:
-    """One form of each op: `linear` is `torch.nn.functional.linear` of rows, `head_products` is as in `torch_ops` on
-    any device, the others are as in `ops`."""
+    """One form of each op: `linear` is that of rows with a dense or quantised matrix, `head_products` is as in
+    `torch_ops` on any device, the others are as in `ops`."""
 
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear: Callable[[Tensor, Matrix, Tensor | None], Tensor]
     head_products: Callable[[Tensor, Tensor], Tensor]
     grouped_mlp: GroupedMLP
     paged_attention: PagedAttention
 
 
-USUAL = Forms(F.linear, torch_ops.head_products, ops.grouped_mlp, ops.paged_attention)
+def linear(x_NI: Tensor, weight_OI: Matrix, bias_O: Tensor | None = None) -> Tensor:
+    """The usual product: torch's of a dense matrix, `ops.quantized_linear` of a quantised one."""
+    if isinstance(weight_OI, Tensor):
+        return F.linear(x_NI, weight_OI, bias_O)
+    return ops.quantized_linear(x_NI, weight_OI, bias_O)
+
+
+USUAL = Forms(linear, torch_ops.head_products, ops.grouped_mlp, ops.paged_attention)
 INVARIANT = Forms(
     invariant_ops.linear, invariant_ops.head_products, invariant_ops.grouped_mlp, invariant_ops.paged_attention
 )

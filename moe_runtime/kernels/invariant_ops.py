@@ -19,15 +19,17 @@ from torch.nn import functional as F
 from moe_runtime.kernels import ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.kv_rows import KVScales
+from moe_runtime.kernels.quantized_slots import Matrix, MatrixSlots, dense
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 
-def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, rounded once, `[N, O]`."""
+def linear(x_NI: Tensor, weight_OI: Matrix, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, rounded once, `[N, O]`; a quantised weight is taken as in `ops.quantized_linear`."""
     if ops.uses_triton(x_NI.device):
-        from moe_runtime.kernels.triton import grouped_gemm
+        from moe_runtime.kernels.triton import dense_gemm
 
-        return grouped_gemm.linear(x_NI, weight_OI, bias_O)
+        return dense_gemm.linear(x_NI, weight_OI, bias_O)
+    weight_OI = dense(weight_OI, x_NI.dtype)
     out_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
     for row, x_I in enumerate(x_NI):
         out_NO[row] = F.linear(x_I, weight_OI, bias_O)
@@ -45,8 +47,8 @@ def grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     *,
     b13_SG: Tensor | None = None,
     b2_SD: Tensor | None = None,
@@ -61,21 +63,20 @@ def grouped_mlp(
             x_ND, row_R, counts_S, w13_SGD, w2_SDF, b13_SG=b13_SG, b2_SD=b2_SD, swiglu=swiglu, tile=tile
         )
     rows_RD = x_ND if row_R is None else x_ND[row_R]
-    slot_R = torch.arange(len(counts_S)).repeat_interleave(counts_S.cpu()).tolist()
     out_RD = torch.empty_like(rows_RD)
     one = counts_S.new_ones(1)
-    for row, slot in enumerate(slot_R):
-        slots = slice(slot, slot + 1)
-        out_RD[row] = torch_ops.grouped_mlp(
-            rows_RD[row : row + 1],
-            None,
-            one,
-            w13_SGD[slots],
-            w2_SDF[slots],
-            b13_SG=None if b13_SG is None else b13_SG[slots],
-            b2_SD=None if b2_SD is None else b2_SD[slots],
-            swiglu=swiglu,
-        )[0]
+    first = 0
+    for slot, count in enumerate(counts_S.tolist()):
+        if not count:
+            continue
+        w13_1GD, w2_1DF = (dense(w[slot], x_ND.dtype)[None] for w in (w13_SGD, w2_SDF))
+        b13_1G, b2_1D = (None if bias is None else bias[slot][None] for bias in (b13_SG, b2_SD))
+        for row in range(first, first + count):
+            row_1D = rows_RD[row : row + 1]
+            out_RD[row] = torch_ops.grouped_mlp(
+                row_1D, None, one, w13_1GD, w2_1DF, b13_SG=b13_1G, b2_SD=b2_1D, swiglu=swiglu
+            )[0]
+        first += count
     return out_RD
 
 

@@ -1,6 +1,6 @@
 """The interface of the kernels: every op that the model uses, in the implementation that its device has.
 
-Meanings, shapes and errors are those of the torch twins (`torch_ops`, `torch_attention`).
+Meanings, shapes and errors are those of the torch twins (`torch_ops`, `torch_attention`, `quantized_ops`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels import kv_rows, torch_attention, torch_ops
+from moe_runtime.kernels import kv_rows, quantized_ops, torch_attention, torch_ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.kv_rows import KVScales
+from moe_runtime.kernels.quantized import QuantizedMatrix
+from moe_runtime.kernels.quantized_slots import MatrixSlots
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
@@ -31,6 +33,7 @@ __all__ = [
     "group_by_slot_padded",
     "grouped_mlp",
     "paged_attention",
+    "quantized_linear",
     "rms_norm",
     "rotary_store_kv",
     "scale_rows",
@@ -267,8 +270,8 @@ def grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     *,
     b13_SG: Tensor | None = None,
     b2_SD: Tensor | None = None,
@@ -281,6 +284,15 @@ def grouped_mlp(
 
         return grouped_gemm.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, **options)
     return torch_ops.grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, **options)
+
+
+def quantized_linear(x_NI: Tensor, weight_OI: QuantizedMatrix, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` with a quantised weight, `[N, O]`; see `quantized_ops.quantized_linear`."""
+    if uses_triton(x_NI.device):
+        from moe_runtime.kernels.triton import dense_gemm
+
+        return dense_gemm.quantized_linear(x_NI, weight_OI, bias_O)
+    return quantized_ops.quantized_linear(x_NI, weight_OI, bias_O)
 
 
 def combine_topk(y_TKD: Tensor, weights_TK: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.kv_rows import KVScales, key_parts, widen_rows
+from moe_runtime.kernels.quantized_slots import MatrixSlots, dense
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import Scoring
 
@@ -100,8 +101,8 @@ def grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     *,
     b13_SG: Tensor | None = None,
     b2_SD: Tensor | None = None,
@@ -113,13 +114,13 @@ def grouped_mlp(
     intermediate = w2_SDF.shape[2]
     out_RD = x_ND.new_empty(len(rows), x_ND.shape[1])
     for place, (row, slot) in enumerate(zip(rows.tolist(), slots.tolist(), strict=True)):
-        gate_up = w13_SGD[slot].double() @ x_ND[row].double()
+        gate_up = dense(w13_SGD[slot], x_ND.dtype).double() @ x_ND[row].double()
         if b13_SG is not None:
             gate_up += b13_SG[slot].double()
         gate, up = gate_up[:intermediate], gate_up[intermediate:]
         gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
         product = (gate / (1 + torch.exp(-swiglu.alpha * gate)) * (up + swiglu.offset)).to(x_ND.dtype)
-        out_D = w2_SDF[slot].double() @ product.double()
+        out_D = dense(w2_SDF[slot], x_ND.dtype).double() @ product.double()
         if b2_SD is not None:
             out_D += b2_SD[slot].double()
         out_RD[place] = out_D.to(x_ND.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_runtime.kernels.quantized_slots import MatrixSlots, dense
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 
 Scoring = Literal["softmax", "sigmoid"]
@@ -249,8 +250,8 @@ def check_grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     b13_SG: Tensor | None,
     b2_SD: Tensor | None,
 ) -> None:
@@ -267,8 +268,9 @@ def check_grouped_mlp(
         )
     if x_ND.ndim != 2 or x_ND.shape[1] != hidden:
         raise ValueError(f"x_ND: shape {tuple(x_ND.shape)} is not allowed; it must be [rows, {hidden}]")
-    if not x_ND.dtype == w13_SGD.dtype == w2_SDF.dtype:
-        raise ValueError(f"dtypes {x_ND.dtype}, {w13_SGD.dtype}, {w2_SDF.dtype} of x, w13 and w2 must be equal")
+    dtypes = [x.dtype for x in (x_ND, w13_SGD, w2_SDF) if isinstance(x, Tensor)]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"dtypes {', '.join(map(str, dtypes))} of x, w13 and w2 must be equal")
     if counts_S.shape != (num_slots,) or counts_S.dtype != torch.int64:
         raise ValueError(f"counts_S: {counts_S.dtype} {tuple(counts_S.shape)} must be int64 of {num_slots} slots")
     if row_R is not None and (row_R.ndim != 1 or row_R.dtype != torch.int64):
@@ -285,8 +287,8 @@ def grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     *,
     b13_SG: Tensor | None = None,
     b2_SD: Tensor | None = None,
@@ -296,6 +298,7 @@ def grouped_mlp(
 
     The activation is rounded to the dtype of `x_ND` between the two products with weights, and so is the result, once.
     Biases are added in float32, before any rounding. This form also rounds gate and up before the activation.
+    Quantised weights are decoded in float32 and rounded to the dtype of `x_ND` (`quantized_slots.dense`).
 
     Args:
         x_ND: input rows.
@@ -322,9 +325,10 @@ def grouped_mlp(
     for slot, count in enumerate(counts):
         if count:
             group = slice(start, start + count)
-            gate_up = F.linear(rows_RD[group], w13_SGD[slot], None if b13_SG is None else b13_SG[slot])
+            w13_GD, w2_DF = dense(w13_SGD[slot], x_ND.dtype), dense(w2_SDF[slot], x_ND.dtype)
+            gate_up = F.linear(rows_RD[group], w13_GD, None if b13_SG is None else b13_SG[slot])
             hidden = silu_mul(gate_up) if swiglu == PLAIN else swiglu_mul(gate_up, swiglu)
-            out_RD[group] = F.linear(hidden, w2_SDF[slot], None if b2_SD is None else b2_SD[slot])
+            out_RD[group] = F.linear(hidden, w2_DF, None if b2_SD is None else b2_SD[slot])
             start += count
     return out_RD
 

@@ -20,6 +20,7 @@ from moe_runtime.all2all.dispatch import Dispatcher, RowOps
 from moe_runtime.config.attention import AttentionConfig, LatentAttentionConfig
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.parts import ExpertPart
+from moe_runtime.kernels.quantized_slots import Matrix
 from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
@@ -33,8 +34,8 @@ class Linear(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def put(self, first_row: int, weight_ND: Tensor, /) -> None:
-        """Fill the outputs from `first_row` on."""
+    def put(self, first_row: int, weight_ND: Matrix, /) -> None:
+        """Fill the outputs from `first_row` on, in the weight's format."""
 
 
 class HeadMatrices(Protocol):
@@ -69,7 +70,7 @@ class Head(Protocol):
     def nbytes(self) -> int: ...
 
     def tied_embedding(self) -> Embedding:
-        """The embedding that shares this head's weight."""
+        """The embedding that shares this head's weight, which must be dense."""
 
     def __call__(self, x_TD: Tensor, /) -> Tensor: ...
 
@@ -90,7 +91,7 @@ class MLP(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None: ...
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Matrix, /) -> None: ...
 
     def __call__(self, x_TD: Tensor, /) -> Tensor: ...
 
@@ -131,8 +132,8 @@ class Experts(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor, /) -> None:
-        """Copy rows of one of an expert's matrices into a slot, in pieces of whole panels."""
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Matrix, /) -> None:
+        """Copy rows of one of an expert's matrices into a slot, in the slots' format and pieces of whole panels."""
 
     def stored(self, slot: int) -> tuple[Tensor, ...]:
         """A slot's content as stored in memory; the same on every rank for the same expert."""
@@ -179,7 +180,10 @@ class StepMaker(Protocol):
 
 
 class Kit(Protocol):
-    """Makes the parts of a decoder in one implementation; weights are put into them afterwards."""
+    """Makes the parts of a decoder in one implementation; weights are put into them afterwards.
+
+    A `format` is that of weights; None is the kit's own, of its dtype.
+    """
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -202,9 +206,11 @@ class Kit(Protocol):
     def describe(self) -> dict[str, str]:
         """The implementation of each op."""
 
-    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> Linear: ...
+    def linear(
+        self, outputs: int, inputs: int, bias: Tensor | None = None, format: WeightFormat | None = None
+    ) -> Linear: ...
 
-    def head(self, vocab_size: int, hidden_size: int) -> tuple[Head, Linear]:
+    def head(self, vocab_size: int, hidden_size: int, format: WeightFormat | None = None) -> tuple[Head, Linear]:
         """The head, and the linear map that its weight is put into."""
 
     def embedding(self, weight_VD: Tensor) -> Embedding: ...
@@ -263,12 +269,20 @@ class Kit(Protocol):
 
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerRunner: ...
 
-    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> MLP:
+    def mlp(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_D: Tensor | None = None,
+        format: WeightFormat | None = None,
+    ) -> MLP:
         """SwiGLU. With `gate_D`, a row's output is multiplied by the sigmoid of its product with the gate."""
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> MLPBlock: ...
 
-    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> Experts: ...
+    def experts(
+        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
+    ) -> Experts: ...
 
     def gate(
         self,

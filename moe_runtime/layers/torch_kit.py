@@ -17,6 +17,7 @@ from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels import ops, torch_ops
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
+from moe_runtime.kernels.quantized_slots import Matrix, empty_matrix
 from moe_runtime.kernels.swiglu import SwiGLU
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.capacity import LayerLimits
@@ -40,6 +41,7 @@ from moe_runtime.layers.torch_layers import (
     TorchLinear,
     TorchMLP,
 )
+from moe_runtime.types.weight_format import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,20 @@ class TorchKit:
             found["tuned tiles"] = str(len(tuned_tiles(self.device)))
         return found
 
-    def linear(self, outputs: int, inputs: int, bias: Tensor | None = None) -> TorchLinear:
-        return TorchLinear(torch.empty(outputs, inputs, dtype=self.dtype, device=self.device), bias, self.forms)
+    def linear(
+        self, outputs: int, inputs: int, bias: Tensor | None = None, format: WeightFormat | None = None
+    ) -> TorchLinear:
+        weight: Matrix
+        if format is None:
+            weight = torch.empty(outputs, inputs, dtype=self.dtype, device=self.device)
+        else:
+            weight = empty_matrix(format, outputs, inputs, self.device)
+        return TorchLinear(weight, bias, self.forms)
 
-    def head(self, vocab_size: int, hidden_size: int) -> tuple[TorchHead, TorchLinear]:
-        linear = self.linear(vocab_size, hidden_size)
+    def head(
+        self, vocab_size: int, hidden_size: int, format: WeightFormat | None = None
+    ) -> tuple[TorchHead, TorchLinear]:
+        linear = self.linear(vocab_size, hidden_size, format=format)
         return TorchHead(linear), linear
 
     def embedding(self, weight_VD: Tensor) -> TorchEmbedding:
@@ -135,14 +146,22 @@ class TorchKit:
     def bind(self, layers: list[DecoderLayer], cache: KVCache) -> LayerLoop:
         return LayerLoop(layers, cache)
 
-    def mlp(self, hidden_size: int, intermediate_size: int, gate_D: Tensor | None = None) -> TorchMLP:
-        gate_up = self.linear(2 * intermediate_size, hidden_size)
-        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size), gate_D)
+    def mlp(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        gate_D: Tensor | None = None,
+        format: WeightFormat | None = None,
+    ) -> TorchMLP:
+        gate_up = self.linear(2 * intermediate_size, hidden_size, format=format)
+        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size, format=format), gate_D)
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> TorchDenseBlock:
         return TorchDenseBlock(mlp, next_norm)
 
-    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig) -> ExpertSlots:
+    def experts(
+        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
+    ) -> ExpertSlots:
         return ExpertSlots(
             num_slots,
             hidden_size,
@@ -152,6 +171,7 @@ class TorchKit:
             self.forms,
             swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
             has_bias=moe.expert_bias,
+            format=format,
         )
 
     def gate(

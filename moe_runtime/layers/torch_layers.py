@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.forms import USUAL, Forms
+from moe_runtime.kernels.quantized_slots import Matrix, put_rows
 from moe_runtime.layers.batch import Batch
 from moe_runtime.layers.kit import MLP, Norm
 
@@ -23,7 +24,7 @@ from moe_runtime.layers.kit import MLP, Norm
 class TorchLinear:
     """`x @ weight.T + bias` with the weight `[outputs, inputs]`, whose rows are put in piece by piece."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, forms: Forms = USUAL) -> None:
+    def __init__(self, weight: Matrix, bias: Tensor | None = None, forms: Forms = USUAL) -> None:
         self.weight = weight
         self.bias = bias
         self.forms = forms
@@ -32,9 +33,9 @@ class TorchLinear:
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
-    def put(self, first_row: int, weight_ND: Tensor) -> None:
-        """Fill the outputs from `first_row` on."""
-        self.weight[first_row : first_row + len(weight_ND)] = weight_ND
+    def put(self, first_row: int, weight_ND: Matrix) -> None:
+        """Fill the outputs from `first_row` on, in the weight's format."""
+        put_rows(self.weight, first_row, weight_ND)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forms.linear(x, self.weight, self.bias)
@@ -71,13 +72,13 @@ class TorchMLP:
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes + (0 if self.gate_D is None else self.gate_D.nbytes)
 
-    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Tensor) -> None:
+    def put(self, slot: int, part: ExpertPart, first_row: int, rows: Matrix) -> None:
         """Copy rows of a weight."""
         assert slot == 0 and part in ("gate", "up", "down"), part
         if part == "down":
             self.down.put(first_row, rows)
         else:
-            self.gate_up.put(first_row + (self.down.weight.shape[1] if part == "up" else 0), rows)
+            self.gate_up.put(first_row + (len(self.gate_up.weight) // 2 if part == "up" else 0), rows)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         out_TD = self.down(ops.silu_mul(self.gate_up(x_TD)))
@@ -124,7 +125,8 @@ class TorchHead:
         return self.linear.nbytes
 
     def tied_embedding(self) -> TorchEmbedding:
-        """The embedding that shares this head's weight."""
+        """The embedding that shares this head's weight, which must be dense."""
+        assert isinstance(self.linear.weight, Tensor), "a quantised head shares no weight"
         return TorchEmbedding(self.linear.weight)
 
     def __call__(self, x_TD: Tensor) -> Tensor:

@@ -14,10 +14,19 @@ from torch.nn import functional as F
 from gpu_bench.shapes import Shape, group, route
 from moe_runtime.kernels import invariant_ops, ops
 from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.quantized import quantize
+from moe_runtime.kernels.quantized_slots import QuantizedSlots, dense
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 
 # Largest difference / largest reference value. An op rounds its result and at most two intermediate results.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 PAGE = 16
+FORMATS = {
+    "fp8": WeightFormat(Code.FP8, Scale.FLOAT32, 128),
+    "mxfp4": WeightFormat(Code.FP4, Scale.E8M0, 32),
+    "int4": WeightFormat(Code.INT4, Scale.FLOAT16, 128),
+    "int8": WeightFormat(Code.INT8, Scale.BFLOAT16),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def check_all(shapes: tuple[Shape, ...], device: torch.device, dtype: torch.dtyp
     found = []
     make = partial(_randn, device=device, dtype=dtype)
     for shape in shapes:
-        for cases in (_experts, _rows, _attention):
+        for cases in (_experts, _quantized, _rows, _attention):
             for op, actual, expected in cases(shape, make, device):
                 error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
                 found.append(Check(op, shape.name, str(dtype)[6:], float(error), TOLERANCE[dtype]))
@@ -99,6 +108,28 @@ def _experts(shape: Shape, make: Make, device: torch.device) -> Cases:
     expected = scores.gather(1, (scores + bias).topk(shape.top_k).indices)
     yield "topk_gate", weights_TK, expected / expected.sum(1, keepdim=True)
     yield "topk_gate experts", (scores + bias).gather(1, experts_TK), (scores + bias).topk(shape.top_k).values
+
+
+def _quantized(shape: Shape, make: Make, device: torch.device) -> Cases:
+    D, inner, counts = shape.hidden, shape.intermediate, [3, 0, 70]
+    x = make(sum(counts), D)
+    for name, format in FORMATS.items():
+        w13, w2 = (
+            QuantizedSlots(quantize(make(len(counts) * n, k, scale=k**-0.5), format), n)
+            for n, k in ((2 * inner, D), (D, inner))
+        )
+        with poisoned():
+            operands = (x, None, torch.tensor(counts, device=device), w13, w2)
+            actual, alone = ops.grouped_mlp(*operands), invariant_ops.grouped_mlp(*operands)
+            product = ops.quantized_linear(x, w13[0])
+        y = torch.empty(len(x), D, dtype=torch.float64, device=device)
+        for slot, rows in enumerate(torch.arange(len(x), device=device).split(counts)):
+            wide13, wide2 = (dense(w[slot], x.dtype).double() for w in (w13, w2))
+            gate, up = (x[rows].double() @ wide13.T).chunk(2, 1)
+            y[rows] = (F.silu(gate) * up) @ wide2.T
+        yield f"grouped_mlp {name}", actual, y
+        yield f"invariant grouped_mlp {name}", alone, y
+        yield f"quantized_linear {name}", product, x.double() @ dense(w13[0], x.dtype).double().T
 
 
 def _rows(shape: Shape, make: Make, device: torch.device) -> Cases:

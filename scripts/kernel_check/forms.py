@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+import torch
 import triton
 
 from moe_runtime.kernels import kv_rows
@@ -13,6 +14,7 @@ from moe_runtime.kernels.torch_ops import Scoring
 from moe_runtime.kernels.triton import (
     attention,
     decode_attention,
+    dense_gemm,
     gate,
     group,
     grouped_gemm,
@@ -22,12 +24,22 @@ from moe_runtime.kernels.triton import (
     tiles,
 )
 from moe_runtime.kernels.triton.attend import HeadSizes
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 
 CACHES = {"i8": "int8", "u8": "fp8"}  # types of rows of 8 bits, as kernels load them
 GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, offset=1.0)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 BFLOAT16 = "bf16"
 FLOAT32 = "fp32"
+POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "e8m0": "*u8", "e4m3": "*u8"}  # of scales
+# The quantised formats of open models.
+FORMATS = {
+    "fp8": WeightFormat(Code.FP8, Scale.FLOAT32, 128),
+    "mxfp4": WeightFormat(Code.FP4, Scale.E8M0, 32),
+    "nvfp4": WeightFormat(Code.FP4, Scale.E4M3, 16),
+    "int4 zeros": WeightFormat(Code.INT4, Scale.FLOAT16, 128, has_zero=True),
+    "int8": WeightFormat(Code.INT8, Scale.BFLOAT16),
+}
 TILES = {BFLOAT16: tiles.TILES_16_BIT, "fp16": tiles.TILES_16_BIT, FLOAT32: tiles.TILES_32_BIT}
 
 
@@ -38,40 +50,54 @@ class Form:
     name: str
     kernel: triton.JITFunction
     types: dict[str, str]
-    meta: Mapping[str, int | float]
+    meta: Mapping[str, int | float | str]
     uses_tensor_cores: bool = False
     needed_shared: int = 0  # by the tile table; a chip with less never gets this form
     chips: tuple[int, ...] = (80, 90, 100)  # chips for which the wrapper chooses this form
 
     @property
-    def constants(self) -> dict[str, int | float | None]:
+    def constants(self) -> dict[str, int | float | str | None]:
         """Values of the constexpr parameters; a pointer that has no type is `None`."""
         return {name: self.meta.get(name) for name in self.kernel.arg_names if name not in self.types}
 
     @property
-    def options(self) -> dict[str, int | float]:
+    def options(self) -> dict[str, int | float | str]:
         """Launch options."""
         return {name: value for name, value in self.meta.items() if name not in self.kernel.arg_names}
 
 
-def types_of(kernel: triton.JITFunction, meta: Mapping[str, int | float], **pointers: str) -> dict[str, str]:
+def types_of(kernel: triton.JITFunction, meta: Mapping[str, int | float | str], **pointers: str) -> dict[str, str]:
     """Argument types: those of the named pointers; every other argument that is no constant is an int32."""
     constant = set(meta) | {name for name in kernel.arg_names if name.isupper() or name.endswith("_ptr")}
     floats = {name: "fp32" for name in ("eps", "scale", "multiplier") if name in kernel.arg_names}
     return dict.fromkeys((n for n in kernel.arg_names if n not in constant), "i32") | floats | pointers
 
 
-def gemm_forms(dtype: str, some_tiles: tuple[tiles.Tile, ...], *, gpt_oss: bool = False) -> Iterator[Form]:
+def weight_pointers(dtype: str, format: WeightFormat | None) -> dict[str, str]:
+    """Types of the pointers to weights."""
+    if format is None or format.scale is None:
+        return {"w_ptr": f"*{dtype}"}
+    pointers = {"w_ptr": "*u8", "scales_ptr": POINTERS[format.scale.value]}
+    pointers |= {"zeros_ptr": "*u8"} if format.has_zero else {}
+    return pointers | ({"factor_ptr": "*fp32"} if format.scale is Scale.E4M3 else {})
+
+
+def gemm_forms(
+    dtype: str, some_tiles: tuple[tiles.Tile, ...], *, gpt_oss: bool = False, weights: str | None = None
+) -> Iterator[Form]:
     """Both products of the expert MLP in each tile; with `gpt_oss`, with biases and its activation."""
-    operands = dict.fromkeys(("x_ptr", "w_ptr", "out_ptr", *(["bias_ptr"] if gpt_oss else [])), f"*{dtype}")
+    format = None if weights is None else FORMATS[weights]
+    operands = dict.fromkeys(("x_ptr", "out_ptr", *(["bias_ptr"] if gpt_oss else [])), f"*{dtype}")
+    operands |= weight_pointers(dtype, format)
+    words = [*(["gpt-oss"] if gpt_oss else []), dtype, *([weights] if weights else [])]
     activation = GPT_OSS if gpt_oss else PLAIN
     for tile in some_tiles:
         kernel = grouped_gemm.grouped_gemm_kernel
         places = {"counts_ptr": "*i64"} if tile.block_m == grouped_gemm.DECODE_ROWS else {"tile_ptr": "*i32"}
         for swiglu in (activation, None):
-            meta = grouped_gemm.grouped_gemm_meta(tile, swiglu=swiglu, in_features=4096, num_slots=128)
+            meta = grouped_gemm.grouped_gemm_meta(tile, swiglu=swiglu, in_features=4096, num_slots=128, format=format)
             yield Form(
-                f"grouped_gemm {'gate+up' if swiglu else 'down'}{' gpt-oss' if gpt_oss else ''} {dtype} {tile}",
+                " ".join(["grouped_gemm", "gate+up" if swiglu else "down", *words, str(tile)]),
                 kernel,
                 types_of(kernel, meta, **operands, **places, **({"row_ptr": "*i64"} if swiglu else {})),
                 meta,
@@ -80,16 +106,16 @@ def gemm_forms(dtype: str, some_tiles: tuple[tiles.Tile, ...], *, gpt_oss: bool 
             )
 
 
-def dense_gemm_form(dtype: str) -> Form:
+def dense_gemm_form(dtype: str, weights: str | None = None) -> Form:
     """The batch-invariant product with a bias."""
-    kernel = grouped_gemm.dense_gemm_kernel
+    kernel = dense_gemm.dense_gemm_kernel
     tile = next(tile for tile in TILES[dtype] if tile.block_m == 64)
-    meta = grouped_gemm.dense_gemm_meta(tile, 4096)
-    operands = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "out_ptr"), f"*{dtype}")
-    return Form(
-        f"dense_gemm {dtype} {tile}", kernel, types_of(kernel, meta, **operands), meta, dtype != FLOAT32,
-        tile.shared_bytes(ITEMSIZE[dtype]),
-    )  # fmt: skip
+    format = None if weights is None else FORMATS[weights]
+    meta = grouped_gemm.gemm_meta(tile, 4096, format)
+    operands = dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{dtype}") | weight_pointers(dtype, format)
+    name = " ".join(["dense_gemm", dtype, *([weights] if weights else []), str(tile)])
+    types, needed_shared = types_of(kernel, meta, **operands), tile.shared_bytes(ITEMSIZE[dtype])
+    return Form(name, kernel, types, meta, dtype != FLOAT32, needed_shared)
 
 
 def tile_map_form(num_slots: int) -> Form:
@@ -213,6 +239,10 @@ def all_forms() -> list[Form]:
     forms: list[Form] = []
     for dtype, some_tiles in TILES.items():
         forms += [*gemm_forms(dtype, some_tiles), *gemm_forms(dtype, some_tiles, gpt_oss=True), dense_gemm_form(dtype)]
+    quantized_tiles = tiles.shipped_tiles(torch.bfloat16, quantized=True)
+    for weights in FORMATS:
+        forms += [*gemm_forms(BFLOAT16, quantized_tiles, weights=weights), dense_gemm_form(BFLOAT16, weights)]
+        forms += gemm_forms(FLOAT32, tiles.TILES_32_BIT, weights=weights)
     forms += [tile_map_form(8), tile_map_form(512)]
     forms += [gate_form(8, 2, "softmax"), gate_form(128, 8, "softmax"), gate_form(512, 10, "softmax")]
     forms += [gate_form(64, 6, "softmax", bias=True)]
@@ -241,6 +271,7 @@ def one_tile_forms() -> list[Form]:
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5]),
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5], gpt_oss=True),
         dense_gemm_form(BFLOAT16),
+        *(dense_gemm_form(BFLOAT16, weights) for weights in ("fp8", "nvfp4", "int4 zeros")),
         tile_map_form(512),
         gate_form(256, 8, "sigmoid", 8, 4, bias=True),
         *group_forms(131072, 256),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantized_matrices import FORMATS, name_of, random_matrix
 
 from moe_runtime.experts.parts import CHUNK_WORDS, ExpertPart, checksum
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
+from moe_runtime.types.weight_format import WeightFormat
 
 HIDDEN, INNER = 24, 10
 
@@ -44,6 +46,45 @@ def test_slots_compute_the_experts_that_were_loaded(swiglu: SwiGLU, has_bias: bo
         product = gate * torch.sigmoid(swiglu.alpha * gate) * (up + swiglu.offset)
         expected = w["down"] @ product + w.get("down_bias", torch.zeros(()))
         assert (y - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_quantised_slots_compute_the_experts_that_were_loaded(format: WeightFormat) -> None:
+    slots = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), has_bias=True, format=format)
+    plain = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), has_bias=True)
+    weights = 3 * (format.nbytes(2 * INNER, HIDDEN) + format.nbytes(HIDDEN, INNER))
+    assert slots.format == format and slots.nbytes == weights + 3 * (2 * INNER + HIDDEN) * 4
+    for slot in (2, 0):
+        for part, shape in SHAPES.items():
+            rows, cut = random_matrix(format, *shape), int(torch.randint(1, shape[0], ()))
+            slots.put(slot, part, cut, rows.rows(slice(cut, None)))
+            slots.put(slot, part, 0, rows.rows(slice(cut)))
+            plain.put(slot, part, 0, rows.dequantize())
+        for part, bias in {part: torch.randn(shape) for part, shape in BIASES.items()}.items():
+            slots.put(slot, part, 0, bias)
+            plain.put(slot, part, 0, bias)
+    x_ND, row_R, counts_S = torch.randn(4, HIDDEN), torch.tensor([3, 0, 0, 2, 1]), torch.tensor([2, 0, 3])
+    assert torch.equal(slots(x_ND, row_R, counts_S), plain(x_ND, row_R, counts_S))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_what_is_stored_of_a_quantised_expert_is_all_that_counts(format: WeightFormat) -> None:
+    """A copy of what is stored computes the same, and its checksum changes with each of its tensors."""
+    rooms = [ExpertSlots(2, HIDDEN, INNER, torch.float32, torch.device("cpu"), format=format) for _ in "ab"]
+    for part, shape in SHAPES.items():
+        rooms[0].put(1, part, 0, random_matrix(format, *shape))
+    stored = rooms[0].stored(1)
+    for tensor, source in zip(rooms[1].stored(0), stored, strict=True):
+        tensor.copy_(source)
+    x_ND = torch.randn(4, HIDDEN)
+    first, second = rooms[0](x_ND, None, torch.tensor([0, 4])), rooms[1](x_ND, None, torch.tensor([4, 0]))
+    assert torch.equal(first, second) and first.isfinite().all()
+    before = checksum(stored)
+    assert checksum(rooms[1].stored(0)) == before
+    for tensor in stored:
+        tensor.view(torch.uint8)[-1, ...] ^= 1
+        assert checksum(stored) != before
+        before = checksum(stored)
 
 
 def test_biases_need_room() -> None:

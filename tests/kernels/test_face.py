@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_runtime import kernels
-from moe_runtime.kernels import invariant_ops, ops, reference, torch_attention, torch_ops
+from moe_runtime.kernels import invariant_ops, ops, quantized_ops, reference, torch_attention, torch_ops
 
 OPS = set(ops.describe(torch.device("cpu")))
 
@@ -27,15 +27,15 @@ def test_invariant_forms_have_the_signatures_of_the_face():
 
 
 def test_triton_forms_take_what_the_face_gives():
-    from moe_runtime.kernels.triton import attention, gate, group, grouped_gemm, norms, rotary
+    from moe_runtime.kernels.triton import attention, dense_gemm, gate, group, grouped_gemm, norms, rotary
 
-    for module in (attention, gate, group, grouped_gemm, norms, rotary):
+    for module in (attention, dense_gemm, gate, group, grouped_gemm, norms, rotary):
         for name in OPS & set(vars(module)):
             asked = list(inspect.signature(getattr(ops, name)).parameters.values())
             assert list(inspect.signature(getattr(module, name)).parameters.values())[: len(asked)] == asked, name
 
 
-@pytest.mark.parametrize("module", [torch_ops, torch_attention, reference], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [torch_ops, torch_attention, quantized_ops, reference], ids=lambda m: m.__name__)
 def test_twins_have_the_signatures_of_the_face(module):
     twins = {name: function for name, function in vars(module).items() if name in OPS}
     assert twins

@@ -79,6 +79,11 @@ def test_multiplies_on_the_tensor_cores_of_its_generation(reports, chip):
     assert {r["tensor_core"] for r in forms if "MLA" in r["form"]} == {"mma.sync"}
 
 
+def test_quantised_weights_are_among_them(reports):
+    names = [report["form"] for report in reports]
+    assert all(any(f" {weights} " in name for name in names) for weights in ("fp8", "nvfp4", "int4 zeros"))
+
+
 def test_refuses_to_run_in_the_interpreter():
     child = check_kernels(TRITON_INTERPRET="1")
     assert child.returncode == 2 and "exclude each other" in child.stderr, child.stderr

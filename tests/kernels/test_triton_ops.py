@@ -252,18 +252,18 @@ def combine_gives_the_bits_of_its_twin(device: torch.device, dtype: torch.dtype)
 
 
 def linear_gives_what_torch_gives(device: torch.device, dtype: torch.dtype) -> None:
-    from moe_runtime.kernels.triton import grouped_gemm
+    from moe_runtime.kernels.triton import dense_gemm
 
     for num_rows, inputs, outputs in ((0, 8, 8), (1, 33, 5), (70, 64, 130), (130, 19, 40)):
         x = torch.randn(num_rows, inputs, device=device).to(dtype)
         weight = (torch.randn(outputs, inputs, device=device) * inputs**-0.5).to(dtype)
         bias = torch.randn(outputs, device=device).to(dtype)
         for each in (bias, None):
-            actual = grouped_gemm.linear(x, weight, each)
+            actual = dense_gemm.linear(x, weight, each)
             wide_bias = None if each is None else each.double()
             assert_near(actual, F.linear(x.double(), weight.double(), wide_bias).to(dtype))
             if num_rows:
-                alone = grouped_gemm.linear(x[-1:], weight, each)
+                alone = dense_gemm.linear(x[-1:], weight, each)
                 assert torch.equal(alone[0], actual[-1])
 
 

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from moe_runtime.kernels.triton import tiles, tune, tuned
 from moe_runtime.kernels.triton.tiles import CHIPS, Tile
+from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 
 GPU = torch.device("cuda", 0)
 LAYERS = {"Mixtral": (8, 2, 4096, 14336), "Qwen3-30B": (128, 8, 2048, 768), "DeepSeek-V3": (256, 8, 7168, 2048)}
@@ -36,6 +37,21 @@ def test_few_rows_take_small_tiles_and_many_take_large_ones(layer, chip):
 
     sizes = [rows_of(tokens) for tokens in (1, 8, 64, 512, 4096, 16384)]
     assert sizes == sorted(sizes) and sizes[0] == 16 and sizes[-1] == 128
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+def test_quantised_weights_take_no_tile_that_would_spill(chip):
+    def rows_of(num_rows):
+        tile = tiles.linear_tile(num_rows, 4096, 2048, torch.bfloat16, 4, chip)
+        assert tile.block_n <= tiles.MAX_QUANTIZED_N
+        return tile.block_m
+
+    sizes = [rows_of(num_rows) for num_rows in (1, 16, 256, 16384)]
+    assert sizes == sorted(sizes) and sizes[0] == 16 and sizes[-1] == 128
+    layer = (1 << 14, 8, 4096, 14336, torch.bfloat16, chip)
+    assert tiles.model_tile(*layer, 4).block_n <= tiles.MAX_QUANTIZED_N
+    few = (tiles.TILES_16_BIT[0], 8, 8, 4096, 14336, 2, chip)
+    assert tiles.expected_seconds(*few, 4) < tiles.expected_seconds(*few), "fewer bytes are read in less time"
 
 
 @given(
@@ -95,6 +111,8 @@ def test_tuning_keeps_the_fastest_and_serving_uses_it(h100, tmp_path, monkeypatc
     tuned.tuned_tiles.cache_clear()  # a process that starts later
     assert tuned.choose_tile(100, *shape, torch.bfloat16, h100) == tiles.TILES_16_BIT[2]
     assert tuned.choose_tile(100, *shape, torch.float16, h100) == slow
+    mxfp4 = WeightFormat(Code.FP4, Scale.E8M0, 32)
+    assert tuned.choose_tile(100, *shape, torch.bfloat16, h100, mxfp4) != tiles.TILES_16_BIT[2]
 
     tune.tune(*shape, torch.bfloat16, [1], device=h100, seconds_of=lambda tile, num_rows: float(tile.block_n))
     kept = tuned.load_tiles(tmp_path / "tiles-nvidia-h100-80gb-hbm3.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_runtime.kernels.quantized import QuantizedMatrix
+from moe_runtime.kernels.quantized_slots import QuantizedSlots
 from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 
 FORMATS = [
@@ -47,3 +48,8 @@ def random_matrix(format: WeightFormat, outputs: int, inputs: int) -> QuantizedM
         scales = (size * (0.5 + torch.rand(shape))).to(getattr(torch, format.scale.dtype))
     zeros = torch.randint(0, 256, shape, dtype=torch.uint8) & 2**format.code.bits - 1 if format.has_zero else None
     return QuantizedMatrix(format, codes, scales, zeros, factor, inputs)
+
+
+def random_slots(format: WeightFormat, num_slots: int, outputs: int, inputs: int) -> QuantizedSlots:
+    """A random matrix in each slot."""
+    return QuantizedSlots(random_matrix(format, num_slots * outputs, inputs), outputs)

@@ -5,11 +5,11 @@ slot has. So the grid has room for the most tiles that the rows can make, and ti
 host never waits for the counts. For large tiles, a small kernel first writes each tile's slot and rows. With the
 smallest tiles, which stream weights for a few rows each, every program finds them itself, which saves a launch.
 
-Every output is accumulated over the input features in one order, in float32, whatever rows share its tile.
+Every output is accumulated over the input features in one order, in float32, whatever rows share its tile. Weights
+are dense, or quantised: then `quantized_gemm` decodes them in registers.
 
-Shape suffixes: N input rows, R grouped rows, S local slots, D hidden, F expert intermediate, I and O input and output
-features of a dense product; in the kernels M, N and K are a tile's rows, weight rows and input features, P half of its
-weight rows, and Q is a block of tiles.
+Shape suffixes: N input rows, R grouped rows, S local slots, D hidden, F expert intermediate; in the kernels M, N and K
+are a tile's rows, weight rows and input features, P half of its weight rows, and Q is a block of tiles.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_runtime.kernels.quantized_slots import MatrixSlots
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
 from moe_runtime.kernels.torch_ops import check_contiguous, check_grouped_mlp
 from moe_runtime.kernels.triton.norms import apply_swiglu
-from moe_runtime.kernels.triton.tiles import Tile, invariant_tile
+from moe_runtime.kernels.triton.quantized_gemm import Meta, code_meta, load_weights, weight_operands
+from moe_runtime.kernels.triton.tiles import Tile
 from moe_runtime.kernels.triton.tuned import choose_tile
+from moe_runtime.types.weight_format import WeightFormat
 
 BLOCK_TILES = 16
 DECODE_ROWS = 16  # tiles with this number of rows stream weights
@@ -73,30 +76,45 @@ def tile_map_kernel(
 def multiply(
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    zeros_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
     row_M: tl.tensor,
+    first_w_row: tl.tensor,
     w_row_N: tl.tensor,
     in_features: tl.tensor,
+    CODE: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """Rows `row_M` of `x` times rows `w_row_N` of `w`, `[BLOCK_M, BLOCK_N]` float32; all row numbers must be valid."""
+    """Rows `row_M` of `x` times rows `first_w_row + w_row_N` of `w`, `[BLOCK_M, BLOCK_N]` float32.
+
+    All row numbers must be valid. Weights are dense if `CODE` is `None`, else see `quantized_gemm.load_weights`.
+    """
     k_K = tl.arange(0, BLOCK_K)
     x_ptr_MK = x_ptr + row_M[:, None] * in_features + k_K[None, :]
-    w_ptr_KN = w_ptr + w_row_N[None, :] * in_features + k_K[:, None]
+    if CODE is None:
+        w_ptr_KN = w_ptr + first_w_row * in_features + w_row_N[None, :] * in_features + k_K[:, None]
     acc_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, in_features, BLOCK_K):
-        if EVEN_K:
-            x_MK = tl.load(x_ptr_MK)
-            w_KN = tl.load(w_ptr_KN)
+        is_k_K = k_K < in_features - start
+        x_MK = tl.load(x_ptr_MK) if EVEN_K else tl.load(x_ptr_MK, mask=is_k_K[None, :], other=0.0)
+        if CODE is not None:
+            w_NK = load_weights(
+                w_ptr, scales_ptr, zeros_ptr, factor_ptr, first_w_row + w_row_N, start, in_features,
+                CODE, SCALE, GROUP, UNIT, EVEN_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            w_KN = tl.trans(w_NK.to(x_MK.dtype))
         else:
-            is_k_K = k_K < in_features - start
-            x_MK = tl.load(x_ptr_MK, mask=is_k_K[None, :], other=0.0)
-            w_KN = tl.load(w_ptr_KN, mask=is_k_K[:, None], other=0.0)
+            w_KN = tl.load(w_ptr_KN) if EVEN_K else tl.load(w_ptr_KN, mask=is_k_K[:, None], other=0.0)
+            w_ptr_KN += BLOCK_K
         acc_MN = tl.dot(x_MK, w_KN, acc_MN, input_precision="ieee")
         x_ptr_MK += BLOCK_K
-        w_ptr_KN += BLOCK_K
     return acc_MN
 
 
@@ -116,6 +134,9 @@ def grouped_gemm_kernel(
     x_ptr: tl.tensor,
     row_ptr: tl.tensor,
     w_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    zeros_ptr: tl.tensor,
+    factor_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     tile_ptr: tl.tensor,
@@ -134,12 +155,16 @@ def grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CODE: tl.constexpr = None,
+    SCALE: tl.constexpr = None,
+    GROUP: tl.constexpr = None,
+    UNIT: tl.constexpr = None,
 ) -> None:
     """`out[r] = w @ x[row[r]] + bias` of `r`'s slot; with `SWIGLU` its weight is a gate and an up projection, fused.
 
     `row_ptr` is `None` if the rows of `x` are in grouped order, `bias_ptr` if there are none, and `tile_ptr` if no map
     was made. With `SWIGLU` gate and up rows alternate in the tile: one product of full width, and both halves of a pair
-    in one thread.
+    in one thread. With `CODE` weights are quantised and `w_ptr` are their codes, else the next three are `None`.
     """
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile, n_block = place_program(num_tiles, tl.cdiv(out_features, BLOCK_OUT), GROUP_M)
@@ -158,18 +183,17 @@ def grouped_gemm_kernel(
     is_row_M = place_M < end_row
     valid_M = tl.where(is_row_M, place_M, first_row)
     row_M = valid_M.to(tl.int64) if row_ptr is None else tl.load(row_ptr + valid_M)
+    n_N = n_block * BLOCK_OUT + tl.arange(0, BLOCK_N) // (2 if SWIGLU else 1)
+    w_row_N = tl.where(n_N < out_features, n_N, 0)
     if SWIGLU:
-        n_N = n_block * BLOCK_OUT + tl.arange(0, BLOCK_N) // 2
-        w_row_N = tl.where(n_N < out_features, n_N, 0) + tl.arange(0, BLOCK_N) % 2 * out_features
-        w_ptr += slot.to(tl.int64) * out_features * 2 * in_features
-    else:
-        n_N = n_block * BLOCK_OUT + tl.arange(0, BLOCK_N)
-        w_row_N = tl.where(n_N < out_features, n_N, 0)
-        w_ptr += slot.to(tl.int64) * out_features * in_features
-    acc_MN = multiply(x_ptr, w_ptr, row_M, w_row_N, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+        w_row_N += tl.arange(0, BLOCK_N) % 2 * out_features
+    first_w_row = slot.to(tl.int64) * out_features * (2 if SWIGLU else 1)
+    acc_MN = multiply(
+        x_ptr, w_ptr, scales_ptr, zeros_ptr, factor_ptr, row_M, first_w_row, w_row_N, in_features,
+        CODE, SCALE, GROUP, UNIT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if bias_ptr is not None:
-        bias_ptr += slot.to(tl.int64) * out_features * (2 if SWIGLU else 1)
-        acc_MN += tl.load(bias_ptr + w_row_N).to(tl.float32)[None, :]
+        acc_MN += tl.load(bias_ptr + first_w_row + w_row_N).to(tl.float32)[None, :]
     if SWIGLU:
         gate_MP, up_MP = tl.split(tl.reshape(acc_MN, (BLOCK_M, BLOCK_OUT, 2)))
         acc_MN = apply_swiglu(gate_MP, up_MP, ALPHA, LIMIT, OFFSET)
@@ -177,35 +201,6 @@ def grouped_gemm_kernel(
     n = n_block * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     out_ptr_MN = out_ptr + place_M.to(tl.int64)[:, None] * out_features + n[None, :]
     tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=is_row_M[:, None] & (n < out_features)[None, :])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def dense_gemm_kernel(
-    x_ptr: tl.tensor,
-    w_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    num_rows: tl.tensor,
-    in_features: tl.tensor,
-    out_features: tl.tensor,
-    EVEN_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-) -> None:
-    """`out = x @ w.T + bias`; `bias_ptr` may be `None`."""
-    tile, n_block = place_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
-    row_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_N = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid_M = tl.where(row_M < num_rows, row_M, 0).to(tl.int64)
-    valid_N = tl.where(n_N < out_features, n_N, 0)
-    acc_MN = multiply(x_ptr, w_ptr, valid_M, valid_N, in_features, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        acc_MN += tl.load(bias_ptr + valid_N).to(tl.float32)[None, :]
-    out_ptr_MN = out_ptr + row_M.to(tl.int64)[:, None] * out_features + n_N[None, :]
-    is_out_MN = (row_M < num_rows)[:, None] & (n_N < out_features)[None, :]
-    tl.store(out_ptr_MN, acc_MN.to(out_ptr.dtype.element_ty), mask=is_out_MN)
 
 
 def tile_map_meta(tile: Tile, num_slots: int) -> dict[str, int]:
@@ -218,9 +213,9 @@ def tile_map_meta(tile: Tile, num_slots: int) -> dict[str, int]:
     }
 
 
-def dense_gemm_meta(tile: Tile, in_features: int) -> dict[str, int]:
-    """Constants and launch options of `dense_gemm_kernel`."""
-    return {
+def gemm_meta(tile: Tile, in_features: int, format: WeightFormat | None = None) -> Meta:
+    """Constants and launch options of a product; `format` is that of quantised weights."""
+    return code_meta(format, in_features, tile.block_k) | {
         "EVEN_K": in_features % tile.block_k == 0,
         "GROUP_M": TILES_TOGETHER,
         "BLOCK_M": tile.block_m,
@@ -232,11 +227,13 @@ def dense_gemm_meta(tile: Tile, in_features: int) -> dict[str, int]:
     }
 
 
-def grouped_gemm_meta(tile: Tile, *, swiglu: SwiGLU | None, in_features: int, num_slots: int) -> dict[str, int | float]:
+def grouped_gemm_meta(
+    tile: Tile, *, swiglu: SwiGLU | None, in_features: int, num_slots: int, format: WeightFormat | None = None
+) -> Meta:
     """Constants and launch options of `grouped_gemm_kernel`; `swiglu` is `None` for the down projection."""
     streams = tile.block_m == DECODE_ROWS
     numbers = dataclasses.asdict(PLAIN if swiglu is None else swiglu)
-    return dense_gemm_meta(tile, in_features) | {
+    return gemm_meta(tile, in_features, format) | {
         "SWIGLU": swiglu is not None,
         **{name.upper(): number for name, number in numbers.items()},
         "GROUP_M": 1 if streams else TILES_TOGETHER,
@@ -248,8 +245,8 @@ def grouped_mlp(
     x_ND: Tensor,
     row_R: Tensor | None,
     counts_S: Tensor,
-    w13_SGD: Tensor,
-    w2_SDF: Tensor,
+    w13_SGD: MatrixSlots,
+    w2_SDF: MatrixSlots,
     *,
     b13_SG: Tensor | None = None,
     b2_SD: Tensor | None = None,
@@ -265,13 +262,12 @@ def grouped_mlp(
         ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.
     """
     check_grouped_mlp(x_ND, row_R, counts_S, w13_SGD, w2_SDF, b13_SG, b2_SD)
-    check_contiguous(
-        x_ND=x_ND, row_R=row_R, counts_S=counts_S, w13_SGD=w13_SGD, w2_SDF=w2_SDF, b13_SG=b13_SG, b2_SD=b2_SD
-    )
+    check_contiguous(x_ND=x_ND, row_R=row_R, counts_S=counts_S, b13_SG=b13_SG, b2_SD=b2_SD)
+    w13, w2 = weight_operands("w13_SGD", w13_SGD), weight_operands("w2_SDF", w2_SDF)
     num_rows = len(x_ND) if row_R is None else len(row_R)
     num_slots, hidden, intermediate = w2_SDF.shape
     if tile is None:
-        tile = choose_tile(num_rows, num_slots, hidden, intermediate, x_ND.dtype, x_ND.device)
+        tile = choose_tile(num_rows, num_slots, hidden, intermediate, x_ND.dtype, x_ND.device, w13.format)
     product_RF = x_ND.new_empty(num_rows, intermediate)
     out_RD = x_ND.new_empty(num_rows, hidden)
     if num_rows == 0:
@@ -285,37 +281,14 @@ def grouped_mlp(
         tile_map_kernel[(triton.cdiv(num_tiles, BLOCK_TILES),)](
             counts_S, tiles, num_slots, num_tiles, **tile_map_meta(tile, num_slots)
         )
-    up, down = (x_ND, row_R, w13_SGD, b13_SG, product_RF, swiglu), (product_RF, None, w2_SDF, b2_SD, out_RD, None)
+    up, down = (x_ND, row_R, w13, b13_SG, product_RF, swiglu), (product_RF, None, w2, b2_SD, out_RD, None)
     for x, row, w, bias, out, activation in (up, down):
-        meta = grouped_gemm_meta(tile, swiglu=activation, in_features=x.shape[1], num_slots=num_slots)
-        grid = (num_tiles * triton.cdiv(w.shape[1], tile.block_n),)
+        in_features, out_features = x.shape[1], out.shape[1]
+        meta = grouped_gemm_meta(tile, swiglu=activation, in_features=in_features, num_slots=num_slots, format=w.format)
+        w_rows = out_features if activation is None else 2 * out_features
+        grid = (num_tiles * triton.cdiv(w_rows, tile.block_n),)
         counts = counts_S if tiles is None else None
         grouped_gemm_kernel[grid](
-            x, row, w, bias, out, tiles, counts, num_slots, num_tiles, x.shape[1], out.shape[1], **meta
+            x, row, *w.tensors, bias, out, tiles, counts, num_slots, num_tiles, in_features, out_features, **meta
         )
     return out_RD
-
-
-def linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, tile: Tile | None = None) -> Tensor:
-    """`x @ weight.T + bias`, `[N, O]`, rounded once; a row's result does not depend on the other rows, bit for bit.
-
-    Args:
-        tile: default `invariant_tile`; another gives other bits.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit together, or an operand is not contiguous.
-    """
-    (num_rows, in_features), out_features = x_NI.shape, len(weight_OI)
-    if weight_OI.shape[1] != in_features or x_NI.dtype != weight_OI.dtype:
-        raise ValueError(
-            f"weight_OI: {weight_OI.dtype} {tuple(weight_OI.shape)} does not fit x_NI {x_NI.dtype} {tuple(x_NI.shape)}"
-        )
-    check_contiguous(x_NI=x_NI, weight_OI=weight_OI, bias_O=bias_O)
-    tile = invariant_tile(x_NI.dtype) if tile is None else tile
-    out_NO = x_NI.new_empty(num_rows, out_features)
-    if num_rows:
-        grid = (triton.cdiv(num_rows, tile.block_m) * triton.cdiv(out_features, tile.block_n),)
-        dense_gemm_kernel[grid](
-            x_NI, weight_OI, bias_O, out_NO, num_rows, in_features, out_features, **dense_gemm_meta(tile, in_features)
-        )
-    return out_NO

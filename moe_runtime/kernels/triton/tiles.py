@@ -1,7 +1,8 @@
 """The tiles of a grouped product, and a small performance model that chooses one if none was tuned for this GPU.
 
 The model is a roofline per program. A program multiplies `block_m x block_n x K` at the share of the chip's rate that
-its instruction reaches, reads its operands through L2, and has a start-up cost. Programs that fit an SM together
+its instruction reaches, reads its operands through L2, and has a start-up cost. It first decodes quantised weights, on
+the chip's ordinary cores. Programs that fit an SM together
 overlap. No product is faster than reading the weights of the used slots from memory. The tile with the least time wins.
 So few rows per slot get few rows per tile: reading weights takes all the time, and padding is free only if it is small.
 Many rows get the largest tile, because each weight read serves more rows.
@@ -94,25 +95,28 @@ TILES_32_BIT: tuple[Tile, ...] = (
     Tile(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=3),
     Tile(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=3),
 )
+MAX_QUANTIZED_N = 128  # weight rows of a tile; more leave no registers for decoding where sums are in registers too
 FLOAT32_FLOPS = 1 / 15  # float32 products on ordinary cores, relative to 16-bit products on tensor cores
+DECODE_FLOPS = 16  # of ordinary cores, for a quantised weight: 8 instructions, in place of as many multiply-adds
 
 
-def shipped_tiles(dtype: torch.dtype) -> tuple[Tile, ...]:
-    """All tiles of a dtype.
+def shipped_tiles(dtype: torch.dtype, *, quantized: bool = False) -> tuple[Tile, ...]:
+    """All tiles of rows of a dtype, with weights of the same dtype or quantised ones.
 
     Raises:
         ValueError: the dtype has no kernel.
     """
     if dtype in (torch.bfloat16, torch.float16):
-        return TILES_16_BIT
+        return tuple(tile for tile in TILES_16_BIT if not quantized or tile.block_n <= MAX_QUANTIZED_N)
     if dtype == torch.float32:
         return TILES_32_BIT
     raise ValueError(f"dtype: {dtype} is not allowed; it must be bfloat16, float16 or float32")
 
 
-def tiles_that_fit(dtype: torch.dtype, chip: Chip) -> list[Tile]:
-    """The tiles of a dtype that fit a chip's shared memory."""
-    return [tile for tile in shipped_tiles(dtype) if tile.shared_bytes(dtype.itemsize) <= chip.shared_bytes]
+def tiles_that_fit(dtype: torch.dtype, chip: Chip, *, quantized: bool = False) -> list[Tile]:
+    """The shipped tiles that fit a chip's shared memory."""
+    tiles = shipped_tiles(dtype, quantized=quantized)
+    return [tile for tile in tiles if tile.shared_bytes(dtype.itemsize) <= chip.shared_bytes]
 
 
 def invariant_tile(dtype: torch.dtype) -> Tile:
@@ -140,36 +144,76 @@ def rows_bucket(num_rows: int) -> int:
     return 1 << max(0, num_rows - 1).bit_length()
 
 
-def expected_seconds(
-    tile: Tile, num_rows: int, num_slots: int, hidden: int, intermediate: int, itemsize: int, chip: Chip
+def product_seconds(
+    tile: Tile,
+    num_rows: int,
+    num_slots: int,
+    outputs: int,
+    inputs: int,
+    itemsize: int,
+    chip: Chip,
+    weight_bits: int | None,
 ) -> float:
-    """The model's time of both products of the expert MLP, rows spread at random over the slots."""
+    """The model's time of a product, rows spread at random over the slots; `weight_bits` is None for dense weights."""
+    weight_bytes = itemsize if weight_bits is None else weight_bits / 8
     active = num_slots * (1 - (1 - 1 / num_slots) ** num_rows)
     num_tiles = active * math.ceil(num_rows / active / tile.block_m)
     resident = max(1, chip.shared_bytes // tile.shared_bytes(itemsize))
     flops = chip.flops / chip.num_sms * (chip.old_mma if tile.block_m < 64 else 1.0)
     flops *= FLOAT32_FLOPS if itemsize == 4 else 1.0
     cached_bytes_per_s = chip.bytes_per_s * L2_SPEEDUP / chip.num_sms
-    seconds = 0.0
-    for outputs, inputs in ((2 * intermediate, hidden), (hidden, intermediate)):
-        num_programs = num_tiles * math.ceil(outputs / tile.block_n)
-        together = min(resident, math.ceil(num_programs / chip.num_sms))
-        waves = math.ceil(num_programs / (chip.num_sms * together))
-        math_s = 2 * tile.block_m * tile.block_n * inputs / flops
-        read_s = (tile.block_m + tile.block_n) * inputs * itemsize / cached_bytes_per_s
-        weights_s = active * outputs * inputs * itemsize / chip.bytes_per_s
-        seconds += max(weights_s, waves * together * max(math_s, read_s)) + START_S * waves
-    return seconds
+    num_programs = num_tiles * math.ceil(outputs / tile.block_n)
+    together = min(resident, math.ceil(num_programs / chip.num_sms))
+    waves = math.ceil(num_programs / (chip.num_sms * together))
+    math_s = 2 * tile.block_m * tile.block_n * inputs / flops
+    if weight_bits is not None:
+        math_s += DECODE_FLOPS * tile.block_n * inputs / (FLOAT32_FLOPS * chip.flops / chip.num_sms)
+    read_s = (tile.block_m * itemsize + tile.block_n * weight_bytes) * inputs / cached_bytes_per_s
+    weights_s = active * outputs * inputs * weight_bytes / chip.bytes_per_s
+    return max(weights_s, waves * together * max(math_s, read_s)) + START_S * waves
+
+
+def expected_seconds(
+    tile: Tile,
+    num_rows: int,
+    num_slots: int,
+    hidden: int,
+    intermediate: int,
+    itemsize: int,
+    chip: Chip,
+    weight_bits: int | None = None,
+) -> float:
+    """The model's time of both products of the expert MLP."""
+    shapes = ((2 * intermediate, hidden), (hidden, intermediate))
+    return sum(product_seconds(tile, num_rows, num_slots, *shape, itemsize, chip, weight_bits) for shape in shapes)
 
 
 @cache
-def model_tile(num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype, chip: Chip) -> Tile:
+def model_tile(
+    num_rows: int,
+    num_slots: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    chip: Chip,
+    weight_bits: int | None = None,
+) -> Tile:
     """The tile that the model predicts to be fastest; among equals the smallest.
 
     Raises:
         ValueError: the dtype has no kernel.
     """
-    return min(
-        tiles_that_fit(dtype, chip),
-        key=lambda tile: expected_seconds(tile, num_rows, num_slots, hidden, intermediate, dtype.itemsize, chip),
-    )
+    shape = (num_rows, num_slots, hidden, intermediate, dtype.itemsize, chip, weight_bits)
+    tiles = tiles_that_fit(dtype, chip, quantized=weight_bits is not None)
+    return min(tiles, key=lambda tile: expected_seconds(tile, *shape))
+
+
+@cache
+def linear_tile(num_rows: int, outputs: int, inputs: int, dtype: torch.dtype, weight_bits: int, chip: Chip) -> Tile:
+    """`model_tile` of a product with one quantised matrix `[outputs, inputs]`.
+
+    Raises:
+        ValueError: the dtype has no kernel.
+    """
+    shape = (num_rows, 1, outputs, inputs, dtype.itemsize, chip, weight_bits)
+    return min(tiles_that_fit(dtype, chip, quantized=True), key=lambda tile: product_seconds(tile, *shape))

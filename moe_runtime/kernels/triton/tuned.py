@@ -17,6 +17,7 @@ import torch
 
 from moe_runtime.kernels.triton.tiles import Tile, chip_of, model_tile, rows_bucket
 from moe_runtime.system.cache_folder import default_cache_dir
+from moe_runtime.types.weight_format import WeightFormat
 
 
 def tile_key(num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype) -> str:
@@ -69,13 +70,24 @@ def tuned_tiles(device: torch.device) -> dict[str, Tile]:
 
 
 def choose_tile(
-    num_rows: int, num_slots: int, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device
+    num_rows: int,
+    num_slots: int,
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    format: WeightFormat | None = None,
 ) -> Tile:
     """The tile of a layer for `num_rows` rows, rounded up to a power of two: the tuned tile, else the model's.
+
+    Tiles are tuned for dense weights only; `format` is that of quantised ones.
 
     Raises:
         ValueError: the dtype has no kernel, or the file of tuned tiles is broken.
     """
-    if tuned := tuned_tiles(device).get(tile_key(num_rows, num_slots, hidden, intermediate, dtype)):
+    shape = (rows_bucket(num_rows), num_slots, hidden, intermediate, dtype)
+    if format is not None:
+        return model_tile(*shape, chip_of(device), format.code.bits)
+    if tuned := tuned_tiles(device).get(tile_key(*shape)):
         return tuned
-    return model_tile(rows_bucket(num_rows), num_slots, hidden, intermediate, dtype, chip_of(device))
+    return model_tile(*shape, chip_of(device))
