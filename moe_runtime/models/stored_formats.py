@@ -68,7 +68,7 @@ class _Reader:
         """Of all experts, stored one by one or in one tensor, under the family's name or the usual one."""
         names = self.names
         own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
-        places = [*own]
+        places: list[tuple[str, ...]] = [*own]
         for block in dict.fromkeys((f"{prefix}.{names.sparse}", f"{prefix}.{names.dense}")):
             fused, single = f"{block}.experts", f"{block}.{names.expert}"
             places += [(f"{fused}.gate_up_proj{end}", f"{fused}.down_proj{end}") for end in ("", ".weight")]

@@ -6,7 +6,6 @@ import pytest
 
 from moe_runtime.kernels.cpu import library, loader
 
-
 ALL_SETS = library.supported_instruction_sets() or ["none"]
 
 
