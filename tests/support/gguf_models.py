@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,29 @@ PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_p
 EXPERT = re.compile(r"model\.layers\.(\d+)\..*experts\.(\d+)\.(\w+)\.weight")
 
 
-def write_gguf(folder: Path, file: Path, kind_of: KindOf = lambda name: Kind.F32, **options: Any) -> Path:
+def write_gguf(
+    folder: Path,
+    file: Path,
+    kind_of: KindOf = lambda name: Kind.F32,
+    add_tokenizer: Callable[[gguf.GGUFWriter], object] | None = None,
+    **options: Any,
+) -> Path:
     """The GGUF file of a checkpoint with one safetensors file.
 
     Args:
         kind_of: the type of a matrix, by its name in the file; vectors and gates are F32.
+        add_tokenizer: writes one; None: there is only the end of sequence of the `config.json`.
         options: of `GGUFWriter`.
     """
     config = json.loads((folder / "config.json").read_text())
     arch = ARCHITECTURES[config["model_type"]]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch], **options)
     describe(writer, config)
+    if add_tokenizer:
+        add_tokenizer(writer)
+    else:
+        writer.add_tokenizer_model("none")
+        writer.add_eos_token_id(config["eos_token_id"])
     for name, tensor in _named(arch, config, load_file(folder / "model.safetensors")):
         is_plain = tensor.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name
         kind = Kind.F32 if is_plain else kind_of(name)
@@ -57,6 +69,14 @@ def write_gguf(folder: Path, file: Path, kind_of: KindOf = lambda name: Kind.F32
         writer.add_tensor(name, data, raw_dtype=kind)
     write(writer)
     return file
+
+
+def read_bpe(folder: Path, special: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
+    """Tokens, their types, and merges of the BPE in a `tokenizer.json`."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return tokens, [3 if token in special else 1 for token in tokens], merges
 
 
 def write(writer: gguf.GGUFWriter) -> None:
@@ -121,9 +141,7 @@ def describe(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_eos_token_id(config["eos_token_id"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
     sizes = [
         config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") if get(key)
     ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 from fakes import CHAT_TEMPLATE, SPECIAL, TEXTS, save_byte_tokenizer, save_metaspace_tokenizer
-from gguf_models import write
+from gguf_models import read_bpe, write
 
 from moe_runtime.text.gguf_tokenizer import CUTS
 from moe_runtime.text.tokenizer import Tokenizer
@@ -40,10 +39,7 @@ def write_tokenizer(path: Path, kind: str, tokens: list[str], types: list[int], 
 def byte_parts(folder: Path) -> tuple[Tokenizer, list[str], list[int], list[str]]:
     """A tokenizer, its tokens, their types, its merges."""
     ours = save_byte_tokenizer(folder)
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return ours, tokens, [3 if token in SPECIAL else 1 for token in tokens], merges
+    return ours, *read_bpe(folder, SPECIAL)
 
 
 def test_byte_level(tmp_path: Path) -> None:
@@ -120,8 +116,7 @@ def test_words(tmp_path: Path, pre: str) -> None:
 def test_sentencepiece(tmp_path: Path) -> None:
     """Scores in the order of the vocabulary, as SentencePiece has them."""
     save_metaspace_tokenizer(tmp_path)
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    tokens, _, _ = read_bpe(tmp_path, SPECIAL)
     types = [3 if t in SPECIAL else 2 if t == "<unk>" else 6 if t.startswith("<0x") else 1 for t in tokens]
     scores = [-float(index) for index in range(len(tokens))]
     ids = {"unknown_token_id": tokens.index("<unk>"), "eos_token_id": 0, "bos_token_id": 1}

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from engines import Pools
+from fakes import CHAT_TEMPLATE, SPECIAL, save_byte_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_models import write_gguf
+from gguf_models import read_bpe, write_gguf
 from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, make_model, rope, save
 
 from moe_runtime import LLM, SamplingParams
+from moe_runtime.cli.main import main
 from moe_runtime.kernels.cpu.library import can_have_kernels
 from moe_runtime.models import registry
 from moe_runtime.models.registry import open_weights, read_default_sampling, read_model_config
@@ -367,9 +369,30 @@ def test_names_of_models(tiny: Path) -> None:
         resolve_model("models/none.gguf")
 
 
-def test_inspect(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from moe_runtime.cli.main import main
+def test_text_and_chats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = save_byte_tokenizer(tmp_path / "model")
+    folder = save(make_model("qwen3 normalised", vocab_size=theirs.vocab_size, eos_token_id=0), tmp_path / "model")
 
+    def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+        tokens, types, merges = read_bpe(folder, SPECIAL)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(0)
+        writer.add_chat_template(CHAT_TEMPLATE)
+
+    file = write_gguf(folder, tmp_path / "m.gguf", add_tokenizer=add_tokenizer)
+    outputs = []
+    for path in (file, folder):
+        options = "--prompt", "The sea", "--max-tokens", "8", "--temperature", "0", "--max-model-len", "64"
+        assert main(["generate", str(path), *options, "--device", "cpu"]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != ""
+
+
+def test_inspect(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(tiny), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["family"] == "qwen3_moe" and found["dtype"] == "float32"
