@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
 import torch
 from engines import Pools
 from fakes import CHAT_TEMPLATE, SPECIAL, save_byte_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf_models import read_bpe, write_gguf
+from gguf import GGUFValueType
+from gguf_models import read_bpe, write, write_gguf
 from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_models import VOCAB, make_model, rope, save
 
 from moe_runtime import LLM, SamplingParams
@@ -57,6 +56,11 @@ SAME = {"glm4_moe_lite": "deepseek_v3"}  # families that llama.cpp does not tell
 PROMPTS = [[5, 8, 13, 21, 34, 55, 2, 89, 3], [7], list(range(2, 40))]
 
 
+def logits(rank_pool: Pools, path: Path) -> list[torch.Tensor]:
+    plan = plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS])
+    return gather(rank_pool(1).run(run_steps, path, "float32", plan, can_have_kernels()), len(PROMPTS))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_checkpoint(case: str, tmp_path: Path, rank_pool: Pools) -> None:
     folder = save(make_model(case, **CASES[case]), tmp_path / "model")
@@ -65,12 +69,7 @@ def test_logits_are_those_of_the_checkpoint(case: str, tmp_path: Path, rank_pool
     family = SAME.get(theirs.family, theirs.family)
     turned = dataclasses.replace(theirs.rope, interleaved=ours.rope.interleaved)
     assert ours == dataclasses.replace(theirs, family=family, rope=turned, dtype="float32")
-    steps = [plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS]) for _ in range(2)]
-    results = [
-        gather(rank_pool(1).run(run_steps, path, "float32", plan, can_have_kernels()), len(PROMPTS))
-        for path, plan in zip((file, folder), steps, strict=True)
-    ]
-    for mine, other in zip(*results, strict=True):
+    for mine, other in zip(logits(rank_pool, file), logits(rank_pool, folder), strict=True):
         assert torch.equal(mine, other)
 
 
@@ -97,47 +96,21 @@ def test_tokens_are_those_of_the_checkpoint(bfloat16: tuple[Path, Path]) -> None
     assert generate(file) == generate(checkpoint)
 
 
-def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's tensors in a matrix of a file of Qwen3-MoE, but for the embedding and gates."""
-    layer, module = name.split(".")[1], name.split(".")[-2]
-    if name == "output.weight":
-        yield "lm_head.weight", tensor
-    if module.endswith("_exps"):
-        part = module.removeprefix("ffn_").removesuffix("_exps")
-        yield from (
-            (f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight", weight)
-            for expert, weight in enumerate(tensor)
-        )
-    projection = {"attn_q": "q", "attn_k": "k", "attn_v": "v", "attn_output": "o"}.get(module)
-    if projection:
-        yield f"model.layers.{layer}.self_attn.{projection}_proj.weight", tensor
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2}
 
 
-def quantised(
-    tmp_path: Path, kinds: dict[str, Kind], case: str = "qwen3 normalised", **settings: Any
-) -> tuple[Path, Path]:
-    """A GGUF file with matrices of some types, and a checkpoint with the weights that they stand for."""
-    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2}
-    folder = save(make_model(case, **sizes | settings), tmp_path / "model")
+def quantised(tmp_path: Path, kinds: dict[str, Kind], case: str = "qwen3 normalised") -> tuple[Path, Path]:
+    """A GGUF file with matrices of some types, and one with the weights that they stand for in float32."""
+    model = make_model(case, **SIZES, intermediate_size=256, moe_intermediate_size=256)
+    folder = save(model, tmp_path / "model")
     file = write_gguf(folder, tmp_path / "m.gguf", lambda name: kinds.get(name.split(".")[-2], Kind.F32))
-    twin = tmp_path / "twin"
-    twin.mkdir()
-    (twin / "config.json").write_text((folder / "config.json").read_text())
-    state = load_file(folder / "model.safetensors")
-    for tensor in gguf.GGUFReader(file).tensors:
-        weights = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
-        for name, weight in plain_tensors(tensor.name, weights):
-            assert state[name].shape == weight.shape
-            state[name] = weight.clone()
-    save_file(state, twin / "model.safetensors", metadata={"format": "pt"})
-    return file, twin
+    return file, edited(file, {}, dequantises=True)
 
 
 def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
     kinds = {"ffn_gate_exps": Kind.Q8_0, "ffn_up_exps": Kind.Q4_0, "ffn_down_exps": Kind.MXFP4}
     file, twin = quantised(tmp_path, kinds)
-    source, checkpoint = (open_weights(path, read_model_config(path)) for path in (file, twin))
-    assert isinstance(source, GgufWeights)
+    source, plain = (open_weights(path, read_model_config(path)) for path in (file, twin))
     formats = {
         "gate_proj": WeightFormat(Code.INT8, Scale.FLOAT16, 32),
         "up_proj": WeightFormat(Code.INT4, Scale.FLOAT16, 32),
@@ -146,8 +119,8 @@ def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
     shape, rows = (256, 256), slice(64, 192)
     for part, format in formats.items():
         name = f"model.layers.1.mlp.experts.3.{part}.weight"
-        assert source.format_of(name) == format
-        expected = checkpoint.read(name, shape)
+        assert source.format_of(name) == format and plain.format_of(name) is None
+        expected = plain.read(name, shape)
         assert torch.equal(source.read(name, shape), expected)
         assert torch.equal(source.read(name, shape, rows=rows), expected[rows])
         assert torch.equal(source.read_quantized(name, shape).dequantize(), expected)
@@ -156,29 +129,19 @@ def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
     assert source.format_of("model.layers.1.mlp.gate.weight") is None
     assert source.format_of("model.layers.1.self_attn.q_proj.weight") is None
     assert source.format_of("model.layers.9.mlp.gate.weight") is None
-    steps = [plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS]) for _ in range(2)]
-    results = [
-        gather(rank_pool(1).run(run_steps, path, "float32", plan, can_have_kernels()), len(PROMPTS))
-        for path, plan in zip((file, twin), steps, strict=True)
-    ]
-    for mine, other in zip(*results, strict=True):
-        assert torch.equal(mine, other)
+    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @needs_native_kernels
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.MXFP4])
-def test_matrices_are_held_as_they_are_stored(kind: Kind, tmp_path: Path, rank_pool: Pools) -> None:
+@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.MXFP4])
+@pytest.mark.parametrize("case", ["qwen3 normalised", "mixtral"])  # Mixtral's queries and keys have rows in pairs
+def test_matrices_are_held_as_they_are_stored(case: str, kind: Kind, tmp_path: Path, rank_pool: Pools) -> None:
     names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q", "attn_k", "attn_v", "attn_output", "output")
-    file, twin = quantised(tmp_path, dict.fromkeys(names, kind), num_attention_heads=4, head_dim=32)
-    config = read_model_config(file)
+    file, twin = quantised(tmp_path, dict.fromkeys(names, kind), case)
     name = FORMATS[kind.name].name
-    assert config.formats == {"experts": name, "attention": name, "head": name}
-    steps = [plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS]) for _ in range(2)]
-    results = [
-        gather(rank_pool(1).run(run_steps, path, "float32", plan, True), len(PROMPTS))
-        for path, plan in zip((file, twin), steps, strict=True)
-    ]
-    for ours, theirs in zip(*results, strict=True):
+    assert read_model_config(file).formats == {"experts": name, "attention": name, "head": name}
+    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
 
 
@@ -208,10 +171,7 @@ def test_gate_and_up_in_one_tensor_and_shared_experts_in_two(tmp_path: Path) -> 
         tensors[f"blk.{layer}.ffn_gate_up_exps.weight"] = torch.cat((gate, up), dim=1)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     assert read_model_config(tmp_path / "f.gguf") == config
     fused = open_weights(tmp_path / "f.gguf", config)
     inner, hidden = config.moe.intermediate_size, config.hidden_size
@@ -236,29 +196,41 @@ def test_what_the_file_recommends(tmp_path: Path) -> None:
         read_default_sampling(bad)
 
 
-def edited(file: Path, changes: dict[str, Any], drop: str | None = None, extra: str | None = None) -> Path:
-    """A copy with other metadata, None removes a key; without one tensor, or with one more."""
+VALUE_TYPES = {
+    str: GGUFValueType.STRING,
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    type(None): None,
+}
+
+
+def edited(
+    file: Path,
+    changes: dict[str, Any],
+    drop: str | None = None,
+    extra: str | None = None,
+    *,
+    dequantises: bool = False,
+) -> Path:
+    """A copy with other metadata, None removes a key; without one tensor, with one more, or all in float32."""
     reader = gguf.GGUFReader(file)
     path = file.with_name("edited.gguf")
     arch = changes.get("general.architecture", reader.fields["general.architecture"].contents())
     writer = gguf.GGUFWriter(path, arch)
-    kept = {field.name: (field.contents(), field.types[0]) for field in reader.fields.values()}
-    kinds = {str: "STRING", bool: "BOOL", int: "UINT32", float: "FLOAT32"}
-    kept |= {
-        key: (value, gguf.GGUFValueType[kinds[type(value)]]) for key, value in changes.items() if value is not None
-    }
-    for key, (value, kind) in kept.items():
-        if not key.startswith("GGUF.") and key != "general.architecture" and changes.get(key, 0) is not None:
+    values = {field.name: (field.contents(), field.types[0]) for field in reader.fields.values()}
+    values |= {key: (value, VALUE_TYPES[type(value)]) for key, value in changes.items()}
+    for key, (value, kind) in values.items():
+        if not key.startswith("GGUF.") and key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, kind)
     for tensor in reader.tensors:
-        if tensor.name != drop:
+        if dequantises:
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        elif tensor.name != drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     if extra:
         writer.add_tensor(extra, torch.ones(8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(writer)
     return path
 
 
@@ -349,9 +321,9 @@ def test_tensors_that_are_refused(tiny: Path, tmp_path: Path) -> None:
 
 def test_types_that_are_refused(tmp_path: Path) -> None:
     folder = save(make_model("qwen3", hidden_size=64, moe_intermediate_size=32), tmp_path / "model")
-    file = write_gguf(folder, tmp_path / "m.gguf", lambda name: Kind.Q5_1 if "down_exps" in name else Kind.F32)
+    file = write_gguf(folder, tmp_path / "m.gguf", lambda name: Kind.Q4_1 if "down_exps" in name else Kind.F32)
     with pytest.raises(
-        ValueError, match=r"^quantization: Q5_1 of tensor 'blk.0.ffn_down_exps.weight' .* one of F32, F16"
+        ValueError, match=r"^quantization: Q4_1 of tensor 'blk.0.ffn_down_exps.weight' .* one of F32, F16"
     ):
         read_model_config(file)
 

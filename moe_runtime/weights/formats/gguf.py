@@ -1,8 +1,9 @@
 """Blocks of GGUF files: to `QuantizedMatrix`, or to the weights that they stand for.
 
-Layouts are those of llama.cpp's ggml. A row of a matrix is a row of blocks. Each has scales and codes of 32 weights
-(Q8_0, Q4_0, MXFP4) or of 256 (the K-quants). Q8_0 is d * q, Q4_0 is d * (q - 8), MXFP4 is E2M1 * 2^(e - 127). A K-quant
-has scales of the scales: Q4_K and Q5_K are (d * s) * q - (m * t), Q6_K is (d * s) * (q - 32), all in float32.
+Layouts are those of llama.cpp's ggml. A row of a matrix is a row of blocks. Each has scales and codes of 32 weights or,
+in K-quants, of 256. Q8_0 is d * q, Q5_0 is d * (q - 16), Q5_1 is d * q + m, Q4_0 is d * (q - 8), MXFP4 is
+E2M1 * 2^(e - 127). A K-quant has scales of the scales: Q4_K and Q5_K are (d * s) * q - (m * t), Q6_K is
+(d * s) * (q - 32). All is in float32.
 
 Shape suffixes: N outputs, K inputs, B blocks of a row, b bytes of a row; others are written out.
 """
@@ -17,7 +18,6 @@ from moe_runtime.types.weight_format import Scale
 from moe_runtime.weights.gguf_file import FORMATS
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-K_BLOCK = 256
 
 
 def quantized(dtype: str, raw_Nb: Tensor, num_inputs: int) -> QuantizedMatrix:
@@ -33,9 +33,9 @@ def quantized(dtype: str, raw_Nb: Tensor, num_inputs: int) -> QuantizedMatrix:
         scales_NB, codes_NBb = blocks_NBb[..., 0], blocks_NBb[..., 1:]
     else:
         scales_NB, codes_NBb = _float16(blocks_NBb[..., :2])[..., 0], blocks_NBb[..., 2:]
-    codes = codes_NBb.flatten(1)
-    if format.code.bits == 4:  # low halves are the first half of a block
-        codes = pack_halves(torch.cat((codes_NBb & 15, codes_NBb >> 4), dim=-1).flatten(1))
+    if dtype == "Q5_0":
+        codes_NBb = _five_bits(codes_NBb) - 16  # in two's complement
+    codes = codes_NBb.flatten(1) if format.code.bits == 8 else pack_halves(_halves(codes_NBb).flatten(1))
     return QuantizedMatrix(format, codes.contiguous(), scales_NB.contiguous(), None, None, num_inputs)
 
 
@@ -50,8 +50,14 @@ def values(dtype: str, raw_Nb: Tensor, num_inputs: int) -> Tensor:
         return raw_Nb.view(PLAIN_DTYPES[dtype])
     if dtype in FORMATS:
         return quantized(dtype, raw_Nb, num_inputs).dequantize()
-    decode = {"Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k}[dtype]
-    return decode(raw_Nb.view(-1, raw_Nb.shape[1] * K_BLOCK // num_inputs)).view(-1, num_inputs)
+    decode, block = {"Q5_1": (_q5_1, 32), "Q4_K": (_q4_k, 256), "Q5_K": (_q5_k, 256), "Q6_K": (_q6_k, 256)}[dtype]
+    return decode(raw_Nb.view(-1, raw_Nb.shape[1] * block // num_inputs)).view(-1, num_inputs)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    """Blocks `[n, 24]` to weights `[n, 32]`: d, m, codes of 5 bits."""
+    numbers = _float16(blocks[:, :4]).float()
+    return numbers[:, :1] * _five_bits(blocks[:, 4:]).float() + numbers[:, 1:]
 
 
 def _q4_k(blocks: Tensor) -> Tensor:
@@ -76,12 +82,23 @@ def _q6_k(blocks: Tensor) -> Tensor:
     of high bits have two bits for a weight of each of its four parts.
     """
     low, high = blocks[:, :128].view(-1, 2, 64), blocks[:, 128:192].view(-1, 2, 1, 32)
-    low = torch.cat((low & 15, low >> 4), dim=2).unflatten(2, (4, 32))
+    low = _halves(low).unflatten(2, (4, 32))
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
     codes = (low | ((high >> shifts) & 3) << 4).view(-1, 16, 16)
     scales = _float16(blocks[:, 208:]).float() * blocks[:, 192:208].view(torch.int8).float()
     weights: Tensor = scales[:, :, None] * (codes.float() - 32)
     return weights.flatten(1)
+
+
+def _five_bits(raw: Tensor) -> Tensor:
+    """20 bytes along the last dimension to 32 codes: 4 bytes with a fifth bit of each weight, 16 with the low bits."""
+    fifth = (raw[..., :4, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return _halves(raw[..., 4:]) | (fifth.flatten(-2) << 4)
+
+
+def _halves(raw: Tensor) -> Tensor:
+    """The low halves of the bytes along the last dimension, then their high halves."""
+    return torch.cat((raw & 15, raw >> 4), dim=-1)
 
 
 def _nibbles(raw: Tensor) -> Tensor:
