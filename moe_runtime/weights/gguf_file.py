@@ -187,7 +187,7 @@ class Gguf:
 def _parts(path: Path) -> list[Path]:
     """All parts of a model, of which `path` is one. Raises ValueError if one is missing."""
     match = PART_NAME.fullmatch(path.name)
-    if match is None:
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [path]
     count = int(match[3])
     parts = [path.with_name(f"{match[1]}-{number:05}-of-{match[3]}.gguf") for number in range(1, count + 1)]

@@ -195,6 +195,11 @@ def test_a_split_model_is_found_by_any_part(tmp_path: Path) -> None:
         Gguf(parts[0])
 
 
+def test_names_that_are_nearly_those_of_parts(tmp_path: Path) -> None:
+    for name in ("m-00001-of-00000.gguf", "m-00003-of-00002.gguf", "m-1-of-2.gguf"):
+        assert len(Gguf(sample(tmp_path / name)).tensors) == 3
+
+
 def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
     sample(tmp_path / "s.gguf", split_max_tensors=2)
     first, second = sorted(tmp_path.glob("s-*.gguf"))
