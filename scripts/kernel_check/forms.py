@@ -258,7 +258,8 @@ def all_forms() -> list[Form]:
         for heads in (16, 128):
             forms += attention_forms(dtype, HeadSizes(576, 512, in_keys=True), None, heads_per_group=heads)
     for cache in CACHES:
-        forms += attention_forms(BFLOAT16, HeadSizes(128, 128, scales=1), None, cache=cache)
+        for sizes in (HeadSizes(64, 64, scales=1), HeadSizes(128, 128, scales=1), HeadSizes(256, 256, scales=1)):
+            forms += attention_forms(BFLOAT16, sizes, None, cache=cache)
         for heads in (16, 128):
             sizes = HeadSizes(576, 512, in_keys=True, scales=2)
             forms += attention_forms(BFLOAT16, sizes, None, heads_per_group=heads, cache=cache)

@@ -71,11 +71,12 @@ struct RowSums {
 // Scores of kRows queries with kLanes keys, `words` words of each. A query's scores start kPanel floats after the
 // previous query's.
 template <int kRows, class T>
-void score_keys(const T* const* queries, const T* const* keys, int64_t words, Ahead& ahead, float* scores) {
+void score_keys(const T* const* queries, const T* const* keys, int64_t offset, int64_t words, Ahead& ahead,
+                float* scores) {
   WordSums<T> sums[kRows];
   for (int64_t word = 0; word < words; word += kLanes) {
     IntVec columns[kLanes];
-    transpose_words(reinterpret_cast<const char* const*>(keys), word * 4, columns);
+    transpose_words(reinterpret_cast<const char* const*>(keys), offset * sizeof(T) + word * 4, columns);
     ahead.ask();
     for (int j = 0; j < kLanes; j++) {
       for (int r = 0; r < kRows; r++) {
@@ -165,7 +166,9 @@ class AttentionTile {
     const RowSums all = task_.part < 0 ? all_ : RowSums(part, rows_, panels_);
     int64_t key = first_key(shape_, step_, task_);
     const int64_t end = std::min(task_.end_key, first_position_ + task_.num_queries);
-    KeyBlock block(shape_, pages_, step_, task_, key), next;
+    KeyBlock blocks[2];
+    int current = 0;
+    blocks[current].take(shape_, pages_, step_, task_, key);
     for (bool first = true; key < end; first = false) {
       sums_ = first ? all : span_;
       sums_.clear();
@@ -173,10 +176,11 @@ class AttentionTile {
         const AttentionTask* next_task = key + kKeys < end ? &task_ : then;
         if (next_task) {
           const int64_t next_key = next_task == &task_ ? key + kKeys : first_key(shape_, step_, *then);
-          next = KeyBlock(shape_, pages_, step_, *next_task, next_key);
+          blocks[1 - current].take(shape_, pages_, step_, *next_task, next_key);
         }
-        take_block(block, key, next_task ? &next : nullptr, next_task ? next_task->num_groups : 0);
-        block = next;
+        const KeyBlock* next = next_task ? &blocks[1 - current] : nullptr;
+        take_block(blocks[current], key, next, next_task ? next_task->num_groups : 0);
+        current = 1 - current;
       }
       if (!first) all.append(sums_);
     }
@@ -228,7 +232,7 @@ class AttentionTile {
       if (few) {
         with_rows(count, [&](auto rows) {
           for (int64_t i = 0; i < lanes * kLanes; i += kLanes) {
-            score_keys<decltype(rows)::value>(queries, head_.keys + i, words, ahead, scores + i);
+            score_keys<decltype(rows)::value>(queries, head_.keys + i, head_.key_offset, words, ahead, scores + i);
           }
         });
       } else {
@@ -241,7 +245,7 @@ class AttentionTile {
       if (few) {
         with_rows(count, [&](auto rows) {
           for (int64_t i = 0; i < shape_.value_size; i += kTileOutputs) {
-            weigh_values<decltype(rows)::value>(weights, head_.values, i, steps, ahead,
+            weigh_values<decltype(rows)::value>(weights, head_.values, head_.value_offset + i, steps, ahead,
                                                 sums_.value(first, i / kPanel) + i % kPanel);
           }
         });

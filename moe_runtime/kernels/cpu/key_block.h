@@ -46,71 +46,80 @@ inline int64_t first_seen(const AttentionShape& shape, int64_t position) {
 struct BlockRows {
   const char* data[kKeys];
   const float* scales[kKeys];  // of rows of 8 bits
+};
 
-  // Those of a page from token `in_page` on become first .. end; `skip` bytes and `skip_scales` are before the head.
-  void take_page(const CachedRows& rows, int64_t page, int64_t in_page, int64_t first, int64_t end, int64_t skip,
-                 int64_t skip_scales) {
-    const char* row = rows.row(page, in_page) + skip;
-    for (int64_t i = first; i < end; i++, row += rows.token_stride) data[i] = row;
-    if (rows.scales == nullptr) return;
-    const float* scale = rows.scale(page, in_page) + skip_scales;
-    for (int64_t i = first; i < end; i++, scale += rows.token_scales) {
-      scales[i] = scale;
+// 64 keys of a sequence, at the task's first key/value head, from their pages. Positions before the window of the
+// task's first query, whose pages may belong to another sequence, repeat the first key that it sees, with weight 0;
+// positions after the end of the context repeat its last key.
+struct KeyBlock {
+  BlockRows keys, values;
+
+  void take(const AttentionShape& shape, const KVPages& pages, const StepLayout& step, const AttentionTask& task,
+            int64_t first_key) {
+    const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
+    const int64_t behind = std::max<int64_t>(0, first_seen(shape, position_of(step, task)) - first_key);
+    const int64_t begin = first_key + behind, head = shape.shared ? 0 : task.first_group;
+    const int64_t key_skip = head * shape.head_size * pages.item_size;
+    const int64_t value_skip = head * shape.value_size * pages.item_size;
+    const int64_t* page = step.page_table + task.sequence * step.max_pages + begin / pages.page_size;
+    int64_t in_page = begin % pages.page_size;
+    for (int64_t i = behind; i < count; page++, in_page = 0) {
+      const char* key = pages.keys.row(*page, in_page) + key_skip;
+      const char* value = pages.values.row(*page, in_page) + value_skip;
+      const int64_t first = i, end = std::min(count, i + pages.page_size - in_page);
+      for (; i < end; i++, key += pages.keys.token_stride, value += pages.values.token_stride) {
+        keys.data[i] = key;
+        values.data[i] = value;
+      }
+      if (pages.code == kRowPlain) continue;
+      take_scales(pages.keys.scale(*page, in_page) + head, pages.keys.token_scales, first, end, keys.scales);
+      take_scales(pages.values.scale(*page, in_page) + head, pages.values.token_scales, first, end, values.scales);
+    }
+    repeat(keys.data, behind, count);
+    repeat(values.data, behind, count);
+    if (pages.code == kRowPlain) return;
+    repeat(keys.scales, behind, count);
+    repeat(values.scales, behind, count);
+  }
+
+ private:
+  static void take_scales(const float* scale, int64_t stride, int64_t first, int64_t end, const float** out) {
+    for (int64_t i = first; i < end; i++, scale += stride) {
+      out[i] = scale;
       _mm_prefetch(reinterpret_cast<const char*>(scale), _MM_HINT_T0);
     }
   }
 
-  // Those outside begin .. end become the first and the last one within.
-  void repeat(int64_t begin, int64_t end, bool has_scales) {
-    std::fill(data, data + begin, data[begin]);
-    std::fill(data + end, data + kKeys, data[end - 1]);
-    if (!has_scales) return;
-    std::fill(scales, scales + begin, scales[begin]);
-    std::fill(scales + end, scales + kKeys, scales[end - 1]);
+  template <class Pointer>
+  static void repeat(Pointer* rows, int64_t begin, int64_t end) {
+    std::fill(rows, rows + begin, rows[begin]);
+    std::fill(rows + end, rows + kKeys, rows[end - 1]);
   }
 };
 
-// 64 keys of a sequence, at the task's first key/value head, from their pages. Positions before the window of the task's
-// first query, whose pages may belong to another sequence, repeat the first key that it sees, with weight 0; positions
-// after the end of the context repeat its last key.
-struct KeyBlock {
-  BlockRows keys, values;
-
-  KeyBlock() = default;
-
-  KeyBlock(const AttentionShape& shape, const KVPages& pages, const StepLayout& step, const AttentionTask& task,
-           int64_t first_key) {
-    const int64_t count = std::min(kKeys, step.context_len[task.sequence] - first_key);
-    const int64_t behind = std::max<int64_t>(0, first_seen(shape, position_of(step, task)) - first_key);
-    const int64_t begin = first_key + behind, head = shape.shared ? 0 : task.first_group;
-    const int64_t* page = step.page_table + task.sequence * step.max_pages + begin / pages.page_size;
-    int64_t in_page = begin % pages.page_size;
-    for (int64_t i = behind; i < count; page++, in_page = 0) {
-      const int64_t first = i, end = std::min(count, i + pages.page_size - in_page);
-      keys.take_page(pages.keys, *page, in_page, first, end, head * shape.head_size * pages.item_size, head);
-      values.take_page(pages.values, *page, in_page, first, end, head * shape.value_size * pages.item_size, head);
-      i = end;
-    }
-    keys.repeat(behind, count, pages.code != kRowPlain);
-    values.repeat(behind, count, pages.code != kRowPlain);
-  }
-};
-
-// The keys and values of one head of a block, as the products read them.
+// The keys and values of one head of a block, as the products read them: rows of T, some elements into each.
 template <class T>
-struct HeadBlock {
-  const T* keys[kKeys];
-  const T* values[kKeys];
+class HeadBlock {
+ public:
+  const T* const* keys;
+  const T* const* values;
+  int64_t key_offset = 0, value_offset = 0;
 
   // Head `group` from the task's first one on. `memory` has room for the rows of all keys, if they have 8 bits.
   void take(const KeyBlock& block, const AttentionShape& shape, const KVPages& pages, int64_t group, T* memory) {
     const int64_t head = shape.shared ? 0 : group;
-    take_rows(block.keys, pages, head, shape.head_size, pages.key_split, memory, keys);
-    if (shape.shared) {
-      std::copy(keys, keys + kKeys, values);
-    } else {
-      take_rows(block.values, pages, head, shape.value_size, 0, memory + kKeys * shape.head_size, values);
+    keys = reinterpret_cast<const T* const*>(block.keys.data);
+    values = reinterpret_cast<const T* const*>(block.values.data);
+    if (pages.code == kRowPlain) {
+      key_offset = head * shape.head_size;
+      value_offset = head * shape.value_size;
+      return;
     }
+    read_rows(block.keys, pages.code, head, shape.head_size, pages.key_split, memory, own_keys_);
+    keys = values = own_keys_;
+    if (shape.shared) return;
+    read_rows(block.values, pages.code, head, shape.value_size, 0, memory + kKeys * shape.head_size, own_values_);
+    values = own_values_;
   }
 
   // Packs the keys as a panel: keys are its outputs, head dimensions its inputs. A step is a word of each key.
@@ -121,7 +130,8 @@ struct HeadBlock {
     for (; word + kLanes <= words; word += kLanes) {
       for (int64_t i = 0; i < kKeys; i += kLanes) {
         IntVec columns[kLanes];
-        transpose_words(reinterpret_cast<const char* const*>(keys + i), word * 4, columns);
+        const auto* rows = reinterpret_cast<const char* const*>(keys + i);
+        transpose_words(rows, key_offset * sizeof(T) + word * 4, columns);
         for (int j = 0; j < kLanes; j++) store_bits(out + (word + j) * kPanel + i, columns[j]);
       }
     }
@@ -129,7 +139,7 @@ struct HeadBlock {
       const int64_t bytes = std::min<int64_t>(4, (head_size - word * kStepInputs<T>) * sizeof(T));
       for (int64_t i = 0; i < kKeys; i++) {
         uint32_t value = 0;
-        std::memcpy(&value, keys[i] + word * kStepInputs<T>, bytes);
+        std::memcpy(&value, keys[i] + key_offset + word * kStepInputs<T>, bytes);
         out[word * kPanel + i] = value;
       }
     }
@@ -138,10 +148,10 @@ struct HeadBlock {
   // Packs the values in panels of 64 outputs: head dimensions are outputs, keys are inputs.
   void pack_values(int64_t value_size, T* packed) const {
     for (int64_t first = 0; first < value_size; first += kPanel) {
-      const int64_t width = std::min<int64_t>(kPanel, value_size - first);
+      const int64_t width = std::min<int64_t>(kPanel, value_size - first), offset = value_offset + first;
       for (int64_t key = 0; key < kKeys; key += kStepInputs<T>, packed += kStepElements<T>) {
         // A float32 step has one key, so it has no odd key.
-        const T *even = values[key] + first, *odd = values[key + kStepInputs<T> - 1] + first;
+        const T *even = values[key] + offset, *odd = values[key + kStepInputs<T> - 1] + offset;
         if (width == kPanel) {
           pack_step(even, odd, packed);
         } else {
@@ -155,18 +165,19 @@ struct HeadBlock {
   }
 
  private:
-  static void take_rows(const BlockRows& rows, const KVPages& pages, int64_t head, int64_t size, int64_t split,
-                        T* memory, const T** out) {
-    const int64_t skip = head * size * pages.item_size;
-    for (int64_t i = 0; i < kKeys; i++) {
-      if (pages.code == kRowPlain) {
-        out[i] = reinterpret_cast<const T*>(rows.data[i] + skip);
-      } else if (i > 0 && rows.data[i] == rows.data[i - 1]) {
-        out[i] = out[i - 1];
-      } else {
-        read_row(pages.code, rows.data[i] + skip, rows.scales[i] + head, size, split, memory + i * size);
-        out[i] = memory + i * size;
-      }
+  static void read_rows(const BlockRows& rows, int64_t code, int64_t head, int64_t size, int64_t split, T* memory,
+                        const T** out) {
+    const auto read = code == kRowInt8 ? read_codes<int8_t> : read_codes<e4m3>;
+    read(rows, head, size, split, memory, out);
+  }
+
+  template <class Code>
+  static void read_codes(const BlockRows& rows, int64_t head, int64_t size, int64_t split, T* memory, const T** out) {
+    for (int64_t i = 0; i < kKeys; i++, memory += size) {
+      const bool repeats = i > 0 && rows.data[i] == rows.data[i - 1];
+      out[i] = repeats ? out[i - 1] : memory;
+      if (repeats) continue;
+      read_row(reinterpret_cast<const Code*>(rows.data[i]) + head * size, rows.scales[i] + head, size, split, memory);
     }
   }
 
@@ -180,6 +191,9 @@ struct HeadBlock {
       store_bits(out + 2 * i + 2 * kLanes, pairs[1]);
     }
   }
+
+  const T* own_keys_[kKeys];  // rows of T that rows of 8 bits are read into
+  const T* own_values_[kKeys];
 };
 
 // Prefetches the rows of a key block a few cache lines at a time. They are too far apart for the hardware prefetcher,

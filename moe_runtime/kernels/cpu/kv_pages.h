@@ -49,7 +49,8 @@ inline int8_t nearest<int8_t>(float x) {
 // Ties to even; |x| is at most 448.
 template <>
 inline e4m3 nearest<e4m3>(float x) {
-  const float size = std::fabs(x), step = size + 0x1p14f;  // a float32 of that size has steps of 2^-9, as small codes have
+  const float size = std::fabs(x);
+  const float step = size + 0x1p14f;  // a float32 of that size has steps of 2^-9, as small codes have
   uint32_t bits, small, sign;
   std::memcpy(&bits, &size, 4);
   std::memcpy(&small, &step, 4);
@@ -113,15 +114,9 @@ void write_rows(const KVPages& pages, const CachedRows& rows, int64_t position, 
 }
 
 // Reads a row of 8 bits.
-template <class T>
-void read_row(int64_t code, const char* row, const float* scale, int64_t size, int64_t split, T* out) {
-  for_parts(size, split, [&](int64_t first, int64_t count) {
-    if (code == kRowInt8) {
-      widen_row(reinterpret_cast<const int8_t*>(row) + first, *scale++, count, out + first);
-    } else {
-      widen_row(reinterpret_cast<const e4m3*>(row) + first, *scale++, count, out + first);
-    }
-  });
+template <class T, class Code>
+void read_row(const Code* row, const float* scale, int64_t size, int64_t split, T* out) {
+  for_parts(size, split, [&](int64_t first, int64_t count) { widen_row(row + first, *scale++, count, out + first); });
 }
 
 }  // namespace moe

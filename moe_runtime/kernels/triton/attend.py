@@ -198,6 +198,11 @@ class HeadSizes:
         return max(self.key_blocks[0], self.value_block)
 
     @property
+    def has_large_widened_keys(self) -> bool:
+        """Whether a block of keys that are widened in registers leaves room for few rows only."""
+        return self.scales > 0 and self.widest > 256
+
+    @property
     def most(self) -> int:
         """Numbers in blocks: of a key or of a value, whichever are more."""
         return max(sum(self.key_blocks), self.value_block)
@@ -210,6 +215,8 @@ def attention_meta(
     `itemsize` is that of queries."""
     block_d, block_r = sizes.key_blocks
     large = rows * sizes.most > 64 * 128
+    if sizes.scales:  # keys that are widened take registers too
+        large = rows * sizes.most >= 32 * 128
     num_stages = 3 if rows > 64 else 2
     if itemsize == 4:  # float32 is multiplied in registers
         keys, large, num_stages = 16, True, 3

@@ -116,9 +116,13 @@ def prefill_attention_meta(
     sizes: HeadSizes, page_size: int, sliding_window: int | None, itemsize: int, chip: Chip
 ) -> dict[str, int]:
     """Constants and launch options of `prefill_attention_kernel`."""
-    # mma.sync takes its operands from registers, which hold the sums as well.
+    # mma.sync takes its operands from registers, which hold the sums as well, and keys that are widened.
     narrow = (sizes.widest if chip.has_new_mma else sizes.most) <= 128
-    rows = 16 if itemsize == 4 else 128 if narrow else 64 if sizes.widest <= 256 else 32
+    rows = 128 if narrow else 64 if sizes.widest <= 256 else 32
+    if sizes.scales and not chip.has_new_mma:
+        rows //= 2
+    if itemsize == 4 or sizes.has_large_widened_keys:
+        rows = 16
     keys = 64 if chip.has_new_mma else 32
     return attention_meta(sizes, page_size, sliding_window, itemsize, chip, rows=rows, keys=keys)
 

@@ -172,7 +172,7 @@ def decode_attention_meta(
     sizes: HeadSizes, page_size: int, sliding_window: int | None, itemsize: int, heads_per_group: int, chip: Chip
 ) -> dict[str, int]:
     """Constants and launch options of `decode_attention_kernel`."""
-    most_rows = 16 if itemsize == 4 else 64 if sizes.most <= 64 else 32
+    most_rows = 16 if itemsize == 4 or sizes.has_large_widened_keys else 64 if sizes.most <= 64 else 32
     rows = min(max(16, triton.next_power_of_2(heads_per_group)), most_rows)  # a tensor core takes at least 16 rows
     return attention_meta(sizes, page_size, sliding_window, itemsize, chip, rows=rows, keys=64) | {
         "CHUNK_SIZE": CHUNK,
