@@ -65,6 +65,10 @@ def test_engine_options_count(path, capsys):
     assert rank["kv_cache_bytes"] == 3 * 5 * page
     (rank,) = inspect(capsys, *words, "--kv-cache-memory-bytes", 7 * page)["ranks"]
     assert rank["kv_cache_bytes"] == 7 * page
+    found = inspect(capsys, *words, "--kv-cache-dtype", "int8")
+    (page,) = size.page_bytes(read_model_config(path), 8, "int8")
+    assert found["ranks"][0]["kv_cache_bytes"] == 3 * 5 * page
+    assert (found["kv_cache_dtype"], found["kv_bytes_per_token"]) == ("int8", page // 8)
     more, usual = (
         inspect(capsys, path, "--ep-size", 2, *extra)["ranks"][0] for extra in (("--redundant-experts", 3), ())
     )

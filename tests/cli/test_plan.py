@@ -70,6 +70,16 @@ def test_table_and_files(capsys, model, tmp_path):
     assert len(json.loads((tmp_path / "p.json").read_text())["choices"]) == 2
 
 
+def test_a_cache_of_8_bits_takes_less(capsys, model):
+    words = ["plan", str(model), "--assume", "uniform", "--ranks", "1", "--batch", "8", "--json", "--dtype", "bfloat16"]
+    found = []
+    for name in ("auto", "fp8", "int8"):
+        assert cli.main([*words, "--kv-cache-dtype", name]) == 0
+        (choice,) = json.loads(capsys.readouterr().out)["choices"]
+        found.append(choice["memory_bytes"]["kv_cache"])
+    assert found[1] == found[2] and found[1] / found[0] == (16 + 4) / 32, "heads of 16 numbers, and a scale"
+
+
 def test_nothing_is_fast_enough(capsys, model, tmp_path):
     words = ["plan", str(model), "--assume", "uniform", "--ranks", "2", "--max-step-ms", "1e-6"]
     assert cli.main([*words, "-o", str(tmp_path / "p.png")]) == 0
@@ -89,6 +99,7 @@ MISTAKES = {
     "output": (["MODEL", "--assume", "uniform", "-o", "x.svg"], "output: 'x.svg' is not allowed"),
     "no trace": (["--trace", "/nowhere.npz"], "trace: '/nowhere.npz' cannot be read"),
     "other model": (["MODEL", "--trace", "TRACE"], "has 7 experts, but"),
+    "kv cache": (["MODEL", "--assume", "uniform", "--kv-cache-dtype", "int4"], "kv_cache_dtype: 'int4' is not allowed"),
     "dtype": (["DEEPSEEK", "--assume", "uniform"], "dtype: 'float8' is not in the hardware profile"),
     "shape": (["/nowhere.json", "--assume", "uniform"], "model: '/nowhere.json' cannot be read"),
 }

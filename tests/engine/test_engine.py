@@ -372,6 +372,7 @@ def test_health_is_plain_and_tells_what_was_chosen():
     assert health["model"] == "name" and health["version"] == __version__
     assert (health["dtype"], health["device"], health["ep_size"]) == ("float32", "cpu", 2)
     assert (health["max_model_len"], health["block_size"], health["num_blocks"]) == (64, 8, [8, 9])
+    assert health["kv_cache_dtype"] == "float32"
     assert (health["dispatcher"], health["kernels"]) == ("auto", {"gate": "torch"})
     assert [(rank["rank"], rank["num_blocks"]) for rank in health["ranks"]] == [(0, [8]), (1, [9])]
     assert health["placement_invariance"] == "greedy tokens, float32"

@@ -171,6 +171,14 @@ def test_a_page_holds_the_keys_and_values_of_its_tokens(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_row_of_8_bits_has_a_scale(dtype: str, tmp_path: Path) -> None:
+    grouped, latent = (read_model_config(save(make_model(case), tmp_path / case)) for case in ("glm4", "deepseek3"))
+    assert size.kv_bytes_per_token(grouped, dtype) == 3 * 2 * 2 * (16 + 4)  # layers, key and value, heads
+    assert size.kv_bytes_per_token(latent, dtype) == 3 * (24 + 8 + 2 * 4)
+    assert (size.cache_dtype("auto", "bfloat16"), size.cache_dtype(dtype, "bfloat16")) == ("bfloat16", dtype)
+
+
 def test_the_dtype_is_the_checkpoints_unless_another_is_asked_for() -> None:
     assert size.weights_dtype("auto", "bfloat16") == "bfloat16"
     assert size.weights_dtype("float32", "float16") == "float32"
