@@ -2,6 +2,7 @@
 // `element` is the type of activations, which decides how weights are stored: see Element.
 #include "layers.h"
 #include "packing.h"
+#include "quantized_packing.h"
 
 namespace moe {
 namespace {
