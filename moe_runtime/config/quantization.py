@@ -51,6 +51,16 @@ def check_quantization(method: object, parts: object, group_size: object) -> Non
         raise ValueError(f"quantization_group_size: {group_size} is not allowed with mxfp4; it must be 32")
 
 
+def check_activations(model: ModelConfig, activations: str | None) -> None:
+    """Raise ValueError if rows are to be rounded, but no matrix of the model is multiplied with such rows."""
+    formats = [format for layer in model.layers for format in layer.formats.all] + [model.head_format]
+    if activations is not None and not any(format and format.code is not Code.FP8 for format in formats):
+        raise ValueError(
+            f"activation_quantization: {activations!r} is not allowed without weights in int8, int4 or fp4; "
+            f"the model has {model.formats}"
+        )
+
+
 def quantized(model: ModelConfig, method: str | None, parts: str, group_size: int | None) -> ModelConfig:
     """The configuration of a model whose weights are quantised while they are loaded.
 

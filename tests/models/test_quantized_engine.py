@@ -103,3 +103,12 @@ def test_what_is_quantised_already_is_not_quantised_again(tmp_path: Path) -> Non
 def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig("demo", **options)
+
+
+@pytest.mark.parametrize("method", [None, "fp8"])
+def test_rows_are_not_rounded_without_integers_to_multiply(
+    rank_pool: Callable[[int], RankPool], tmp_path: Path, method: str | None
+) -> None:
+    path = save(make_model("qwen3"), tmp_path)
+    with pytest.raises(ValueError, match=r"^activation_quantization: 'int8' is not allowed without weights in int8"):
+        answers(rank_pool, path, quantization=method, activation_quantization="int8")
