@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_runtime.config.quantization import METHODS
+from moe_runtime.kernels.quantized import quantize
+from moe_runtime.weights.compressed_writer import compressed
+from moe_runtime.weights.compressed_writer import settings as written_settings
+
 N, K, E = 48, 256, 3
 LINEAR, FUSED = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.experts.down_proj"
 
@@ -68,6 +73,12 @@ def compressed_tensors() -> Iterator[Sample]:
         settings = {"quant_method": "compressed-tensors", "format": format, "config_groups": groups}
         kind = f"{args['num_bits']} bits, {args['strategy']}{'' if args['symmetric'] else ', zeros'}"
         yield Sample(f"{format}, {kind}", settings, packed, weight)
+    for method, held in METHODS.items():  # what the runtime writes, read by the library
+        packed = compressed(quantize(torch.randn(N, K), held))
+        settings = written_settings(held, [])
+        scheme = QuantizationScheme(**settings["config_groups"]["group_0"])
+        weight = BaseCompressor.get_value_from_registry(settings["format"]).decompress(dict(packed), scheme)["weight"]
+        yield Sample(f"{settings['format']}, `quantize --quantization {method}`", settings, packed, weight)
 
 
 def _state(args: dict[str, Any]) -> dict[str, Tensor]:
