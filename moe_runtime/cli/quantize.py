@@ -66,6 +66,8 @@ def _write(engine: EngineConfig, out: Path) -> int:
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(engine.model)
+    if not path.is_dir():
+        raise ValueError(f"model: {engine.model!r} is not allowed; it must be a folder with safetensors files")
     model = quantized(
         with_own_head(path, read_model_config(path)),
         engine.quantization,
