@@ -1,7 +1,8 @@
 """A script for a process that interprets Triton kernels: runs decode steps of one rank under `NoSync`, prints JSON.
 
 `decode_step.py MODEL usual` compares them with ordinary steps in torch, `decode_step.py MODEL invariant` with ordinary
-steps in Triton, both with `batch_invariant`.
+steps in Triton, both with `batch_invariant`. `decode_step.py MODEL int4` is `usual` with weights quantised by the
+method `int4`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 from no_sync import NoSync
 
 from moe_runtime.config.engine import EngineConfig
+from moe_runtime.config.quantization import METHODS, PARTS, quantized
 from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.kernels import ops
 from moe_runtime.memory.page_group import page_groups
@@ -50,12 +52,11 @@ def best(logits_BV: torch.Tensor) -> list[int]:
     return logits_BV.argmax(dim=-1).tolist()
 
 
-def run(path: Path, bucket: int, batch_invariant: bool) -> tuple[list[list[int]], list[torch.Tensor]]:
+def run(path: Path, bucket: int, kind: str) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Tokens of each prompt, and the logits of every decode step; steps use the bucket, or are ordinary if it is 0."""
-    config = EngineConfig(
-        str(path), dtype="float32", max_num_seqs=4, block_size=BLOCK, max_model_len=64, batch_invariant=batch_invariant
-    )
-    model = read_model_config(path)
+    options: dict[str, Any] = {"max_num_seqs": 4, "block_size": BLOCK, "max_model_len": 64}
+    config = EngineConfig(str(path), dtype="float32", **options, batch_invariant=kind == "invariant")
+    model = quantized(read_model_config(path), kind if kind in METHODS else None, ",".join(PARTS), None)
     rank = worker.Worker(config, model, path)
     pages = RankPages(page_groups(config, model), rank.info.num_pages)
     held = [pages.hold() for _ in PROMPTS]
@@ -103,15 +104,15 @@ def main() -> None:
     assert triton.knobs.runtime.interpret
     row_products.use_in_this_process()
     worker.native_kernels = lambda device, group: None
-    invariant = sys.argv[2] == "invariant"
-    if invariant:
+    kind = sys.argv[2]
+    if kind == "invariant":
         ops.uses_triton = lambda device: True
-    ordinary_tokens, ordinary = run(path, 0, invariant)
+    ordinary_tokens, ordinary = run(path, 0, kind)
     capture, kernels = Capture(), launches()
     ops.uses_triton = lambda device: True
     worker.capture_on = lambda device: capture
     decode_graphs.SHORTEST_CONTEXT = 16
-    tokens, logits = run(path, 4, invariant)
+    tokens, logits = run(path, 4, kind)
     difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(logits, ordinary, strict=True))
     json.dump(
         {
