@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_bench.shapes import Shape, group, route
-from moe_runtime.kernels import invariant_ops, ops
+from moe_runtime.kernels import invariant_ops, kv_rows, ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.quantized import quantize
 from moe_runtime.kernels.quantized_slots import QuantizedSlots, dense
@@ -148,6 +149,15 @@ def _rows(shape: Shape, make: Make, device: torch.device) -> Cases:
         turned = ops.rotary_store_kv(q, k, v, angle.cos(), angle.sin(), k_cache, v_cache, slot)
         activated, product = ops.silu_mul(parts.flatten(1)[:, : 2 * D].contiguous()), invariant_ops.linear(x, matrix)
         plain = ops.rms_norm(q, weight[:1].expand(d).contiguous(), 1e-6)
+    for name, dtype in kv_rows.DTYPES.items():
+        cache, scale = k_cache.to(dtype), torch.zeros(*k_cache.shape[:3], 1, device=device)
+        ops.store_quantized(k, cache, scale, slot, (d,))
+        stored = kv_rows.widen_rows(
+            cache[slot // PAGE, slot % PAGE], scale[slot // PAGE, slot % PAGE], (d,), dtype=k.dtype
+        )
+        # On the CPU, because torch divides by a number in another way on GPUs.
+        codes, scales = kv_rows.quantize_rows(k.cpu(), dtype, (d,))
+        yield f"store_quantized {name}", stored, kv_rows.widen_rows(codes, scales, (d,), k.dtype).to(device)
     yield "add_rms_norm", normed, weight.double() * total / (total.square().mean(1, keepdim=True) + 1e-6).sqrt()
     yield "add_rms_norm sum", added, total
     yield "scale_rows", scaled, residual.double() * (x.double() @ weight.double()).sigmoid()[:, None]
@@ -187,6 +197,20 @@ def _attention(shape: Shape, make: Make, device: torch.device) -> Cases:
             with poisoned():
                 actual = form(q, k_cache, v_cache, meta, **options)
             yield f"{name}paged_attention{' window' if window else ''}", actual, expected
+    yield from _quantized_attention(q, k_cache, v_cache, meta, d)
+
+
+def _quantized_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, d: int) -> Cases:
+    """Over rows of 8 bits, and over what they stand for."""
+    options: dict[str, Any] = {"scale": d**-0.5, "sliding_window": None}
+    for name, dtype in kv_rows.DTYPES.items():
+        found = [kv_rows.quantize_rows(cache.flatten(0, 1), dtype, (d,)) for cache in (k_cache, v_cache)]
+        codes = [part.view(k_cache.shape) for part, _ in found]
+        scales = [part.view(*k_cache.shape[:3], 1) for _, part in found]
+        wide = [kv_rows.widen_rows(part, scale, (d,), q.dtype) for part, scale in zip(codes, scales, strict=True)]
+        with poisoned():
+            actual = ops.paged_attention(q, *codes, meta, **options, kv_scales=kv_rows.KVScales(*scales))
+        yield f"paged_attention over {name}", actual, ops.paged_attention(q, *wide, meta, **options)
 
 
 def _attend(q_QHd: Tensor, k_CGd: Tensor, v_CGd: Tensor, window: int | None) -> Tensor:

@@ -80,6 +80,25 @@ def test_buckets_give_the_tokens_of_ordinary_steps(rank_pool: Pools, tmp_path: P
     assert (load.tokens["decode"].sum(axis=1) <= least + len(prompts) * top_k).all()
 
 
+@pytest.mark.parametrize(("case", "name"), [("qwen3 window", "fp8"), ("deepseek3", "int8")])
+def test_buckets_over_a_cache_of_8_bits(rank_pool: Pools, tmp_path: Path, case: str, name: str) -> None:
+    """A code may differ where a sum's last bit does, so log-probabilities are near, up to a token that differs."""
+    save(make_model(case), tmp_path)
+    prompts, params = work()
+    found = []
+    for buckets in (False, True):
+        with engine(rank_pool, tmp_path, 1, buckets=buckets, kv_cache_dtype=name) as made:
+            found.append(generate(made, prompts, params))
+            assert (made.stats().dispatcher_steps.get("padded", 0) >= 20) == buckets
+    (tokens, logprobs), (found_tokens, found_logprobs) = found
+    num_same = 0
+    for index, pair in enumerate(zip(tokens, found_tokens, strict=True)):
+        same = next((i for i, (ours, theirs) in enumerate(zip(*pair, strict=True)) if ours != theirs), len(pair[0]))
+        assert found_logprobs[index][:same] == pytest.approx(logprobs[index][:same], abs=0.05)
+        num_same += same
+    assert num_same >= sum(map(len, tokens)) / 2
+
+
 @pytest.mark.parametrize("redundant", [2, (0, 3)])
 def test_experts_may_move_and_multiply_under_buckets(rank_pool: Pools, tmp_path: Path, redundant: object) -> None:
     save(make_model("qwen3"), tmp_path)
