@@ -115,6 +115,8 @@ def take_rows(matrix: Tensor | QuantizedMatrix, index: slice | Tensor) -> Tensor
 
 def stack_rows(parts: Sequence[Tensor | QuantizedMatrix]) -> Tensor | QuantizedMatrix:
     """The rows of matrices of one kind, in order."""
+    if len(parts) == 1:
+        return parts[0]
     dense = [part for part in parts if isinstance(part, Tensor)]
     return torch.cat(dense) if dense else _concatenate([part for part in parts if isinstance(part, QuantizedMatrix)])
 

@@ -10,14 +10,16 @@ Shape suffixes: N outputs, K inputs, B blocks of a row, b bytes of a row; others
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels.quantized import QuantizedMatrix, pack_halves
+from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.types.weight_format import Scale
 from moe_runtime.weights.gguf_file import FORMATS
 
 PLAIN_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LOW_HALVES = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
 def quantized(dtype: str, raw_Nb: Tensor, num_inputs: int) -> QuantizedMatrix:
@@ -27,16 +29,34 @@ def quantized(dtype: str, raw_Nb: Tensor, num_inputs: int) -> QuantizedMatrix:
         dtype: the type's name.
         raw_Nb: its bytes.
     """
-    format = FORMATS[dtype]
-    blocks_NBb = raw_Nb.unflatten(1, (num_inputs // 32, -1))
+    format, num_blocks = FORMATS[dtype], num_inputs // 32
+    blocks_NBb = raw_Nb.numpy().reshape(len(raw_Nb), num_blocks, raw_Nb.shape[1] // num_blocks)
     if format.scale is Scale.E8M0:
         scales_NB, codes_NBb = blocks_NBb[..., 0], blocks_NBb[..., 1:]
     else:
-        scales_NB, codes_NBb = _float16(blocks_NBb[..., :2])[..., 0], blocks_NBb[..., 2:]
+        scales_NB = np.ascontiguousarray(blocks_NBb[..., :2]).view(np.float16)[..., 0]
+        codes_NBb = blocks_NBb[..., 2:]
+    codes_NBb = np.ascontiguousarray(codes_NBb)
     if dtype == "Q5_0":
-        codes_NBb = _five_bits(codes_NBb) - 16  # in two's complement
-    codes = codes_NBb.flatten(1) if format.code.bits == 8 else pack_halves(_halves(codes_NBb).flatten(1))
-    return QuantizedMatrix(format, codes.contiguous(), scales_NB.contiguous(), None, None, num_inputs)
+        codes_NBb = (_five_bits(torch.from_numpy(codes_NBb)) - 16).numpy()  # in two's complement
+    elif format.code.bits == 4:
+        codes_NBb = _paired(codes_NBb)
+    codes, scales_NG = torch.from_numpy(codes_NBb).flatten(1), torch.from_numpy(np.ascontiguousarray(scales_NB))
+    return QuantizedMatrix(format, codes, scales_NG, None, None, num_inputs)
+
+
+def _paired(codes_NBb: np.ndarray) -> np.ndarray:
+    """Codes of 4 bits `[N, B, 16]` with two adjacent columns in a byte; stored are columns j and j + 16 of a block.
+
+    Eight bytes at once, with numpy: models have billions of codes, and torch takes many times as long.
+    """
+    words = codes_NBb.view(np.uint64)
+    paired = np.empty((*codes_NBb.shape[:2], 2, 8), dtype=np.uint8)
+    for half, shift in enumerate((0, 4)):
+        low = words >> np.uint64(shift) & LOW_HALVES
+        low |= low >> np.uint64(4)  # the first of two bytes gets the code of the second
+        paired[:, :, half] = low.view(np.uint8)[..., ::2]
+    return paired
 
 
 def values(dtype: str, raw_Nb: Tensor, num_inputs: int) -> Tensor:
