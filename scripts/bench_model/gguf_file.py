@@ -23,7 +23,7 @@ def write_gguf(config: Config, weights: Path, path: Path, kind: str = "bf16") ->
     """
     family = FAMILIES[config["model_type"]]
     writer = gguf.GGUFWriter(path, family.arch)
-    _describe(writer, config, kind)
+    describe(writer, config, kind)
     family.describe(writer, config)
     with safe_open(weights, framework="pt") as source:
         _add(writer, "token_embd.weight", source.get_tensor("model.embed_tokens.weight"))
@@ -44,8 +44,8 @@ def write_gguf(config: Config, weights: Path, path: Path, kind: str = "bf16") ->
         writer.close()
 
 
-def _describe(writer: gguf.GGUFWriter, config: Config, kind: str) -> None:
-    """The parameters that all families have."""
+def describe(writer: gguf.GGUFWriter, config: Config, kind: str) -> None:
+    """Write the parameters that all families have; `kind` is the end of a name in `gguf.LlamaFileType`."""
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -59,10 +59,14 @@ def _describe(writer: gguf.GGUFWriter, config: Config, kind: str) -> None:
     writer.add_tokenizer_model("none")
 
 
+def stays_float32(name: str, num_dims: int) -> bool:
+    """Whether llama.cpp needs a tensor in float32: norms, biases, sinks and gates."""
+    return num_dims == 1 or name.endswith(".bias") or "ffn_gate_inp" in name
+
+
 def _add(writer: gguf.GGUFWriter, name: str, tensor: Tensor, kind: str = "bf16") -> None:
-    # llama.cpp needs norms, biases, sinks and gates in float32; the conversion from bfloat16 is exact.
-    if tensor.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name:
-        writer.add_tensor(name, tensor.float().numpy())
+    if stays_float32(name, tensor.ndim):
+        writer.add_tensor(name, tensor.float().numpy())  # exact
     elif kind != "bf16":
         stored = gguf.GGMLQuantizationType[kind.upper()]
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), stored), raw_dtype=stored)

@@ -293,9 +293,13 @@ class Conductor:
         return added
 
     def _prompts(self, seed: str, batch: int, length: int) -> list[list[int]]:
-        """Random tokens, the same for all engines; another seed gives other prompts."""
-        source = random.Random(f"{seed}/{batch}/{length}")
-        return [[source.randrange(self.config["vocab_size"]) for _ in range(length)] for _ in range(batch)]
+        return random_prompts(seed, batch, length, self.config["vocab_size"])
+
+
+def random_prompts(seed: str, batch: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Random tokens, the same for all engines; another seed gives other prompts."""
+    source = random.Random(f"{seed}/{batch}/{length}")
+    return [[source.randrange(vocab_size) for _ in range(length)] for _ in range(batch)]
 
 
 def stored_bytes(engine: str, quantization: str | None) -> float:

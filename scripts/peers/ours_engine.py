@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,9 +33,10 @@ class OursEngine:
     def info(self) -> dict[str, Any]:
         health = self.engine.health()
         chosen = ("kernels", "dispatcher", "dispatcher_steps", "placement_invariance")
-        return {"version": __version__, "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS} | {
+        found = {"version": __version__, "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS} | {
             name: health[name] for name in chosen
         }
+        return found | {"pids": [rank.pid for rank in self.engine.executor.ranks]}
 
     def generate(self, prompts: Prompts, new_tokens: int) -> dict[str, float]:
         params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
@@ -111,8 +113,8 @@ def _by_rank(counts_SLE: np.ndarray, ranks: int) -> dict[str, float]:
     return {"total": float(total), "largest": float(largest)}
 
 
-def main() -> None:
-    answers = take_stdout()
+def config_of(arguments: list[str]) -> EngineConfig:
+    """The engine's configuration, from this module's arguments."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("ep_size", type=int)
@@ -122,8 +124,13 @@ def main() -> None:
     parser.add_argument("--quantization")
     parser.add_argument("--activation-quantization")
     fixed: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "skip_tokenizer_init": True}
-    options = vars(parser.parse_args())
-    engine = OursEngine(EngineConfig(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, **options, **fixed))
+    options = vars(parser.parse_args(arguments))
+    return EngineConfig(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, **options, **fixed)
+
+
+def main() -> None:
+    answers = take_stdout()
+    engine = OursEngine(config_of(sys.argv[1:]))
     try:
         names = ("info", "generate", "routing", "logprobs")
         serve(answers, {name: getattr(engine, name) for name in names})
