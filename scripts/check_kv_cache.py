@@ -4,8 +4,9 @@ Loss: KL divergence from the logits of the same model with a cache in the dtype 
 Blocks of 512 tokens run in two chunks, so the second half reads the first one's keys from the cache. Activations are
 float32, so that nothing else is lost; a row for bfloat16 shows what rounding activations loses.
 
-Speed: `bench` or `bench-mla` of make_bench_model.py with bfloat16 activations. The three engines decode in turn, so
-that other work on the machine affects them equally.
+Speed: attention alone, as one call on one thread with its keys in the processor's caches, and whole steps. Models are
+`bench` or `bench-mla` of make_bench_model.py with bfloat16 activations. The three engines decode in turn, so that other
+work on the machine affects them equally; a step's time is the lower quartile.
 
     python scripts/check_kv_cache.py --work-dir FOLDER   # texts are downloaded there (Debian packages); minutes
 """
@@ -27,10 +28,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_runtime.build import build_engine
+from moe_runtime.config.attention import AttentionConfig
 from moe_runtime.config.engine import KV_CACHE_DTYPES, EngineConfig
+from moe_runtime.config.model import ModelConfig
 from moe_runtime.demo.texts import BLOCK, KINDS, fetch_texts, token_blocks
 from moe_runtime.engine.engine import Engine
 from moe_runtime.engine.page_pool import RankPages
+from moe_runtime.kernels import ops
+from moe_runtime.kernels.attention import AttentionMetadata
+from moe_runtime.kernels.cpu.loader import load
+from moe_runtime.kernels.cpu.native_step import NativeStep
+from moe_runtime.layers.kv_cache import KVCache, LayerCache
 from moe_runtime.memory.model_size import cache_dtype, kv_bytes_per_token
 from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import read_model_config
@@ -43,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFE
 from make_bench_model import WEIGHTS, ensure_bench_model
 
 GREEDY = SamplingParams(temperature=0.0)
+PAGE, CHUNK = 16, 256  # tokens of a page, rows of a chunk of a prompt
 
 
 class Reader:
@@ -121,7 +130,7 @@ def speeds(shape: str, context: int, batches: list[int], steps: int) -> Iterator
                     engine.step()
                     samples[name].append(time.perf_counter() - start)
             for name, engine in engines.items():
-                times[name].append(statistics.median(samples[name]) * 1e3)
+                times[name].append(statistics.quantiles(samples[name], n=4)[0] * 1e3)
                 while engine.has_work:
                     engine.step()
     model = read_model_config(ensure_bench_model(shape))
@@ -131,6 +140,48 @@ def speeds(shape: str, context: int, batches: list[int], steps: int) -> Iterator
         size = kv_bytes_per_token(model, dtype)
         cells = " | ".join(f"{value:.1f}" for value in times[name])
         yield f"| {dtype} | {size} | {size / plain:.2f} | {prompt_rates[name]:.0f} | {cells} |"
+
+
+def attention_times(shape: str, context: int) -> Iterator[str]:
+    """Rows of the table of attention alone: a call for one layer on one thread, the fastest of many."""
+    model, kernels = read_model_config(ensure_bench_model(shape)), load()
+    threads = kernels.num_threads
+    kernels.set_threads(1)
+    caches = {name: filled_cache(model, cache_dtype(name, "bfloat16"), context) for name in KV_CACHE_DTYPES}
+    attention = model.layers[0].attention
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    yield f"| {shape}, {context} keys, {kernels.instruction_set} | one row, ms | {CHUNK} rows, ms |"
+    yield "|---|---|---|"
+    for rows, num_calls in ((1, 60), (CHUNK, 6)):
+        step = NativeStep(AttentionMetadata.build([rows], [context], [range(context // PAGE)], torch.device("cpu")))
+        q_THd = torch.randn(rows, attention.num_heads, attention.key_size).bfloat16()
+        samples: dict[str, list[float]] = {name: [] for name in caches}
+        for name, cache in [*caches.items()] * num_calls:
+            start = time.perf_counter()
+            kernels.paged_attention(
+                q_THd, cache.k_NBGd, cache.v_NBGe, step, scale=0.1, sliding_window=None, kv_scales=cache.scales
+            )
+            samples[name].append(time.perf_counter() - start)
+        for name in caches:
+            times[name].append(min(samples[name]) * 1e3)
+    kernels.set_threads(threads)
+    for name, milliseconds in times.items():
+        yield f"| {cache_dtype(name, 'bfloat16')} | {' | '.join(f'{value:.2f}' for value in milliseconds)} |"
+
+
+def filled_cache(model: ModelConfig, dtype: str, context: int) -> LayerCache:
+    """The first layer of a cache, with random keys and values of `context` tokens."""
+    attention, position_T = model.layers[0].attention, torch.arange(context)
+    cache = KVCache(model, [context // PAGE] * len(model.windows), PAGE, dtype, torch.device("cpu")).layer(0)
+    k_TGd = torch.randn(context, attention.num_kv_heads, attention.key_size).bfloat16()
+    if isinstance(attention, AttentionConfig):
+        ops.store_kv(k_TGd, torch.randn_like(k_TGd), cache.k_NBGd, cache.v_NBGe, position_T, cache.scales)
+    elif cache.scales is None:
+        cache.k_NBGd.copy_(k_TGd.view(cache.k_NBGd.shape))
+    else:
+        parts = (attention.latent_size, attention.rope_size)
+        ops.store_quantized(k_TGd, cache.k_NBGd, cache.scales.k_NBGP, position_T, parts)
+    return cache
 
 
 def long_model(shape: str, length: int, folder: Path) -> Path:
@@ -176,12 +227,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=4, help="blocks of 512 tokens of each kind of text")
     parser.add_argument("--shapes", nargs="*", default=["bench", "bench-mla"], help="bench models to time")
     parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences that decode together")
+    parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
     if options.work_dir is not None:
         print(*losses(options.work_dir.resolve(), options.blocks), sep="\n")
     for shape in options.shapes:
+        print(*attention_times(shape, options.context), sep="\n")
         print(*speeds(shape, options.context, options.batch, options.steps), sep="\n")
 
 

@@ -108,7 +108,10 @@ class AttentionCall:
         kv_scales: KVScales | None = None,
         in_place: bool = False,
     ) -> Tensor:
-        """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' keys and values into the cache."""
+        """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' keys and values into the cache.
+
+        `kv_scales` are those of a cache whose rows have 8 bits.
+        """
         assert x_TD.dtype == self.dtype and len(x_TD) == step.layout.tokens
         assert kv_scales is not None or k_cache_NBGd.dtype == self.dtype
         pages = kv_pages(k_cache_NBGd, v_cache_NBGd, kv_scales)

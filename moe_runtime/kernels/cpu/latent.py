@@ -101,7 +101,10 @@ class LatentCall:
         kv_scales: KVScales | None = None,
         in_place: bool = False,
     ) -> Tensor:
-        """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' latents and keys into the cache."""
+        """`[T, D]`; with `in_place` it overwrites `x_TD`. Writes the tokens' latents and keys into the cache.
+
+        `kv_scales` are those of a cache whose rows have 8 bits.
+        """
         assert x_TD.dtype == self.dtype and len(x_TD) == step.layout.tokens
         assert kv_scales is not None or cache_NB1d.dtype == self.dtype
         pages = kv_pages(cache_NB1d, cache_NB1d[..., : self.struct.shape.value_size], kv_scales)

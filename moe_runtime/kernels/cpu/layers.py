@@ -24,7 +24,7 @@ class Layers:
     Args:
         blocks: attention and MLP of each layer, each with the norm after it. Either all sparse blocks have an
             exchange, or none has.
-        caches: of each layer.
+        caches: keys and values of each layer, from `kv_pages`.
         groups: which of a step's inputs to attention each layer takes.
     """
 
