@@ -51,7 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFE
 from make_bench_model import WEIGHTS, ensure_bench_model
 
 GREEDY = SamplingParams(temperature=0.0)
-PAGE, CHUNK = 16, 256  # tokens of a page, rows of a chunk of a prompt
+PAGE = 16  # tokens
 
 
 class Reader:
@@ -142,31 +142,27 @@ def speeds(shape: str, context: int, batches: list[int], steps: int) -> Iterator
         yield f"| {dtype} | {size} | {size / plain:.2f} | {prompt_rates[name]:.0f} | {cells} |"
 
 
-def attention_times(shape: str, context: int) -> Iterator[str]:
-    """Rows of the table of attention alone: a call for one layer on one thread, the fastest of many."""
+def attention_times(shape: str, context: int, num_calls: int = 100) -> Iterator[str]:
+    """Rows of the table of attention alone: a call of one row for one layer on one thread, the fastest of many."""
     model, kernels = read_model_config(ensure_bench_model(shape)), load()
     threads = kernels.num_threads
     kernels.set_threads(1)
     caches = {name: filled_cache(model, cache_dtype(name, "bfloat16"), context) for name in KV_CACHE_DTYPES}
     attention = model.layers[0].attention
-    times: dict[str, list[float]] = {name: [] for name in caches}
-    yield f"| {shape}, {context} keys, {kernels.instruction_set} | one row, ms | {CHUNK} rows, ms |"
-    yield "|---|---|---|"
-    for rows, num_calls in ((1, 60), (CHUNK, 6)):
-        step = NativeStep(AttentionMetadata.build([rows], [context], [range(context // PAGE)], torch.device("cpu")))
-        q_THd = torch.randn(rows, attention.num_heads, attention.key_size).bfloat16()
-        samples: dict[str, list[float]] = {name: [] for name in caches}
-        for name, cache in [*caches.items()] * num_calls:
-            start = time.perf_counter()
-            kernels.paged_attention(
-                q_THd, cache.k_NBGd, cache.v_NBGe, step, scale=0.1, sliding_window=None, kv_scales=cache.scales
-            )
-            samples[name].append(time.perf_counter() - start)
-        for name in caches:
-            times[name].append(min(samples[name]) * 1e3)
+    step = NativeStep(AttentionMetadata.build([1], [context], [range(context // PAGE)], torch.device("cpu")))
+    q_1Hd = torch.randn(1, attention.num_heads, attention.key_size).bfloat16()
+    samples: dict[str, list[float]] = {name: [] for name in caches}
+    for name, cache in [*caches.items()] * num_calls:
+        start = time.perf_counter()
+        kernels.paged_attention(
+            q_1Hd, cache.k_NBGd, cache.v_NBGe, step, scale=0.1, sliding_window=None, kv_scales=cache.scales
+        )
+        samples[name].append(time.perf_counter() - start)
     kernels.set_threads(threads)
-    for name, milliseconds in times.items():
-        yield f"| {cache_dtype(name, 'bfloat16')} | {' | '.join(f'{value:.2f}' for value in milliseconds)} |"
+    yield f"| attention of {shape}, {context} keys, {kernels.instruction_set} | ms |"
+    yield "|---|---|"
+    for name, seconds in samples.items():
+        yield f"| {cache_dtype(name, 'bfloat16')} | {min(seconds) * 1e3:.2f} |"
 
 
 def filled_cache(model: ModelConfig, dtype: str, context: int) -> LayerCache:
