@@ -216,7 +216,7 @@ def attention_meta(
     block_d, block_r = sizes.key_blocks
     large = rows * sizes.most > 64 * 128
     if sizes.scales:  # keys that are widened take registers too
-        large = rows * sizes.most >= 32 * 128
+        large = rows > 64 or (sizes.most > 64 and rows * sizes.most >= 32 * 128)
     num_stages = 3 if rows > 64 else 2
     if itemsize == 4:  # float32 is multiplied in registers
         keys, large, num_stages = 16, True, 3
