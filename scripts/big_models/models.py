@@ -23,11 +23,12 @@ SHAPES: dict[str, type[Shape]] = {"qwen3_moe": Qwen3Moe, "gpt_oss": GptOss}
 STD = 0.02
 # Mean and deviation by the end of a tensor's name after a full stop. Logits spread as in a trained model. Attention
 # averages over tokens, so what it adds must stay small beside the embedding: else, after some layers, all tokens of a
-# prompt choose the same experts.
+# prompt choose the same experts. What an expert adds is small too, so that a choice that rounding flips changes little.
 SPREADS: dict[str, Spread] = {
     ".token_embd.weight": (0.0, 1.0),
     ".output.weight": (0.0, 0.07),
     ".attn_output.weight": (0.0, 0.0005),
+    ".ffn_down_exps.weight": (0.0, 0.004),
     "norm.weight": (1.0, 0.1),
     "sinks.weight": (1.0, 1.0),
 }
