@@ -5,7 +5,6 @@ Shape suffixes: N outputs, K inputs, G groups of inputs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -18,6 +17,7 @@ from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INT4_ZERO = 8  # codes of INT4 are 0 to 15; without zeros, 8 stands for 0
 FP8_MAX, FP4_MAX = 448.0, 6.0
+PIECE = 1 << 17  # weights that are quantised at once: in float32, they and what is made of them fit into an L2 cache
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,9 @@ def decode_codes(code: Code, codes: Tensor, num_inputs: int) -> Tensor:
 
 def pack_halves(halves_NK: Tensor) -> Tensor:
     """Codes of 4 bits, uint8 `[N, K]`, two in a byte; an odd K is filled up with the code 0."""
-    padded = torch.nn.functional.pad(halves_NK, (0, halves_NK.shape[1] % 2))
-    return padded[:, 0::2] | padded[:, 1::2] << 4
+    if halves_NK.shape[1] % 2:
+        halves_NK = torch.nn.functional.pad(halves_NK, (0, 1))
+    return halves_NK[:, 0::2] | halves_NK[:, 1::2] << 4
 
 
 def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
@@ -172,10 +173,18 @@ def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
     Args:
         weight_NK: float32 or bfloat16, finite.
     """
+    rows = max(1, PIECE // weight_NK.shape[1])
+    return _concatenate([_quantize_rows(rows_NK, format) for rows_NK in weight_NK.split(rows)])
+
+
+def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
     assert format.scale is not None
     rows, inputs = weight_NK.shape
     group, groups = format.group or inputs, format.num_groups(inputs)
-    padded = torch.nn.functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
+    padded = weight_NK.float()
+    if missing := groups * group - inputs:  # pad copies even if nothing is missing
+        padded = torch.nn.functional.pad(padded, (0, missing))
+    padded = padded.view(rows, groups, group)
     largest_NG, code = padded.abs().amax(dim=2), format.code
     factor_N: Tensor | None = None
     if format.scale is Scale.E8M0:
@@ -205,19 +214,18 @@ def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
 
 
 def _encode(code: Code, scaled_NK: Tensor) -> Tensor:
-    """Codes of the nearest values, for weights divided by their scales."""
+    """Codes of the nearest values, for weights divided by their scales, which are overwritten."""
     if code is Code.INT8:
-        return scaled_NK.round().clamp(-127, 127).to(torch.int8).view(torch.uint8)
+        return scaled_NK.round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
     if code is Code.FP8:
-        return scaled_NK.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        return scaled_NK.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
     if code is Code.INT4:
-        return pack_halves((scaled_NK.round().clamp(-8, 7) + INT4_ZERO).to(torch.uint8))
+        return pack_halves(scaled_NK.round_().clamp_(-8, 7).add_(INT4_ZERO).to(torch.uint8))
     assert code is Code.FP4
-    # Halfway points between neighbours; a tie goes to the even code, which is the lower one where the index is even.
-    edges = [(low + high) / 2 for low, high in itertools.pairwise(E2M1)]
-    size = scaled_NK.abs()
-    index = sum(
-        ((size > edge) if place % 2 == 0 else (size >= edge)).to(torch.uint8) for place, edge in enumerate(edges)
-    )
-    assert isinstance(index, Tensor)
-    return pack_halves(index | (scaled_NK < 0).to(torch.uint8) << 3)
+    # E2M1's values are 1/2 apart up to 2, 1 apart up to 4, then 2 apart, so a code is the lowest of three lines.
+    # `round` takes ties to the even code on each of them.
+    size_NK = scaled_NK.abs()
+    low_NK, middle_NK = (size_NK * 2.0).round_(), size_NK.round().add_(2.0)
+    high_NK = size_NK.mul_(0.5).round_().add_(4.0).clamp_(max=7.0)
+    index_NK = torch.minimum(torch.minimum(low_NK, middle_NK, out=low_NK), high_NK, out=low_NK).to(torch.uint8)
+    return pack_halves(index_NK | (scaled_NK < 0).to(torch.uint8) << 3)

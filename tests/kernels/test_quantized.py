@@ -7,6 +7,7 @@ import torch
 from quantized_matrices import FORMATS, name_of, random_matrix
 
 from moe_runtime.config.quantization import METHODS
+from moe_runtime.kernels import quantized
 from moe_runtime.kernels.quantized import E2M1, QuantizedMatrix, decode_codes, quantize, stack_rows
 from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 
@@ -38,6 +39,25 @@ def test_every_weight_becomes_the_nearest_value(method: str) -> None:
         own = scale[row, column // format.group]
         inverse = 1.0 / own if own else torch.tensor(0.0)
         assert values[row, column] == nearest_value(format.code, float(weight[row, column] * inverse))
+
+
+def test_halves_go_to_the_even_code() -> None:
+    halves = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    weight = torch.zeros(4, 32)
+    weight[:, 0] = 6.0  # the scale is 1
+    weight[0, 1:8], weight[1, 1:8] = halves, -halves
+    weight[2, 1:8], weight[3, 1:8] = halves.nextafter(torch.tensor(0.0)), halves.nextafter(torch.tensor(9.0))
+    values = quantize(weight, METHODS["mxfp4"]).dequantize()
+    assert values.tolist() == [[nearest_value(Code.FP4, value) for value in row] for row in weight.tolist()]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_rows_are_quantised_apart(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(7, 100)
+    whole = quantize(weight, format)
+    monkeypatch.setattr(quantized, "PIECE", 250)  # two rows and a rest
+    for part, piece in zip(whole.parts, quantize(weight, format).parts, strict=True):
+        assert part is piece is None or torch.equal(part.view(torch.uint8), piece.view(torch.uint8))
 
 
 @pytest.mark.parametrize("method", METHODS)
