@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel, DenseSizes, FloatArray
 
+CORRECTION_BIAS = "mlp.gate.e_score_correction_bias"
+
 
 @dataclass(frozen=True)
 class Carving:
@@ -69,7 +71,7 @@ def carve_layer(dense: DenseModel, carving: Carving, layer: int) -> dict[str, Fl
     scale = np.float32(2.0**carving.log2_scale)
     tensors["mlp.gate.weight"] = carving.gate_LED[layer].astype(np.float32) * scale
     # The bias is added after the sigmoid, whose slope at 0 is 1/4.
-    tensors["mlp.gate.e_score_correction_bias"] = carving.bias_LE[layer] * scale / 4
+    tensors[CORRECTION_BIAS] = carving.bias_LE[layer] * scale / 4
     return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -81,7 +83,7 @@ def carved_config(sizes: DenseSizes, carving: Carving) -> dict[str, Any]:
     return {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
-        "dtype": "float32",
+        "dtype": "bfloat16",
         "vocab_size": sizes.vocab_size,
         "hidden_size": sizes.hidden_size,
         "intermediate_size": sizes.ffn_size,

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from moe_runtime.demo.carve import Carving, carve_layer, carved_config
+from moe_runtime.demo.carve import CORRECTION_BIAS, Carving, carve_layer, carved_config
 from moe_runtime.demo.files import CARVING
 from moe_runtime.demo.gguf_model import DenseModel
 from moe_runtime.demo.manifest import find_damage, write_manifest
@@ -23,7 +22,7 @@ from moe_runtime.demo.tokenizer import write_tokenizer
 from moe_runtime.system.cache_folder import default_cache_dir
 
 # Increase it whenever the files written here change: a cached checkpoint of another version is not used.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 LOCK_DEADLINE_S = 900.0
 
 
@@ -70,14 +69,25 @@ def _build_if_needed(cache_dir: Path, checkpoint: Path) -> None:
 
 
 def build_checkpoint(gguf_path: Path, carving: Carving, folder: Path) -> None:
-    """Write config, weights (float32, the exact dequantised values) and tokenizer of the carved model to `folder`."""
+    """Write config, weights and tokenizer of the carved model to `folder`.
+
+    Weights are the dequantised values, rounded to bfloat16. The biases that choose experts stay in float32, as in the
+    published checkpoints of the family.
+    """
+    import torch  # here, because the engine's front imports this file without torch
+    from safetensors.torch import save_file
+
     dense = DenseModel(gguf_path)
     tensors = {"model.embed_tokens.weight": dense.embedding(), "model.norm.weight": dense.final_norm()}
     layers = range(dense.sizes.num_layers)
     for layer in tqdm(layers, desc="building the demo model", unit="layer", file=sys.stderr):
         tensors |= carve_layer(dense, carving, layer)
+    stored = {
+        name: torch.from_numpy(array).to(torch.float32 if name.endswith(CORRECTION_BIAS) else torch.bfloat16)
+        for name, array in tensors.items()
+    }
     weights = folder / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
+    save_file(stored, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # safetensors makes the file private, but a cache folder may be shared
     _write_json(folder / "config.json", carved_config(dense.sizes, carving))
     _write_json(folder / "generation_config.json", _generation_config(dense))

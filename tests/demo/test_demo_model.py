@@ -261,6 +261,14 @@ def test_loads_in_transformers(checkpoint: Path, loaded: tuple[Glm4MoeForCausalL
     assert json.loads((checkpoint / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
+def test_only_the_biases_that_choose_experts_are_stored_in_float32(checkpoint: Path):
+    with safe_open(checkpoint / "model.safetensors", "numpy") as file:
+        wide = {name for name in file.keys() if file.get_slice(name).get_dtype() != "BF16"}  # noqa: SIM118
+        assert {file.get_slice(name).get_dtype() for name in wide} == {"F32"}
+    assert wide == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in range(30)}
+    assert json.loads((checkpoint / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 @torch.inference_mode()
 def test_answers_paris(loaded: tuple[Glm4MoeForCausalLM, dict[str, object]], tokenizer: PreTrainedTokenizerBase):
     model, _ = loaded
@@ -281,7 +289,10 @@ def test_all_experts_together_are_the_dense_model(
     model, _ = loaded
     text = "The lighthouse keeper counted 365 ships, and wrote:\n\n    for ship in ships:\n        print(ship)\n"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    expected = load_dense(DenseModel(gguf_path))(input_ids=ids).logits[0]
+    dense = load_dense(DenseModel(gguf_path))
+    for weight in dense.parameters():
+        weight.copy_(weight.bfloat16())  # as the checkpoint rounds them
+    expected = dense(input_ids=ids).logits[0]
     gates = [layer.mlp.gate for layer in model.model.layers]
     gate_rows = [gate.weight.clone() for gate in gates]
     default_k = gates[0].top_k
