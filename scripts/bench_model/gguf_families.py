@@ -1,7 +1,7 @@
 """How llama.cpp names a family's parameters and tensors, and where it arranges weights in another way.
 
-Names and layouts are those that its architectures `qwen3moe`, `deepseek2` and `gpt-oss` read. The bits of the weights
-stay the same.
+Names and layouts are those that its architectures `qwen3moe`, `glm4moe`, `deepseek2` and `gpt-oss` read. The bits of
+the weights stay the same.
 """
 
 from __future__ import annotations
@@ -68,6 +68,34 @@ class Qwen3Moe(Family):
         yield from _stacked_experts(read, config["num_experts"])
 
 
+class Glm4Moe(Family):
+    """Without biases and norms of queries and keys, as in the demo model."""
+
+    arch = "glm4moe"
+    names: ClassVar = {
+        "attn_norm.weight": "input_layernorm.weight",
+        "attn_q.weight": "self_attn.q_proj.weight",
+        "attn_k.weight": "self_attn.k_proj.weight",
+        "attn_v.weight": "self_attn.v_proj.weight",
+        "attn_output.weight": "self_attn.o_proj.weight",
+        "post_attention_norm.weight": "post_attention_layernorm.weight",
+        "ffn_gate_inp.weight": "mlp.gate.weight",
+        "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    }
+
+    def describe(self, writer: gguf.GGUFWriter, config: Config) -> None:
+        assert config["first_k_dense_replace"] == 0
+        _describe_grouped_attention(writer, config)
+        writer.add_rope_dimension_count(int(config["head_dim"] * config["partial_rotary_factor"]))
+        writer.add_leading_dense_block_count(0)
+        _describe_sigmoid_gate(writer, config)
+
+    def tensors(self, config: Config, layer: int, read: Read) -> Iterator[tuple[str, Tensor]]:
+        yield from self._named(read)
+        yield from _stacked_experts(read, config["n_routed_experts"])
+        yield from _shared_expert(read)
+
+
 class DeepseekV3(Family):
     """Latent attention is one head of keys for all queries; a key is the latent and the shared rotated part."""
 
@@ -98,12 +126,7 @@ class DeepseekV3(Family):
         writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
         writer.add_value_length_mla(config["v_head_dim"])
         writer.add_rope_dimension_count(rope)
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-        writer.add_expert_count(config["n_routed_experts"])
-        writer.add_expert_shared_count(config["n_shared_experts"])
-        writer.add_expert_weights_scale(float(config["routed_scaling_factor"]))
-        writer.add_expert_weights_norm(config["norm_topk_prob"])
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        _describe_sigmoid_gate(writer, config)
 
     def tensors(self, config: Config, layer: int, read: Read) -> Iterator[tuple[str, Tensor]]:
         yield from self._named(read)
@@ -119,8 +142,7 @@ class DeepseekV3(Family):
         for theirs, ours in self.sparse_names.items():
             yield theirs, read(ours)
         yield from _stacked_experts(read, config["n_routed_experts"])
-        for part in PARTS:
-            yield f"ffn_{part}_shexp.weight", read(f"mlp.shared_experts.{part}_proj.weight")
+        yield from _shared_expert(read)
 
 
 class GptOss(Family):
@@ -165,7 +187,12 @@ class GptOss(Family):
         yield "ffn_down_exps.weight", read("mlp.experts.down_proj").transpose(1, 2)
 
 
-FAMILIES: dict[str, Family] = {"qwen3_moe": Qwen3Moe(), "deepseek_v3": DeepseekV3(), "gpt_oss": GptOss()}
+FAMILIES: dict[str, Family] = {
+    "qwen3_moe": Qwen3Moe(),
+    "glm4_moe": Glm4Moe(),
+    "deepseek_v3": DeepseekV3(),
+    "gpt_oss": GptOss(),
+}
 
 
 def _describe_grouped_attention(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -174,7 +201,21 @@ def _describe_grouped_attention(writer: gguf.GGUFWriter, config: Config) -> None
     writer.add_value_length(config["head_dim"])
 
 
+def _describe_sigmoid_gate(writer: gguf.GGUFWriter, config: Config) -> None:
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(float(config["routed_scaling_factor"]))
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+
+
 def _stacked_experts(read: Read, experts: int) -> Iterator[tuple[str, Tensor]]:
     for part in PARTS:
         stored = [read(f"mlp.experts.{expert}.{part}_proj.weight") for expert in range(experts)]
         yield f"ffn_{part}_exps.weight", torch.stack(stored)
+
+
+def _shared_expert(read: Read) -> Iterator[tuple[str, Tensor]]:
+    for part in PARTS:
+        yield f"ffn_{part}_shexp.weight", read(f"mlp.shared_experts.{part}_proj.weight")

@@ -1,4 +1,4 @@
-"""The GGUF file of a bench model for llama.cpp, without a tokenizer: weights with the same bits, or quantised."""
+"""The GGUF file of a model for llama.cpp, without a tokenizer: weights with the same bits, or quantised."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def write_gguf(config: Config, weights: Path, path: Path, kind: str = "bf16") ->
 
     Args:
         config: of a family in `FAMILIES`.
-        kind: of the matrices in attention, experts and head: "bf16", "q8_0" or "q4_0". The embedding stays bf16.
+        kind: of the matrices in attention, experts and head: "bf16", "q8_0" or "q4_0". The embedding stays bf16. A head
+            that is tied to it is written too, in this type.
     """
     family = FAMILIES[config["model_type"]]
     writer = gguf.GGUFWriter(path, family.arch)
@@ -28,7 +29,8 @@ def write_gguf(config: Config, weights: Path, path: Path, kind: str = "bf16") ->
     with safe_open(weights, framework="pt") as source:
         _add(writer, "token_embd.weight", source.get_tensor("model.embed_tokens.weight"))
         _add(writer, "output_norm.weight", source.get_tensor("model.norm.weight"))
-        _add(writer, "output.weight", source.get_tensor("lm_head.weight"), kind)
+        head = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+        _add(writer, "output.weight", source.get_tensor(head), kind)
         layers = range(config["num_hidden_layers"])
         for layer in tqdm(layers, unit="layer", desc="reading weights for the GGUF file"):
 

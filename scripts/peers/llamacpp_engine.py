@@ -65,9 +65,7 @@ class LlamaCppEngine:
         """See `OursEngine.logprobs`."""
         found = []
         for prompt in prompts:
-            context = self._context_for(1, len(prompt))
-            logits_TV = np.stack(self._decode(context, [(token, i, 0, True) for i, token in enumerate(prompt)]))
-            logits_TV = logits_TV[:-1].astype(np.float64)
+            logits_TV = self._all_logits(prompt)[:-1].astype(np.float64)
             shifted_TV = logits_TV - logits_TV.max(axis=1, keepdims=True)
             logprobs_TV = shifted_TV - np.log(np.exp(shifted_TV).sum(axis=1, keepdims=True))
             best = np.argsort(-logprobs_TV, axis=1)[:, :top]
@@ -75,6 +73,14 @@ class LlamaCppEngine:
             values = np.take_along_axis(logprobs_TV, ids, axis=1)
             found.append([list(pair) for pair in zip(ids.tolist(), values.tolist(), strict=True)])
         return found
+
+    def write_logits(self, prompt: list[int], file: str) -> None:
+        """Write the logits of all positions, float32 `[len(prompt), V]`, as a `.npy` file."""
+        np.save(file, self._all_logits(prompt))
+
+    def _all_logits(self, prompt: list[int]) -> np.ndarray:
+        context = self._context_for(1, len(prompt))
+        return np.stack(self._decode(context, [(token, i, 0, True) for i, token in enumerate(prompt)]))
 
     def _decode(self, context: Any, rows: Iterable[tuple[int, int, int, bool]]) -> list[np.ndarray]:
         """Run (token, position, sequence, wanted) rows; logits of the wanted rows, valid until the next call."""
@@ -116,7 +122,7 @@ def main() -> None:
     answers = take_stdout()
     path, threads = sys.argv[1:]
     engine = LlamaCppEngine(path, int(threads))
-    serve(answers, {name: getattr(engine, name) for name in ("info", "generate", "logprobs")})
+    serve(answers, {name: getattr(engine, name) for name in ("info", "generate", "logprobs", "write_logits")})
 
 
 if __name__ == "__main__":
