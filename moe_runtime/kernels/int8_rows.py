@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels.quantized import INT4_ZERO, QuantizedMatrix, decode_codes, decode_scales
+from moe_runtime.kernels.quantized import INT4_ZERO, SMALLEST_NORMAL, QuantizedMatrix, decode_codes, decode_scales
 from moe_runtime.types.weight_format import Code, WeightFormat
 
 MOST_BLOCK_INPUTS = 128
@@ -27,7 +27,7 @@ def quantize_rows(x_TK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = -(-inputs // block)
     x_TBb = torch.nn.functional.pad(x_TK.float(), (0, blocks * block - inputs)).view(rows, blocks, block)
     scale_TB = x_TBb.abs().amax(dim=2) / 127.0
-    inverse_TB = torch.where(scale_TB > 0, 1.0 / scale_TB, 0.0)
+    inverse_TB = torch.where(scale_TB >= SMALLEST_NORMAL, 1.0 / scale_TB, 0.0)
     return (x_TBb * inverse_TB[:, :, None]).round(), scale_TB
 
 

@@ -17,6 +17,7 @@ from moe_runtime.types.weight_format import Code, Scale, WeightFormat
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INT4_ZERO = 8  # codes of INT4 are 0 to 15; without zeros, 8 stands for 0
 FP8_MAX, FP4_MAX = 448.0, 6.0
+SMALLEST_NORMAL = 2.0**-126  # scales below it have no finite inverse; their weights are 0
 PIECE = 1 << 17  # weights that are quantised at once: in float32, they and what is made of them fit into an L2 cache
 
 
@@ -205,7 +206,7 @@ def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
     scales_NG = decode_scales(stored)
     if factor_N is not None:
         scales_NG = scales_NG * factor_N[:, None]
-    inverse = torch.where(scales_NG != 0, 1.0 / scales_NG, 0.0)
+    inverse = torch.where(scales_NG.abs() >= SMALLEST_NORMAL, 1.0 / scales_NG, 0.0)
     scaled = (padded * inverse[:, :, None]).flatten(1)[:, :inputs]
     zeros_NG = None
     if format.has_zero:

@@ -118,3 +118,11 @@ def test_rows_and_stacks() -> None:
         values = torch.cat([first.dequantize(), second.dequantize()])
         assert torch.equal(both.rows(index).dequantize(), values[index])
         assert both.nbytes == format.nbytes(9, 40)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+def test_weights_of_any_size_become_finite(format: WeightFormat) -> None:
+    weight = torch.randn(4, 256)
+    weight[0], weight[1], weight[2, :128] = 0, weight[1] * 1e-40, 1e-39
+    found = quantize(weight, format).dequantize()
+    assert found.isfinite().all() and found[:2].abs().max() < 1e-36

@@ -41,7 +41,7 @@ void quantize_row(const Int8Rows& rows, int64_t row, const T* x, int64_t inputs)
       largest = max(largest, max(v, zero() - v));
     });
     const float scale = max(largest) / 127.0f;
-    const Vec inverse = set1(scale > 0.0f ? 1.0f / scale : 0.0f);
+    const Vec inverse = set1(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);  // a smaller one has no finite inverse
     int32_t sum = 0;
     for_lanes(count, [&](int64_t i, int n) {
       float rounded[kLanes];
