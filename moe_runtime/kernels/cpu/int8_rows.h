@@ -22,6 +22,17 @@ struct Int8Rows {
   int64_t stride, block, blocks;
 };
 
+// Stores integers from -127 to 127.
+inline void store_int8(int8_t* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+#else
+  const IntVec integers = _mm256_cvtps_epi32(v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+#endif
+}
+
 // The largest block that divides a group; the only group of a row may have any size.
 inline int64_t block_inputs(const QuantFormat& format) {
   int64_t block = format.group ? std::min(format.group, kMostBlockInputs) : kMostBlockInputs;
@@ -42,17 +53,16 @@ void quantize_row(const Int8Rows& rows, int64_t row, const T* x, int64_t inputs)
     });
     const float scale = max(largest) / 127.0f;
     const Vec inverse = set1(scale >= 0x1p-126f ? 1.0f / scale : 0.0f);  // a smaller one has no finite inverse
-    int32_t sum = 0;
+    Vec total = zero();  // of integers that float32 holds exactly
     for_lanes(count, [&](int64_t i, int n) {
-      float rounded[kLanes];
-      store(rounded, round_to_int(load_first(x + first + i, n) * inverse));
-      for (int j = 0; j < n; j++) {
-        codes[first + i + j] = static_cast<int8_t>(rounded[j]);
-        sum += static_cast<int8_t>(rounded[j]);
-      }
+      const Vec rounded = round_to_int(load_first(x + first + i, n) * inverse);
+      total = total + rounded;
+      int8_t lanes[kLanes];
+      store_int8(lanes, rounded);
+      std::memcpy(codes + first + i, lanes, n);
     });
     rows.scales[row * rows.blocks + block] = scale;
-    rows.sums[row * rows.blocks + block] = sum;
+    rows.sums[row * rows.blocks + block] = static_cast<int32_t>(sum(total));
   }
 }
 
