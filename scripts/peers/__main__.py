@@ -65,7 +65,8 @@ def main() -> int:
         # Not every machine has room for two copies of 14 GB.
         together = tuple((name,) for name in engines)
     else:
-        cases = QUICK_CASES if options.quick else BENCH_CASES if options.model == "bench" else CASES
+        is_whole = options.model == "bench" and options.quantization is None
+        cases = QUICK_CASES if options.quick else BENCH_CASES if is_whole else CASES
         together = (engines,)
     signal.signal(signal.SIGTERM, _interrupt)
     started = time.monotonic()
