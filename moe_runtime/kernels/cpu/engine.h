@@ -101,8 +101,9 @@ struct Weight {
 template <class T>
 void multiply(const T* const* x, int64_t rows, const Weight& weight, int64_t panel, float* out) {
   if (weight.format) {
-    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * PanelShape(*weight.format, weight.inputs).bytes;
-    return multiply_quantized(x, rows, *weight.format, data, weight.inputs, out);
+    const PanelShape shape(*weight.format, weight.inputs);
+    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * shape.bytes;
+    return multiply_quantized(x, rows, *weight.format, shape, data, weight.inputs, out);
   }
   multiply_panel(x, rows, panel_of(T{}, weight.data, weight.escapes, panel, weight.inputs), num_steps<T>(weight.inputs),
                  out);
@@ -151,8 +152,9 @@ template <class T>
 void multiply(const InputRows<T>& rows, const int64_t* numbers, int64_t count, const Weight& weight, int64_t panel,
               float* out) {
   if (rows.x == nullptr) {
-    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * PanelShape(*weight.format, weight.inputs).bytes;
-    return multiply_int8(*weight.format, rows.int8, numbers, count, data, weight.inputs, out);
+    const PanelShape shape(*weight.format, weight.inputs);
+    const auto* data = static_cast<const uint8_t*>(weight.data) + panel * shape.bytes;
+    return multiply_int8(*weight.format, shape, rows.int8, numbers, count, data, weight.inputs, out);
   }
   const T* pointers[kChunkRows];
   for (int64_t i = 0; i < count; i++) pointers[i] = rows.x + numbers[i] * rows.stride;

@@ -66,38 +66,6 @@ void quantize_row(const Int8Rows& rows, int64_t row, const T* x, int64_t inputs)
   }
 }
 
-#if defined(__AVX512F__)
-inline IntVec and_bits(IntVec a, IntVec b) { return _mm512_and_si512(a, b); }
-inline IntVec xor_bits(IntVec a, IntVec b) { return _mm512_xor_si512(a, b); }
-inline IntVec add_int32(IntVec a, IntVec b) { return _mm512_add_epi32(a, b); }
-inline IntVec sub_int32(IntVec a, IntVec b) { return _mm512_sub_epi32(a, b); }
-inline IntVec mul_int32(IntVec a, IntVec b) { return _mm512_mullo_epi32(a, b); }
-inline Vec float_of(IntVec v) { return _mm512_cvtepi32_ps(v); }
-inline IntVec int_of(Vec v) { return _mm512_cvtps_epi32(v); }
-inline IntVec lookup(__m128i table, IntVec index) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index); }
-inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm512_maddubs_epi16(a, b); }
-inline IntVec add_int16(IntVec a, IntVec b) { return _mm512_add_epi16(a, b); }
-inline IntVec add_pairs(IntVec v) { return _mm512_madd_epi16(v, _mm512_set1_epi16(1)); }
-inline IntVec size_of(IntVec v) { return _mm512_abs_epi8(v); }
-inline IntVec with_sign(IntVec v, IntVec sign) {
-  return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(sign), _mm512_setzero_si512(), v);
-}
-#else
-inline IntVec and_bits(IntVec a, IntVec b) { return _mm256_and_si256(a, b); }
-inline IntVec xor_bits(IntVec a, IntVec b) { return _mm256_xor_si256(a, b); }
-inline IntVec add_int32(IntVec a, IntVec b) { return _mm256_add_epi32(a, b); }
-inline IntVec sub_int32(IntVec a, IntVec b) { return _mm256_sub_epi32(a, b); }
-inline IntVec mul_int32(IntVec a, IntVec b) { return _mm256_mullo_epi32(a, b); }
-inline Vec float_of(IntVec v) { return _mm256_cvtepi32_ps(v); }
-inline IntVec int_of(Vec v) { return _mm256_cvtps_epi32(v); }
-inline IntVec lookup(__m128i table, IntVec index) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index); }
-inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm256_maddubs_epi16(a, b); }
-inline IntVec add_int16(IntVec a, IntVec b) { return _mm256_add_epi16(a, b); }
-inline IntVec add_pairs(IntVec v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
-inline IntVec size_of(IntVec v) { return _mm256_abs_epi8(v); }
-inline IntVec with_sign(IntVec v, IntVec sign) { return _mm256_sign_epi8(v, sign); }
-#endif
-
 // Adds products of four unsigned and four signed bytes to each lane.
 #if defined(__AVX512VNNI__)
 #define MOE_BYTE_PRODUCTS
@@ -269,10 +237,7 @@ void add_block_tiles(const Block& block, const Int8Rows& rows, const int64_t* nu
       const int8_t* x = rows.codes + numbers[first + i] * rows.stride + block.number * rows.block;
       std::memcpy(inputs + i * kMostBlockInputs, x, used);
     }
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (int64_t tile = 0; tile < tiles; tile++) {
       const uint8_t* weights = bytes + tile * kTileInputs / 4 * kCodesBytes;
       _tile_loadd(4, inputs + tile * kTileInputs, kMostBlockInputs);
@@ -285,10 +250,7 @@ void add_block_tiles(const Block& block, const Int8Rows& rows, const int64_t* nu
       _tile_loadd(5, weights + 192, kCodesBytes);
       _tile_dpbssd(3, 4, 5);
     }
-    _tile_stored(0, sums, kPanel * sizeof(int32_t));
-    _tile_stored(1, sums + 16, kPanel * sizeof(int32_t));
-    _tile_stored(2, sums + 32, kPanel * sizeof(int32_t));
-    _tile_stored(3, sums + 48, kPanel * sizeof(int32_t));
+    store_sums(sums);
     for (int64_t i = 0; i < together; i++) {
       const int64_t place = numbers[first + i] * rows.blocks + block.number;
       for (int j = 0; j < kTileVecs; j++) {
@@ -301,9 +263,8 @@ void add_block_tiles(const Block& block, const Int8Rows& rows, const int64_t* nu
 
 // `out[i][0 .. 64)` = the products of the rows with these numbers with a panel of `inputs` inputs.
 template <int kCode, bool kHasZero>
-void multiply_int8(const QuantFormat& format, const Int8Rows& rows, const int64_t* numbers, int64_t count,
-                   const uint8_t* panel, int64_t inputs, float* out) {
-  const PanelShape shape(format, inputs);
+void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int8Rows& rows, const int64_t* numbers,
+                   int64_t count, const uint8_t* panel, int64_t inputs, float* out) {
   const auto* factor = reinterpret_cast<const float*>(panel);
   std::fill_n(out, count * kPanel, 0.0f);
 #if defined(__AMX_INT8__)
@@ -329,13 +290,13 @@ void multiply_int8(const QuantFormat& format, const Int8Rows& rows, const int64_
   }
 }
 
-inline void multiply_int8(const QuantFormat& format, const Int8Rows& rows, const int64_t* numbers, int64_t count,
-                          const uint8_t* panel, int64_t inputs, float* out) {
+inline void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int8Rows& rows,
+                          const int64_t* numbers, int64_t count, const uint8_t* panel, int64_t inputs, float* out) {
   const auto multiply = format.code == kFp4 ? multiply_int8<kFp4, false>
                         : format.code == kInt4
                             ? (format.has_zero ? multiply_int8<kInt4, true> : multiply_int8<kInt4, false>)
                             : (format.has_zero ? multiply_int8<kInt8, true> : multiply_int8<kInt8, false>);
-  multiply(format, rows, numbers, count, panel, inputs, out);
+  multiply(format, shape, rows, numbers, count, panel, inputs, out);
 }
 
 }  // namespace moe

@@ -13,6 +13,7 @@
 // the bits of the bf16 matrix that it stands for; else, and for float32 inputs, in float32.
 #pragma once
 
+#include "int_vec.h"
 #include "tiles.h"
 
 namespace moe {
@@ -72,30 +73,6 @@ inline Vec from_e4m3(IntVec top) {
   const Vec is_small = vec_of(_mm256_cmpgt_epi32(set1_bits(1 << 23), size));
   const Vec value = _mm256_blendv_ps(normal, fma(normal, set1(2.0f), set1(-0x1p-6f)), is_small);
   return vec_of(_mm256_or_si256(bits_of(value), _mm256_and_si256(top, set1_bits(INT32_MIN))));
-#endif
-}
-
-inline IntVec widen_bytes(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-#endif
-}
-
-inline IntVec shift_left(IntVec v, int bits) {
-#if defined(__AVX512F__)
-  return _mm512_slli_epi32(v, bits);
-#else
-  return _mm256_slli_epi32(v, bits);
-#endif
-}
-
-inline IntVec shift_right(IntVec v, int bits) {
-#if defined(__AVX512F__)
-  return _mm512_srli_epi32(v, bits);
-#else
-  return _mm256_srli_epi32(v, bits);
 #endif
 }
 
@@ -280,9 +257,8 @@ void multiply_decoded(const T* const* x, int64_t rows, int64_t first, int64_t co
 
 // `out[r][0 .. 64)` = the products of rows, padded with zeros to whole steps, with a panel of `inputs` inputs.
 template <class T>
-void multiply_quantized(const T* const* x, int64_t rows, const QuantFormat& format, const uint8_t* panel, int64_t inputs,
-                        float* out) {
-  const PanelShape shape(format, inputs);
+void multiply_quantized(const T* const* x, int64_t rows, const QuantFormat& format, const PanelShape& shape,
+                        const uint8_t* panel, int64_t inputs, float* out) {
   const int64_t padded = ceil_div(inputs, shape.inputs_of_step) * shape.inputs_of_step;
   using Word = DecodedWord<T>;
   alignas(64) Word words[kDecodedInputs<Word> * kPanel];

@@ -65,6 +65,23 @@ class TileRows {
   alignas(64) bf16 copy_[kUnitRows * 2 * kUnitSteps];
 };
 
+// The tile registers' sums of 64 outputs, of 4 bytes each: from 0, to memory.
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void store_sums(void* sums) {
+  constexpr int64_t kOutBytes = kPanel * sizeof(float);
+  char* to = static_cast<char*>(sums);
+  _tile_stored(0, to, kOutBytes);
+  _tile_stored(1, to + 64, kOutBytes);
+  _tile_stored(2, to + 128, kOutBytes);
+  _tile_stored(3, to + 192, kOutBytes);
+}
+
 // `out[r][0 .. 64)` = (or +=, with `resume`) the products of at most 16 rows with `steps` steps of words, of which those
 // up to the next multiple of 16 are zero or meet inputs that are. Meanwhile `ahead` is prefetched.
 inline void multiply_tile(const TileRows& rows, int64_t count, const bf16* words, int64_t steps, Prefetch ahead,
@@ -79,10 +96,7 @@ inline void multiply_tile(const TileRows& rows, int64_t count, const bf16* words
     _tile_loadd(2, sums + 32, kOutBytes);
     _tile_loadd(3, sums + 48, kOutBytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
   }
   for (int64_t step = 0; step < steps; step += kTileSteps, words += kTileSteps * kStepWords) {
     _tile_loadd(4, rows.at(step), rows.row_bytes());
@@ -97,10 +111,7 @@ inline void multiply_tile(const TileRows& rows, int64_t count, const bf16* words
     for (int64_t byte = 0; byte < ahead.step_bytes; byte += 64) _mm_prefetch(ahead.next + byte, _MM_HINT_T1);
     ahead.next += ahead.step_bytes;
   }
-  _tile_stored(0, sums, kOutBytes);
-  _tile_stored(1, sums + 16, kOutBytes);
-  _tile_stored(2, sums + 32, kOutBytes);
-  _tile_stored(3, sums + 48, kOutBytes);
+  store_sums(sums);
   if (sums == part) std::copy_n(part, count * kPanel, out);
 }
 
