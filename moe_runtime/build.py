@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.expert_policy import CALIBRATION_NAME, policies_of
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.config.quantization import check_activations, quantized
+from moe_runtime.config.quantization import check_activations
 from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.engine.engine import Engine
 from moe_runtime.memory.budget import check_budget, pages_text
@@ -43,9 +43,7 @@ def build_engine(
     model_config = read_model_config(path)
     if config.load_format != "dummy":
         model_config = held_as_stored(path, with_own_head(path, model_config))
-    model_config = quantized(
-        model_config, config.quantization, config.quantization_parts, config.quantization_group_size
-    )
+    model_config = config.quantized(model_config)
     check_activations(model_config, config.activation_quantization)
     if config.generation_config == "auto":
         model_config = replace(model_config, default_sampling=read_default_sampling(path))

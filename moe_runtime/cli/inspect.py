@@ -13,7 +13,6 @@ from moe_runtime.config.checks import check_integer
 from moe_runtime.config.engine import EngineConfig, parse_redundant
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
-from moe_runtime.config.quantization import quantized
 from moe_runtime.memory.budget import (
     Budget,
     available_host_memory,
@@ -102,12 +101,7 @@ def inspect(namespace: argparse.Namespace) -> int:
         from moe_runtime.models.registry import read_model_config
         from moe_runtime.weights.checkpoint import resolve_model
 
-        model = quantized(
-            read_model_config(resolve_model(engine.model, weights=False)),
-            engine.quantization,
-            engine.quantization_parts,
-            engine.quantization_group_size,
-        )
+        model = engine.quantized(read_model_config(resolve_model(engine.model, weights=False)))
         found = describe(engine, model, options)
     print(json.dumps(found, indent=1) if options.json else to_text(found, model))
     return 0

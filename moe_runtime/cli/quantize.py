@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
-from moe_runtime.config.quantization import METHODS, quantized
+from moe_runtime.config.quantization import METHODS
 from moe_runtime.memory.budget import gigabytes
 
 ENGINE = ("model", "quantization", "quantization_parts", "quantization_group_size")
@@ -68,12 +68,7 @@ def _write(engine: EngineConfig, out: Path) -> int:
     path = resolve_model(engine.model)
     if not path.is_dir():
         raise ValueError(f"model: {engine.model!r} is not allowed; it must be a folder with safetensors files")
-    model = quantized(
-        with_own_head(path, read_model_config(path)),
-        engine.quantization,
-        engine.quantization_parts,
-        engine.quantization_group_size,
-    )
+    model = engine.quantized(with_own_head(path, read_model_config(path)))
     format = next(found for found in (*model.layers[model.moe_layers[0]].formats.all, model.head_format) if found)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 
 from moe_runtime.config.checks import check_integer
 from moe_runtime.config.limits import OVERFLOWS, Limits
-from moe_runtime.config.quantization import check_quantization
+from moe_runtime.config.model import ModelConfig
+from moe_runtime.config.quantization import check_quantization, quantized
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -179,6 +180,14 @@ class EngineConfig:
             raise ValueError(
                 f"balance_epsilon: {self.balance_epsilon!r} is not allowed; ep_size 1 has nothing to balance"
             )
+
+    def quantized(self, model: ModelConfig) -> ModelConfig:
+        """The configuration of a model whose weights are quantised as these options say.
+
+        Raises:
+            ValueError: weights of the checkpoint are quantised already.
+        """
+        return quantized(model, self.quantization, self.quantization_parts, self.quantization_group_size)
 
     @property
     def limits(self) -> Limits | None:

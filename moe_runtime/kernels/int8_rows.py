@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_runtime.kernels.quantized import INT4_ZERO, SMALLEST_NORMAL, QuantizedMatrix, decode_codes, decode_scales
+from moe_runtime.kernels.quantized import SMALLEST_NORMAL, QuantizedMatrix
 from moe_runtime.types.weight_format import Code, WeightFormat
 
 MOST_BLOCK_INPUTS = 128
@@ -37,16 +37,8 @@ def linear_int8_rows(x_TK: Tensor, weight: QuantizedMatrix) -> Tensor:
     block = block_inputs(weight.format)
     x_TBb, scale_TB = quantize_rows(x_TK, block)
     group, count = weight.format.group or weight.num_inputs, x_TBb.shape[1]
-    codes_NK = decode_codes(weight.format.code, weight.codes, weight.num_inputs)
-    if weight.zeros_NG is not None:
-        is_int8 = weight.format.code is Code.INT8
-        zeros_NG = weight.zeros_NG.view(torch.int8).float() if is_int8 else weight.zeros_NG.float() - INT4_ZERO
-        codes_NK = codes_NK - zeros_NG.repeat_interleave(group, dim=1)[:, : weight.num_inputs]
-    padded = torch.nn.functional.pad(codes_NK, (0, count * block - weight.num_inputs))
-    codes_NBb = padded.view(len(weight), count, block)
-    scales_NG = decode_scales(weight.scales_NG)
-    if weight.factor_N is not None:
-        scales_NG = scales_NG * weight.factor_N[:, None]
+    padded = torch.nn.functional.pad(weight.values(), (0, count * block - weight.num_inputs))
+    codes_NBb, scales_NG = padded.view(len(weight), count, block), weight.scales()
     out_TN = torch.zeros(len(x_TK), len(weight))
     for index in range(count):
         sums_TN = (x_TBb[:, index].double() @ codes_NBb[:, index].double().T).float()  # exact

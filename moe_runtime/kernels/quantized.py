@@ -87,22 +87,27 @@ class QuantizedMatrix:
             self.num_inputs,
         )
 
+    def scales(self) -> Tensor:
+        """What a group's values are multiplied with, `[N, G]` float32."""
+        scales_NG = decode_scales(self.scales_NG)
+        return scales_NG if self.factor_N is None else (scales_NG.double() * self.factor_N[:, None]).float()
+
+    def values(self) -> Tensor:
+        """Codes less their zeros, `[N, K]` float32."""
+        values_NK = decode_codes(self.format.code, self.codes, self.num_inputs)
+        if self.zeros_NG is None:
+            return values_NK
+        is_int8 = self.format.code is Code.INT8
+        zeros_NG = self.zeros_NG.view(torch.int8).float() if is_int8 else self.zeros_NG.float() - INT4_ZERO
+        return values_NK - self._spread(zeros_NG)
+
     def dequantize(self) -> Tensor:
         """The weights `[N, K]`, float32."""
-        scales_NG = decode_scales(self.scales_NG)
-        if self.factor_N is not None:
-            scales_NG = (scales_NG.double() * self.factor_N[:, None]).float()
-        values_NK = decode_codes(self.format.code, self.codes, self.num_inputs)
-        group = self.format.group or self.num_inputs
+        return self.values() * self._spread(self.scales())
 
-        def spread(x_NG: Tensor) -> Tensor:
-            return x_NG.repeat_interleave(group, dim=1)[:, : self.num_inputs]
-
-        if self.zeros_NG is not None:
-            is_int8 = self.format.code is Code.INT8
-            zeros_NG = self.zeros_NG.view(torch.int8).float() if is_int8 else self.zeros_NG.float() - INT4_ZERO
-            values_NK = values_NK - spread(zeros_NG)
-        return values_NK * spread(scales_NG)
+    def _spread(self, x_NG: Tensor) -> Tensor:
+        """The numbers of groups for each of their inputs, `[N, K]`."""
+        return x_NG.repeat_interleave(self.format.group or self.num_inputs, dim=1)[:, : self.num_inputs]
 
 
 @overload

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moe_runtime.config.attention import AnyAttention, LatentAttentionConfig
+
 
 @dataclass(frozen=True)
 class SwiGLUNames:
@@ -17,6 +19,11 @@ class SwiGLUNames:
     up: str = "up_proj"
     down: str = "down_proj"
     gate_up: str = ""
+
+    @property
+    def up_matrices(self) -> tuple[str, ...]:
+        """The matrices before the activation."""
+        return (self.gate_up,) if self.gate_up else (self.gate, self.up)
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,22 @@ class TensorNames:
     fused_down: str = ""
     fused_is_transposed: bool = False
     fused_is_interleaved: bool = False
+
+    def projections(self, attention: AnyAttention, hidden_size: int) -> list[tuple[str, int, int]]:
+        """Names, outputs and inputs of the projections of a layer, but for those from the latent."""
+        if not isinstance(attention, LatentAttentionConfig):
+            return [
+                (self.query, attention.query_size, hidden_size),
+                (self.key, attention.kv_size, hidden_size),
+                (self.value, attention.kv_size, hidden_size),
+                (self.attention_output, hidden_size, attention.query_size),
+            ]
+        rank, latent = attention.query_rank, self.latent
+        queries = [(self.query, attention.query_size, hidden_size)]
+        if rank is not None:
+            queries = [(latent.query_down, rank, hidden_size), (latent.query_up, attention.query_size, rank)]
+        return [
+            *queries,
+            (latent.latent_down, attention.key_size, hidden_size),
+            (self.attention_output, hidden_size, attention.output_size),
+        ]

@@ -118,13 +118,9 @@ class ModelReader:
     def tensor(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.source.read(name, shape).to(device=self.kit.device, dtype=dtype or self.kit.dtype)
 
-    def matrix(self, name: str, *shape: int, format: WeightFormat | None) -> Tensor | QuantizedMatrix:
+    def matrix(self, name: str, outputs: int, inputs: int, format: WeightFormat | None) -> Tensor | QuantizedMatrix:
         """A matrix in a quantised format, or in the kit's dtype; not on the kit's device yet."""
-        if format is None:
-            return self.source.read(name, shape).to(self.kit.dtype)
-        if self._is_stored_as(name, format):
-            return self.source.read_quantized(name, shape)
-        return quantize(self.source.read(name, shape), format)
+        return self.piece(StoredPart(name, (outputs, inputs), outputs), range(outputs), {}, format)
 
     def piece(
         self, stored: StoredPart, rows: range, kept: Kept, format: WeightFormat | None

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from moe_runtime.config.attention import LatentAttentionConfig
 from moe_runtime.config.model import LayerConfig, LayerFormats, ModelConfig
 from moe_runtime.models.names import SwiGLUNames, TensorNames
 from moe_runtime.types.weight_format import WeightFormat
@@ -24,10 +23,9 @@ def with_stored_formats(model: ModelConfig, names: TensorNames, format_of: Forma
     Args:
         format_of: a matrix's format by its name in a checkpoint of the family, None if it is not quantised.
     """
-    reader, moe = _Reader(names, format_of), model.moe
-    has_shared = moe.shared_intermediate_size > 0
+    reader = _Reader(model, names, format_of)
     layers = tuple(
-        replace(layer, formats=reader.layer(layer, names.layer.format(index), moe.num_experts, has_shared))
+        replace(layer, formats=reader.layer(layer, names.layer.format(index)))
         for index, layer in enumerate(model.layers)
     )
     if reader.mixed:
@@ -44,27 +42,21 @@ def with_stored_formats(model: ModelConfig, names: TensorNames, format_of: Forma
 class _Reader:
     """Attributes: `mixed`, the names of parts whose matrices have different formats."""
 
-    def __init__(self, names: TensorNames, format_of: FormatOf) -> None:
-        self.names, self.format_of = names, format_of
+    def __init__(self, model: ModelConfig, names: TensorNames, format_of: FormatOf) -> None:
+        self.model, self.names, self.format_of = model, names, format_of
         self.mixed: list[str] = []
 
-    def layer(self, layer: LayerConfig, prefix: str, num_experts: int, has_shared: bool) -> LayerFormats:
+    def layer(self, layer: LayerConfig, prefix: str) -> LayerFormats:
         """The formats of a layer whose tensors' names begin with `prefix`."""
-        names = self.names
-        attention = self._common(f"{prefix}.{part}.weight" for part in self._projections(layer))
+        names, has_shared = self.names, self.model.moe.shared_intermediate_size > 0
+        projections = names.projections(layer.attention, self.model.hidden_size)
+        attention = self._common(f"{prefix}.{part}.weight" for part, _, _ in projections)
         if not layer.is_sparse:
             return LayerFormats(attention, self._swiglu(f"{prefix}.{names.dense}", names.dense_parts), None)
         shared = self._swiglu(f"{prefix}.{names.shared}", names.shared_parts) if has_shared else None
-        return LayerFormats(attention, shared, self._experts(prefix, num_experts))
+        return LayerFormats(attention, shared, self._experts(prefix))
 
-    def _projections(self, layer: LayerConfig) -> list[str]:
-        names, latent = self.names, self.names.latent
-        if not isinstance(layer.attention, LatentAttentionConfig):
-            return [names.query, names.key, names.value, names.attention_output]
-        queries = [names.query] if layer.attention.query_rank is None else [latent.query_down, latent.query_up]
-        return [*queries, latent.latent_down, names.attention_output]
-
-    def _experts(self, prefix: str, num_experts: int) -> WeightFormat | None:
+    def _experts(self, prefix: str) -> WeightFormat | None:
         """Of all experts, stored one by one or in one tensor, under the family's name or the usual one."""
         names = self.names
         own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
@@ -75,7 +67,7 @@ class _Reader:
             places.append(
                 tuple(
                     name
-                    for expert in range(num_experts)
+                    for expert in range(self.model.moe.num_experts)
                     for name in self._parts(single.format(expert), names.expert_parts)
                 )
             )
@@ -85,8 +77,7 @@ class _Reader:
         return self._common(self._parts(prefix, parts))
 
     def _parts(self, prefix: str, parts: SwiGLUNames) -> list[str]:
-        up = (parts.gate_up,) if parts.gate_up else (parts.gate, parts.up)
-        return [f"{prefix}.{part}.weight" for part in (*up, parts.down)]
+        return [f"{prefix}.{part}.weight" for part in (*parts.up_matrices, parts.down)]
 
     def _common(self, names: Iterable[str]) -> WeightFormat | None:
         listed = list(names)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moe_runtime.config.attention import LatentAttentionConfig
+from torch import Tensor
+
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.quantized import quantize
 from moe_runtime.models.expert_tensors import ExpertTensors, StoredPart
@@ -55,18 +56,13 @@ class QuantizedWriter:
             for name, stored, held in self._layer(index):
                 rows, done = range(stored.num_rows), done | {stored.name}
                 tensor = stored.read(self.source, rows, {})
-                if held is None:
-                    writer.add(name, tensor)
-                    continue
-                for end, part in compressed(quantize(tensor, held)).items():
-                    writer.add(name.removesuffix("weight") + end, part)
+                _add(writer, name, tensor, held)
             progress()
         tied = self.config.tie_word_embeddings
         if self.config.head_format is not None:
             head = self.names.embedding if tied else self.names.head
             tensor = self.source.read(head, (self.config.vocab_size, self.config.hidden_size))
-            for end, part in compressed(quantize(tensor, self.config.head_format)).items():
-                writer.add(self.names.head.removesuffix("weight") + end, part)
+            _add(writer, self.names.head, tensor, self.config.head_format)
             done |= {self.names.head}
         for name in self.source.names - done:
             writer.add(name, self.source.read(name, self.source.stored(name).shape))
@@ -94,7 +90,7 @@ class QuantizedWriter:
         """What is written in another way than it is stored."""
         layer, prefix = self.config.layers[index], self.names.layer.format(index)
         if layer.formats.attention is not None:
-            for name, outputs, inputs in self._projections(index):
+            for name, outputs, inputs in self.names.projections(layer.attention, self.config.hidden_size):
                 full = f"{prefix}.{name}.weight"
                 yield full, StoredPart(full, (outputs, inputs), outputs), layer.formats.attention
         if layer.formats.mlp is not None:
@@ -107,30 +103,13 @@ class QuantizedWriter:
         if layer.is_sparse and layer.formats.experts is not None:
             yield from self._experts(index, layer.formats.experts)
 
-    def _projections(self, index: int) -> list[tuple[str, int, int]]:
-        """Names, outputs and inputs of attention's matrices, but for those from the latent."""
-        attention, hidden, names = self.config.layers[index].attention, self.config.hidden_size, self.names
-        if not isinstance(attention, LatentAttentionConfig):
-            return [
-                (names.query, attention.query_size, hidden),
-                (names.key, attention.kv_size, hidden),
-                (names.value, attention.kv_size, hidden),
-                (names.attention_output, hidden, attention.query_size),
-            ]
-        rank, latent = attention.query_rank, names.latent
-        queries = [(names.query, attention.query_size, hidden)]
-        if rank is not None:
-            queries = [(latent.query_down, rank, hidden), (latent.query_up, attention.query_size, rank)]
-        return [
-            *queries,
-            (latent.latent_down, attention.key_size, hidden),
-            (names.attention_output, hidden, attention.output_size),
-        ]
-
     def _swiglu(self, prefix: str, parts: SwiGLUNames, inner: int, format: WeightFormat) -> Iterator[Written]:
         hidden = self.config.hidden_size
-        up = [(parts.gate_up, 2 * inner)] if parts.gate_up else [(parts.gate, inner), (parts.up, inner)]
-        for part, outputs, inputs in (*((name, rows, hidden) for name, rows in up), (parts.down, hidden, inner)):
+        up_rows = 2 * inner // len(parts.up_matrices)
+        for part, outputs, inputs in (
+            *((part, up_rows, hidden) for part in parts.up_matrices),
+            (parts.down, hidden, inner),
+        ):
             name = f"{prefix}.{part}.weight"
             yield name, StoredPart(name, (outputs, inputs), outputs), format
 
@@ -148,3 +127,12 @@ class QuantizedWriter:
                 part, _, bias = role.partition("_")
                 end = "bias" if bias else "weight"
                 yield f"{prefix}.{getattr(parts, part)}.{end}", stored, None if bias else format
+
+
+def _add(writer: ShardWriter, name: str, tensor: Tensor, format: WeightFormat | None) -> None:
+    """Add a tensor as it is, or a matrix as the tensors of its quantised form."""
+    if format is None:
+        writer.add(name, tensor)
+        return
+    for end, part in compressed(quantize(tensor, format)).items():
+        writer.add(name.removesuffix("weight") + end, part)
