@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from moe_runtime.build import build_engine
@@ -33,51 +32,29 @@ from moe_runtime.config.engine import KV_CACHE_DTYPES, EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.demo.texts import BLOCK, KINDS, fetch_texts, token_blocks
 from moe_runtime.engine.engine import Engine
-from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.kernels import ops
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.kernels.cpu.loader import load
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
 from moe_runtime.memory.model_size import cache_dtype, kv_bytes_per_token
-from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import read_model_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.weights.checkpoint import resolve_model
-from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
-from moe_runtime.worker.worker import Worker
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
 from make_bench_model import WEIGHTS, ensure_bench_model
+from text_loss.reader import Reader
 
 GREEDY = SamplingParams(temperature=0.0)
 PAGE = 16  # tokens
 
 
-class Reader:
-    """The demo model as a single rank that computes the logits of whole texts."""
-
-    def __init__(self, path: Path, dtype: str, kv_cache_dtype: str) -> None:
-        self.config = EngineConfig(
-            str(path), dtype=dtype, kv_cache_dtype=kv_cache_dtype, device="cpu", max_model_len=BLOCK, max_num_seqs=1
-        )
-        self.model_config = read_model_config(path)
-        self.worker = Worker(self.config, self.model_config, path)
-        self.num_read = 0
-
-    @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> Tensor:
-        """`[len(tokens), V]` in float32, from two chunks."""
-        pages = RankPages(page_groups(self.config, self.model_config), self.worker.info.num_pages)
-        held, rows, half = pages.hold(), [], len(tokens) // 2
-        self.num_read += 1
-        new = [NewSequence(self.num_read, tokens, len(tokens), GREEDY, 0)]
-        for start, count in ((0, half), (half, len(tokens) - half)):
-            chunk = Chunk(self.num_read, start, count, pages.extend(held, start, count), False)
-            work = RankPlan([] if start else new, [] if start or self.num_read == 1 else [self.num_read - 1], [chunk])
-            step = StepPlan(0, "local", [count], ranks=[work]).of_rank(0)
-            rows.append(self.worker.model.logits(self.worker.launch(self.worker.prepare(step))()))
-        return torch.cat(rows)
+def _whole_texts(path: Path, dtype: str, kv_cache_dtype: str) -> EngineConfig:
+    """Options of a rank that reads one text of the demo at a time."""
+    return EngineConfig(
+        str(path), dtype=dtype, kv_cache_dtype=kv_cache_dtype, device="cpu", max_model_len=BLOCK, max_num_seqs=1
+    )
 
 
 def losses(work_dir: Path, num_blocks: int) -> Iterator[str]:
@@ -88,7 +65,7 @@ def losses(work_dir: Path, num_blocks: int) -> Iterator[str]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     blocks = {kind: token_blocks(tokenizer, read(root)[1], num_blocks).tolist() for kind, read in KINDS.items()}
     ways = [*(("float32", name) for name in KV_CACHE_DTYPES), ("bfloat16", "auto")]
-    readers = {way: Reader(path, *way) for way in ways}
+    readers = {way: Reader(_whole_texts(path, *way)) for way in ways}
     found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {way: {k: [] for k in KINDS} for way in ways}
     for kind, texts in blocks.items():
         for tokens in texts:

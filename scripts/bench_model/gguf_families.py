@@ -17,6 +17,13 @@ from torch import Tensor
 Config = Mapping[str, Any]
 Read = Callable[[str], Tensor]  # a tensor of one layer, by its name without the layer's prefix
 PARTS = ("gate", "up", "down")
+GROUPED_ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+}
 
 
 class Family(ABC):
@@ -46,12 +53,7 @@ class Family(ABC):
 
 class Qwen3Moe(Family):
     arch = "qwen3moe"
-    names: ClassVar = {
-        "attn_norm.weight": "input_layernorm.weight",
-        "attn_q.weight": "self_attn.q_proj.weight",
-        "attn_k.weight": "self_attn.k_proj.weight",
-        "attn_v.weight": "self_attn.v_proj.weight",
-        "attn_output.weight": "self_attn.o_proj.weight",
+    names: ClassVar = GROUPED_ATTENTION | {
         "attn_q_norm.weight": "self_attn.q_norm.weight",
         "attn_k_norm.weight": "self_attn.k_norm.weight",
         "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -72,12 +74,7 @@ class Glm4Moe(Family):
     """Without biases and norms of queries and keys, as in the demo model."""
 
     arch = "glm4moe"
-    names: ClassVar = {
-        "attn_norm.weight": "input_layernorm.weight",
-        "attn_q.weight": "self_attn.q_proj.weight",
-        "attn_k.weight": "self_attn.k_proj.weight",
-        "attn_v.weight": "self_attn.v_proj.weight",
-        "attn_output.weight": "self_attn.o_proj.weight",
+    names: ClassVar = GROUPED_ATTENTION | {
         "post_attention_norm.weight": "post_attention_layernorm.weight",
         "ffn_gate_inp.weight": "mlp.gate.weight",
         "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",

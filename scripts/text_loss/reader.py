@@ -11,7 +11,6 @@ from peers.drivers import Driver
 from torch import Tensor
 
 from moe_runtime.config.engine import EngineConfig
-from moe_runtime.config.quantization import quantized
 from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.memory.page_group import page_groups
 from moe_runtime.models.registry import held_as_stored, read_model_config, with_own_head
@@ -29,12 +28,7 @@ class Reader:
     def __init__(self, config: EngineConfig) -> None:
         path = resolve_model(config.model)
         self._config = config
-        self._model_config = quantized(
-            held_as_stored(path, with_own_head(path, read_model_config(path))),
-            config.quantization,
-            config.quantization_parts,
-            config.quantization_group_size,
-        )
+        self._model_config = config.quantized(held_as_stored(path, with_own_head(path, read_model_config(path))))
         self._worker = Worker(config, self._model_config, path)
         self._num_read = 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_cases import DTYPES, assert_close, cache_and_meta, experts_of, normal
+from cpu_cases import DTYPES, assert_close, cache_and_meta, copying_attention, experts_of, normal
 
 from moe_runtime.kernels import torch_attention, torch_ops
 from moe_runtime.kernels.cpu import native
@@ -85,20 +85,8 @@ def test_attention_block(kernels, dtype, norm, head_dim, rotated, table):
 def test_keys_and_values_reach_the_cache_as_the_twin_leaves_them(kernels, dtype, head_dim, rotated):
     """Through a projection that copies, so that nothing is summed: rotary embedding and store are equal bit for bit."""
     size, tokens = 4 * head_dim, 30
-    block = AttentionCall(
-        kernels,
-        PackedLinear.pack(kernels, torch.eye(size).to(dtype)),
-        PackedLinear.pack(kernels, torch.eye(size, 2 * head_dim).to(dtype)),
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        scale=1.0,
-        sliding_window=None,
-        qk_norm=None,
-        q_norm=None,
-        k_norm=None,
-        eps=1e-6,
-    )
+    output = torch.eye(size, 2 * head_dim).to(dtype)
+    block = copying_attention(kernels, torch.eye(size).to(dtype), output, 2, head_dim)
     k_cache, v_cache, meta, blocks = cache_and_meta([tokens], [tokens], 1, head_dim, dtype)
     slots = torch.tensor([blocks[0][position // 16] * 16 + position % 16 for position in range(tokens)])
     x, cos, sin = normal(tokens, size, dtype=dtype), torch.randn(tokens, rotated), torch.randn(tokens, rotated)

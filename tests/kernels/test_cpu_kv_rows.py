@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_cases import DTYPES, cache_and_meta, normal
+from cpu_cases import DTYPES, cache_and_meta, copying_attention, normal
 from kv_cases import quantize_cache, widen_cache
 
 from moe_runtime.kernels import kv_rows, torch_ops
-from moe_runtime.kernels.cpu.blocks import AttentionCall
 from moe_runtime.kernels.cpu.latent import LatentCall
 from moe_runtime.kernels.cpu.native_step import NativeStep
 from moe_runtime.kernels.cpu.packed import PackedLinear, PackedMatrices
@@ -54,20 +53,8 @@ def rows_that_vary(tokens, size, dtype):
 def test_keys_and_values_are_written_as_the_twin_writes_them(kernels, dtype, name, head_dim):
     """Through a projection that copies, so that nothing is summed."""
     size, tokens = 4 * head_dim, 40
-    block = AttentionCall(
-        kernels,
-        PackedLinear.pack(kernels, torch.eye(size).to(dtype)),
-        PackedLinear.pack(kernels, torch.eye(size, 2 * head_dim).to(dtype)),
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=head_dim,
-        scale=1.0,
-        sliding_window=None,
-        qk_norm=None,
-        q_norm=None,
-        k_norm=None,
-        eps=1e-6,
-    )
+    output = torch.eye(size, 2 * head_dim).to(dtype)
+    block = copying_attention(kernels, torch.eye(size).to(dtype), output, 2, head_dim)
     plain, _, meta, blocks = cache_and_meta([tokens], [tokens], 1, head_dim, dtype)
     position = torch.tensor([blocks[0][row // 16] * 16 + row % 16 for row in range(tokens)])
     x, cos, sin = rows_that_vary(tokens, size, dtype), *torch.randn(2, tokens, head_dim)
@@ -89,20 +76,7 @@ def test_keys_and_values_are_written_as_the_twin_writes_them(kernels, dtype, nam
 def test_a_row_that_is_not_finite_stays_so(kernels, name):
     tokens, size = 3, 16
     copying = torch.cat((torch.eye(size), torch.eye(size), torch.eye(size)))
-    block = AttentionCall(
-        kernels,
-        PackedLinear.pack(kernels, copying),
-        PackedLinear.pack(kernels, torch.eye(size)),
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=size,
-        scale=1.0,
-        sliding_window=None,
-        qk_norm=None,
-        q_norm=None,
-        k_norm=None,
-        eps=1e-6,
-    )
+    block = copying_attention(kernels, copying, torch.eye(size), 1, size)
     _, _, meta, blocks = cache_and_meta([tokens], [tokens], 1, size, torch.float32)
     x = torch.randn(tokens, size)
     x[1, 3], x[2, 4] = float("nan"), float("inf")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe_runtime.kernels.attention import AttentionMetadata
-from moe_runtime.kernels.cpu.packed import PackedExperts
+from moe_runtime.kernels.cpu.blocks import AttentionCall
+from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 
@@ -32,6 +33,24 @@ def experts_of(kernels, w13, w2, gate_D=None, **options):
         for actual, expected in zip(experts.unpack(slot), (*w13[slot].chunk(2), w2[slot]), strict=True):
             assert torch.equal(actual, expected)
     return experts
+
+
+def copying_attention(kernels, projection, output, num_heads, head_dim):
+    """Attention with one key/value head between matrices that copy, so that nothing is summed."""
+    return AttentionCall(
+        kernels,
+        PackedLinear.pack(kernels, projection),
+        PackedLinear.pack(kernels, output),
+        num_heads=num_heads,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        scale=1.0,
+        sliding_window=None,
+        qk_norm=None,
+        q_norm=None,
+        k_norm=None,
+        eps=1e-6,
+    )
 
 
 def cache_and_meta(num_query, contexts, groups, head_size, dtype, page=16):
