@@ -111,7 +111,7 @@ class Runs:
             arguments = self._our_arguments(name)
         else:
             module, arguments = "peers.llamacpp_engine", [str(self.file), str(self.threads)]
-            python = ensure_environment(name)
+            python = ensure_environment("llama.cpp-no-amx")
         log = self.logs / f"{self.model.name}-{name}.log"
         return Driver(name, python, module, arguments, environment={}, log=log, deadline_s=ANSWER_DEADLINE_S)
 

@@ -141,8 +141,7 @@ class Conductor:
         module, arguments, variables = self._command(name)
         # transformers' environment serves the reference as well.
         home = "transformers" if name == "reference" else name
-        compiled = f"{home}-avx2" if self.plan.avx2 and home == "llama.cpp" else home
-        python = ensure_environment(compiled) if home in PEERS else Path(sys.executable)
+        python = ensure_environment(self._environment(home)) if home in PEERS else Path(sys.executable)
         self.plan.logs.mkdir(parents=True, exist_ok=True)
         return Driver(
             name,
@@ -153,6 +152,12 @@ class Conductor:
             log=self.plan.logs / f"{name}.log",
             deadline_s=ANSWER_DEADLINE_S,
         )
+
+    def _environment(self, home: str) -> str:
+        """The environment of a peer: how llama.cpp is compiled depends on what it is to run."""
+        if home != "llama.cpp":
+            return home
+        return "llama.cpp-avx2" if self.plan.avx2 else "llama.cpp-no-amx" if self.plan.quantization else home
 
     def _command(self, name: str) -> tuple[str, list[str], dict[str, str]]:
         """Module, arguments and environment variables of an engine."""

