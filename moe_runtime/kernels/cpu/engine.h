@@ -5,7 +5,7 @@
 
 #include <cstdlib>
 
-#include "int8_rows.h"
+#include "int8_products.h"
 #include "pool.h"
 
 namespace moe {
@@ -129,7 +129,8 @@ template <class T>
 InputRows<T> int8_rows(Pool& pool, RowBuffers& buffers, const Weight& weight, const T* x, int64_t rows, int64_t stride) {
   const int64_t block = block_inputs(*weight.format), blocks = ceil_div(weight.inputs, block);
   const Int8Rows found{buffers.codes.get<int8_t>(rows * row_inputs<T>(weight)), buffers.scales.get<float>(rows * blocks),
-                       buffers.sums.get<int32_t>(rows * blocks), row_inputs<T>(weight), block, blocks};
+                       buffers.sums.get<int32_t>(rows * blocks), row_inputs<T>(weight), block, blocks,
+                       weight.format->has_zero ? 1 : zero_byte(weight.format->code)};
   for_rows(pool, rows, [&](int64_t row) { quantize_row(found, row, x + row * stride, weight.inputs); });
   return {nullptr, 0, found};
 }
