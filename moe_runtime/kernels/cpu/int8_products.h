@@ -50,16 +50,36 @@ void start_run(const QuantFormat& format, const PanelShape& shape, const Int8Row
   }
 }
 
-// `out` + the scaled products of a row's block with one vector of outputs.
-template <bool kHasZero, bool kHasBase>
-inline Vec add_scaled(const Run& run, int b, int output, IntVec products, const Int8Rows& rows, int64_t row, Vec out) {
-  const int64_t place = row * rows.blocks + run.blocks[b].number;
-  if constexpr (kHasZero) {
-    products = sub_int32(products, mul_int32(load_bits(run.zeros[b] + output), set1_bits(rows.sums[place])));
-  } else if constexpr (kHasBase) {
-    products = sub_int32(products, set1_bits(rows.sums[place]));
+// Some rows' inputs, scales and sums in a run.
+template <int kRows>
+struct RunRows {
+  alignas(64) int8_t inputs[kRows][kRunInputs];
+  float scales[kMostRunBlocks][kRows];
+  int32_t sums[kMostRunBlocks][kRows];
+
+  RunRows(const Run& run, const Int8Rows& rows, const int64_t* numbers) {
+    const int64_t first = run.blocks->number;
+    for (int r = 0; r < kRows; r++) {
+      // Maybe more than there are; the memory behind the rows is readable [engine.h].
+      std::memcpy(inputs[r], rows.codes + numbers[r] * rows.stride + first * rows.block, kRunInputs);
+      const int64_t place = numbers[r] * rows.blocks + first;
+      for (int b = 0; b < run.count; b++) {
+        scales[b][r] = rows.scales[place + b];
+        sums[b][r] = rows.sums[place + b];
+      }
+    }
   }
-  return fma(float_of(products) * load(run.scales[b] + output), set1(rows.scales[place]), out);
+};
+
+// `out` + the scaled products of a row's block with one vector of outputs. `sum` is that of the row's codes.
+template <bool kHasZero, bool kHasBase>
+inline Vec add_scaled(const Run& run, int b, int output, IntVec products, float scale, int32_t sum, Vec out) {
+  if constexpr (kHasZero) {
+    products = sub_int32(products, mul_int32(load_bits(run.zeros[b] + output), set1_bits(sum)));
+  } else if constexpr (kHasBase) {
+    products = sub_int32(products, set1_bits(sum));
+  }
+  return fma(float_of(products) * load(run.scales[b] + output), set1(scale), out);
 }
 
 // --- vectors ---
@@ -93,10 +113,15 @@ struct StepBytes {
 
   static StepBytes of_decoded(const uint8_t* bytes) { return {load_bits(bytes), load_bits(bytes + kCodesBytes)}; }
 
-  IntVec add(IntVec sum, const int8_t* inputs) const {
-    const IntVec first = broadcast_word(inputs), second = broadcast_word(inputs + 4);
-    if constexpr (kByteProducts) return add_byte_products(add_byte_products(sum, low, first), high, second);
-    return add_int16(add_int16(sum, pairs_of_products(low, first)), pairs_of_products(high, second));
+  // A row's inputs, the same in all lanes.
+  struct Words {
+    IntVec low, high;
+    explicit Words(const int8_t* inputs) : low(broadcast_word(inputs)), high(broadcast_word(inputs + 4)) {}
+  };
+
+  IntVec add(IntVec sum, const Words& words) const {
+    if constexpr (kByteProducts) return add_byte_products(add_byte_products(sum, low, words.low), high, words.high);
+    return add_int16(add_int16(sum, pairs_of_products(low, words.low)), pairs_of_products(high, words.high));
   }
 };
 
@@ -112,26 +137,35 @@ struct StepBytes<kInt8> {
     return {size_of(codes), codes};
   }
 
-  IntVec add(IntVec sum, const int8_t* inputs) const {
-    const IntVec words = broadcast_word(inputs);
-    if constexpr (kByteProducts) return add_byte_products(sum, sizes, words);
+  struct Words {
+    IntVec words;
+    explicit Words(const int8_t* inputs) : words(broadcast_word(inputs)) {}
+  };
+
+  IntVec add(IntVec sum, const Words& row) const {
+    if constexpr (kByteProducts) return add_byte_products(sum, sizes, row.words);
     // Two products of 128 * 127 fit into 16 bits.
-    return add_int32(sum, add_pairs(pairs_of_products(sizes, with_sign(words, codes))));
+    return add_int32(sum, add_pairs(pairs_of_products(sizes, with_sign(row.words, codes))));
   }
 };
 
-// Vectors of outputs for a number of rows: as many as there are registers for their sums.
+// Vectors of sums that compilers keep in registers; with 24, GCC 12 stores and loads most of them in every step.
+constexpr int kRunSums = kLanes == 16 ? 12 : 8;
+
+// Vectors of outputs for a number of rows: as many as there are registers for. Products of INT8 from pairs need
+// registers for themselves.
 template <int kCode>
 constexpr int run_vecs(int rows) {
-  const int registers = kTileRows * kTileVecs / (StepBytes<kCode>::kShortSteps ? 2 : 1);
   int vecs = kPanel / kLanes;
-  while (vecs > 1 && vecs * rows > registers) vecs /= 2;
-  return vecs;
+  while (vecs * rows > kRunSums) vecs /= 2;
+  return kCode == kInt8 && !kByteProducts && rows > 2 ? vecs / 2 : vecs;
 }
 
 // Where a run's bytes come from: its codes in the panel, or decoded bytes.
 template <int kCode>
 struct CodedRun {
+  static constexpr bool kIsDecoded = false;
+
   static StepBytes<kCode> at(const Block& block, int64_t step, int output) {
     const uint8_t* from = block.codes + step * kCodesBytes + output * 4;
     _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, _MM_HINT_T0);
@@ -141,36 +175,50 @@ struct CodedRun {
 
 template <int kCode>
 struct DecodedRun {
-  const uint8_t* bytes;
-  int64_t first_block, block_bytes;
+  static constexpr bool kIsDecoded = true;
 
-  StepBytes<kCode> at(const Block& block, int64_t step, int output) const {
-    return StepBytes<kCode>::of_decoded(bytes + (block.number - first_block) * block_bytes + step * 2 * kCodesBytes +
-                                        output * 4);
+  static StepBytes<kCode> at(const Block& block, int64_t step, int output) {
+    return StepBytes<kCode>::of_decoded(block.codes + step * 2 * kCodesBytes + output * 4);
   }
 };
 
-// Adds the products of some rows with a block's steps to `sums`; `output` is the first of the vectors' outputs.
-template <int kCode, int kRows, int kVecs, class Source>
-inline void add_steps(const Source& source, const Block& block, int output, const int8_t* const (&x)[kRows],
+// Adds the products of some rows with `steps` steps of a block. `output` is the first of the vectors' outputs.
+template <int kCode, class Source, int kRows, int kVecs>
+inline void add_steps(const Block& block, int64_t first, int64_t end, int output, const int8_t (*x)[kRunInputs],
                       IntVec (&sums)[kRows][kVecs]) {
   using Bytes = StepBytes<kCode>;
-  constexpr int64_t kInputs = step_inputs(kCode);
-  const auto add = [&](int64_t step, IntVec(&to)[kRows][kVecs]) {
-    for (int j = 0; j < kVecs; j++) {
-      const Bytes bytes = source.at(block, step, output + j * kLanes);
-      for (int r = 0; r < kRows; r++) to[r][j] = bytes.add(to[r][j], x[r] + step * kInputs);
+  for (int64_t step = first; step < end; step++) {
+    const auto bytes_at = [&](int j) { return Source::at(block, step, output + j * kLanes); };
+    const auto words_of = [&](int r) { return typename Bytes::Words(x[r] + step * step_inputs(kCode)); };
+    if constexpr (Source::kIsDecoded) {
+      Bytes bytes[kVecs];
+      for (int j = 0; j < kVecs; j++) bytes[j] = bytes_at(j);
+      for (int r = 0; r < kRows; r++) {
+        const auto words = words_of(r);
+        for (int j = 0; j < kVecs; j++) sums[r][j] = bytes[j].add(sums[r][j], words);
+      }
+    } else {
+      for (int j = 0; j < kVecs; j++) {
+        const Bytes bytes = bytes_at(j);
+        for (int r = 0; r < kRows; r++) sums[r][j] = bytes.add(sums[r][j], words_of(r));
+      }
     }
-  };
-  if constexpr (Bytes::kShortSteps == 0) {
-    for (int64_t step = 0; step < block.steps; step++) add(step, sums);
+  }
+}
+
+// Sums of 32 bits of the products of some rows with a block.
+template <int kCode, class Source, int kRows, int kVecs>
+inline void block_products(const Block& block, int output, const int8_t (*x)[kRunInputs],
+                           IntVec (&sums)[kRows][kVecs]) {
+  constexpr int kShortSteps = StepBytes<kCode>::kShortSteps;
+  for (auto& row : sums) std::fill_n(row, kVecs, set1_bits(0));
+  if constexpr (kShortSteps == 0) {
+    add_steps<kCode, Source>(block, 0, block.steps, output, x, sums);
   } else {
-    for (int64_t step = 0; step < block.steps;) {
+    for (int64_t step = 0; step < block.steps; step += kShortSteps) {
       IntVec shorts[kRows][kVecs];
       for (auto& row : shorts) std::fill_n(row, kVecs, set1_bits(0));
-      for (const int64_t end = std::min<int64_t>(step + Bytes::kShortSteps, block.steps); step < end; step++) {
-        add(step, shorts);
-      }
+      add_steps<kCode, Source>(block, step, std::min<int64_t>(step + kShortSteps, block.steps), output, x, shorts);
       for (int r = 0; r < kRows; r++) {
         for (int j = 0; j < kVecs; j++) sums[r][j] = add_int32(sums[r][j], add_pairs(shorts[r][j]));
       }
@@ -180,64 +228,57 @@ inline void add_steps(const Source& source, const Block& block, int output, cons
 
 // Adds the products of some rows with a run to `out[r][0 .. 64)`.
 template <int kRows, int kCode, bool kHasZero, class Source>
-void add_run(const Run& run, const Source& source, const Int8Rows& rows, const int64_t* numbers, float* out) {
+void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, float* out) {
   constexpr int kVecs = run_vecs<kCode>(kRows);
+  const RunRows<kRows> tile(run, rows, numbers);
   for (int column = 0; column < kPanel; column += kVecs * kLanes) {
-    Vec totals[kRows][kVecs];
-    for (int r = 0; r < kRows; r++) {
-      for (int j = 0; j < kVecs; j++) totals[r][j] = load(out + r * kPanel + column + j * kLanes);
-    }
     for (int b = 0; b < run.count; b++) {
-      const Block& block = run.blocks[b];
-      const int8_t* x[kRows];
-      for (int r = 0; r < kRows; r++) x[r] = rows.codes + numbers[r] * rows.stride + block.number * rows.block;
+      const auto* x = reinterpret_cast<const int8_t(*)[kRunInputs]>(tile.inputs[0] + b * rows.block);
       IntVec sums[kRows][kVecs];
-      for (auto& row : sums) std::fill_n(row, kVecs, set1_bits(0));
-      add_steps<kCode>(source, block, column, x, sums);
+      block_products<kCode, Source>(run.blocks[b], column, x, sums);
       for (int j = 0; j < kVecs; j++) {
+        const int output = column + j * kLanes;
         for (int r = 0; r < kRows; r++) {
-          totals[r][j] = add_scaled<kHasZero, zero_byte(kCode) != 0>(run, b, column + j * kLanes, sums[r][j], rows,
-                                                                     numbers[r], totals[r][j]);
+          float* to = out + r * kPanel + output;
+          store(to, add_scaled<kHasZero, zero_byte(kCode) != 0>(run, b, output, sums[r][j], tile.scales[b][r],
+                                                                tile.sums[b][r], load(to)));
         }
       }
-    }
-    for (int r = 0; r < kRows; r++) {
-      for (int j = 0; j < kVecs; j++) store(out + r * kPanel + column + j * kLanes, totals[r][j]);
     }
   }
 }
 
 template <int kCode, bool kHasZero, class Source>
-void add_run(const Run& run, const Source& source, const Int8Rows& rows, const int64_t* numbers, int64_t count,
-             float* out) {
+void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
   for_tiles(count, [&](int64_t row, int tile_rows) {
     with_rows(tile_rows, [&](auto constant) {
-      add_run<decltype(constant)::value, kCode, kHasZero>(run, source, rows, numbers + row, out + row * kPanel);
+      add_run<decltype(constant)::value, kCode, kHasZero, Source>(run, rows, numbers + row, out + row * kPanel);
     });
   });
 }
 
 // Adds the products of any number of rows with a run. The bytes of several tiles are decoded once.
 template <int kCode, bool kHasZero>
-void add_run_vectors(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
+void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
   if constexpr (StepBytes<kCode>::kDecodes) {
     if (count > kTileRows) {
       alignas(64) uint8_t bytes[kRunInputs * kPanel];
-      const DecodedRun<kCode> decoded{bytes, run.blocks->number, rows.block * kPanel};
+      uint8_t* to = bytes;
       for (int b = 0; b < run.count; b++) {
-        uint8_t* to = bytes + b * decoded.block_bytes;
-        for (int64_t step = 0; step < run.blocks[b].steps; step++, to += 2 * kCodesBytes) {
+        const Block coded = run.blocks[b];
+        run.blocks[b].codes = to;
+        for (int64_t step = 0; step < coded.steps; step++, to += 2 * kCodesBytes) {
           for (int output = 0; output < kPanel; output += kLanes) {
-            const auto found = CodedRun<kCode>::at(run.blocks[b], step, output);
+            const auto found = CodedRun<kCode>::at(coded, step, output);
             store_bits(to + output * 4, found.low);
             store_bits(to + kCodesBytes + output * 4, found.high);
           }
         }
       }
-      return add_run<kCode, kHasZero>(run, decoded, rows, numbers, count, out);
+      return add_run<kCode, kHasZero, DecodedRun<kCode>>(run, rows, numbers, count, out);
     }
   }
-  add_run<kCode, kHasZero>(run, CodedRun<kCode>{}, rows, numbers, count, out);
+  add_run<kCode, kHasZero, CodedRun<kCode>>(run, rows, numbers, count, out);
 }
 
 // --- tiles ---
@@ -305,7 +346,8 @@ void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t*
       for (int output = 0; output < kPanel; output += kLanes) {
         float* to = out + (first + i) * kPanel + output;
         const IntVec products = load_bits(sums + i * kPanel + output);
-        store(to, add_scaled<kHasZero, false>(run, b, output, products, rows, numbers[first + i], load(to)));
+        const int64_t place = numbers[first + i] * rows.blocks + block.number;
+        store(to, add_scaled<kHasZero, false>(run, b, output, products, rows.scales[place], rows.sums[place], load(to)));
       }
     }
   }
