@@ -63,7 +63,8 @@ class LLM:
         """Continue prompts, all in one batch.
 
         Args:
-            prompts: one or more, each a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`.
+            prompts: one or more, each a text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`. A mapping may also
+                have a "cache_salt": prompts share cached prefixes only with prompts of the same salt.
             sampling_params: one for all prompts, or one for each. None uses what the model's generation_config.json
                 recommends (unless `generation_config` is "none"), and the defaults of `SamplingParams` for the rest.
                 An object is taken as it is.
@@ -81,7 +82,8 @@ class LLM:
             prompts = [prompts]
         if not isinstance(prompts, Sequence):
             raise ValueError(f"prompts: {prompts!r} is not allowed; it must be a prompt or a list of them")
-        return self._run([_plain_prompt(prompt) for prompt in prompts], sampling_params, use_tqdm)
+        plain, salts = zip(*map(_plain_prompt, prompts), strict=True) if prompts else ((), ())
+        return self._run(plain, sampling_params, use_tqdm, salts)
 
     def chat(
         self,
@@ -138,6 +140,12 @@ class LLM:
                 refusal = error
         raise refusal
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Returns True, as vLLM does for success."""
+        self._require_alive()
+        self._engine.reset_prefix_cache()
+        return True
+
     def close(self) -> None:
         """End the ranks and free the model. May be called twice."""
         self._finalizer()
@@ -161,6 +169,7 @@ class LLM:
         prompts: Sequence[str | list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        cache_salts: Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = SamplingParams(**self._engine.model_config.default_sampling)  # type: ignore[arg-type]
@@ -176,7 +185,8 @@ class LLM:
                 try:
                     prompt = self._engine.token_ids(prompts[row])
                     for index, choice in enumerate(ids):
-                        self._engine.add_request(choice, prompt, params[row].choice(index))
+                        salt = None if cache_salts is None else cache_salts[row]
+                        self._engine.add_request(choice, prompt, params[row].choice(index), cache_salt=salt)
                 except ValueError as error:
                     raise ValueError(f"prompts[{row}]: {error}" if len(prompts) > 1 else str(error)) from error
             self._finish(completions, use_tqdm)
@@ -245,14 +255,18 @@ def _interrupt_afterwards() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _plain_prompt(prompt: object) -> str | list[int]:
+def _plain_prompt(prompt: object) -> tuple[str | list[int], str | None]:
+    """A prompt's text or token ids, and its salt."""
     if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Mapping) and len(prompt) == 1:
+        return prompt, None
+    if isinstance(prompt, Mapping) and len(prompt.keys() - {"cache_salt"}) == 1:
+        salt = prompt.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ValueError(f"cache_salt: {salt!r} is not allowed; it must be a non-empty string")
         if isinstance(text := prompt.get("prompt"), str):
-            return text
+            return text, salt
         if isinstance(token_ids := prompt.get("prompt_token_ids"), Sequence) and not isinstance(token_ids, str):
-            return list(token_ids)
+            return list(token_ids), salt
     raise ValueError(
         f'prompt: {prompt!r} is not allowed; it must be a text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}'
     )

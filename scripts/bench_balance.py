@@ -125,6 +125,7 @@ def make_engine(options: argparse.Namespace, way: str, placement: Path | None) -
         max_num_batched_tokens=options.chunk,
         max_num_seqs=64,
         skip_tokenizer_init=True,
+        enable_prefix_caching=False,
         balance=way,
         balance_interval=INTERVAL[way],
         redundant_experts=options.redundant_experts,

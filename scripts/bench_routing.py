@@ -50,7 +50,8 @@ def quality(work_dir: Path, max_tokens: int) -> None:
 def speed(rounds: int) -> None:
     """Generated tokens per second of each class at each batch size."""
     rows = []
-    with LLM("demo", max_num_seqs=max(BATCHES), skip_tokenizer_init=True) as llm:
+    options = {"max_num_seqs": max(BATCHES), "skip_tokenizer_init": True, "enable_prefix_caching": False}
+    with LLM("demo", **options) as llm:
         kernels = sorted(set(llm._engine.executor.ranks[0].kernels.values()))
         for batch in BATCHES:
             prompts = [

@@ -175,6 +175,7 @@ def open_engine(path: Path, kv_cache_dtype: str, length: int, max_num_seqs: int)
             kv_cache_dtype=kv_cache_dtype,
             device="cpu",
             skip_tokenizer_init=True,
+            enable_prefix_caching=False,
             max_model_len=length,
             max_num_seqs=max_num_seqs,
         )

@@ -107,6 +107,7 @@ def check(model: str, ranks: int, hardware: Hardware, pace: Pace, options: argpa
         max_num_batched_tokens=4096,
         skip_tokenizer_init=True,
         kv_cache_memory_bytes=256 << 20,
+        enable_prefix_caching=False,
     )
     engine = build_engine(config)
     try:

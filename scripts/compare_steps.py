@@ -42,8 +42,10 @@ def serve(pipe: Connection, model: str, steps: int) -> None:
     except ModuleNotFoundError:  # a checkout from before the modules moved into rooms
         from moe_runtime.config import EngineConfig
 
+    repeats = {"enable_prefix_caching": False} if hasattr(EngineConfig, "enable_prefix_caching") else {}
     config = EngineConfig(
         model,
+        **repeats,
         dtype="bfloat16",
         device="cpu",
         skip_tokenizer_init=True,

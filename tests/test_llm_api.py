@@ -89,6 +89,22 @@ def test_defaults_and_no_prompts(fake):
     assert 1 <= len(output.outputs[0].token_ids) <= 16
 
 
+def test_cached_tokens_salts_and_forgetting(fake):
+    llm = LLM("fake")
+    prompt = {"prompt_token_ids": list(range(1, 21))}
+
+    def cached(**more) -> int:
+        (output,) = llm.generate([{**prompt, **more}], GREEDY, use_tqdm=False)
+        return output.num_cached_tokens
+
+    assert [cached(), cached(), cached(cache_salt="a"), cached(cache_salt="a")] == [0, 19, 0, 19]
+    assert llm.reset_prefix_cache() is True
+    assert [cached(), cached()] == [0, 19]
+    for salt in ("", 5):
+        with pytest.raises(ValueError, match=r"^cache_salt: .* is not allowed; it must be a non-empty string$"):
+            cached(cache_salt=salt)
+
+
 def test_several_outputs_of_a_prompt(fake):
     prompts = [[7, 8], [9]]
     params = [SamplingParams(n=3, max_tokens=5, seed=11, prompt_logprobs=1), SamplingParams(max_tokens=5, seed=13)]
@@ -300,7 +316,7 @@ def test_without_parameters_those_of_the_model_are_used_and_an_object_is_taken_w
     engine.model_config = dataclasses.replace(engine.model_config, default_sampling={"temperature": 0.0, "top_k": 3})
     used = []
     add_request = engine.add_request
-    monkeypatch.setattr(engine, "add_request", lambda *args: (used.append(args[2]), add_request(*args)))
+    monkeypatch.setattr(engine, "add_request", lambda *args, **more: (used.append(args[2]), add_request(*args, **more)))
     prompt = {"prompt_token_ids": [1, 2, 3]}
     llm.generate(prompt, use_tqdm=False)
     llm.generate(prompt, SamplingParams(top_p=0.5), use_tqdm=False)

@@ -44,6 +44,8 @@ class EngineConfig:
             and mxfp4.
         activation_quantization: "int8" rounds the rows that are multiplied with quantised weights to int8, in blocks of
             up to 128 inputs, which makes native CPU kernels faster; None keeps them. Not with fp8.
+        enable_prefix_caching: keep the keys and values of tokens that were computed, as long as no sequence needs their
+            pages, and reuse them in requests that begin with the same tokens.
         kv_cache_dtype: "fp8" (E4M3) or "int8" keeps keys and values in 8 bits, with a scale for each row, in about half
             of the memory of bfloat16 and with some loss; "auto" keeps them in the dtype of the activations.
         load_format: "dummy" makes random weights and reads none.
@@ -93,6 +95,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
     quantization: str | None = None
     quantization_parts: str = "experts,attention,head"
     quantization_group_size: int | None = None
@@ -147,7 +150,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a non-empty string")
-        for name in ("check_weights", "skip_tokenizer_init", "batch_invariant", "enforce_eager"):
+        for name in (
+            "enable_prefix_caching",
+            "check_weights",
+            "skip_tokenizer_init",
+            "batch_invariant",
+            "enforce_eager",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
         for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):

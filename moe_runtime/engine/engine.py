@@ -18,6 +18,7 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.engine.health import describe
 from moe_runtime.engine.intake import Intake
 from moe_runtime.engine.logprob_output import add_prompt_logprobs, position_logprobs
+from moe_runtime.engine.prefix_cache import KeyMaker
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.engine.routed_output import add_routed, routed_output
@@ -83,7 +84,8 @@ class Engine:
         self.rules = RequestRules(
             model_config.vocab_size, self.max_model_len, tokenizer is not None, policies_of(config, model_config)
         )
-        self._intake = Intake(tokenizer, self.rules, config.seed)
+        self._key_maker = KeyMaker.of(config, model_config)
+        self._intake = Intake(tokenizer, self.rules, config.seed, self._key_maker)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
         self._changes_experts = config.limits is not None and config.limits.changes_experts
@@ -102,19 +104,25 @@ class Engine:
         self._extra_rounds = 0
 
     def add_request(
-        self, request_id: str, prompt: str | list[int], params: SamplingParams, shown_ids: Set[int] = frozenset()
+        self,
+        request_id: str,
+        prompt: str | list[int],
+        params: SamplingParams,
+        shown_ids: Set[int] = frozenset(),
+        cache_salt: str | None = None,
     ) -> None:
         """Enqueue a request for one continuation; `step` returns its tokens.
 
         Args:
             shown_ids: special tokens that stay in the text in spite of `skip_special_tokens`.
+            cache_salt: the request shares pages of the prefix cache only with requests of the same salt.
 
         Raises:
             ValueError: the prompt or the parameters cannot be served. The request is not enqueued.
         """
         if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
             raise ValueError(f"request_id: {request_id!r} is in use")
-        request = self._intake.request(request_id, self._num_requests, prompt, params, shown_ids)
+        request = self._intake.request(request_id, self._num_requests, prompt, params, shown_ids, cache_salt)
         self._num_requests += 1
         self._requests[request_id] = request
         self._by_seq_id[request.seq_id] = request
@@ -176,6 +184,12 @@ class Engine:
         self.rebalancer.take_counts(self._counts())
         return self.rebalancer.begin(dry_run)
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes: requests that are added from now on find no page of earlier ones."""
+        if self._key_maker is not None:
+            self._key_maker.reset()
+            self._scheduler.forget_prefixes()
+
     def stats(self) -> EngineStats:
         """Counts since the start. A cheap call."""
         return EngineStats(
@@ -192,6 +206,7 @@ class Engine:
             balancer=self.rebalancer.stats(),
             expert_changes=self._expert_changes,
             extra_rounds=self._extra_rounds,
+            prefix_cache=self._scheduler.prefix_counts(),
         )
 
     def expert_load(self) -> ExpertLoad:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.engine.prefix_cache import why_off
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.types.version import __version__
 from moe_runtime.wire.executor import RankInfo
@@ -33,6 +34,7 @@ def describe(
         "balance_epsilon": config.balance_epsilon,
         "block_size": config.block_size,
         "kv_cache_dtype": ranks[0].kv_cache_dtype,
+        "prefix_caching": {"enabled": why_off(config) is None, "reason": why_off(config)},
         "num_blocks": [sum(rank.num_pages) for rank in ranks],
         "windows": list(model.windows),
         "vocab_size": model.vocab_size,

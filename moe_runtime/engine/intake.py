@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from moe_runtime.engine.prefix_cache import KeyMaker
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText
@@ -23,11 +24,15 @@ class Intake:
         tokenizer: None accepts and returns token ids only.
         rules: what requests must obey.
         seed: seeds the generator that draws a seed for each request without one.
+        key_maker: makes the keys of requests' pages; None if no prefixes are cached.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, rules: RequestRules, seed: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, rules: RequestRules, seed: int, key_maker: KeyMaker | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._rules = rules
+        self._key_maker = key_maker
         self._seeds = random.Random(seed)
 
     def request(
@@ -37,19 +42,23 @@ class Intake:
         prompt: str | list[int],
         params: SamplingParams,
         shown_ids: Set[int] = frozenset(),
+        cache_salt: str | None = None,
     ) -> Request:
         """Make a request.
 
         Args:
             shown_ids: special tokens that stay in the text in spite of `skip_special_tokens`.
+            cache_salt: the request shares pages only with requests of the same salt.
 
         Raises:
             ValueError: the request cannot be served; the message says why.
         """
         assert params.n == 1, "each continuation is a request"
         token_ids = self.token_ids(prompt)
-        params = replace(params, routing=self._rules.check(token_ids, params))
+        policy = self._rules.check(token_ids, params)
+        params = replace(params, routing=policy)
         room = self._rules.max_model_len - len(token_ids)
+        maker = self._key_maker
         return Request(
             request_id=request_id,
             seq_id=seq_id,
@@ -61,6 +70,7 @@ class Intake:
             max_output_tokens=max(1, room if params.max_tokens is None else min(room, params.max_tokens)),
             output_text=self._output_text(token_ids, params, shown_ids),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            page_keys=None if maker is None else maker.keys(len(token_ids), policy, cache_salt),
         )
 
     def token_ids(self, prompt: str | list[int]) -> list[int]:

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_runtime.engine.page_pool import HeldPages
+from moe_runtime.engine.prefix_index import PageKeys
 from moe_runtime.text.detokenizer import OutputText
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
+
+OUTPUT_GUESS = 256  # tokens; most outputs end long before their limit
 
 
 @dataclass(eq=False)
@@ -36,6 +39,10 @@ class Request:
         rank: the rank that runs it; None while it waits.
         pages: its pages on that rank, of each page group.
         num_prefill_tokens: tokens it had when the rank admitted it; later tokens are decode rows.
+        page_keys: keys of its pages in the prefix index; None if the engine caches no prefixes.
+        num_cached_tokens: tokens of the prompt that were not computed, as pages had them when it was first admitted.
+        num_indexed, has_tail: how many of its pages the index has been offered, and whether also the page in which the
+            prompt ends.
     """
 
     request_id: str
@@ -55,6 +62,10 @@ class Request:
     num_prefill_tokens: int = 0
     num_planned: int = 0
     num_pending: int = 0
+    page_keys: PageKeys | None = None
+    num_cached_tokens: int = 0
+    num_indexed: int = 0
+    has_tail: bool = False
 
     @property
     def num_output_tokens(self) -> int:
@@ -64,6 +75,17 @@ class Request:
     def max_tokens(self) -> int:
         """Tokens of the prompt and the output at which the request ends at the latest."""
         return self.num_prompt_tokens + self.max_output_tokens
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether tokens may come from the prefix cache: not if the request asks for something of every position."""
+        return self.params.prompt_logprobs is None and not self.params.return_routed_experts
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that its rank still has to plan, with a guess of the output's length."""
+        num_prompt = max(0, self.num_prefill_tokens - self.num_planned)
+        return num_prompt + min(self.max_output_tokens - self.num_output_tokens, OUTPUT_GUESS)
 
     @property
     def num_routed(self) -> int:
@@ -127,6 +149,7 @@ class Request:
             stop_reason=stop_reason,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_cached_tokens=self.num_cached_tokens,
             prompt_token_ids=self.token_ids[: self.num_prompt_tokens] if is_first else None,
             prompt_logprobs=self.prompt_logprobs if is_first else None,
             error=error,

@@ -5,35 +5,42 @@ decoding sequence gets one row; prompts share the rest of the token budget, in c
 requests, first come first served. When a rank runs out of pages, the scheduler preempts the sequence that arrived last.
 The front keeps its tokens, so it is recomputed later and continues with the same result.
 
+The first tokens of a request need not run if pages have their keys and values (`prefix_cache.py`). The rank that has
+most of them is preferred (`rank_choice.py`).
+
 Counts run ahead of results, so that one step can be planned while another runs: a decode row names its sequence, and
 the rank knows the token. If that token ended the request, the engine discards the row planned after it.
 
 Pages become free as soon as a sequence ends, is preempted or has left them behind its window, although submitted steps
 may still use them. This is safe: a rank runs its plans in order, so the next holder's rows come after all rows of the
-previous holder.
+previous holder. For the same reason a page may be shared as soon as the step that fills it was submitted.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import ge
 
-from moe_runtime.engine.page_pool import RankPages
+from moe_runtime.engine.page_pool import Hit, RankPages
+from moe_runtime.engine.prefix_cache import PrefixCache
+from moe_runtime.engine.rank_choice import Offer, best_offer
 from moe_runtime.engine.request import Request
-from moe_runtime.engine.stats import PageCounts
+from moe_runtime.engine.stats import PageCounts, PrefixCounts
 from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.memory.page_group import PageGroup
-from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
+from moe_runtime.wire.messages import Chunk, NewSequence, PageCopy, RankPlan, StepPlan
 
 
 @dataclass(eq=False)
 class RankState:
-    """The front's view of a rank: its pages, its running sequences in order of arrival, and sequences to drop."""
+    """The front's view of a rank: its pages and which prefixes are in them, its running sequences in order of arrival,
+    and sequences to drop."""
 
     pages: RankPages
+    prefixes: PrefixCache
     running: list[Request] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
 
@@ -50,6 +57,7 @@ class Draft:
     decode: list[Chunk] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
     new_sequences: list[NewSequence] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
     num_tokens: int = 0
 
 
@@ -74,7 +82,8 @@ class Scheduler:
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.waiting: list[Request] = []  # in order of arrival
-        self.ranks = [RankState(RankPages(groups, counts)) for counts in num_pages]
+        rank_pages = [RankPages(groups, counts) for counts in num_pages]
+        self.ranks = [RankState(pages, PrefixCache(pages)) for pages in rank_pages]
         self.num_steps = 0
         self.num_preemptions = 0
         self._groups = groups
@@ -92,6 +101,15 @@ class Scheduler:
             PageCounts(group.window, sum(pool.num_pages for pool in pools), sum(pool.num_used for pool in pools))
             for group, *pools in zip(self._groups, *(rank.pages.pools for rank in self.ranks), strict=True)
         )
+
+    def prefix_counts(self) -> PrefixCounts:
+        """Counts of the prefix cache since the start, on all ranks together."""
+        return sum((rank.prefixes.counts() for rank in self.ranks), PrefixCounts())
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        for rank in self.ranks:
+            rank.pages.forget()
 
     def add(self, request: Request) -> None:
         """Enqueue a new request."""
@@ -118,7 +136,15 @@ class Scheduler:
         plans = []
         for rank, draft in zip(self.ranks, drafts, strict=True):
             chunks = draft.decode + draft.prefill
-            plans.append(RankPlan(draft.new_sequences, rank.dropped, chunks, num_decode=len(draft.decode)))
+            plans.append(
+                RankPlan(
+                    draft.new_sequences,
+                    rank.dropped,
+                    chunks,
+                    num_decode=len(draft.decode),
+                    page_copies=draft.page_copies,
+                )
+            )
             rank.dropped = []
         self.num_steps += 1
         plain = not any(draft.prefill or draft.asks_gates for draft in drafts)
@@ -134,6 +160,7 @@ class Scheduler:
         while position < len(rank.running):  # preemption takes from the end, where nothing is planned yet
             request = rank.running[position]
             position += 1
+            rank.prefixes.update(request)
             num_tokens = request.num_unplanned
             if not request.is_decoding:
                 num_tokens = min(num_tokens, draft.prompt_budget)
@@ -153,49 +180,85 @@ class Scheduler:
         return True
 
     def _admit(self, drafts: list[Draft]) -> None:
-        """Admit waiting requests in order of arrival. The first one that does not fit also blocks all later ones.
+        """Admit waiting requests in order of arrival. The first one that does not fit also blocks all later ones. One
+        that waits for pages of a running prompt does not, unless `max_num_seqs` of them do.
 
-        A request goes to the rank with the fewest planned tokens. It needs pages for all its tokens, plus one page for
-        each running sequence that will take one; otherwise it would soon be preempted for them. On an idle rank any
-        request fits. A rank whose prompts do not have all their pages yet has no budget left, so it admits none.
+        A request needs pages for all its tokens, plus one page for each running sequence that will take one; otherwise
+        it would soon be preempted for them. On an idle rank any request fits. A rank whose prompts do not have all
+        their pages yet has no budget left, so it admits none.
         """
+        if not self.waiting:
+            return
         room = [rank.pages.room((each.pages, each.max_tokens) for each in rank.running) for rank in self.ranks]
-        while self.waiting:
-            request = self.waiting[0]
-            if request.num_pending:
-                break  # preempted, and one of its tokens is still in flight
-            needed = [group.most(len(request.token_ids)) for group in self._groups]
-            fitting = [
-                index
-                for index, rank in enumerate(self.ranks)
-                if drafts[index].prompt_budget > 0
-                and len(rank.running) < self._max_num_seqs
-                and all(map(ge, room[index], needed))
-            ]
-            if not fitting:
+        loads = [sum(request.num_remaining for request in rank.running) for rank in self.ranks]
+        num_passed = 0
+        for request in list(self.waiting):
+            if request.num_pending or num_passed == self._max_num_seqs:
+                break  # a preempted one waits for its token that is still in flight
+            offer = best_offer(self._offers(request, drafts, room, loads))
+            if offer is None:
                 break
-            index = min(fitting, key=lambda index: (drafts[index].num_tokens, -min(room[index]), index))
-            room[index] = [
-                free - min(count + 1, group.most(request.max_tokens))
-                for free, count, group in zip(room[index], needed, self._groups, strict=True)
-            ]
-            self._start(request, index, drafts[index])
+            if offer.waits:
+                num_passed += 1
+                continue
+            index = offer.rank
+            for group, needed in enumerate(offer.needed):
+                most, now = (self._groups[group].most(n) for n in (request.max_tokens, len(request.token_ids)))
+                room[index][group] -= needed + min(1, most - now)
+            self._start(request, index, offer.hit, drafts[index])
+            loads[index] += request.num_remaining
 
-    def _start(self, request: Request, index: int, draft: Draft) -> None:
+    def _offers(
+        self, request: Request, drafts: list[Draft], room: list[list[int]], loads: list[int]
+    ) -> Iterator[Offer]:
+        """The ranks with a seat, and with pages for all tokens of a request."""
+        num_tokens = len(request.token_ids)
+        for index, (rank, draft) in enumerate(zip(self.ranks, drafts, strict=True)):
+            if len(rank.running) >= self._max_num_seqs:
+                continue
+            hit = rank.prefixes.find(request)
+            needed = rank.pages.most_needed(hit, num_tokens)
+            if all(map(ge, room[index], needed)):
+                yield Offer(
+                    rank=index,
+                    hit=hit,
+                    num_coming=rank.prefixes.num_coming(request, hit),
+                    num_tokens=num_tokens,
+                    load=loads[index] + draft.num_tokens,
+                    needed=needed,
+                    spare=min(room[index]),
+                    has_budget=draft.prompt_budget > 0,
+                    block_size=self._groups[0].block_size,
+                )
+
+    def _start(self, request: Request, index: int, hit: Hit, draft: Draft) -> None:
+        rank = self.ranks[index]
         self.waiting.remove(request)
-        insort(self.ranks[index].running, request, key=lambda running: running.seq_id)
+        insort(rank.running, request, key=lambda running: running.seq_id)
         request.rank = index
-        request.pages = self.ranks[index].pages.hold()
-        request.scheduled_at = request.scheduled_at or time.monotonic()
+        request.pages = rank.pages.hold(hit)
+        request.num_planned = hit.num_tokens
         request.num_prefill_tokens = len(request.token_ids)
+        if request.scheduled_at is None:
+            request.scheduled_at = time.monotonic()
+            request.num_cached_tokens = hit.num_tokens
+        rank.prefixes.start(request, hit)
         draft.new_sequences.append(
             NewSequence(
-                request.seq_id, list(request.token_ids), request.num_prompt_tokens, request.params, request.seed
+                request.seq_id,
+                list(request.token_ids),
+                request.num_prompt_tokens,
+                request.params,
+                request.seed,
+                pages=[[0] * held.num_left + held.pages for held in request.pages],
             )
         )
-        self._add_chunk(draft, request, min(request.num_unplanned, draft.prompt_budget))
+        chunk = self._add_chunk(draft, request, min(request.num_unplanned, draft.prompt_budget))
+        draft.page_copies += [
+            PageCopy(group, source, chunk.new_pages[group][0]) for group, source in enumerate(hit.sources)
+        ]
 
-    def _add_chunk(self, draft: Draft, request: Request, num_tokens: int) -> None:
+    def _add_chunk(self, draft: Draft, request: Request, num_tokens: int) -> Chunk:
         assert request.rank is not None
         start = request.num_planned
         is_decoding = request.is_decoding
@@ -212,10 +275,12 @@ class Scheduler:
         else:
             draft.prefill.append(chunk)
             draft.prompt_budget -= num_tokens
+        return chunk
 
     def _release(self, request: Request) -> None:
         assert request.rank is not None
         rank = self.ranks[request.rank]
+        rank.prefixes.end(request)
         rank.pages.release(request.pages)
         rank.dropped.append(request.seq_id)
         request.rank = None

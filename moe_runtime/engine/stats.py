@@ -17,7 +17,8 @@ class PageCounts:
 
     Attributes:
         window: of the group's layers; None for none.
-        total, used: how many there are, and how many sequences hold.
+        total, used: how many there are, and how many sequences hold. The others are free, also if the prefix cache
+            knows their content.
     """
 
     window: int | None
@@ -31,6 +32,24 @@ class PageCounts:
 
 
 @dataclass(frozen=True)
+class PrefixCounts:
+    """Counts of the prefix cache since the start.
+
+    Attributes:
+        queries: tokens of admitted requests that were looked up.
+        hits: those of them that were found, and so not computed.
+        evictions: pages whose content was forgotten, because a sequence needed the page.
+    """
+
+    queries: int = 0
+    hits: int = 0
+    evictions: int = 0
+
+    def __add__(self, other: PrefixCounts) -> PrefixCounts:
+        return PrefixCounts(self.queries + other.queries, self.hits + other.hits, self.evictions + other.evictions)
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counts since the start, and how full the engine is now.
 
@@ -38,7 +57,8 @@ class EngineStats:
     first output token. `generation_tokens` counts generated tokens.
     `dispatcher_steps` counts steps per dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is
     the time of the slowest rank. `expert_changes` counts changes by capacity limits and `balance_epsilon`.
-    `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds.
+    `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds. `prefix_cache` sums
+    over the ranks.
     """
 
     num_running: int
@@ -54,6 +74,7 @@ class EngineStats:
     balancer: BalancerStats
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     extra_rounds: int = 0
+    prefix_cache: PrefixCounts = field(default_factory=PrefixCounts)
 
     @property
     def kv_cache_usage(self) -> float:

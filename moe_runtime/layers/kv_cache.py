@@ -3,7 +3,8 @@
 A page of rows of 8 bits is one block in each layer: codes of keys, codes of values, scales of keys, scales of values.
 In latent attention, it has codes and scales of keys only, whose fronts are the values.
 
-Shape suffixes: N pages, B tokens per page, G key/value heads, d key size, e value size, X bytes of a page.
+Shape suffixes: N pages, B tokens per page, G key/value heads, d key size, e value size, X bytes of a page, P parts of
+a layer: its keys and its values, or one part with both.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.kernels.kv_rows import DTYPES, KVScales
 from moe_runtime.memory.budget import FREE_MEMORY_SHARE, available_host_memory, default_kv_bytes, num_cache_pages
 from moe_runtime.system.pages import ask_for_huge_pages
+from moe_runtime.wire.messages import PageCopy
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class KVCache:
             make(layer.attention, kept, count, block_size, dtype)
             for layer, kept, count in zip(config.layers, self._kept.split(sizes), counts, strict=True)
         ]
+        self._bytes_PNX = [
+            kept.view(1 if dtype in DTYPES or isinstance(layer.attention, LatentAttentionConfig) else 2, count, -1)
+            for layer, kept, count in zip(config.layers, self._kept.split(sizes), counts, strict=True)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +66,15 @@ class KVCache:
 
     def layer(self, index: int) -> LayerCache:
         return self._layers[index]
+
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy pages of a page group in all its layers, as if all sources were read before any target is written."""
+        for group in {copy.group for copy in copies}:
+            pairs = [(copy.source, copy.target) for copy in copies if copy.group == group]
+            sources, targets = torch.tensor(pairs, device=self._kept.device).unbind(1)
+            for own, bytes_PNX in zip(self.page_groups, self._bytes_PNX, strict=True):
+                if own == group:
+                    bytes_PNX[:, targets] = bytes_PNX[:, sources]
 
 
 def _plain_layer(attention: AnyAttention, kept: Tensor, num_pages: int, block_size: int, dtype: str) -> LayerCache:

@@ -159,6 +159,7 @@ def probe_steps(
                 max_model_len=1024,
                 max_num_batched_tokens=4096,
                 kv_cache_memory_bytes=PROBE_PAGES_BYTES,
+                enable_prefix_caching=False,  # the same prompts run again
             )
             engine = build_engine(config)
             stack.callback(engine.close)

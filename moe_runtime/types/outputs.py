@@ -63,7 +63,10 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """A prompt and its `n` outputs. `prompt_logprobs[0]` is None: no token precedes the first one."""
+    """A prompt and its `n` outputs. `prompt_logprobs[0]` is None: no token precedes the first one.
+
+    `num_cached_tokens` are tokens of the prompt that the first output took from the prefix cache.
+    """
 
     request_id: str
     prompt: str | None
@@ -71,6 +74,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: list[PositionLogprobs | None] | None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class OutputDelta:
     The last delta of a request has a `finish_reason`: "stop", "length", "abort", or "error" with an `error`. `text` may
     lag behind `token_ids`: an incomplete character, or text that may become a stop string, is held back. The first
     delta has the prompt's tokens, and their log-probabilities if asked for, and `scheduled_at`, the `time.monotonic()`
-    at which the request's first step was planned. The last has `routed_experts` and `expert_changes`; see
-    `CompletionOutput`.
+    at which the request's first step was planned. `num_cached_tokens` counts tokens of the prompt that were not
+    computed, as the prefix cache had them. The last has `routed_experts` and `expert_changes`; see `CompletionOutput`.
     """
 
     request_id: str
@@ -98,6 +102,7 @@ class OutputDelta:
     expert_changes: ExpertChanges | None = None
     error: str | None = None
     scheduled_at: float | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass
@@ -112,6 +117,7 @@ class Completion:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
     error: str | None = None
@@ -125,7 +131,7 @@ class Completion:
         if delta.prompt_token_ids is not None:
             self.prompt_token_ids, self.prompt_logprobs = delta.prompt_token_ids, delta.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-        self.num_prompt_tokens = delta.num_prompt_tokens
+        self.num_prompt_tokens, self.num_cached_tokens = delta.num_prompt_tokens, delta.num_cached_tokens
         self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
         self.error = delta.error
 
@@ -153,4 +159,5 @@ def request_output(request_id: str, prompt: str | None, choices: Sequence[Comple
         outputs=[choice.output(index) for index, choice in enumerate(choices)],
         finished=all(choice.finish_reason is not None for choice in choices),
         prompt_logprobs=choices[0].prompt_logprobs,
+        num_cached_tokens=choices[0].num_cached_tokens,
     )

@@ -20,7 +20,9 @@ REPLICA_TURNS = 64  # entries per expert in the replica table, by which its toke
 class NewSequence:
     """A sequence that is new to a rank, or that was preempted and so dropped by the rank.
 
-    `token_ids` holds the prompt and all tokens generated so far; the first `num_prompt_tokens` are the prompt.
+    `token_ids` holds the prompt and all tokens generated so far; the first `num_prompt_tokens` are the prompt. `pages`
+    of each page group have the keys and values of its first tokens already; its first chunk begins after them. A page
+    behind a window is named 0, and not read.
     """
 
     seq_id: int
@@ -28,6 +30,16 @@ class NewSequence:
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
+    pages: list[list[int]] = field(default_factory=list)  # empty: none in any group
+
+
+@dataclass(frozen=True)
+class PageCopy:
+    """Copy a page to another one of the same page group, before any row of the step is written."""
+
+    group: int
+    source: int
+    target: int
 
 
 @dataclass(frozen=True)
@@ -60,13 +72,15 @@ class ReplicaChoice:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each."""
+    """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each. All sources of
+    `page_copies` are read before any target is written."""
 
     new_sequences: list[NewSequence] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     num_decode: int = 0
     replica_choices: list[ReplicaChoice] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -100,8 +114,8 @@ class StepShape:
 class RankStep(StepShape):
     """A step as one rank receives it. A rank without tokens has an empty `work` and still takes part.
 
-    The rank first drops the sequences in `work.dropped`, then adds `new_sequences` and applies `replica_choices`, then
-    runs `chunks`.
+    The rank first drops the sequences in `work.dropped`, then adds `new_sequences`, applies `replica_choices` and
+    `page_copies`, then runs `chunks`.
     """
 
     work: RankPlan = field(default_factory=RankPlan)

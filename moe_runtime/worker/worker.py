@@ -211,6 +211,7 @@ class Worker:
         for choice in step.work.replica_choices:
             self.model.sparse_blocks[choice.layer].use_replicas(choice.expert, choice.slots)
         with self._torch_threads():
+            self.cache.copy_pages(step.work.page_copies)
             self._running = RunningStep(step, start, self.launch(step))
 
     @torch.inference_mode()
@@ -274,7 +275,7 @@ class Worker:
                 new.num_prompt_tokens,
                 new.params,
                 new.seed,
-                pages=[[] for _ in self._model_config.windows],
+                pages=[list(pages) for pages in new.pages] or [[] for _ in self._model_config.windows],
             )
 
     def _step_limits(self, work: RankPlan, plan: RankStep) -> StepLimits | None:

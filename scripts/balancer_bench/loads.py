@@ -117,7 +117,7 @@ def record() -> None:
             (Path(directory) / "config.json").unlink()
             (Path(directory) / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
             tokenizer = AutoTokenizer.from_pretrained(directory)
-            with LLM(directory) as llm:
+            with LLM(directory, enable_prefix_caching=False) as llm:
                 windows = []
                 for text in texts.values():
                     before = llm.expert_load().total

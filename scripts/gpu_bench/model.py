@@ -85,7 +85,7 @@ class Ours:
         (folder / "config.json").write_text(json.dumps(config_of(shape)))
         self.llm = LLM(
             folder, device=device, dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True,
-            max_num_seqs=batch, max_model_len=length, **options,
+            max_num_seqs=batch, max_model_len=length, enable_prefix_caching=False, **options,
         )  # fmt: skip
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> int:

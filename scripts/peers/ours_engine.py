@@ -125,7 +125,7 @@ def config_of(arguments: list[str]) -> EngineConfig:
     parser.add_argument("--activation-quantization")
     fixed: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu", "skip_tokenizer_init": True}
     options = vars(parser.parse_args(arguments))
-    return EngineConfig(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, **options, **fixed)
+    return EngineConfig(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, enable_prefix_caching=False, **options, **fixed)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def test_a_server_that_does_not_say_its_vocabulary(tmp_path, capsys):
 def test_failed_requests_are_counted_and_the_command_fails(built, monkeypatch, capsys):
     add_request, count = BenchEngine.add_request, iter(range(100))
 
-    def refuse_some(self, request_id, prompt, params, shown_ids=frozenset()):
+    def refuse_some(self, request_id, prompt, params, *rest):
         if next(count) in (3, 4):
             raise ValueError("prompt: not today")
         add_request(self, request_id, prompt, params)

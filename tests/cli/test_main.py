@@ -26,6 +26,7 @@ ENGINE_FLAGS = {
     "max_num_batched_tokens": 77,
     "block_size": 8,
     "kv_cache_memory_bytes": 12345678,
+    "enable_prefix_caching": False,
     "kv_cache_dtype": "fp8",
     "quantization": "int4",
     "quantization_parts": "experts,head",

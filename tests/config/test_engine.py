@@ -20,6 +20,7 @@ BAD = [
     ("max_num_batched_tokens", [0, None, 10]),
     ("block_size", [0, 17, None]),
     ("kv_cache_memory_bytes", [0, 1e9]),
+    ("enable_prefix_caching", [1, None, "yes"]),
     ("kv_cache_dtype", ["bfloat16", "fp8_e5m2", None, 8]),
     ("load_format", ["gguf", None]),
     ("skip_tokenizer_init", [1, None, "yes"]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from fakes import EOS, VOCAB_SIZE, fake_logprobs, generate_alone, make_engine
 from hypothesis import event, given, settings
@@ -21,25 +22,35 @@ class Arrival:
     prompt: list[int]
     params: SamplingParams
     abort_after: int | None  # steps
+    salt: str | None
 
 
 @st.composite
 def arrivals(draw: st.DrawFn, max_model_len: int) -> Arrival:
     length = draw(st.integers(1, max(1, max_model_len // 2)) | st.integers(1, max_model_len - 1))
     rng = random.Random(draw(st.integers(0, 10**6)))
+    texts = random.Random(0)  # of few beginnings and many ends
+    text = [texts.randrange(1, VOCAB_SIZE) for _ in range(3 * max_model_len)]
+    first = draw(st.sampled_from([0, 0, max_model_len]))
+    num_shared = draw(st.integers(0, length) | st.just(length))
     params = SamplingParams(
         max_tokens=draw(st.none() | st.just(25) | st.integers(1, 30)),
         seed=draw(st.integers(0, 3)),
         ignore_eos=draw(st.sampled_from([True, True, False])),
         stop_token_ids=draw(st.sampled_from([(), (), (), (1, 2, 3)])),
         logprobs=draw(st.none() | st.integers(0, 2)),
-        prompt_logprobs=draw(st.none() | st.integers(0, 2)),
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0, 2])),
+        routing=draw(st.sampled_from([None, None, "top_k=1"])),
     )
     return Arrival(
         step=draw(st.just(0) | st.integers(0, 30)),
-        prompt=[rng.randrange(1, VOCAB_SIZE) for _ in range(length)],
+        prompt=[
+            *text[first : first + num_shared],
+            *(rng.randrange(1, VOCAB_SIZE) for _ in range(length - num_shared)),
+        ],
         params=params,
         abort_after=draw(st.sampled_from([None, None, None, 0, 1, 2, 7])),
+        salt=draw(st.sampled_from([None, None, "other"])),
     )
 
 
@@ -59,7 +70,17 @@ def scenarios(draw: st.DrawFn) -> tuple[dict, list[Arrival]]:
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_inflight": draw(st.integers(1, 2)),
     }
-    return options, draw(st.lists(arrivals(max_model_len), min_size=4, max_size=12))
+    arriving = draw(st.lists(arrivals(max_model_len), min_size=4, max_size=12))
+    for index in range(1, len(arriving)):
+        way = draw(st.sampled_from(["own", "own", "same prompt", "next turn"]))
+        earlier = arriving[draw(st.integers(0, index - 1))]
+        prompt = list(earlier.prompt)
+        if way == "next turn":
+            prompt += generate_alone(prompt, earlier.params, earlier.params.seed, max_model_len)[0]
+            prompt = [*prompt, 7, 8][: max_model_len - 1]
+        if way != "own":
+            arriving[index] = replace(arriving[index], prompt=prompt)
+    return options, arriving
 
 
 def run(engine: Engine, arriving: list[Arrival]) -> dict[str, list[OutputDelta]]:
@@ -67,7 +88,7 @@ def run(engine: Engine, arriving: list[Arrival]) -> dict[str, list[OutputDelta]]
     for now in range(5000):
         for index, arrival in enumerate(arriving):
             if arrival.step == now:
-                engine.add_request(str(index), arrival.prompt, arrival.params)
+                engine.add_request(str(index), arrival.prompt, arrival.params, cache_salt=arrival.salt)
             if arrival.abort_after is not None and arrival.step + arrival.abort_after == now:
                 engine.abort(str(index))
         for delta in engine.step():
@@ -120,11 +141,19 @@ def test_whatever_happens_the_tokens_are_those_of_a_request_alone(scenario):
             assert plain(found) == expected_logprobs(arrival.prompt[:1], arrival.prompt[1:], params.prompt_logprobs)
     stats = engine.stats()
     event("preempted" if stats.num_preemptions else "not preempted")
+    event("prefixes found" if stats.prefix_cache.hits else "no prefixes found")
+    event("pages copied" if any(rank.page_copies for plan in executor.plans for rank in plan.ranks) else "none copied")
+    event("content forgotten" if stats.prefix_cache.evictions else "none forgotten")
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0), "pages have leaked"
     assert sum(stats.finished.values()) == len(arriving)
-    # First come, first served: no request starts before one that arrived earlier (and was not aborted while waiting).
+    # First come, first served: no request starts before one that arrived earlier (and was not aborted while waiting),
+    # but for one that waits for pages of another's prompt.
     started: list[int] = []
+    first_pages: dict[int, tuple[int, ...]] = {}
     for plan in executor.plans:
-        new = {sequence.seq_id for rank in plan.ranks for sequence in rank.new_sequences} - set(started)
-        started += sorted(new)
-    assert started == sorted(started)
+        new = {sequence.seq_id: sequence for rank in plan.ranks for sequence in rank.new_sequences}
+        started += sorted(new.keys() - set(started))
+        first_pages |= {seq_id: tuple(sequence.token_ids[:8]) for seq_id, sequence in new.items()}
+    may_wait = [page for page, count in Counter(first_pages.values()).items() if count > 1]
+    own_way = [seq_id for seq_id in started if first_pages[seq_id] not in may_wait]
+    assert own_way == sorted(own_way)

@@ -16,6 +16,7 @@ from moe_runtime.config.model import LayerConfig, ModelConfig
 from moe_runtime.layers.kv_cache import KVCache, available_host_memory, choose_num_pages
 from moe_runtime.memory.model_size import cache_bytes, decode_bytes, page_bytes
 from moe_runtime.models.registry import read_model_config
+from moe_runtime.wire.messages import PageCopy
 
 CPU = torch.device("cpu")
 
@@ -59,6 +60,30 @@ def test_a_page_of_8_bits_is_one_block_in_each_layer(tmp_path: Path, case: str, 
         counts = [part[0].nbytes for part in parts]
         assert bytes_of_page.bincount(minlength=len(parts) + 1).tolist() == [0, *counts]
     assert not cache._kept.view(model.num_layers, 5, size)[:, [0, 1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "fp8"])
+@pytest.mark.parametrize("case", ["gpt-oss", "deepseek3"])
+def test_copied_pages_are_equal_in_all_layers_of_the_group(tmp_path: Path, case: str, dtype: str) -> None:
+    model = read_model_config(save(make_model(case), tmp_path))
+    cache = KVCache(model, [6] * len(model.windows), 8, dtype, CPU)
+    cache._kept.random_(0, 100)
+
+    def pages(index: int) -> list[torch.Tensor]:
+        layer = cache.layer(index)
+        parts = [layer.k_NBGd, layer.v_NBGe]
+        if layer.scales is not None:
+            parts += [layer.scales.k_NBGP, layer.scales.v_NBG1]
+        return [part.contiguous().view(torch.uint8).clone() for part in parts]
+
+    before = [pages(index) for index in range(model.num_layers)]
+    # A source may be the target of another copy: it is read first.
+    cache.copy_pages([PageCopy(0, 1, 4), PageCopy(0, 3, 1), PageCopy(0, 1, 5)])
+    cache.copy_pages([])
+    order = [0, 3, 2, 3, 1, 1]
+    for index, group in enumerate(model.page_groups):
+        for old, new in zip(before[index], pages(index), strict=True):
+            assert torch.equal(new, old[order] if group == 0 else old)
 
 
 def test_no_more_than_the_sequences_can_use(model: ModelConfig) -> None:

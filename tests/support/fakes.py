@@ -1,7 +1,7 @@
 """Ranks without a model, and small real tokenizers, for tests of the front.
 
 A fake rank has the rules of a real one and fails if a plan breaks them. It writes tokens to pages and reads its
-context back from them, so a page that two sequences use gives wrong tokens.
+context back from them, so a page that two sequences use gives wrong tokens, unless what they share is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,15 @@ class FakeSequence:
     params: SamplingParams
     seed: int
     pages: list[list[int]]
-    num_computed: int = 0
+    num_computed: int | None = None  # before the first chunk
+    states: list[int] = field(default_factory=list)
+
+    def state(self, position: int) -> int:
+        """What keys and values at a position depend on, as a number: all tokens up to there, and the expert policy."""
+        while len(self.states) <= position:
+            before = self.states[-1] if self.states else repr(self.params.routing)
+            self.states.append(hash((before, self.token_ids[len(self.states)])))
+        return self.states[position]
 
 
 class FakeRank:
@@ -98,8 +106,7 @@ class FakeRank:
         self.config = config
         self.next_token = next_token
         self.sequences: dict[int, FakeSequence] = {}
-        # (group, page, offset) -> (seq_id, position, token)
-        self.pages: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        self.pages: dict[tuple[int, int, int], tuple[int, int]] = {}  # (group, page, offset) -> (position, state)
 
     def run(self, step: int, plan: RankPlan) -> RankResult:
         for seq_id in plan.dropped:
@@ -107,6 +114,7 @@ class FakeRank:
         for new in plan.new_sequences:
             self.take_in(new)
         self.check_plan(plan)
+        self.copy(plan)
         samples, prompt_logprobs = [], []
         for chunk in plan.chunks:  # as in a layer: all keys are written before any is read
             self.write(chunk, self.sequences[chunk.seq_id])
@@ -130,8 +138,24 @@ class FakeRank:
         assert new.seq_id not in self.sequences, "a sequence is taken in twice"
         assert 0 < new.num_prompt_tokens <= len(new.token_ids)
         self.sequences[new.seq_id] = FakeSequence(  # no copy: tokens appended here must not reach the front
-            new.token_ids, new.num_prompt_tokens, len(new.token_ids), new.params, new.seed, [[] for _ in self.windows]
+            new.token_ids,
+            new.num_prompt_tokens,
+            len(new.token_ids),
+            new.params,
+            new.seed,
+            [list(pages) for pages in new.pages] or [[] for _ in self.windows],
         )
+
+    def copy(self, plan: RankPlan) -> None:
+        assert len({(each.group, each.target) for each in plan.page_copies}) == len(plan.page_copies)
+        cells = [
+            [self.pages.get((each.group, each.source, offset)) for offset in range(self.config.block_size)]
+            for each in plan.page_copies
+        ]
+        for page_copy, found in zip(plan.page_copies, cells, strict=True):
+            for offset, cell in enumerate(found):
+                if cell is not None:
+                    self.pages[page_copy.group, page_copy.target, offset] = cell
 
     def check_plan(self, plan: RankPlan) -> None:
         assert plan.num_tokens <= self.config.max_num_batched_tokens
@@ -144,7 +168,7 @@ class FakeRank:
             assert chunk.num_tokens == 1 if is_decode else chunk.num_tokens > 0
 
     def write(self, chunk: Chunk, sequence: FakeSequence) -> None:
-        assert chunk.start == sequence.num_computed, "a chunk does not begin where the last one ended"
+        assert sequence.num_computed in (None, chunk.start), "a chunk does not begin where the last one ended"
         end = sequence.num_computed = chunk.start + chunk.num_tokens
         assert end <= len(sequence.token_ids), "a position is planned whose token does not exist"
         assert chunk.sample == (end == len(sequence.token_ids))
@@ -160,22 +184,17 @@ class FakeRank:
             assert len(pages) == -(-end // size), "there are pages for exactly the positions so far"
             for position in range(chunk.start, end):
                 where = (group, pages[position // size], position % size)
-                self.pages[where] = (chunk.seq_id, position, sequence.token_ids[position])
-
-    def cells(self, group: int, seq_id: int, start: int, end: int) -> list[int]:
-        """Tokens whose keys are in the cache at these positions."""
-        size, pages = self.config.block_size, self.sequences[seq_id].pages[group]
-        cells = [self.pages[group, pages[position // size], position % size] for position in range(start, end)]
-        assert [cell[:2] for cell in cells] == [(seq_id, position) for position in range(start, end)]
-        return [token for _, _, token in cells]
+                self.pages[where] = (position, sequence.state(position))
 
     def context(self, seq_id: int, end: int) -> list[int]:
         """The tokens before `end`; those that a group's window shows must be in its pages."""
-        token_ids = self.sequences[seq_id].token_ids
+        sequence, size = self.sequences[seq_id], self.config.block_size
         for group, window in enumerate(self.windows):
-            start = 0 if window is None else max(0, end - window)
-            assert self.cells(group, seq_id, start, end) == token_ids[start:end]
-        return token_ids[:end]
+            pages = sequence.pages[group]
+            for position in range(0 if window is None else max(0, end - window), end):
+                cell = self.pages[group, pages[position // size], position % size]
+                assert cell == (position, sequence.state(position)), "a page holds another sequence's tokens"
+        return sequence.token_ids[:end]
 
     def sample(self, seq_id: int, sequence: FakeSequence) -> Sample:
         context = self.context(seq_id, sequence.num_computed)

@@ -19,6 +19,9 @@ text/formats/test_registry.py
 text/formats/test_reasoning.py
 wire/test_transport.py
 engine/test_page_pool.py
+engine/test_prefix_index.py
+engine/test_prefix_scheduling.py
+engine/test_rank_choice.py
 engine/test_request.py
 engine/test_engine.py
 engine/test_same_tokens.py::test_greedy_tokens_are_those_of_transformers[glm4 groups]

@@ -164,8 +164,12 @@ def run_job(job: Job) -> Arrays:
         folder = Path(name)
         command = (sys.executable, "-P", __file__, "ranks", job.kernels, name)
         make_executor = None if job.ep_size == 1 else partial(find("ProcessExecutor"), command=command)
-        config = find("EngineConfig")(
+        make_config = find("EngineConfig")
+        # Counts are compared, so every token is computed in every phase.
+        repeats = {"enable_prefix_caching": False} if hasattr(make_config, "enable_prefix_caching") else {}
+        config = make_config(
             str(job.path),
+            **repeats,
             skip_tokenizer_init=True,
             device="cpu",
             max_model_len=MODEL_LEN,

@@ -26,6 +26,7 @@ from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
     Chunk,
     NewSequence,
+    PageCopy,
     PromptLogprobs,
     RankPlan,
     RankResult,
@@ -74,9 +75,16 @@ PARAMS = st.builds(
     stop_token_ids=st.lists(st.integers(0, 99), max_size=3),
     logprobs=st.none() | st.integers(0, 20),
 )
-SEQUENCES = st.builds(NewSequence, INTEGERS, FEW, INTEGERS, PARAMS, INTEGERS)
+SEQUENCES = st.builds(NewSequence, INTEGERS, FEW, INTEGERS, PARAMS, INTEGERS, st.lists(FEW, max_size=2))
 CHUNKS = st.builds(Chunk, INTEGERS, INTEGERS, INTEGERS, st.lists(FEW, max_size=2), st.booleans())
-RANK_PLANS = st.builds(RankPlan, st.lists(SEQUENCES, max_size=2), FEW, st.lists(CHUNKS, max_size=3), INTEGERS)
+RANK_PLANS = st.builds(
+    RankPlan,
+    st.lists(SEQUENCES, max_size=2),
+    FEW,
+    st.lists(CHUNKS, max_size=3),
+    INTEGERS,
+    page_copies=st.lists(st.builds(PageCopy, INTEGERS, INTEGERS, INTEGERS), max_size=2),
+)
 STEPS = st.builds(
     RankStep,
     INTEGERS,

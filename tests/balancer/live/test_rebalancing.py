@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engines import Pools, generate, pool_engine
+from engines import Pools, generate
+from engines import pool_engine as engine_of_pool
 from graph_ranks import ranks_in_torch
 from kernel_marks import needs_native_kernels
 from rebalancing_ranks import break_copies
@@ -24,6 +26,7 @@ from moe_runtime.memory.initial_placement import slots_per_rank
 from moe_runtime.types.sampling_params import SamplingParams
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+pool_engine = partial(engine_of_pool, enable_prefix_caching=False)  # the same prompts run again after a move
 # One token over and over uses the same experts all the time: three, which neither two nor four ranks can share evenly
 # but with replicas.
 HOT_PROMPTS = [[7] * 90] * 48
