@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from moe_runtime.config.server import ServerConfig
-from moe_runtime.serve import experts, generate, health, tokenize
+from moe_runtime.serve import experts, generate, health, prefix_cache, tokenize
 from moe_runtime.serve.access import Access
 from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.errors import add_error_handlers, error_responses
@@ -43,7 +43,7 @@ def create_app(engine: AsyncEngine, server_config: ServerConfig) -> FastAPI:
     app.state.drawing = asyncio.Lock()  # drawing competes with the ranks for cores: one picture at a time
     add_error_handlers(app)
     _add_layers(app, server_config)
-    for module in (generate, completions, chat, models, tokenize, health, experts):
+    for module in (generate, completions, chat, models, tokenize, health, experts, prefix_cache):
         app.include_router(module.router)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     return app

@@ -22,6 +22,7 @@ from moe_runtime.serve.engine_messages import (
     LoadFailed,
     Query,
     Refused,
+    ResetPrefixCache,
     StartRebalance,
     Stepped,
     View,
@@ -188,7 +189,15 @@ class AsyncEngine:
         figures: dict[str, Any] = await self._ask(lambda query_id: StartRebalance(query_id, dry_run), REBALANCE_SECONDS)
         return figures
 
-    async def _ask(self, make: Callable[[int], Query | StartRebalance], seconds: float) -> Any:
+    async def reset_prefix_cache(self) -> None:
+        """Tell the engine to forget all cached prefixes.
+
+        Raises:
+            UnavailableError: the engine is loading or dead, or has not answered within `QUERY_SECONDS`.
+        """
+        await self._ask(ResetPrefixCache, QUERY_SECONDS)
+
+    async def _ask(self, make: Callable[[int], Query | StartRebalance | ResetPrefixCache], seconds: float) -> Any:
         if self.state in (State.LOADING, State.DEAD):
             raise UnavailableError(self.reason)
         query_id = next(self._query_ids)

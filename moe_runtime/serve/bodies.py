@@ -94,7 +94,7 @@ class ExpertPolicyFields(Body):
 
 
 class SamplingFields(Body):
-    """The fields of `SamplingParams` that mean the same on every endpoint."""
+    """The fields of `SamplingParams` that mean the same on every endpoint, and `cache_salt`."""
 
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -115,6 +115,7 @@ class SamplingFields(Body):
     include_stop_str_in_output: bool = False
     routing: str | ExpertPolicyFields | None = None
     return_routed_experts: bool = False
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The parameters; `defaults` are the model's, for fields that are not given.

@@ -25,13 +25,15 @@ View = Literal["expert_load", "placement", "decisions"]
 class AddRequest:
     """Continue a prompt. The replies are `Accepted` or `Refused`, then the deltas of `Stepped`.
 
-    `shown_ids` are special tokens that stay in the text in spite of `skip_special_tokens`.
+    `shown_ids` are special tokens that stay in the text in spite of `skip_special_tokens`. Requests share cached
+    prefixes only with requests of the same `cache_salt`.
     """
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
     shown_ids: frozenset[int] = frozenset()
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,18 @@ class StartRebalance:
 
 
 @dataclass(frozen=True)
+class ResetPrefixCache:
+    """Forget all cached prefixes. The reply is an `Answer` with the same id."""
+
+    query_id: int
+
+
+@dataclass(frozen=True)
 class Close:
     """End the engine and its ranks, even with running requests. This is the last command; there is no reply."""
 
 
-Command = AddRequest | AbortRequest | Query | StartRebalance | Close
+Command = AddRequest | AbortRequest | Query | StartRebalance | ResetPrefixCache | Close
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from moe_runtime.serve.engine_messages import (
     LoadFailed,
     Query,
     Refused,
+    ResetPrefixCache,
     StartRebalance,
     Stepped,
 )
@@ -118,11 +119,13 @@ class EngineThread(threading.Thread):
                 self._post(Answer(query_id, rebalance.to_dict()))
                 del self._rebalances[query_id]
 
-    def _do(self, engine: Engine, command: AddRequest | AbortRequest | Query | StartRebalance) -> None:
+    def _do(
+        self, engine: Engine, command: AddRequest | AbortRequest | Query | StartRebalance | ResetPrefixCache
+    ) -> None:
         match command:
-            case AddRequest(request_id, prompt, params, shown_ids):
+            case AddRequest(request_id, prompt, params, shown_ids, cache_salt):
                 try:
-                    engine.add_request(request_id, prompt, params, shown_ids)
+                    engine.add_request(request_id, prompt, params, shown_ids, cache_salt)
                 except ValueError as error:
                     self._post(Refused(request_id, str(error)))
                 else:
@@ -135,6 +138,9 @@ class EngineThread(threading.Thread):
                 self._post(Answer(query_id, engine.placement()))
             case Query(query_id, "decisions"):
                 self._post(Answer(query_id, engine.decisions()))
+            case ResetPrefixCache(query_id):
+                engine.reset_prefix_cache()
+                self._post(Answer(query_id, None))
             case StartRebalance(query_id, dry_run):
                 try:
                     self._rebalances[query_id] = engine.rebalance(dry_run)

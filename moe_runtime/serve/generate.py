@@ -14,7 +14,7 @@ from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.prompts import encode, require_tokenizer
 from moe_runtime.serve.rendering import Chat, encode_chat
-from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.requests import Front, cache_salt, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.serve.values import (
     Answer,
@@ -95,7 +95,7 @@ class NativeReply:
         return body
 
     def _end(self, part: Completion | OutputDelta, num_output_tokens: int) -> dict[str, Any]:
-        counts = usage(part.num_prompt_tokens, num_output_tokens, part.expert_changes)
+        counts = usage(part.num_prompt_tokens, num_output_tokens, part.num_cached_tokens, part.expert_changes)
         return {"stop_reason": part.stop_reason, "usage": counts}
 
 
@@ -118,7 +118,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error
     request_id = f"gen-{uuid.uuid4().hex}"
-    (command,) = choices_of(request_id, [prompt], params)
+    (command,) = choices_of(request_id, [prompt], params, cache_salt=cache_salt(request, body))
     return await respond(request, front.engine, [command], NativeReply(request_id), stream=body.stream, prompt=given[0])
 
 

@@ -70,8 +70,12 @@ class Metrics(Collector):
             pages.add_metric([window, "used"], group.used)
             pages.add_metric([window, "free"], group.total - group.used)
         yield pages
+        prefixes = stats.prefix_cache
+        yield _counter("prefix_cache_queries", "Tokens looked up in the prefix cache", prefixes.queries)
+        yield _counter("prefix_cache_hits", "Tokens found in the prefix cache, so not computed", prefixes.hits)
+        yield _counter("prefix_cache_evictions", "Pages whose cached content was forgotten", prefixes.evictions)
         yield _counter("num_preemptions", "Requests preempted because pages ran out", stats.num_preemptions)
-        yield _counter("prompt_tokens", "Prompt tokens that went through the model", stats.prompt_tokens)
+        yield _counter("prompt_tokens", "Prompt tokens processed, cached ones included", stats.prompt_tokens)
         yield _counter("generation_tokens", "Tokens generated", stats.generation_tokens)
         steps = CounterMetricFamily("moe_runtime_steps", "Engine steps, by dispatcher", labels=["dispatcher"])
         for dispatcher, count in stats.dispatcher_steps.items():

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from fastapi import Request
 
 from moe_runtime.config.server import ServerConfig
+from moe_runtime.serve.access import KEY_ID
 from moe_runtime.serve.async_engine import AsyncEngine
+from moe_runtime.serve.bodies import SamplingFields
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
@@ -57,6 +59,18 @@ class Front:
         _check("stop_token_ids", len(params.stop_token_ids), "tokens", "max_logit_bias", config.max_logit_bias)
 
 
+def cache_salt(request: Request, body: SamplingFields) -> str | None:
+    """Requests share cached prefixes only with requests of the same salt: the client's own, or its key.
+
+    Hits can be timed, so clients with different keys must not find each other's prompts. With a single key, or none,
+    there is no default.
+    """
+    if body.cache_salt is not None:
+        return f"salt {body.cache_salt}"
+    key_id: str | None = getattr(request.state, KEY_ID, None)
+    return None if key_id is None else f"key {key_id}"
+
+
 def _check(field: str, number: int, what: str, option: str, most: int) -> None:
     if number > most:
         raise ValueError(f"{field}: {number} {what} are too many; it must be at most {most} ({option})")
@@ -69,11 +83,12 @@ def choices_of(
     *,
     shown_ids: Set[int] = frozenset(),
     every_prompt_logprobs: bool = False,
+    cache_salt: str | None = None,
 ) -> list[AddRequest]:
     """The engine's requests for `n` choices of each prompt: first all choices of the first prompt.
 
     Args:
-        shown_ids: see `Engine.add_request`.
+        shown_ids, cache_salt: see `Engine.add_request`.
         every_prompt_logprobs: every choice returns the prompt's log-probabilities, not only the first.
     """
     commands: list[AddRequest] = []
@@ -82,5 +97,6 @@ def choices_of(
             choice = params.choice(index)
             if every_prompt_logprobs:
                 choice = replace(choice, prompt_logprobs=params.prompt_logprobs)
-            commands.append(AddRequest(f"{request_id}-{len(commands)}", prompt, choice, frozenset(shown_ids)))
+            name = f"{request_id}-{len(commands)}"
+            commands.append(AddRequest(name, prompt, choice, frozenset(shown_ids), cache_salt))
     return commands

@@ -28,10 +28,15 @@ class ExpertChangesAnswer(Answer):
     dropped: int
 
 
+class PromptTokensDetails(Answer):
+    cached_tokens: int
+
+
 class Usage(Answer):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
     expert_changes: ExpertChangesAnswer | None = None
 
 
@@ -47,12 +52,20 @@ class PositionLogprob(Answer):
     decoded_token: str | None
 
 
-def usage(num_prompt_tokens: int, num_output_tokens: int, changes: ExpertChanges | None) -> dict[str, Any]:
-    """The token counts of a request. `changes` is None if the engine's options never change the gates' choices."""
+def usage(
+    num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int, changes: ExpertChanges | None
+) -> dict[str, Any]:
+    """The token counts of a request.
+
+    Args:
+        num_cached_tokens: tokens of the prompt that the prefix cache had.
+        changes: None if the engine's options never change the gates' choices.
+    """
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_output_tokens,
         "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         **({} if changes is None else {"expert_changes": asdict(changes)}),
     }
 

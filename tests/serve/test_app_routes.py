@@ -107,6 +107,9 @@ def test_metrics():
         ("moe_runtime_num_requests_waiting",): 0,
         ("moe_runtime_kv_cache_usage_perc",): 0,
         ("moe_runtime_num_preemptions_total",): 3,
+        ("moe_runtime_prefix_cache_queries_total",): 100,
+        ("moe_runtime_prefix_cache_hits_total",): 60,
+        ("moe_runtime_prefix_cache_evictions_total",): 7,
         ("moe_runtime_prompt_tokens_total",): 4,
         ("moe_runtime_steps_total", "all_to_all"): 10,
         ("moe_runtime_generation_tokens_total",): 10,
@@ -269,4 +272,5 @@ def test_the_routes_are_those_documented():
         ("/experts/placement", "get"),
         ("/experts/decisions", "get"),
         ("/experts/rebalance", "post"),
+        ("/reset_prefix_cache", "post"),
     }

@@ -57,6 +57,7 @@ def test_a_harness_scores_a_text(real: RealServer, as_ids: bool) -> None:
         "prompt_tokens": len(token_ids),
         "completion_tokens": 0,
         "total_tokens": len(token_ids),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     exact = real.exact_logprobs(token_ids)
     expected = [float(exact[position - 1][token]) for position, token in enumerate(token_ids)][1:]
@@ -105,10 +106,17 @@ def test_choices_of_a_prompt(real: RealServer) -> None:
         assert values[0] == pytest.approx(values[1], abs=1e-4)  # with torch, a batch's shape changes rounding
     assert len({choice["text"] for choice in answer["choices"][:3]}) > 1
     num_prompt = sum(len(real.tokenizer.encode(prompt)) for prompt in options["prompt"])
-    assert answer["usage"] == {"prompt_tokens": num_prompt, "completion_tokens": 36, "total_tokens": num_prompt + 36}
+    usage = answer["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (
+        num_prompt,
+        36,
+        num_prompt + 36,
+    )
     events = stream(real, **options, n=3, seed=7, stream_options={"include_usage": True})
     assert [joined(events, index) for index in range(6)] == answer["choices"]
-    assert events[-1]["choices"] == [] and events[-1]["usage"] == answer["usage"]
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["total_tokens"] == usage["total_tokens"]
+    cached = events[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < cached <= num_prompt - len(options["prompt"]), "all but the last token of each prompt, at most"
 
 
 def test_usage_in_every_chunk(real: RealServer) -> None:

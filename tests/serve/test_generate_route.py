@@ -38,7 +38,12 @@ def test_an_answer():
         "token_ids": [8, 9, 10, 11],
         "finish_reason": "length",
         "stop_reason": None,
-        "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7},
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
     }
 
 
@@ -124,7 +129,12 @@ def test_a_stream():
     assert [delta["finish_reason"] for delta in deltas] == [None, None, "length"]
     assert len({delta["id"] for delta in deltas}) == 1
     assert ["usage" in delta for delta in deltas] == [False, False, True]
-    assert deltas[-1]["usage"] == {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+    assert deltas[-1]["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 3,
+        "total_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     assert deltas[-1]["stop_reason"] is None
 
 

@@ -43,6 +43,7 @@ def test_a_completion(client):
         "prompt_tokens": 3,
         "completion_tokens": 3,
         "total_tokens": 6,
+        "prompt_tokens_details": {"cached_tokens": 2},
     }
 
 

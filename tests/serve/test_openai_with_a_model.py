@@ -31,6 +31,7 @@ def test_greedy_text_and_logprobs_are_the_models(real: RealServer, client: opena
         "prompt_tokens": len(prompt),
         "completion_tokens": 8,
         "total_tokens": len(prompt) + 8,
+        "prompt_tokens_details": {"cached_tokens": completion.usage.prompt_tokens_details.cached_tokens},
     }
     exact = real.exact_logprobs(prompt + expected)[len(prompt) - 1 :]
     chosen = [float(row[token]) for row, token in zip(exact, expected, strict=False)]
@@ -52,7 +53,8 @@ def test_a_stream_is_the_whole_in_pieces(real: RealServer, client: openai.OpenAI
     pieces = [choice for chunk in chunks for choice in chunk.choices]
     assert "".join(piece.delta.content or "" for piece in pieces) == whole.choices[0].message.content
     assert [piece.finish_reason for piece in pieces if piece.finish_reason] == [whole.choices[0].finish_reason]
-    assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens == 12
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens and whole.usage.completion_tokens == 12
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == whole.usage.prompt_tokens - 1
     template = "<|user|>naïve 🙂<|end|><|assistant|>"
     assert whole.usage.prompt_tokens == len(real.tokenizer.encode(template))
 

@@ -15,7 +15,7 @@ from moe_runtime.balancer.load import ExpertLoad
 from moe_runtime.balancer.placement import Placement
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.request_rules import RequestRules
-from moe_runtime.engine.stats import EngineStats, PageCounts
+from moe_runtime.engine.stats import EngineStats, PageCounts, PrefixCounts
 from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.outputs import ExpertChanges, Logprob, OutputDelta
 from moe_runtime.wire.executor import RankError
@@ -106,7 +106,7 @@ class FakeEngine:
 
     def __post_init__(self):
         self.running = {}
-        self.added, self.aborted = [], []
+        self.added, self.aborted, self.salts = [], [], []
         self.num_steps = 0
         self.num_tokens = 0
         self.closed = False
@@ -114,6 +114,7 @@ class FakeEngine:
         self.executor = self
         self.threads = set()
         self.rebalancing, self.num_tends = None, 0
+        self.num_resets = 0
 
     def check(self):
         self.threads.add(threading.current_thread().name)
@@ -124,7 +125,7 @@ class FakeEngine:
     def rules(self):
         return RequestRules(VOCAB, self.max_model_len, True, SimpleNamespace(resolve=lambda asked: None))
 
-    def add_request(self, request_id, prompt, params, shown_ids=frozenset()):
+    def add_request(self, request_id, prompt, params, shown_ids=frozenset(), cache_salt=None):
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         self.rules.check(prompt, params)
@@ -132,6 +133,7 @@ class FakeEngine:
             raise ValueError(f"request_id: {request_id!r} is in use")
         room = self.max_model_len - len(prompt)
         self.added.append((request_id, prompt, params))
+        self.salts.append(cache_salt)
         self.running[request_id] = FakeRequest(
             len(prompt), prompt[-1] + 1, min(room, params.max_tokens or room), params
         )
@@ -189,6 +191,7 @@ class FakeEngine:
             prompt_logprobs=prompt_logprobs,
             expert_changes=self.expert_changes if finish_reason else None,
             scheduled_at=request.scheduled_at if is_first else None,
+            num_cached_tokens=request.num_prompt_tokens - 1,
         )
 
     def stats(self):
@@ -205,8 +208,12 @@ class FakeEngine:
             last_step_seconds=self.step_seconds,
             expert_changes=self.expert_changes or ExpertChanges(),
             extra_rounds=5,
+            prefix_cache=PrefixCounts(100, 60, 7),
             balancer=BalancerStats(2, 3, 4000, 1, 0.75, 0.875, [6.0, 2.0], self.is_migrating),
         )
+
+    def reset_prefix_cache(self):
+        self.num_resets += 1
 
     def expert_load(self):
         tokens = {"prefill": np.array([[4, 0, 0, 0], [1, 1, 1, 1]]), "decode": np.array([[3, 1, 2, 2], [8, 0, 0, 0]])}

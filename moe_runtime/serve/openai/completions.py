@@ -19,7 +19,7 @@ from moe_runtime.serve.openai.logprobs import TextLogprobs, TokenTexts
 from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.openai.reply import OpenAIReply, routed
 from moe_runtime.serve.prompts import encode, require_tokenizer
-from moe_runtime.serve.requests import Front, choices_of
+from moe_runtime.serve.requests import Front, cache_salt, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.serve.values import prompt_logprobs
 from moe_runtime.types.outputs import Completion
@@ -144,7 +144,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     except ValueError as error:
         raise user_error(error, {}) from error
     completion_id = f"cmpl-{uuid.uuid4().hex}"
-    commands = choices_of(completion_id, prompts, params, every_prompt_logprobs=body.echo)
+    salt = cache_salt(request, body)
+    commands = choices_of(completion_id, prompts, params, every_prompt_logprobs=body.echo, cache_salt=salt)
     reply = CompletionReply(completion_id, front.info.model_name, body, commands, texts, front.info.tokenizer)
     return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="prompt")
 

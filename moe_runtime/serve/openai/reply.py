@@ -36,6 +36,7 @@ class OpenAIReply:
         self._indices = {command.request_id: index for index, command in enumerate(commands)}
         self._num_prompt_tokens = sum(len(command.prompt) for command in commands[:: body.n])
         self._num_output_tokens = [0] * len(commands)
+        self._num_cached_tokens = [0] * len(commands)
         self._changes: ExpertChanges | None = None
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -84,11 +85,14 @@ class OpenAIReply:
 
     def _count(self, index: int, part: Completion | OutputDelta, num_output_tokens: int) -> None:
         self._num_output_tokens[index] = num_output_tokens
+        self._num_cached_tokens[index] = part.num_cached_tokens
         if part.expert_changes is not None:
             self._changes = part.expert_changes if self._changes is None else self._changes + part.expert_changes
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._num_prompt_tokens, sum(self._num_output_tokens), self._changes)
+        # A prompt is counted once, so of its choices the first one's count applies.
+        num_cached_tokens = sum(self._num_cached_tokens[:: self._body.n])
+        return usage(self._num_prompt_tokens, sum(self._num_output_tokens), num_cached_tokens, self._changes)
 
 
 def routed(part: Completion | OutputDelta) -> dict[str, Any]:
