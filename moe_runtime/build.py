@@ -13,6 +13,7 @@ from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.quantization import check_activations
 from moe_runtime.demo.files import EXPERT_CALIBRATION
 from moe_runtime.engine.engine import Engine
+from moe_runtime.engine.overload import overload_routing
 from moe_runtime.memory.budget import check_budget, pages_text
 from moe_runtime.wire.executor import Executor
 
@@ -49,7 +50,7 @@ def build_engine(
         model_config = replace(model_config, default_sampling=read_default_sampling(path))
     config = fit_to_model(find_calibration(config, path), model_config)
     initial_placement(config, model_config, config.ep_size)  # refuses a file that does not fit, before ranks start
-    policies_of(config, model_config)
+    overload_routing(config, policies_of(config, model_config))  # both refuse what the model cannot do
     logger.info("memory: %s", check_budget(config, model_config, local_ranks or config.ep_size))
     tokenizer = None
     if not config.skip_tokenizer_init:

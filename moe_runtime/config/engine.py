@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
-from moe_runtime.config.checks import check_integer
+from moe_runtime.config.checks import check_integer, is_number
 from moe_runtime.config.limits import OVERFLOWS, Limits
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.config.quantization import check_quantization, quantized
@@ -77,6 +77,14 @@ class EngineConfig:
             with both, tokens depend on the batch.
         balance_epsilon: let a token use an expert on a less loaded rank instead of one whose score is better by at most
             this share. The load is that of an earlier step, so tokens depend on the batch. None turns this off.
+        overload_routing: while many requests wait, the expert policy of new requests that set none: "balanced", "fast",
+            or a policy such as "top_k=4". None never lowers them.
+        overload_queue: N,M: that begins when more than N requests wait, and ends when less than M do. None takes the
+            maximum of sequences that all ranks run, and a quarter of it.
+        decode_slowdown: how long a step that continues outputs may take, as a multiple of the same step without
+            prompts; prompts then run in smaller chunks. "inf" sets no bound.
+        max_queue: requests that may wait; the server refuses more of them with status 429.
+        queue_timeout: seconds within which a request must begin to run; None sets no limit.
         record_trace: .npz file for the experts used in all steps, written when the engine ends.
         served_model_name: the model's name in the HTTP interface; None uses `model`.
         step_timeout: seconds after which an unfinished step is an error.
@@ -119,6 +127,11 @@ class EngineConfig:
     capacity_factor: float | None = None
     overflow: str = "queue"
     balance_epsilon: float | None = None
+    overload_routing: str | ExpertPolicy | None = None
+    overload_queue: Sequence[int] | None = None
+    decode_slowdown: float = 2.0
+    max_queue: int = 1024
+    queue_timeout: float | None = None
     record_trace: str | None = None
     served_model_name: str | None = None
     step_timeout: float = 300.0
@@ -146,6 +159,7 @@ class EngineConfig:
                 f'activation_quantization: {self.activation_quantization!r} is not allowed; it must be "int8" or absent'
             )
         object.__setattr__(self, "routing", parse_expert_policy(self.routing))
+        self._check_overload()
         for name in ("tokenizer", "placement", "routing_calibration", "record_trace", "served_model_name"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
@@ -159,7 +173,7 @@ class EngineConfig:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")
-        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval"):
+        for name in ("ep_size", "max_num_seqs", "max_num_batched_tokens", "balance_interval", "max_queue"):
             check_integer(name, getattr(self, name), 1)
         object.__setattr__(self, "redundant_experts", parse_redundant(self.redundant_experts, self.ep_size))
         for name in ("max_model_len", "kv_cache_memory_bytes", "migration_bytes_per_step"):
@@ -188,6 +202,26 @@ class EngineConfig:
         if self.balance_epsilon is not None and self.ep_size == 1:
             raise ValueError(
                 f"balance_epsilon: {self.balance_epsilon!r} is not allowed; ep_size 1 has nothing to balance"
+            )
+
+    def _check_overload(self) -> None:
+        """Check the options of scheduling and admission."""
+        try:
+            object.__setattr__(self, "overload_routing", parse_expert_policy(self.overload_routing))
+        except ValueError as error:
+            raise ValueError(f"overload_{error}") from error
+        queue = self.overload_queue
+        if queue is not None:
+            if not isinstance(queue, (list, tuple)) or len(queue) != 2 or not all(map(_is_count, queue)):
+                raise ValueError(f"overload_queue: {queue!r} is not allowed; it must be two integers of at least 0")
+            if queue[0] < queue[1]:
+                raise ValueError(f"overload_queue: {queue!r} is not allowed; the second must not be above the first")
+            object.__setattr__(self, "overload_queue", tuple(queue))
+        if not is_number(self.decode_slowdown) or not self.decode_slowdown > 1:
+            raise ValueError(f"decode_slowdown: {self.decode_slowdown!r} is not allowed; it must be a number above 1")
+        if self.queue_timeout is not None and not (is_number(self.queue_timeout) and self.queue_timeout > 0):
+            raise ValueError(
+                f"queue_timeout: {self.queue_timeout!r} is not allowed; it must be a number of seconds above 0"
             )
 
     def quantized(self, model: ModelConfig) -> ModelConfig:

@@ -7,6 +7,7 @@ recomputed: the prompt, the tokens so far, the seed and the sampling parameters.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Set
 from dataclasses import replace
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.expert_policy import policies_of
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.engine.deadlines import Deadlines
 from moe_runtime.engine.health import describe
 from moe_runtime.engine.intake import Intake
 from moe_runtime.engine.logprob_output import add_prompt_logprobs, position_logprobs
+from moe_runtime.engine.overload import overload_routing
 from moe_runtime.engine.prefix_cache import KeyMaker
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.request_rules import RequestRules
@@ -25,6 +28,7 @@ from moe_runtime.engine.routed_output import add_routed, routed_output
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.engine.step_time import StepTime
 from moe_runtime.memory.page_group import page_groups
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
@@ -66,6 +70,7 @@ class Engine:
         for rank in executor.ranks:
             fits = [have >= each.most(self.max_model_len) for have, each in zip(rank.num_pages, groups, strict=True)]
             assert all(fits), "one sequence always fits on a rank"
+        policies = policies_of(config, model_config)
         self._scheduler = Scheduler(
             [rank.num_pages for rank in executor.ranks],
             groups,
@@ -76,14 +81,15 @@ class Engine:
                 set.intersection(*(set(rank.dispatchers) for rank in executor.ranks)),
                 sorted(set.intersection(*(set(rank.buckets) for rank in executor.ranks))),
             ),
+            StepTime(config.decode_slowdown),
+            overload_routing(config, policies),
         )
+        self._deadlines = Deadlines(config.queue_timeout)
         from moe_runtime.balancer.live.rebalancer import Rebalancer  # numpy: importing moe_runtime stays light
         from moe_runtime.engine.trace_recorder import TraceRecorder
 
         self.rebalancer = Rebalancer(config, model_config, executor)
-        self.rules = RequestRules(
-            model_config.vocab_size, self.max_model_len, tokenizer is not None, policies_of(config, model_config)
-        )
+        self.rules = RequestRules(model_config.vocab_size, self.max_model_len, tokenizer is not None, policies)
         self._key_maker = KeyMaker.of(config, model_config)
         self._intake = Intake(tokenizer, self.rules, config.seed, self._key_maker)
         trace = config.record_trace
@@ -108,25 +114,31 @@ class Engine:
         request_id: str,
         prompt: str | list[int],
         params: SamplingParams,
+        user: str = "",
         shown_ids: Set[int] = frozenset(),
         cache_salt: str | None = None,
+        arrived_at: float | None = None,
     ) -> None:
         """Enqueue a request for one continuation; `step` returns its tokens.
 
         Args:
+            user: who takes a turn with it when requests wait.
             shown_ids: special tokens that stay in the text in spite of `skip_special_tokens`.
             cache_salt: the request shares pages of the prefix cache only with requests of the same salt.
+            arrived_at: the `time.monotonic()` from which its timeouts count; None is now.
 
         Raises:
             ValueError: the prompt or the parameters cannot be served. The request is not enqueued.
         """
         if request_id in self._requests or any(delta.request_id == request_id for delta in self._ready):
             raise ValueError(f"request_id: {request_id!r} is in use")
-        request = self._intake.request(request_id, self._num_requests, prompt, params, shown_ids, cache_salt)
+        now = time.monotonic() if arrived_at is None else arrived_at
+        request = self._intake.request(request_id, self._num_requests, prompt, params, now, user, shown_ids, cache_salt)
         self._num_requests += 1
         self._requests[request_id] = request
         self._by_seq_id[request.seq_id] = request
         self._scheduler.add(request)
+        self._deadlines.add(request)
 
     def token_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt's token ids. Raises ValueError if it is a text and there is no tokenizer, or it is no Unicode."""
@@ -152,6 +164,8 @@ class Engine:
         Raises:
             RankError: a rank died, reported an error or did not answer in time.
         """
+        for request, finish_reason, error in self._deadlines.late(time.monotonic()):
+            self._ready.append(self._without_token(request, finish_reason, error))
         while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
             self.executor.submit(self._with_loads(self.rebalancer.prepare(plan)))
             self._num_inflight += 1
@@ -197,6 +211,8 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             page_counts=self._scheduler.page_counts(),
             num_preemptions=self._scheduler.num_preemptions,
+            num_admitted=self._scheduler.num_admitted,
+            overload=self._scheduler.overload_counts(),
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             steps=self._scheduler.num_steps,
@@ -272,6 +288,7 @@ class Engine:
         results = self.executor.collect()
         self._num_inflight -= 1
         self._last_step_seconds = max(result.seconds for result in results)
+        self._scheduler.step_time.took(self._last_step_seconds)
         self.rebalancer.note(results)
         self._rank_rows = [result.expert_rows for result in results]
         self._extra_rounds += results[0].extra_rounds
@@ -329,9 +346,11 @@ class Engine:
     def _last_delta(self, request: Request, delta: OutputDelta) -> OutputDelta:
         """`delta` with the fields that only a request's last delta has."""
         changes = request.expert_changes if self._changes_experts else None
-        return replace(delta, routed_experts=routed_output(request, self.model_config), expert_changes=changes)
+        routed = routed_output(request, self.model_config)
+        return replace(delta, routed_experts=routed, expert_changes=changes, overload_routing=request.overload_routing)
 
     def _end(self, request: Request, finish_reason: str) -> None:
         self._scheduler.remove(request)
+        self._deadlines.remove(request)
         del self._requests[request.request_id], self._by_seq_id[request.seq_id]
         self._finished[finish_reason] += 1

@@ -41,12 +41,16 @@ class Intake:
         seq_id: int,
         prompt: str | list[int],
         params: SamplingParams,
+        arrived_at: float,
+        user: str = "",
         shown_ids: Set[int] = frozenset(),
         cache_salt: str | None = None,
     ) -> Request:
         """Make a request.
 
         Args:
+            arrived_at: the time from which its deadlines count.
+            user: who takes a turn with it when requests wait.
             shown_ids: special tokens that stay in the text in spite of `skip_special_tokens`.
             cache_salt: the request shares pages only with requests of the same salt.
 
@@ -55,6 +59,7 @@ class Intake:
         """
         assert params.n == 1, "each continuation is a request"
         token_ids = self.token_ids(prompt)
+        takes_default_routing = params.routing is None
         policy = self._rules.check(token_ids, params)
         params = replace(params, routing=policy)
         room = self._rules.max_model_len - len(token_ids)
@@ -68,6 +73,9 @@ class Intake:
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
             # The prompt of a request for no tokens runs as that of a request for one.
             max_output_tokens=max(1, room if params.max_tokens is None else min(room, params.max_tokens)),
+            user=user,
+            arrived_at=arrived_at,
+            takes_default_routing=takes_default_routing,
             output_text=self._output_text(token_ids, params, shown_ids),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             page_keys=None if maker is None else maker.keys(len(token_ids), policy, cache_salt),

@@ -27,6 +27,12 @@ class PageKeys:
         self._origin = blake2b(origin.encode(), digest_size=KEY_BYTES).digest()
         self._chain: list[bytes] = []
 
+    def also(self, what: str) -> PageKeys:
+        """Keys of a sequence whose keys and values depend on `what` besides."""
+        keys = PageKeys(what, self.block_size)
+        keys._origin = blake2b(self._origin + keys._origin, digest_size=KEY_BYTES).digest()
+        return keys
+
     def full(self, token_ids: Sequence[int], count: int) -> list[bytes]:
         """Keys of the first `count` pages of a sequence, which must have tokens for all of them."""
         size = self.block_size

@@ -30,11 +30,15 @@ class Request:
         seq_id: grows with every request, so it also gives the order of arrival.
         token_ids: the prompt, then the output tokens received so far.
         max_output_tokens: number of output tokens at which the request ends.
+        user: whom its tokens count for when requests wait; see `engine.waiting`.
         output_text: turns tokens into text; None without a tokenizer.
         prompt_logprobs: those received so far; the first token has None. The whole list is None if not asked for.
         routed_experts: those received so far, if asked for: parts [tokens, layers, experts per token] in order of
             position.
         expert_changes: changes so far; tokens recomputed after a preemption count again.
+        arrived_at: time at which the server or the caller got it.
+        takes_default_routing: it sets no expert policy.
+        overload_routing: the policy that it got because the queue was long; see `engine.overload`.
         scheduled_at: time at which a rank first admitted it.
         rank: the rank that runs it; None while it waits.
         pages: its pages on that rank, of each page group.
@@ -52,10 +56,14 @@ class Request:
     params: SamplingParams
     seed: int
     max_output_tokens: int
+    user: str = ""
+    arrived_at: float = 0.0
+    takes_default_routing: bool = False
     output_text: OutputText | None = None
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     routed_experts: list[np.ndarray] = field(default_factory=list)
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
+    overload_routing: str | None = None
     scheduled_at: float | None = None
     rank: int | None = None
     pages: list[HeldPages] = field(default_factory=list)
@@ -66,6 +74,11 @@ class Request:
     num_cached_tokens: int = 0
     num_indexed: int = 0
     has_tail: bool = False
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place among running requests. When pages run out, the last is preempted."""
+        return self.params.priority, self.seq_id
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,9 +1,9 @@
 """Plans the steps: which sequences, which token ranges, which pages, on which rank. No torch.
 
-Every sequence runs on one rank, which holds its pages. A step first runs the rank's sequences in order of arrival. Each
-decoding sequence gets one row; prompts share the rest of the token budget, in chunks. Then the scheduler admits waiting
-requests, first come first served. When a rank runs out of pages, the scheduler preempts the sequence that arrived last.
-The front keeps its tokens, so it is recomputed later and continues with the same result.
+Every sequence runs on one rank, which holds its pages. A step first runs the rank's sequences in order of priority,
+then of arrival. Each decoding sequence gets one row; prompts share the rest of the token budget, in chunks. Then the
+scheduler admits waiting requests, in the order of `waiting.py`. When a rank runs out of pages, the scheduler preempts
+the last of its sequences. The front keeps its tokens, so it is recomputed later and continues with the same result.
 
 The first tokens of a request need not run if pages have their keys and values (`prefix_cache.py`). The rank that has
 most of them is preferred (`rank_choice.py`).
@@ -24,19 +24,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import ge
 
+from moe_runtime.engine.overload import OverloadRouting
 from moe_runtime.engine.page_pool import Hit, RankPages
 from moe_runtime.engine.prefix_cache import PrefixCache
 from moe_runtime.engine.rank_choice import Offer, best_offer
 from moe_runtime.engine.request import Request
-from moe_runtime.engine.stats import PageCounts, PrefixCounts
+from moe_runtime.engine.stats import OverloadCounts, PageCounts, PrefixCounts
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.engine.step_time import StepTime
+from moe_runtime.engine.waiting import Waiting
 from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.wire.messages import Chunk, NewSequence, PageCopy, RankPlan, StepPlan
 
 
 @dataclass(eq=False)
 class RankState:
-    """The front's view of a rank: its pages and which prefixes are in them, its running sequences in order of arrival,
+    """The front's view of a rank: its pages and which prefixes are in them, its running sequences by `Request.order`,
     and sequences to drop."""
 
     pages: RankPages
@@ -70,6 +73,8 @@ class Scheduler:
         max_num_seqs: maximum sequences on a rank.
         max_num_batched_tokens: maximum tokens of a rank in a step, at least `max_num_seqs`.
         shapes: chooses each step's dispatcher and bucket.
+        step_time: bounds the prompt tokens of steps that have decode rows.
+        overload: lowers the experts per token of new requests while the queue is long; None never does.
     """
 
     def __init__(
@@ -79,13 +84,18 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         shapes: StepShapes,
+        step_time: StepTime,
+        overload: OverloadRouting | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
-        self.waiting: list[Request] = []  # in order of arrival
+        self.waiting = Waiting()
         rank_pages = [RankPages(groups, counts) for counts in num_pages]
         self.ranks = [RankState(pages, PrefixCache(pages)) for pages in rank_pages]
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_admitted = 0  # without those that come back
+        self.step_time = step_time
+        self.overload = overload
         self._groups = groups
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -94,6 +104,11 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return sum(len(rank.running) for rank in self.ranks)
+
+    def overload_counts(self) -> OverloadCounts:
+        """What `overload_routing` has done."""
+        overload = self.overload
+        return OverloadCounts() if overload is None else OverloadCounts(overload.is_active, overload.num_requests)
 
     def page_counts(self) -> tuple[PageCounts, ...]:
         """Pages of each page group, on all ranks together."""
@@ -113,7 +128,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Enqueue a new request."""
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def remove(self, request: Request) -> None:
         """Remove a request that has ended, in any state. Its pages become free at once.
@@ -128,11 +143,15 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None if there is nothing to run now."""
-        drafts = [self._plan_running(rank) for rank in self.ranks]
+        drafts = self._plan_all_running()
         self._admit(drafts)
+        if self.overload is not None:
+            self.overload.note(len(self.waiting))
         tokens_per_rank = [draft.num_tokens for draft in drafts]
         if not any(tokens_per_rank):
             return None
+        most_decode = max(len(draft.decode) for draft in drafts)
+        self.step_time.planned(most_decode, max(draft.num_tokens - len(draft.decode) for draft in drafts))
         plans = []
         for rank, draft in zip(self.ranks, drafts, strict=True):
             chunks = draft.decode + draft.prefill
@@ -151,11 +170,20 @@ class Scheduler:
         dispatcher, bucket = self._shapes.choose(tokens_per_rank, plain)
         return StepPlan(self.num_steps, dispatcher, tokens_per_rank, bucket=bucket, ranks=plans)
 
-    def _plan_running(self, rank: RankState) -> Draft:
+    def _plan_all_running(self) -> list[Draft]:
+        """Plan the running sequences. Ranks wait for each other, so decode rows of one bound the prompts of all."""
+        num_decode = [sum(each.is_decoding and each.num_unplanned > 0 for each in rank.running) for rank in self.ranks]
+        bound = self.step_time.prompt_budget(max(num_decode))
+        drafts = [self._plan_running(*each, bound) for each in zip(self.ranks, num_decode, strict=True)]
+        if bound == 0 and not any(draft.num_tokens for draft in drafts):  # all decode rows were preempted
+            return self._plan_all_running()
+        return drafts
+
+    def _plan_running(self, rank: RankState, num_decode: int, bound: int | None) -> Draft:
         # Decode rows come first; prompts share the remaining budget. There are at most `max_num_seqs` decode rows, and
-        # fewer while a prompt is in progress, so a prompt always makes progress.
-        num_decode = sum(request.is_decoding and request.num_unplanned > 0 for request in rank.running)
-        draft = Draft(prompt_budget=self._max_num_batched_tokens - num_decode)
+        # fewer while a prompt is in progress, so a prompt makes progress, except where `bound` is 0 for once.
+        left = self._max_num_batched_tokens - num_decode
+        draft = Draft(prompt_budget=left if bound is None else min(left, bound))
         position = 0
         while position < len(rank.running):  # preemption takes from the end, where nothing is planned yet
             request = rank.running[position]
@@ -169,19 +197,19 @@ class Scheduler:
         return draft
 
     def _make_room(self, rank: RankState, request: Request, num_tokens: int) -> bool:
-        """Preempt later sequences until `request` has its pages. False if `request` itself was preempted."""
+        """Preempt the last sequences until `request` has its pages. False if `request` itself was preempted."""
         while not rank.pages.can_extend(request.pages, request.num_planned, num_tokens):
             victim = rank.running.pop()
             self._release(victim)
-            insort(self.waiting, victim, key=lambda waiting: waiting.seq_id)
+            self.waiting.add(victim)
             self.num_preemptions += 1
             if victim is request:
                 return False
         return True
 
     def _admit(self, drafts: list[Draft]) -> None:
-        """Admit waiting requests in order of arrival. The first one that does not fit also blocks all later ones. One
-        that waits for pages of a running prompt does not, unless `max_num_seqs` of them do.
+        """Admit waiting requests in their order. The first one that does not fit also blocks all later ones. One that
+        waits for pages of a running prompt does not, unless `max_num_seqs` of them do.
 
         A request needs pages for all its tokens, plus one page for each running sequence that will take one; otherwise
         it would soon be preempted for them. On an idle rank any request fits. A rank whose prompts do not have all
@@ -191,15 +219,18 @@ class Scheduler:
             return
         room = [rank.pages.room((each.pages, each.max_tokens) for each in rank.running) for rank in self.ranks]
         loads = [sum(request.num_remaining for request in rank.running) for rank in self.ranks]
-        num_passed = 0
-        for request in list(self.waiting):
-            if request.num_pending or num_passed == self._max_num_seqs:
+        passed: list[Request] = []
+        while (request := self.waiting.next()) is not None:
+            if self.overload is not None:
+                self.overload.choose(request)
+            if request.num_pending or len(passed) == self._max_num_seqs:
                 break  # a preempted one waits for its token that is still in flight
             offer = best_offer(self._offers(request, drafts, room, loads))
             if offer is None:
                 break
             if offer.waits:
-                num_passed += 1
+                self.waiting.set_aside(request)
+                passed.append(request)
                 continue
             index = offer.rank
             for group, needed in enumerate(offer.needed):
@@ -207,6 +238,8 @@ class Scheduler:
                 room[index][group] -= needed + min(1, most - now)
             self._start(request, index, offer.hit, drafts[index])
             loads[index] += request.num_remaining
+        for request in passed:
+            self.waiting.put_back(request)
 
     def _offers(
         self, request: Request, drafts: list[Draft], room: list[list[int]], loads: list[int]
@@ -233,11 +266,14 @@ class Scheduler:
 
     def _start(self, request: Request, index: int, hit: Hit, draft: Draft) -> None:
         rank = self.ranks[index]
-        self.waiting.remove(request)
-        insort(rank.running, request, key=lambda running: running.seq_id)
+        self.waiting.admit(request)
+        insort(rank.running, request, key=lambda running: running.order)
         request.rank = index
         request.pages = rank.pages.hold(hit)
         request.num_planned = hit.num_tokens
+        if request.scheduled_at is None:
+            request.scheduled_at = time.monotonic()
+            self.num_admitted += 1
         request.num_prefill_tokens = len(request.token_ids)
         if request.scheduled_at is None:
             request.scheduled_at = time.monotonic()
@@ -264,6 +300,7 @@ class Scheduler:
         is_decoding = request.is_decoding
         new_pages = self.ranks[request.rank].pages.extend(request.pages, start, num_tokens)
         request.num_planned += num_tokens
+        self.waiting.charge(request, num_tokens)
         sample = request.num_planned == request.num_future_tokens
         request.num_pending += sample
         chunk = Chunk(request.seq_id, start, num_tokens, new_pages, sample)

@@ -50,15 +50,23 @@ class PrefixCounts:
 
 
 @dataclass(frozen=True)
+class OverloadCounts:
+    """Whether new requests get fewer experts per token because many wait, and how many requests have got fewer."""
+
+    is_active: bool = False
+    num_requests: int = 0
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counts since the start, and how full the engine is now.
 
     `page_counts` has the pages of each page group. `prompt_tokens` counts tokens of prompts that have produced their
-    first output token. `generation_tokens` counts generated tokens.
-    `dispatcher_steps` counts steps per dispatcher, `finished` counts requests per finish reason. `last_step_seconds` is
-    the time of the slowest rank. `expert_changes` counts changes by capacity limits and `balance_epsilon`.
-    `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds. `prefix_cache` sums
-    over the ranks.
+    first output token. `generation_tokens` counts generated tokens. `dispatcher_steps` counts steps per dispatcher,
+    `finished` counts requests per finish reason. `last_step_seconds` is the time of the slowest rank. `expert_changes`
+    counts changes by capacity limits and `balance_epsilon`. `num_admitted` counts requests that a rank has begun to
+    run. `extra_rounds` counts the dispatch rounds beyond one per layer, which `overflow="queue"` adds. `prefix_cache`
+    sums over the ranks.
     """
 
     num_running: int
@@ -75,6 +83,8 @@ class EngineStats:
     expert_changes: ExpertChanges = field(default_factory=ExpertChanges)
     extra_rounds: int = 0
     prefix_cache: PrefixCounts = field(default_factory=PrefixCounts)
+    num_admitted: int = 0
+    overload: OverloadCounts = field(default_factory=OverloadCounts)
 
     @property
     def kv_cache_usage(self) -> float:

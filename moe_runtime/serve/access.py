@@ -9,7 +9,7 @@ from ipaddress import IPv6Address, ip_address
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moe_runtime.serve.errors import ApiError, error_response
-from moe_runtime.serve.keys import KeyFile
+from moe_runtime.serve.keys import KeyFile, key_identity
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/docs", "/redoc", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/experts/rebalance", "/reset_prefix_cache"})
@@ -19,6 +19,9 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 class Access:
     """Refuses requests that may not use their route, before anything else is done with them.
+
+    The state of a request that passes has `key`, the identity of the key that let it pass or "", and `is_limited`:
+    there are API keys, and it has no admin key.
 
     Args:
         api_keys: None lets everybody use the routes that change nothing.
@@ -43,6 +46,8 @@ class Access:
             await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        state = scope.setdefault("state", {})
+        state.update(key="", is_limited=False)
         if scope["path"] in OPEN_PATHS:
             return
         key = _bearer(scope)
@@ -50,13 +55,16 @@ class Access:
         if key is not None and sum(len(keys) for keys in files) > 1:
             scope.setdefault("state", {})[KEY_ID] = hashlib.sha256(key).hexdigest()
         if key is not None and self._admin_keys is not None and self._admin_keys.accepts(key):
+            state["key"] = key_identity(key)
             return
         if scope["path"] in ADMIN_PATHS:
             if self._admin_keys is not None:
                 raise _unauthorized(key, "admin keys")
             _check_is_local(scope)
-        if self._api_keys is not None and (key is None or not self._api_keys.accepts(key)):
-            raise _unauthorized(key, "keys")
+        if self._api_keys is not None:
+            if key is None or not self._api_keys.accepts(key):
+                raise _unauthorized(key, "keys")
+            state.update(key=key_identity(key), is_limited=True)
 
 
 def _bearer(scope: Scope) -> bytes | None:

@@ -23,7 +23,7 @@ from moe_runtime.serve.request_ids import RequestIds
 from moe_runtime.text.formats.registry import choose_format
 from moe_runtime.types.version import __version__
 
-ANY_REQUEST = error_responses(400, 401, 403, 408, 413, 500, 503, 504)  # any route may answer with these
+ANY_REQUEST = error_responses(400, 401, 403, 408, 413, 429, 500, 503, 504)  # any route may answer with these
 
 
 def create_app(engine: AsyncEngine, server_config: ServerConfig) -> FastAPI:

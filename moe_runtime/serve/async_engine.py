@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from moe_runtime.serve.admission import Admission
 from moe_runtime.serve.engine_messages import (
     AbortRequest,
     Accepted,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 DRAIN_POLL_SECONDS = 0.02
 QUERY_SECONDS = 30.0  # an answer waits for the running step
 REBALANCE_SECONDS = 600.0
+RETRY_SECONDS = 5  # for clients of a server that loads or shuts down
+FAILURES = {"timeout": 504, "queue_timeout": 429}  # the status of a request with this finish reason; of others 500
 
 
 class State(StrEnum):
@@ -53,7 +56,15 @@ class UnavailableError(RuntimeError):
 
 
 class RequestFailedError(RuntimeError):
-    """The engine cannot finish a request; others go on. The message says why."""
+    """The engine does not finish a request; others go on. The message says why.
+
+    Attributes:
+        status: of a reply that says so.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RequestStream:
@@ -88,7 +99,7 @@ class RequestStream:
         if item.finish_reason is not None:
             self._unfinished.discard(item.request_id)
         if item.error is not None:
-            raise RequestFailedError(item.error)
+            raise RequestFailedError(item.error, FAILURES.get(item.finish_reason or "", 500))
         return item
 
     def close(self) -> None:
@@ -115,6 +126,7 @@ class AsyncEngine:
             UnavailableError.
         died: done once the engine has failed, with a message that names the rank if a rank caused it.
         info: what the engine reported once it was loaded; None before.
+        admission: the bound of its queue; None before it is loaded.
         metrics: Prometheus metrics of the requests and the engine.
     """
 
@@ -123,6 +135,7 @@ class AsyncEngine:
         self.state = State.LOADING
         self.reason = "the model is loading"
         self.info: Loaded | None = None
+        self.admission: Admission | None = None
         self.metrics = Metrics()
         self._requests: dict[str, _Request] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -143,25 +156,40 @@ class AsyncEngine:
         assert self.info is not None
         return self.info
 
+    def check_queue(self) -> None:
+        """Raise QueueFullError if no further request may wait, UnavailableError if the engine accepts none."""
+        self.require_ready()
+        assert self.admission is not None
+        self.admission.check()
+
+    def retry_after(self) -> int:
+        """Seconds in which the requests that wait now will be admitted. Call only once the engine is loaded."""
+        assert self.admission is not None
+        return self.admission.retry_after()
+
     async def submit(self, requests: Sequence[AddRequest]) -> RequestStream:
         """Send requests to the engine. Returns one stream with all their deltas, which the caller must close.
 
         Raises:
             ValueError: the engine refuses one of them, most often at once. None of them runs.
+            QueueFullError: as many requests wait as may.
             UnavailableError: the engine accepts no requests.
         """
         rules = self.require_ready().rules
+        assert self.admission is not None
         checked: list[int] | None = None
         for request in requests:
             if request.prompt is not checked:  # choices share their prompt and differ in their seed
                 rules.check(request.prompt, request.params)
                 checked = request.prompt
+        self.admission.check()
         stream = RequestStream([request.request_id for request in requests], self._abort)
         accepted = []
         for request in requests:
             record = _Request(stream, self._loop.create_future(), self.metrics.start_timer())
             self._requests[request.request_id] = record
             accepted.append(record.accepted)
+            self.admission.sent()
             self._thread.send(request)
         try:
             await asyncio.gather(*accepted)
@@ -238,12 +266,18 @@ class AsyncEngine:
         match event:
             case Stepped(deltas, stats):
                 self.metrics.stats = stats
+                assert self.admission is not None
+                self.admission.note(stats)
                 for delta in deltas:
                     self._deliver(delta)
             case Accepted(request_id):
+                assert self.admission is not None
+                self.admission.accepted()
                 if request := self._requests.get(request_id):
                     _settle(request.accepted, None)
             case Refused(request_id, message):
+                assert self.admission is not None
+                self.admission.refused()
                 if request := self._requests.pop(request_id, None):
                     _settle(request.accepted, ValueError(message))
             case Answer(query_id, value):
@@ -251,6 +285,9 @@ class AsyncEngine:
                     _settle(answer, value)
             case Loaded():
                 self.info, self.metrics.stats, self.metrics.model_name = event, event.stats, event.model_name
+                config = event.config
+                self.admission = Admission(config.max_queue, config.max_num_seqs * config.ep_size)
+                self.metrics.admission = self.admission
                 if self.state is State.LOADING:
                     self.state, self.reason = State.READY, ""
                 _settle(self.loaded, event)

@@ -116,6 +116,9 @@ class SamplingFields(Body):
     routing: str | ExpertPolicyFields | None = None
     return_routed_experts: bool = False
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
+    priority: int = 0
+    timeout: float | None = None
+    user: str | None = None
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The parameters; `defaults` are the model's, for fields that are not given.

@@ -5,7 +5,8 @@ Commands go to the engine, events come back. Both are plain values, so that the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_runtime.config.engine import EngineConfig
@@ -25,15 +26,17 @@ View = Literal["expert_load", "placement", "decisions"]
 class AddRequest:
     """Continue a prompt. The replies are `Accepted` or `Refused`, then the deltas of `Stepped`.
 
-    `shown_ids` are special tokens that stay in the text in spite of `skip_special_tokens`. Requests share cached
-    prefixes only with requests of the same `cache_salt`.
+    `user` is who takes a turn with it when requests wait. `shown_ids` are special tokens that stay in the text in spite
+    of `skip_special_tokens`. Requests share cached prefixes only with requests of the same `cache_salt`.
     """
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
+    user: str = ""
     shown_ids: frozenset[int] = frozenset()
     cache_salt: str | None = None
+    arrived_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

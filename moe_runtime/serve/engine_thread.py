@@ -123,9 +123,9 @@ class EngineThread(threading.Thread):
         self, engine: Engine, command: AddRequest | AbortRequest | Query | StartRebalance | ResetPrefixCache
     ) -> None:
         match command:
-            case AddRequest(request_id, prompt, params, shown_ids, cache_salt):
+            case AddRequest(request_id, prompt, params, user, shown_ids, cache_salt, arrived_at):
                 try:
-                    engine.add_request(request_id, prompt, params, shown_ids, cache_salt)
+                    engine.add_request(request_id, prompt, params, user, shown_ids, cache_salt, arrived_at)
                 except ValueError as error:
                     self._post(Refused(request_id, str(error)))
                 else:

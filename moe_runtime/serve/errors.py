@@ -17,7 +17,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from moe_runtime.serve.async_engine import UnavailableError
+from moe_runtime.serve.admission import QueueFullError
+from moe_runtime.serve.async_engine import RETRY_SECONDS, UnavailableError
 
 MAX_SHOWN_INPUT = 80  # characters of a value, in an error about it
 MAX_PARAM = 64
@@ -34,9 +35,10 @@ DESCRIPTIONS = {
     408: "The body did not arrive in time.",
     409: "The server's state does not allow it now.",
     413: "The body is too large.",
+    429: "Too many requests wait, or this one has waited too long.",
     500: "The server has a fault.",
     503: "The server cannot take or finish the request now.",
-    504: "The request took longer than it may.",
+    504: "The request took longer than it or the server allows.",
 }
 
 
@@ -44,7 +46,7 @@ class ErrorDetail(BaseModel):
     """What is wrong: one line, the field if it is about one, and the status."""
 
     message: str
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None
     code: int
 
@@ -66,12 +68,14 @@ class ApiError(Exception):
     Attributes:
         status: the HTTP status.
         param: the wrong field, if the error is about one.
+        retry_after: seconds after which the client may try again, if it may.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+    def __init__(self, status: int, message: str, param: str | None = None, *, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.retry_after = retry_after
 
 
 def user_error(error: ValueError, renamed: Mapping[str, str]) -> ApiError:
@@ -98,7 +102,7 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
         line = f"{line[:MESSAGE_HEAD]} ... {line[-MESSAGE_TAIL:]}"
     if param is not None and len(param) > MAX_PARAM:
         param = None
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     return {"error": {"message": line, "type": kind, "param": param, "code": status}}
 
 
@@ -108,6 +112,11 @@ def error_response(
     response = json_response(error_body(status, message, param), status)
     response.headers.update(headers or {})
     return response
+
+
+def retry_header(seconds: int | None) -> dict[str, str]:
+    """The header that says when to try again; none without `seconds`."""
+    return {} if seconds is None else {"Retry-After": str(seconds)}
 
 
 def event(data: str) -> bytes:
@@ -133,11 +142,15 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api(request: Request, error: ApiError) -> Response:
-        return error_response(error.status, str(error), error.param)
+        return error_response(error.status, str(error), error.param, retry_header(error.retry_after))
 
     @app.exception_handler(UnavailableError)
     async def _unavailable(request: Request, error: UnavailableError) -> Response:
-        return error_response(503, str(error))
+        return error_response(503, str(error), headers=retry_header(RETRY_SECONDS))
+
+    @app.exception_handler(QueueFullError)
+    async def _full(request: Request, error: QueueFullError) -> Response:
+        return error_response(429, str(error), headers=retry_header(error.retry_after))
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> Response:

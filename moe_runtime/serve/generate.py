@@ -95,7 +95,13 @@ class NativeReply:
         return body
 
     def _end(self, part: Completion | OutputDelta, num_output_tokens: int) -> dict[str, Any]:
-        counts = usage(part.num_prompt_tokens, num_output_tokens, part.num_cached_tokens, part.expert_changes)
+        counts = usage(
+            part.num_prompt_tokens,
+            num_output_tokens,
+            part.num_cached_tokens,
+            part.expert_changes,
+            part.overload_routing,
+        )
         return {"stop_reason": part.stop_reason, "usage": counts}
 
 
@@ -118,7 +124,8 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error
     request_id = f"gen-{uuid.uuid4().hex}"
-    (command,) = choices_of(request_id, [prompt], params, cache_salt=cache_salt(request, body))
+    user, salt = front.user(body.user), cache_salt(request, body)
+    (command,) = choices_of(request_id, [prompt], params, user=user, cache_salt=salt)
     return await respond(request, front.engine, [command], NativeReply(request_id), stream=body.stream, prompt=given[0])
 
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from moe_runtime.serve.async_engine import State, UnavailableError
-from moe_runtime.serve.errors import json_response
+from moe_runtime.serve.async_engine import RETRY_SECONDS, State, UnavailableError
+from moe_runtime.serve.errors import json_response, retry_header
 from moe_runtime.serve.page import docs_page, index_page
 from moe_runtime.serve.requests import engine_of
 from moe_runtime.types.version import __version__
@@ -64,7 +64,9 @@ async def ready(request: Request) -> Response:
     engine = engine_of(request)
     if engine.state is State.READY:
         return json_response({"status": "ready"})
-    return json_response({"status": str(engine.state), "reason": engine.reason}, 503)
+    response = json_response({"status": str(engine.state), "reason": engine.reason}, 503)
+    response.headers.update(retry_header(RETRY_SECONDS))
+    return response
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

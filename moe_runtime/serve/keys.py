@@ -65,6 +65,11 @@ class KeyFile:
         return [hashlib.sha256(key).digest() for key in read_keys(self._option, self._path)]
 
 
+def key_identity(key: bytes) -> str:
+    """A name for a key that does not tell the key."""
+    return hashlib.sha256(key).hexdigest()[:32]
+
+
 def read_keys(option: str, path: Path) -> list[bytes]:
     """The keys of a file, at least one. Raises ValueError if there are none; the message names `option`."""
     try:

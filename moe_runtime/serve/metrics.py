@@ -15,6 +15,7 @@ from moe_runtime.serve.request_metrics import RequestMetrics, RequestTimer
 if TYPE_CHECKING:
     from moe_runtime.balancer.load import ExpertLoad
     from moe_runtime.engine.stats import EngineStats
+    from moe_runtime.serve.admission import Admission
 
 
 class Metrics(Collector):
@@ -22,11 +23,13 @@ class Metrics(Collector):
 
     Attributes:
         stats: the engine's figures after its last step, read at every scrape; None while the model loads.
+        admission: the bound of the engine's queue; None while the model loads.
         model_name: the label of all metrics; empty while the model loads.
     """
 
     def __init__(self) -> None:
         self.stats: EngineStats | None = None
+        self.admission: Admission | None = None
         self.model_name = ""
         self._registry = CollectorRegistry()
         self._requests = RequestMetrics(self._registry)
@@ -60,6 +63,12 @@ class Metrics(Collector):
             return
         yield _gauge("num_requests_running", "Requests that are running", stats.num_running)
         yield _gauge("num_requests_waiting", "Requests waiting to be admitted", stats.num_waiting)
+        if self.admission is not None:
+            refused = "Requests refused because as many waited as may"
+            yield _counter("requests_refused", refused, self.admission.num_refused)
+        lowered = "Requests that got fewer experts per token because many waited"
+        yield _counter("overload_routing_requests", lowered, stats.overload.num_requests)
+        yield _gauge("overload_routing_active", "1 while new requests get fewer", stats.overload.is_active)
         usage = "Share of KV cache pages in use, 0 to 1, of the page group that is fullest"
         yield _gauge("kv_cache_usage_perc", usage, stats.kv_cache_usage)
         pages = GaugeMetricFamily(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -31,22 +32,37 @@ class Front:
         info: what the engine reported when it was loaded.
         config: the server's options.
         tokenising: where tokenizers work.
+        key, is_limited: of the client; see `Access`.
     """
 
     engine: AsyncEngine
     info: Loaded
     config: ServerConfig
     tokenising: Tokenising
+    key: str
+    is_limited: bool
 
     @classmethod
     def of(cls, request: Request) -> Front:
         """Raises UnavailableError unless the engine accepts requests."""
         state, engine = request.app.state, engine_of(request)
-        return cls(engine, engine.require_ready(), state.server_config, state.tokenising)
+        own = request.state
+        return cls(engine, engine.require_ready(), state.server_config, state.tokenising, own.key, own.is_limited)
+
+    def user(self, name: str | None) -> str:
+        """Who takes a turn with a request when requests wait: its key, else the `user` that it names."""
+        return self.key or ("" if name is None else hashlib.sha256(name.encode()).hexdigest()[:32])
 
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:
-        """Raise ValueError for a request that asks for more than the server's options allow."""
+        """Check a request's size before more is done with it.
+
+        Raises:
+            ValueError: it asks for more than the server's options allow.
+            QueueFullError: as many requests wait as may.
+        """
         config = self.config
+        if self.is_limited and params.priority < 0:
+            raise ValueError(f"priority: {params.priority} is not allowed without an admin key; it must be at least 0")
         _check("prompt", num_prompts, "prompts", "max_prompts_per_request", config.max_prompts_per_request)
         _check("n", params.n, "choices", "max_choices", config.max_choices)
         most = max(config.max_prompts_per_request, config.max_choices)
@@ -57,6 +73,7 @@ class Front:
         _check("stop", longest, "characters in a string", "max_stop_chars", config.max_stop_chars)
         _check("logit_bias", len(params.logit_bias or ()), "tokens", "max_logit_bias", config.max_logit_bias)
         _check("stop_token_ids", len(params.stop_token_ids), "tokens", "max_logit_bias", config.max_logit_bias)
+        self.engine.check_queue()
 
 
 def cache_salt(request: Request, body: SamplingFields) -> str | None:
@@ -81,6 +98,7 @@ def choices_of(
     prompts: Sequence[list[int]],
     params: SamplingParams,
     *,
+    user: str,
     shown_ids: Set[int] = frozenset(),
     every_prompt_logprobs: bool = False,
     cache_salt: str | None = None,
@@ -88,7 +106,7 @@ def choices_of(
     """The engine's requests for `n` choices of each prompt: first all choices of the first prompt.
 
     Args:
-        shown_ids, cache_salt: see `Engine.add_request`.
+        user, shown_ids, cache_salt: see `Engine.add_request`.
         every_prompt_logprobs: every choice returns the prompt's log-probabilities, not only the first.
     """
     commands: list[AddRequest] = []
@@ -98,5 +116,5 @@ def choices_of(
             if every_prompt_logprobs:
                 choice = replace(choice, prompt_logprobs=params.prompt_logprobs)
             name = f"{request_id}-{len(commands)}"
-            commands.append(AddRequest(name, prompt, choice, frozenset(shown_ids), cache_salt))
+            commands.append(AddRequest(name, prompt, choice, user, frozenset(shown_ids), cache_salt))
     return commands

@@ -58,7 +58,8 @@ async def respond(
         prompt: the name of the field in which the client sent the prompt, for error messages.
 
     Raises:
-        ApiError: the engine refuses a request, or cannot finish it.
+        ApiError: the engine refuses a request, or does not finish it.
+        QueueFullError: as many requests wait as may.
         UnavailableError: the engine cannot run or finish the requests.
         ClientDisconnect: the client disconnected; the requests are aborted.
     """
@@ -71,7 +72,8 @@ async def respond(
     try:
         completions = await until_disconnect(request.receive, _collect(deltas, commands))
     except RequestFailedError as error:
-        raise ApiError(500, str(error)) from error
+        retry_after = engine.retry_after() if error.status == 429 else None
+        raise ApiError(error.status, str(error), retry_after=retry_after) from error
     finally:
         deltas.close()
     return json_response(reply.whole(completions))
@@ -144,7 +146,7 @@ class EventStream(Response):
                 await send_events(self._reply.events(delta))
             await send_events(self._reply.last_events())
         except (UnavailableError, RequestFailedError) as error:
-            status = 503 if isinstance(error, UnavailableError) else 500
+            status = 503 if isinstance(error, UnavailableError) else error.status
             await send_part(error_event(status, str(error)))
         else:
             await send_part(event(DONE))

@@ -38,6 +38,7 @@ class Usage(Answer):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     expert_changes: ExpertChangesAnswer | None = None
+    overload_routing: str | None = None
 
 
 class RoutedExperts(Answer):
@@ -53,13 +54,18 @@ class PositionLogprob(Answer):
 
 
 def usage(
-    num_prompt_tokens: int, num_output_tokens: int, num_cached_tokens: int, changes: ExpertChanges | None
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    num_cached_tokens: int,
+    changes: ExpertChanges | None,
+    overload_routing: str | None = None,
 ) -> dict[str, Any]:
     """The token counts of a request.
 
     Args:
         num_cached_tokens: tokens of the prompt that the prefix cache had.
         changes: None if the engine's options never change the gates' choices.
+        overload_routing: the expert policy that it got because many waited, if it got one.
     """
     return {
         "prompt_tokens": num_prompt_tokens,
@@ -67,6 +73,7 @@ def usage(
         "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
         **({} if changes is None else {"expert_changes": asdict(changes)}),
+        **({} if overload_routing is None else {"overload_routing": overload_routing}),
     }
 
 

@@ -42,12 +42,12 @@ class ExpertChanges:
 class CompletionOutput:
     """One continuation of a prompt.
 
-    `finish_reason` is "stop", "length", or "error" with the reason in `error`. `stop_reason` is the stop string or stop
-    id that ended the output, or None for the model's own end of sequence. `routed_experts`, if asked for, holds the
-    experts of every token that went through the model: all tokens of prompt and output except the last. Its shape is
-    [tokens, sparse layers, experts per token], best first, in uint8 if that is large enough, else uint16. The type's
-    largest value marks a dropped expert. `expert_changes` counts the assignments that capacity limits and
-    `balance_epsilon` have changed, if they are set.
+    `finish_reason` is "stop" or "length", or, with the reason in `error`, "timeout" or "error". `stop_reason` is the
+    stop string or stop id that ended the output, or None for the model's own end of sequence. `routed_experts`, if
+    asked for, holds the experts of every token that went through the model: all tokens of prompt and output except the
+    last. Its shape is [tokens, sparse layers, experts per token], best first, in uint8 if that is large enough, else
+    uint16. The type's largest value marks a dropped expert. `expert_changes` counts the assignments that capacity
+    limits and `balance_epsilon` have changed, if they are set.
     """
 
     index: int
@@ -81,11 +81,13 @@ class RequestOutput:
 class OutputDelta:
     """The output that one engine step adds to one request.
 
-    The last delta of a request has a `finish_reason`: "stop", "length", "abort", or "error" with an `error`. `text` may
-    lag behind `token_ids`: an incomplete character, or text that may become a stop string, is held back. The first
-    delta has the prompt's tokens, and their log-probabilities if asked for, and `scheduled_at`, the `time.monotonic()`
-    at which the request's first step was planned. `num_cached_tokens` counts tokens of the prompt that were not
-    computed, as the prefix cache had them. The last has `routed_experts` and `expert_changes`; see `CompletionOutput`.
+    The last delta of a request has a `finish_reason`: "stop", "length", "abort", or with an `error`, "timeout",
+    "queue_timeout" or "error". `text` may lag behind `token_ids`: an incomplete character, or text that may become a
+    stop string, is held back. The first delta has the prompt's tokens, and their log-probabilities if asked for, and
+    `scheduled_at`, the `time.monotonic()` at which the request's first step was planned. `num_cached_tokens` counts
+    tokens of the prompt that were not computed, as the prefix cache had them. The last has `routed_experts` and
+    `expert_changes`, see `CompletionOutput`, and `overload_routing`: the expert policy that the request got because
+    many waited.
     """
 
     request_id: str
@@ -103,6 +105,7 @@ class OutputDelta:
     error: str | None = None
     scheduled_at: float | None = None
     num_cached_tokens: int = 0
+    overload_routing: str | None = None
 
 
 @dataclass
@@ -121,6 +124,7 @@ class Completion:
     routed_experts: np.ndarray | None = None
     expert_changes: ExpertChanges | None = None
     error: str | None = None
+    overload_routing: str | None = None
 
     def add(self, delta: OutputDelta) -> None:
         """Add the next delta of the request."""
@@ -133,7 +137,7 @@ class Completion:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
         self.num_prompt_tokens, self.num_cached_tokens = delta.num_prompt_tokens, delta.num_cached_tokens
         self.routed_experts, self.expert_changes = delta.routed_experts, delta.expert_changes
-        self.error = delta.error
+        self.error, self.overload_routing = delta.error, delta.overload_routing
 
     def output(self, index: int) -> CompletionOutput:
         """The finished request as the `index`-th continuation of its prompt."""

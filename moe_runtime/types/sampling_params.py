@@ -42,6 +42,8 @@ class SamplingParams:
         routing: experts per token: "full", "balanced", "fast", or a policy such as "top_k=4", "top_p=0.8" or
             "threshold=0.5"; None uses the server's default.
         return_routed_experts: with the last token, return the experts that each token used in every sparse layer.
+        priority: while requests wait, those with a lower one go first (any integer).
+        timeout: seconds after which the request ends, whether it waits or runs; its finish reason is then "timeout".
 
     Log-probabilities are those of the model, before penalties, temperature and truncation.
 
@@ -70,6 +72,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     routing: str | ExpertPolicy | None = None
     return_routed_experts: bool = False
+    priority: int = 0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, "strings")
@@ -87,7 +91,10 @@ class SamplingParams:
             object.__setattr__(self, name, _number(name, getattr(self, name), low, high, open_low))
         if self.seed == -1 and not isinstance(self.seed, bool):
             object.__setattr__(self, "seed", None)
+        if self.timeout is not None:
+            object.__setattr__(self, "timeout", _number("timeout", self.timeout, 0.0, None, True))
         _check_integer("n", self.n, 1)
+        _check_integer("priority", self.priority, -MAX_INTEGER)
         _check_integer("top_k", self.top_k, -1)
         for name, low, high in (
             ("max_tokens", 0, MAX_INTEGER),

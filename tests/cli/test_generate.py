@@ -31,6 +31,8 @@ SAMPLING_FLAGS = {
     "include_stop_str_in_output": True,
     "routing": "fast",
     "return_routed_experts": True,
+    "priority": -2,
+    "timeout": 7.5,
 }
 
 

@@ -51,6 +51,11 @@ ENGINE_FLAGS = {
     "overflow": "reroute",
     "balance_epsilon": 0.05,
     "record_trace": "trace.npz",
+    "overload_routing": "top_k=2",
+    "overload_queue": [9, 3],
+    "decode_slowdown": 1.5,
+    "max_queue": 7,
+    "queue_timeout": 2.5,
     "served_model_name": "name",
     "step_timeout": 1.5,
 }

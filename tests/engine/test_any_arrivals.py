@@ -11,6 +11,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.engine.engine import Engine
+from moe_runtime.engine.step_time import StepTime
 from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ def arrivals(draw: st.DrawFn, max_model_len: int) -> Arrival:
         max_tokens=draw(st.none() | st.just(25) | st.integers(1, 30)),
         seed=draw(st.integers(0, 3)),
         ignore_eos=draw(st.sampled_from([True, True, False])),
+        priority=draw(st.sampled_from([0, 0, 0, -1, 3])),
         stop_token_ids=draw(st.sampled_from([(), (), (), (1, 2, 3)])),
         logprobs=draw(st.none() | st.integers(0, 2)),
         prompt_logprobs=draw(st.sampled_from([None, None, None, 0, 2])),
@@ -83,12 +85,28 @@ def scenarios(draw: st.DrawFn) -> tuple[dict, list[Arrival]]:
     return options, arriving
 
 
+class RandomTimes(StepTime):
+    """Steps take random times, so that prompts run in chunks of any size, and at times not at all."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(2.0)
+        self._rng = random.Random(seed)
+
+    def took(self, seconds: float) -> None:
+        super().took(self._rng.choice([0.0, 0.1, 1.0, 9.0]))
+
+    def prompt_budget(self, num_decode: int) -> int | None:
+        budget = super().prompt_budget(num_decode)
+        return budget and max(1, budget // self._rng.choice([1, 8, 16]))
+
+
 def run(engine: Engine, arriving: list[Arrival]) -> dict[str, list[OutputDelta]]:
     deltas: dict[str, list[OutputDelta]] = {str(index): [] for index in range(len(arriving))}
     for now in range(5000):
         for index, arrival in enumerate(arriving):
             if arrival.step == now:
-                engine.add_request(str(index), arrival.prompt, arrival.params, cache_salt=arrival.salt)
+                user = str(index % 3)
+                engine.add_request(str(index), arrival.prompt, arrival.params, user=user, cache_salt=arrival.salt)
             if arrival.abort_after is not None and arrival.step + arrival.abort_after == now:
                 engine.abort(str(index))
         for delta in engine.step():
@@ -116,6 +134,7 @@ def plain(positions: list) -> list[dict[int, tuple[float, int]]]:
 def test_whatever_happens_the_tokens_are_those_of_a_request_alone(scenario):
     options, arriving = scenario
     engine, executor = make_engine(**options)
+    engine._scheduler.step_time = RandomTimes(len(arriving))
     deltas = run(engine, arriving)
     for index, arrival in enumerate(arriving):
         params, parts = arrival.params, deltas[str(index)]
@@ -146,7 +165,7 @@ def test_whatever_happens_the_tokens_are_those_of_a_request_alone(scenario):
     event("content forgotten" if stats.prefix_cache.evictions else "none forgotten")
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0), "pages have leaked"
     assert sum(stats.finished.values()) == len(arriving)
-    # First come, first served: no request starts before one that arrived earlier (and was not aborted while waiting),
+    # No request of a user starts before one of the same user and priority that arrived earlier (and was not aborted),
     # but for one that waits for pages of another's prompt.
     started: list[int] = []
     first_pages: dict[int, tuple[int, ...]] = {}
@@ -155,5 +174,9 @@ def test_whatever_happens_the_tokens_are_those_of_a_request_alone(scenario):
         started += sorted(new.keys() - set(started))
         first_pages |= {seq_id: tuple(sequence.token_ids[:8]) for seq_id, sequence in new.items()}
     may_wait = [page for page, count in Counter(first_pages.values()).items() if count > 1]
-    own_way = [seq_id for seq_id in started if first_pages[seq_id] not in may_wait]
-    assert own_way == sorted(own_way)
+    # Sequences get their numbers in order of arrival; within a step, in the order of the list.
+    arrived = sorted(range(len(arriving)), key=lambda index: (arriving[index].step, index))
+    groups = [(index % 3, arriving[index].params.priority) for index in arrived]
+    for group in set(groups):
+        own_way = [n for n in started if groups[n] == group and first_pages[n] not in may_wait]
+        assert own_way == sorted(own_way)

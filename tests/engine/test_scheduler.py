@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -10,20 +11,24 @@ from hypothesis import strategies as st
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.engine.step_time import StepTime
 from moe_runtime.memory.graph_buckets import ALL_GATHER_MAX_TOKENS
 from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.types.sampling_params import SamplingParams
 
 
-def make_request(seq_id: int, num_tokens: int, max_output_tokens: int = 1000) -> Request:
+def make_request(
+    seq_id: int, num_tokens: int, max_output_tokens: int = 1000, priority: int = 0, user: str = ""
+) -> Request:
     return Request(
         request_id=str(seq_id),
         seq_id=seq_id,
         token_ids=list(range(num_tokens)),
         num_prompt_tokens=num_tokens,
-        params=SamplingParams(),
+        params=SamplingParams(priority=priority),
         seed=0,
         max_output_tokens=max_output_tokens,
+        user=user,
     )
 
 
@@ -34,10 +39,11 @@ def make_scheduler(
     **limits,
 ) -> tuple[Scheduler, list[Request]]:
     shapes = StepShapes(**{name: limits.pop(name) for name in ("dispatcher", "buckets") if name in limits})
+    step_time = limits.pop("step_time", None) or StepTime(inf)
     limits = {"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits}
     groups = [PageGroup(window, 8, limits["max_num_batched_tokens"]) for window in windows]
     counts = [(count,) if isinstance(count, int) else count for count in num_pages]
-    scheduler = Scheduler(counts, groups, shapes=shapes, **limits)
+    scheduler = Scheduler(counts, groups, shapes=shapes, step_time=step_time, **limits)
     requests = [make_request(seq_id, length) for seq_id, length in enumerate(lengths)]
     for request in requests:
         scheduler.add(request)
@@ -134,16 +140,78 @@ def test_sequences_that_need_no_other_page_are_admitted_together(windows):
     assert len(step(scheduler, requests)[0]) == 8, "each needs one page, also in the end"
 
 
-def test_a_request_goes_to_the_rank_with_the_fewest_tokens_then_the_most_pages_then_the_first():
+def test_a_request_goes_to_the_rank_with_the_fewest_tokens_to_compute_then_the_most_pages_then_the_first():
     scheduler, requests = make_scheduler([20, 20, 30], [10, 3, 4, 5, 2])
     step(scheduler, requests)
     assert [request.rank for request in requests] == [2, 0, 1, 0, 1]
 
 
+def test_what_a_rank_has_still_to_compute_counts_not_only_this_step():
+    scheduler, requests = make_scheduler([40, 40], [90, 10], max_num_batched_tokens=30)
+    for _ in range(2):
+        assert step(scheduler, requests)[0][0][2] == 30
+    requests[1].max_output_tokens = 1
+    scheduler.remove(requests[1])
+    requests.append(make_request(2, 40, max_output_tokens=5))
+    scheduler.add(requests[2])
+    requests[0].max_output_tokens = 5
+    requests.append(make_request(3, 4, max_output_tokens=5))
+    scheduler.add(requests[3])
+    assert step(scheduler, requests) == [[(0, 60, 30)], [(2, 0, 30)]]
+    assert step(scheduler, requests) == [[(0, 90, 1), (3, 0, 4)], [(2, 30, 10)]], "the first has less left to compute"
+
+
+def test_a_long_output_counts_as_one_of_256_tokens():
+    scheduler, requests = make_scheduler([400, 400], [])
+    for seq_id, (length, max_output_tokens) in enumerate([(5, 10_000), (6, 200), (70, 1), (3, 1)]):
+        requests.append(make_request(seq_id, length, max_output_tokens))
+        scheduler.add(requests[-1])
+    step(scheduler, requests)
+    assert [request.rank for request in requests] == [0, 1, 1, 0], "206 + 71 tokens are more than 261"
+
+
+def test_running_requests_of_a_lower_priority_are_preempted_first():
+    scheduler, requests = make_scheduler([6], [])
+    for seq_id, priority in enumerate([1, 0]):
+        requests.append(make_request(seq_id, 15, priority=priority))
+        scheduler.add(requests[-1])
+    assert step(scheduler, requests) == [[(1, 0, 15), (0, 0, 15)]], "lower numbers come first in a step too"
+    while not scheduler.num_preemptions:
+        step(scheduler, requests)
+    assert (list(scheduler.waiting), scheduler.ranks[0].running) == ([requests[0]], [requests[1]])
+
+
+def test_lower_priorities_are_admitted_first_and_running_ones_go_on():
+    scheduler, requests = make_scheduler([64], [5, 5], max_num_seqs=2)
+    step(scheduler, requests)
+    for seq_id, priority in ((2, 0), (3, -1), (4, 5), (5, -1)):
+        requests.append(make_request(seq_id, 5, priority=priority))
+        scheduler.add(requests[-1])
+    order = []
+    for gone in (0, 1, 3, 5, 2):
+        scheduler.remove(requests[gone])
+        order += [seq_id for seq_id, start, _ in step(scheduler, requests)[0] if start == 0]
+    assert order == [3, 5, 2, 4]
+
+
+def test_users_take_turns_when_requests_wait():
+    scheduler, requests = make_scheduler([64], [], max_num_seqs=1, max_num_batched_tokens=10)
+    for seq_id, user in enumerate("aaaabb"):
+        requests.append(make_request(seq_id, 5, user=user))
+        scheduler.add(requests[-1])
+    order = []
+    while any(request.rank is None for request in requests if request not in order):
+        step(scheduler, requests)
+        (running,) = scheduler.ranks[0].running
+        order.append(running)
+        scheduler.remove(running)
+    assert [request.user for request in order] == ["a", "b", "a", "b", "a", "a"]
+
+
 def test_the_first_that_waits_for_pages_lets_later_ones_wait():
     scheduler, requests = make_scheduler([8], [30, 60, 5])
     assert step(scheduler, requests) == [[(0, 0, 30)]]
-    assert scheduler.waiting == requests[1:]
+    assert list(scheduler.waiting) == requests[1:]
     scheduler.remove(requests[0])
     assert step(scheduler, requests) == [[(1, 0, 60)]]
     scheduler.remove(requests[1])
@@ -154,7 +222,7 @@ def test_a_page_is_kept_for_each_that_runs():
     scheduler, requests = make_scheduler([8], [20, 10, 14, 5])
     assert step(scheduler, requests) == [[(0, 0, 20), (1, 0, 10)]], "of eight pages five are taken and two are kept"
     assert step(scheduler, requests) == [[(0, 20, 1), (1, 10, 1)]]
-    assert scheduler.waiting == requests[2:]
+    assert list(scheduler.waiting) == requests[2:]
     scheduler.remove(requests[1])
     assert step(scheduler, requests) == [[(0, 21, 1), (2, 0, 14), (3, 0, 5)]]
 
@@ -165,14 +233,14 @@ def test_prompts_under_way_keep_others_out():
         assert step(scheduler, requests) == [[(0, start, 16)]]
     assert scheduler.ranks[0].pages.pools[0].num_free == 4, "room for the second prompt, but for the first one's end"
     assert step(scheduler, requests) == [[(0, 48, 12)]]
-    assert scheduler.waiting == [requests[1]]
+    assert list(scheduler.waiting) == [requests[1]]
 
 
 def test_max_num_seqs_is_per_rank():
     scheduler, requests = make_scheduler([20, 20], [2] * 7, max_num_seqs=3)
     step(scheduler, requests)
     assert [len(rank.running) for rank in scheduler.ranks] == [3, 3]
-    assert scheduler.waiting == [requests[6]]
+    assert list(scheduler.waiting) == [requests[6]]
 
 
 def test_the_latest_is_preempted_and_comes_back_with_its_tokens():
@@ -182,7 +250,7 @@ def test_the_latest_is_preempted_and_comes_back_with_its_tokens():
         assert step(scheduler, requests) == [[(0, position, 1), (1, position, 1)]]
     for position in range(24, 32):
         assert step(scheduler, requests) == [[(0, position, 1)]]
-    assert (scheduler.num_preemptions, scheduler.waiting) == (1, [requests[1]])
+    assert (scheduler.num_preemptions, list(scheduler.waiting)) == (1, [requests[1]])
     scheduler.remove(requests[0])
     plan = scheduler.schedule()
     (new,) = plan.ranks[0].new_sequences
@@ -233,7 +301,12 @@ def test_everyone_stays_in_order_of_arrival():
 
 def test_no_row_beyond_the_length():
     scheduler = Scheduler(
-        [(8,)], [PageGroup(None, 8, 16)], max_num_seqs=4, max_num_batched_tokens=16, shapes=StepShapes()
+        [(8,)],
+        [PageGroup(None, 8, 16)],
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        shapes=StepShapes(),
+        step_time=StepTime(inf),
     )
     scheduler.add(make_request(0, 5, max_output_tokens=2))
     assert scheduler.schedule().ranks[0].num_decode == 0

@@ -178,3 +178,46 @@ def test_a_wrong_file_at_the_start(tmp_path, content, message):
     with pytest.raises(ValueError) as error:
         KeyFile("api_key_file", str(file))
     assert str(error.value) == f"api_key_file: {str(file)!r} {message}"
+
+
+def users_of(server_config, *requests):
+    """Who takes a turn with each request: (body, key or None); and the statuses."""
+    fake = FakeEngine()
+
+    async def scenario():
+        async with started(fake) as engine:
+            transport = httpx.ASGITransport(create_app(engine, server_config))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=DEADLINE) as client:
+                headers = [{} if key is None else bearer(key) for _, key in requests]
+                body = COMPLETION[2]
+                posts = [
+                    client.post(COMPLETION[1], json=body | own, headers=h)
+                    for (own, _), h in zip(requests, headers, strict=True)
+                ]
+                return [(await post).status_code for post in posts]
+
+    return run(scenario()), fake.users
+
+
+def test_without_keys_the_field_user_says_whose_turn_a_request_takes():
+    statuses, users = users_of(DEFAULTS, ({}, None), ({"user": "ann"}, "any"), ({"user": "bob"}, None), ({}, "any"))
+    assert statuses == [200] * 4
+    assert users[0] == users[3] == "" and len(set(users)) == 3
+    assert "ann" not in "".join(users)
+
+
+def test_with_keys_each_key_takes_turns(key_files):
+    config = ServerConfig(**key_files)
+    asked = [({}, "key-one"), ({"user": "ann"}, "key-one"), ({}, "key-two"), ({}, "root")]
+    statuses, (first, second, third, admin) = users_of(config, *asked)
+    assert statuses == [200] * 4
+    assert first == second and len({first, third, admin}) == 3
+    assert "key" not in first + third + admin and "root" not in admin
+
+
+def test_only_an_admin_key_goes_before_others(key_files):
+    config = ServerConfig(**key_files)
+    first, last = {"priority": -1}, {"priority": 7}
+    statuses, _ = users_of(config, (first, "key-one"), (last, "key-one"), (first, "root"))
+    assert statuses == [400, 200, 200]
+    assert users_of(DEFAULTS, (first, None))[0] == [200], "without keys nobody is told apart"

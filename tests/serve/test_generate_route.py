@@ -84,6 +84,8 @@ def test_all_sampling_parameters_reach_the_engine():
         "include_stop_str_in_output": True,
         "routing": {"top_p": 0.8, "threshold": [0.1, 0.2]},
         "return_routed_experts": True,
+        "priority": -2,
+        "timeout": 7.5,
     }
     assert set(given) == {field.name for field in fields(SamplingParams)} - {"n"}
     fake = FakeEngine()

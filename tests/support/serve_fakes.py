@@ -106,7 +106,7 @@ class FakeEngine:
 
     def __post_init__(self):
         self.running = {}
-        self.added, self.aborted, self.salts = [], [], []
+        self.added, self.users, self.salts, self.aborted = [], [], [], []
         self.num_steps = 0
         self.num_tokens = 0
         self.closed = False
@@ -125,7 +125,7 @@ class FakeEngine:
     def rules(self):
         return RequestRules(VOCAB, self.max_model_len, True, SimpleNamespace(resolve=lambda asked: None))
 
-    def add_request(self, request_id, prompt, params, shown_ids=frozenset(), cache_salt=None):
+    def add_request(self, request_id, prompt, params, user="", shown_ids=frozenset(), cache_salt=None, arrived_at=None):
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
         self.rules.check(prompt, params)
@@ -134,6 +134,7 @@ class FakeEngine:
         room = self.max_model_len - len(prompt)
         self.added.append((request_id, prompt, params))
         self.salts.append(cache_salt)
+        self.users.append(user)
         self.running[request_id] = FakeRequest(
             len(prompt), prompt[-1] + 1, min(room, params.max_tokens or room), params
         )

@@ -50,8 +50,10 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     except ValueError as error:
         raise user_error(error, renamed) from error
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    salt = cache_salt(request, body)
-    commands = choices_of(completion_id, [prompt.token_ids], params, shown_ids=written.shown_ids, cache_salt=salt)
+    user, salt = front.user(body.user), cache_salt(request, body)
+    commands = choices_of(
+        completion_id, [prompt.token_ids], params, user=user, shown_ids=written.shown_ids, cache_salt=salt
+    )
     parsers = [answer_parser(written.format, chat, prompt.text) for _ in commands]
     own_stops = set(written.stop_ids) - set(body.stop_token_ids)
     reply = ChatReply(completion_id, front.info.model_name, body, commands, parsers, front.info.tokenizer, own_stops)

@@ -144,8 +144,8 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     except ValueError as error:
         raise user_error(error, {}) from error
     completion_id = f"cmpl-{uuid.uuid4().hex}"
-    salt = cache_salt(request, body)
-    commands = choices_of(completion_id, prompts, params, every_prompt_logprobs=body.echo, cache_salt=salt)
+    user, salt = front.user(body.user), cache_salt(request, body)
+    commands = choices_of(completion_id, prompts, params, user=user, every_prompt_logprobs=body.echo, cache_salt=salt)
     reply = CompletionReply(completion_id, front.info.model_name, body, commands, texts, front.info.tokenizer)
     return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="prompt")
 

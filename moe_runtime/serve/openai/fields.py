@@ -66,7 +66,6 @@ class OpenAIFields(SamplingFields):
     stream: bool = False
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
-    user: str | None = Field(None, description=NO_EFFECT)
     metadata: dict[str, Any] | None = Field(None, description=NO_EFFECT)
     store: bool | None = Field(None, description=NO_EFFECT)
     service_tier: str | None = Field(None, description=NO_EFFECT)

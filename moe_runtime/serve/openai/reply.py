@@ -38,6 +38,7 @@ class OpenAIReply:
         self._num_output_tokens = [0] * len(commands)
         self._num_cached_tokens = [0] * len(commands)
         self._changes: ExpertChanges | None = None
+        self._overload_routing: str | None = None  # of any choice
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The reply that is not streamed."""
@@ -89,10 +90,15 @@ class OpenAIReply:
         if part.expert_changes is not None:
             self._changes = part.expert_changes if self._changes is None else self._changes + part.expert_changes
 
+        self._overload_routing = part.overload_routing or self._overload_routing
+
     def _usage(self) -> dict[str, Any]:
         # A prompt is counted once, so of its choices the first one's count applies.
         num_cached_tokens = sum(self._num_cached_tokens[:: self._body.n])
-        return usage(self._num_prompt_tokens, sum(self._num_output_tokens), num_cached_tokens, self._changes)
+        num_output_tokens = sum(self._num_output_tokens)
+        return usage(
+            self._num_prompt_tokens, num_output_tokens, num_cached_tokens, self._changes, self._overload_routing
+        )
 
 
 def routed(part: Completion | OutputDelta) -> dict[str, Any]:
