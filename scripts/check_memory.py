@@ -12,12 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import threading
 from pathlib import Path
 
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.memory.budget import has_native_weights
 from moe_runtime.memory.model_size import expert_bytes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # needed if PYTHONSAFEPATH is set
+from served.processes import descendants, pss
 
 ALLOWED = 1.1
 PERIOD = 0.05  # seconds between two samples
@@ -42,28 +46,6 @@ class Watch:
         while not self._ended.wait(PERIOD):
             pids = descendants(os.getpid())
             self.peak = max(self.peak, sum(map(pss, [*pids, os.getpid()] if self._includes_self else pids)))
-
-
-def descendants(pid: int) -> list[int]:
-    """Processes that this one has started, and their descendants."""
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, read(path).split()):
-            found += [child, *descendants(child)]
-    return found
-
-
-def pss(pid: int) -> int:
-    """Bytes of a process; 0 if it has ended."""
-    lines = read(Path(f"/proc/{pid}/smaps_rollup")).splitlines()
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the process has ended
-        return ""
 
 
 def measure(model: str, ep_size: int, sequences: int, max_tokens: int) -> tuple[int, int, int]:

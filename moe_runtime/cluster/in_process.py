@@ -61,6 +61,11 @@ class InProcessExecutor:
         assert self._worker is not None
         return self._worker.expert_counts()[None]
 
+    def forget(self) -> None:
+        assert self._worker is not None and not self._todo and not self._is_running
+        self._worker.forget()
+        self._counts.clear()
+
     def request_counts(self) -> None:
         self._todo.append(None)
         self._get_on()

@@ -16,7 +16,7 @@ from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.wire.executor import CountsReport, RankInfo
 from moe_runtime.wire.messages import RankResult, SlotReport, SlotTask, StepPlan
-from moe_runtime.wire.transport import Counts, CountsRequest, Message, Result, RunStep, Task, TaskReport
+from moe_runtime.wire.transport import Counts, CountsRequest, Forget, Message, Result, RunStep, Task, TaskReport
 
 REPORT = 0  # request id of counts for `reports`; no call waits for them
 
@@ -87,6 +87,12 @@ class ProcessExecutor:
         self._await(lambda: self._missing(answers), "expert counts did not come")
         del self._answers[asked]
         return np.stack([answers[rank] for rank in range(len(self.ranks))])
+
+    def forget(self) -> None:
+        for rank in range(len(self.ranks)):
+            self._group.send(rank, Forget())
+        self.expert_counts()  # a rank's answers come in order, so no earlier report is still on its way
+        self._reports.clear()
 
     def request_counts(self) -> None:
         for rank in range(len(self.ranks)):

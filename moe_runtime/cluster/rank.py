@@ -29,6 +29,7 @@ from moe_runtime.wire.transport import (
     CountsRequest,
     Dealer,
     Failed,
+    Forget,
     Hello,
     Init,
     Ready,
@@ -98,6 +99,8 @@ class RankWorker(Protocol):
 
     def expert_counts(self) -> np.ndarray: ...
 
+    def forget(self) -> None: ...
+
     def run_task(self, task: SlotTask) -> SlotReport: ...
 
 
@@ -154,6 +157,8 @@ def _serve(front: Dealer, worker: RankWorker, rank: int) -> None:
                 front.send(Result(worker.step(step)))
             case CountsRequest(request_id):
                 front.send(Counts.from_array(rank, request_id, worker.expert_counts()))
+            case Forget():
+                worker.forget()
             case Task(task):
                 front.send(TaskReport(worker.run_task(task)))
             case Stop():

@@ -29,6 +29,7 @@ from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.stats import EngineStats
 from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.engine.step_time import StepTime
+from moe_runtime.engine.warm_up import warm_up_requests
 from moe_runtime.memory.page_group import page_groups
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
@@ -108,6 +109,24 @@ class Engine:
         self._rank_rows: list[list[int]] = []  # of the last step whose results are known
         self._expert_changes = ExpertChanges()
         self._extra_rounds = 0
+
+    def warm_up(self) -> None:
+        """Run a few prompts, so that the first request waits no longer than later ones. Call before any request.
+
+        Another engine on the same ranks runs them. They leave nothing here: no counts, pages, random numbers or trace.
+
+        Raises:
+            RankError: as `step`.
+        """
+        other = Engine(replace(self.config, record_trace=None), self.model_config, self.executor, self.tokenizer)
+        requests = warm_up_requests(len(self.executor.ranks), self.model_config.vocab_size, self.max_model_len)
+        for index, (prompt, params) in enumerate(requests):
+            other.add_request(f"warm-up-{index}", prompt, params)
+        while other.has_work:
+            other.step()
+        self.executor.forget()
+        if self.tokenizer is not None:
+            self.tokenizer.warm_up()
 
     def add_request(
         self,

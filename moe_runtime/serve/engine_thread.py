@@ -76,6 +76,7 @@ class EngineThread(threading.Thread):
     def _load(self) -> Engine | None:
         try:
             engine = self._make_engine()
+            engine.warm_up()
         except (ValueError, RankError) as error:
             self._post(LoadFailed(str(error), isinstance(error, ValueError)))
         except Exception as error:  # after any error, the server must end and say why

@@ -23,6 +23,7 @@ from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
 from moe_runtime.serve.connection import Connection, WebConfig
 from moe_runtime.serve.limits import Bodies
 from moe_runtime.serve.rendering import answer_format
+from moe_runtime.serve.warm_up import warm_up
 from moe_runtime.system.owned_folders import remove_own_folders
 from moe_runtime.system.signals import END_SIGNALS
 
@@ -92,6 +93,7 @@ async def serve(app: FastAPI, listener: socket.socket, stop: asyncio.Event) -> t
         The exit code, and whether the engine's thread has ended.
     """
     engine: AsyncEngine = app.state.engine
+    await warm_up(app)
     web = _WebServer(app)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(web.serve(sockets=[listener]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,13 @@ class Tokenizer:
                 f"tokenizer: {str(path)!r} has none that can be loaded ({reason}); "
                 "name another with tokenizer, or use skip_tokenizer_init for token ids only"
             ) from error
+
+    def warm_up(self) -> None:
+        """Do what the first request would wait for: read the vocabulary, compile the chat template."""
+        assert self.max_token_bytes
+        if self.has_chat_template:
+            with contextlib.suppress(ValueError):  # this template wants other messages
+                self.apply_chat_template([{"role": "user", "content": "a"}])
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds to a prompt.

@@ -74,6 +74,9 @@ class Executor(Protocol):
         Call only while no step is in flight.
         """
 
+    def forget(self) -> None:
+        """Drop all sequences, expert counts and pending reports, as if no step had run. Call with no step in flight."""
+
     def request_counts(self) -> None:
         """Ask all ranks for their counts after the steps submitted so far; `reports` returns them."""
 

@@ -104,6 +104,11 @@ class CountsRequest:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """To a rank: drop all sequences and expert counts."""
+
+
+@dataclass(frozen=True)
 class Task:
     """To a rank: work between steps."""
 
@@ -171,6 +176,7 @@ Message = (
     | RunStep
     | Result
     | CountsRequest
+    | Forget
     | Counts
     | Task
     | TaskReport

@@ -266,6 +266,11 @@ class Worker:
         counts: np.ndarray = self.counter.counts_2LE.cpu().numpy()
         return counts
 
+    def forget(self) -> None:
+        """Drop all sequences and counts, as if no step had run."""
+        self.sequences.clear()
+        self.counter.counts_2LE.zero_()
+
     def _admit(self, work: RankPlan) -> None:
         for seq_id in work.dropped:
             del self.sequences[seq_id]

@@ -42,6 +42,9 @@ def test_a_step_is_run_and_errors_pass_through(monkeypatch):
             asked.append(f"finish {self.step}")
             return RankResult(self.step, 0)
 
+        def forget(self) -> None:
+            asked.append("forget")
+
         def expert_counts(self) -> np.ndarray:
             asked.append("counts")
             return np.ones((2, 3, 4), dtype=np.int64)
@@ -63,6 +66,9 @@ def test_a_step_is_run_and_errors_pass_through(monkeypatch):
     with pytest.raises(RuntimeError, match=r"^no such expert$"):
         executor.submit(step_plan(6, 1, commands="no such expert"))
     assert executor.expert_counts().sum() == 24
+    executor.request_counts()
+    executor.forget()
+    assert asked[-1] == "forget" and not executor.reports()
     executor.check()
     executor.close()
     executor.close()

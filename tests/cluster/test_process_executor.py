@@ -99,6 +99,16 @@ def test_expert_counts_of_every_rank(start):
     assert np.array_equal(counts, np.stack([np.full((2, 3, 4), 10**rank) for rank in range(3)]))
 
 
+def test_ranks_forget_their_counts_and_reports_on_the_way(start):
+    executor = start(2)
+    executor.submit(step_plan(1, 2))
+    executor.request_counts()
+    executor.collect()
+    executor.forget()
+    assert executor.expert_counts().sum() == 0
+    assert executor.reports() == []
+
+
 def test_reports_come_beside_steps_and_counts(start):
     executor = start(2)
     executor.submit(step_plan(1, 2))

@@ -70,6 +70,9 @@ class FakeWorker:
     def run_task(self, task: SlotTask) -> SlotReport:
         return SlotReport(self.rank, task.task_id, True, 0, 0.0, task.slot + self.rank)
 
+    def forget(self) -> None:
+        self.steps.clear()
+
     def expert_counts(self) -> np.ndarray:
         return np.full((2, 3, 4), 10**self.rank, dtype=np.int64) * len(self.steps)
 

@@ -267,6 +267,12 @@ class MockExecutor:
                 counts_2LE[1, :, 2] += share.num_decode
         return counts_W2LE
 
+    def forget(self) -> None:
+        assert not self._inflight
+        self.plans.clear()
+        for worker in self._workers:
+            worker.sequences.clear()
+
     def request_counts(self) -> None:
         raise AssertionError("nobody watches the load here")
 

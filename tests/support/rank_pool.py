@@ -131,6 +131,12 @@ class PoolExecutor:
             self._take_report()
         return np.stack(self.pool.run(_expert_counts))
 
+    def forget(self) -> None:
+        while self._calls:
+            self._take_report()
+        self._reports.clear()
+        self.pool.run(_forget)
+
     def request_counts(self) -> None:
         self._send("counts", _expert_counts)
 
@@ -193,6 +199,10 @@ def _run_task(context: RankContext, rank: int, task: SlotTask) -> SlotReport | N
 
 def _expert_counts(context: RankContext) -> np.ndarray:
     return context.kept["worker"].expert_counts()
+
+
+def _forget(context: RankContext) -> None:
+    context.kept["worker"].forget()
 
 
 def _bytes_read(context: RankContext) -> int:

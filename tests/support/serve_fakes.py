@@ -115,6 +115,10 @@ class FakeEngine:
         self.threads = set()
         self.rebalancing, self.num_tends = None, 0
         self.num_resets = 0
+        self.is_warm = False
+
+    def warm_up(self):
+        self.is_warm = True
 
     def check(self):
         self.threads.add(threading.current_thread().name)
@@ -128,6 +132,7 @@ class FakeEngine:
     def add_request(self, request_id, prompt, params, user="", shown_ids=frozenset(), cache_salt=None, arrived_at=None):
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt)
+        assert self.is_warm
         self.rules.check(prompt, params)
         if request_id == self.refuses:
             raise ValueError(f"request_id: {request_id!r} is in use")

@@ -44,6 +44,7 @@ from moe_runtime.wire.transport import (
     CountsRequest,
     Dealer,
     Failed,
+    Forget,
     Hello,
     Init,
     Message,
@@ -134,6 +135,7 @@ STRATEGIES = {
     RunStep: st.builds(RunStep, STEPS),
     Result: st.builds(Result, RESULTS),
     CountsRequest: st.builds(CountsRequest, INTEGERS),
+    Forget: st.builds(Forget),
     Counts: st.builds(Counts, INTEGERS, INTEGERS, FEW, st.binary()),
     Task: st.builds(Task, st.builds(SlotTask, *[INTEGERS] * 5)),
     TaskReport: st.builds(
