@@ -38,10 +38,12 @@ def linear_int8_rows(x_TK: Tensor, weight: QuantizedMatrix) -> Tensor:
     x_TBb, scale_TB = quantize_rows(x_TK, block)
     group, count = weight.format.group or weight.num_inputs, x_TBb.shape[1]
     padded = torch.nn.functional.pad(weight.values(), (0, count * block - weight.num_inputs))
-    codes_NBb, scales_NG = padded.view(len(weight), count, block), weight.scales()
+    codes_NBb, scales_NG, offsets_NG = padded.view(len(weight), count, block), weight.scales(), weight.offsets()
     out_TN = torch.zeros(len(x_TK), len(weight))
     for index in range(count):
         sums_TN = (x_TBb[:, index].double() @ codes_NBb[:, index].double().T).float()  # exact
         scaled_TN = sums_TN * scales_NG[:, index * block // group]
+        if offsets_NG is not None:
+            scaled_TN += x_TBb[:, index].sum(dim=1)[:, None] * offsets_NG[:, index * block // group]
         out_TN = torch.addcmul(out_TN.double(), scaled_TN.double(), scale_TB[:, index, None].double()).float()
     return out_TN

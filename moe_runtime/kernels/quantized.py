@@ -1,18 +1,18 @@
 """Quantised matrices: codes, scales, and what they stand for. The slow twin of every kernel that computes from codes.
 
-Shape suffixes: N outputs, K inputs, G groups of inputs.
+Shape suffixes: N outputs, K inputs, G groups of inputs, S super-groups: inputs that share a factor of their scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+from moe_runtime.types.weight_format import SUPER_GROUP, Code, Scale, WeightFormat
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INT4_ZERO = 8  # codes of INT4 are 0 to 15; without zeros, 8 stands for 0
@@ -23,40 +23,52 @@ PIECE = 1 << 17  # weights that are quantised at once: in float32, they and what
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A matrix `[N, K]`, or some of its rows: weight = (code - zero) * (scale * factor), all in float32.
+    """A matrix `[N, K]`, or some of its rows: weight = (code - zero) * (scale * factor) + offset, all in float32.
 
     Attributes:
         format: its code, the type of its scales, its group.
-        codes: uint8. INT4, FP4: `[N, ceil(K / 2)]`, the low half of a byte is the even column. INT8: two's complement.
+        codes: uint8. INT4, UINT4, FP4: `[N, ceil(K / 2)]`, the low half of a byte is the even column. INT8: two's
+            complement, with offsets from 0 to 31, so that the product with a float16 or INT8 scale is exact.
         scales_NG: of the type `format.scale`; for E8M0 uint8.
         zeros_NG: uint8, as the codes are (0 to 15 for INT4, two's complement for INT8); None without zeros: then INT4
-            has the zero 8 and INT8 the zero 0.
-        factor_N: float32, or float64 where it stands for a division by its reciprocal; None: 1. Given if and only if
-            scales are E4M3. The product with a scale is rounded once, to float32. Kernels round the factor before.
+            has the zero 8, other codes the zero 0.
+        factor_NS: of the type `format.scale.factor`, or float64 where it stands for a division by its reciprocal;
+            None: 1. The product with a scale is rounded once, to float32. Kernels round the factor before.
         num_inputs: K.
+        offsets_NG: what is added, of the type of the scales; None without offsets.
+        offset_factor_NS: what offsets are multiplied with, as scales are by `factor_NS`.
     """
 
     format: WeightFormat
     codes: Tensor
     scales_NG: Tensor
     zeros_NG: Tensor | None
-    factor_N: Tensor | None
+    factor_NS: Tensor | None
     num_inputs: int
+    offsets_NG: Tensor | None = None
+    offset_factor_NS: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = (len(self.codes), self.format.num_groups(self.num_inputs))
-        width = -(-self.num_inputs * self.format.code.bits // 8)
-        assert self.format.scale is not None and str(self.scales_NG.dtype) == f"torch.{self.format.scale.dtype}"
-        assert self.codes.dtype == torch.uint8 and self.codes.shape == (shape[0], width)
-        assert self.scales_NG.shape == shape
-        assert (self.zeros_NG is not None) == self.format.has_zero
-        assert self.zeros_NG is None or (self.zeros_NG.dtype == torch.uint8 and self.zeros_NG.shape == shape)
-        assert (self.factor_N is not None) == (self.format.scale is Scale.E4M3)
+        format, num_rows = self.format, len(self.codes)
+        assert format.scale is not None
+        groups, factors = ((num_rows, count(self.num_inputs)) for count in (format.num_groups, format.num_factors))
+        scale = getattr(torch, format.scale.dtype)
+        assert self.codes.dtype == torch.uint8
+        assert self.codes.shape == (num_rows, -(-self.num_inputs * format.code.bits // 8))
+        assert self.scales_NG.dtype == scale and self.scales_NG.shape == groups
+        assert _fits(self.zeros_NG, format.has_zero, groups, torch.uint8)
+        assert _fits(self.offsets_NG, format.has_offset, groups, scale)
+        has_factor = format.scale.factor is not None
+        assert _fits(self.factor_NS, has_factor, factors)
+        assert _fits(self.offset_factor_NS, has_factor and format.has_offset, factors)
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What kernels take: codes, scales, zeros, and factors in float32."""
-        return self.codes, self.scales_NG, self.zeros_NG, None if self.factor_N is None else self.factor_N.float()
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What kernels take: codes, scales, zeros, factors, offsets and their factors."""
+        factor_NS = self.factor_NS
+        if factor_NS is not None and factor_NS.dtype == torch.float64:
+            factor_NS = factor_NS.float()
+        return self.codes, self.scales_NG, self.zeros_NG, factor_NS, self.offsets_NG, self.offset_factor_NS
 
     @property
     def nbytes(self) -> int:
@@ -67,30 +79,41 @@ class QuantizedMatrix:
 
     def rows(self, index: slice | Tensor) -> QuantizedMatrix:
         """Some rows, by a slice or by numbers."""
-        return QuantizedMatrix(
-            self.format,
-            self.codes[index],
-            self.scales_NG[index],
-            None if self.zeros_NG is None else self.zeros_NG[index],
-            None if self.factor_N is None else self.factor_N[index],
-            self.num_inputs,
-        )
+        return self._changed(lambda part: part[index])
 
     def to(self, device: torch.device) -> QuantizedMatrix:
         """The same on a device."""
-        return QuantizedMatrix(
-            self.format,
-            self.codes.to(device),
-            self.scales_NG.to(device),
-            None if self.zeros_NG is None else self.zeros_NG.to(device),
-            None if self.factor_N is None else self.factor_N.to(device),
-            self.num_inputs,
-        )
+        return self._changed(lambda part: part.to(device))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> QuantizedMatrix:
+        """The matrix whose tensors are made of this one's."""
+        return self._with({name: change(tensor) for name, tensor in self._tensors().items()})
+
+    def _with(self, tensors: Mapping[str, Any]) -> QuantizedMatrix:
+        """The matrix with other tensors, by the names of its attributes."""
+        return replace(self, **tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Its tensors, by the names of its attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def scales(self) -> Tensor:
         """What a group's values are multiplied with, `[N, G]` float32."""
-        scales_NG = decode_scales(self.scales_NG)
-        return scales_NG if self.factor_N is None else (scales_NG.double() * self.factor_N[:, None]).float()
+        return self._with_factors(self.scales_NG, self.factor_NS)
+
+    def offsets(self) -> Tensor | None:
+        """What is added to a group's weights, `[N, G]` float32; None: nothing."""
+        return None if self.offsets_NG is None else self._with_factors(self.offsets_NG, self.offset_factor_NS)
+
+    def _with_factors(self, numbers_NG: Tensor, factor_NS: Tensor | None) -> Tensor:
+        numbers_NG = decode_scales(numbers_NG)
+        if factor_NS is None:
+            return numbers_NG
+        factor_NG = factor_NS.double()
+        if self.format.scale is Scale.INT8 and self.format.group:
+            per_factor = SUPER_GROUP // self.format.group
+            factor_NG = factor_NG.repeat_interleave(per_factor, dim=1)[:, : numbers_NG.shape[1]]
+        return (numbers_NG.double() * factor_NG).float()
 
     def values(self) -> Tensor:
         """Codes less their zeros, `[N, K]` float32."""
@@ -102,8 +125,9 @@ class QuantizedMatrix:
         return values_NK - self._spread(zeros_NG)
 
     def dequantize(self) -> Tensor:
-        """The weights `[N, K]`, float32."""
-        return self.values() * self._spread(self.scales())
+        """The weights `[N, K]`, float32; an offset is added to the rounded product."""
+        weights_NK, offsets_NG = self.values() * self._spread(self.scales()), self.offsets()
+        return weights_NK if offsets_NG is None else weights_NK + self._spread(offsets_NG)
 
     def _spread(self, x_NG: Tensor) -> Tensor:
         """The numbers of groups for each of their inputs, `[N, K]`."""
@@ -128,16 +152,16 @@ def stack_rows(parts: Sequence[Tensor | QuantizedMatrix]) -> Tensor | QuantizedM
 
 
 def _concatenate(parts: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
-    first = parts[0]
+    first, tensors = parts[0], [part._tensors() for part in parts]
     assert all(part.format == first.format and part.num_inputs == first.num_inputs for part in parts)
+    return first._with({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]})
 
-    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        found = [tensor for tensor in tensors if tensor is not None]
-        return torch.cat(found) if found else None
 
-    codes, scales_NG = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales_NG"))
-    zeros_NG, factor_N = (joined([getattr(part, name) for part in parts]) for name in ("zeros_NG", "factor_N"))
-    return QuantizedMatrix(first.format, codes, scales_NG, zeros_NG, factor_N, first.num_inputs)
+def _fits(tensor: Tensor | None, given: bool, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> bool:
+    """Whether a tensor is there if and only if it is `given`, with a shape and a dtype (None: any)."""
+    if tensor is None or not given:
+        return tensor is None and not given
+    return tensor.shape == shape and dtype in (None, tensor.dtype)
 
 
 def decode_scales(scales: Tensor) -> Tensor:
@@ -154,8 +178,8 @@ def decode_codes(code: Code, codes: Tensor, num_inputs: int) -> Tensor:
     if code is Code.FP8:
         return codes.view(torch.float8_e4m3fn).float()
     halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :num_inputs]
-    if code is Code.INT4:
-        return halves.float() - INT4_ZERO
+    if code in (Code.INT4, Code.UINT4):
+        return halves.float() - INT4_ZERO * (code is Code.INT4)
     assert code is Code.FP4
     table = torch.tensor([*E2M1, *(-x for x in E2M1)], device=codes.device)
     return table[halves.long()]
@@ -178,13 +202,14 @@ def quantize(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
 
     Args:
         weight_NK: float32 or bfloat16, finite.
+        format: without offsets and INT8 scales.
     """
     rows = max(1, PIECE // weight_NK.shape[1])
     return _concatenate([_quantize_rows(rows_NK, format) for rows_NK in weight_NK.split(rows)])
 
 
 def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
-    assert format.scale is not None
+    assert format.scale not in (None, Scale.INT8) and not format.has_offset
     rows, inputs = weight_NK.shape
     group, groups = format.group or inputs, format.num_groups(inputs)
     padded = weight_NK.float()
@@ -192,15 +217,15 @@ def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
         padded = torch.nn.functional.pad(padded, (0, missing))
     padded = padded.view(rows, groups, group)
     largest_NG, code = padded.abs().amax(dim=2), format.code
-    factor_N: Tensor | None = None
+    factor_N1: Tensor | None = None
     if format.scale is Scale.E8M0:
         assert code is Code.FP4
         exponent = torch.frexp(largest_NG).exponent - 1 - 2  # E2M1's largest is 1.5 * 2^2
         stored = (exponent + 127).clamp(0, 254).to(torch.uint8)
     elif format.scale is Scale.E4M3:
         assert code is Code.FP4
-        factor_N = largest_NG.amax(dim=1) / (FP8_MAX * FP4_MAX)
-        stored = (largest_NG / FP4_MAX / factor_N.clamp(min=1e-38)[:, None]).to(torch.float8_e4m3fn)
+        factor_N1 = largest_NG.amax(dim=1, keepdim=True) / (FP8_MAX * FP4_MAX)
+        stored = (largest_NG / FP4_MAX / factor_N1.clamp(min=1e-38)).to(torch.float8_e4m3fn)
     else:
         dtype: torch.dtype = getattr(torch, format.scale.dtype)
         if code is Code.INT4:
@@ -209,14 +234,14 @@ def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
         else:
             stored = (largest_NG / {Code.INT8: 127.0, Code.FP8: FP8_MAX, Code.FP4: FP4_MAX}[code]).to(dtype)
     scales_NG = decode_scales(stored)
-    if factor_N is not None:
-        scales_NG = scales_NG * factor_N[:, None]
+    if factor_N1 is not None:
+        scales_NG = scales_NG * factor_N1
     inverse = torch.where(scales_NG.abs() >= SMALLEST_NORMAL, 1.0 / scales_NG, 0.0)
     scaled = (padded * inverse[:, :, None]).flatten(1)[:, :inputs]
     zeros_NG = None
     if format.has_zero:
         zeros_NG = torch.full_like(stored, INT4_ZERO if code is Code.INT4 else 0, dtype=torch.uint8)
-    return QuantizedMatrix(format, _encode(code, scaled), stored, zeros_NG, factor_N, inputs)
+    return QuantizedMatrix(format, _encode(code, scaled), stored, zeros_NG, factor_N1, inputs)
 
 
 def _encode(code: Code, scaled_NK: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_runtime.kernels.quantized import QuantizedMatrix
-from moe_runtime.types.weight_format import Scale, WeightFormat
+from moe_runtime.types.weight_format import WeightFormat
 
 Matrix = Tensor | QuantizedMatrix  # [N, K]
 
@@ -53,15 +53,21 @@ MatrixSlots = Tensor | QuantizedSlots  # [S, N, K]
 def empty_matrix(format: WeightFormat, outputs: int, inputs: int, device: torch.device) -> QuantizedMatrix:
     """Room for a quantised matrix `[outputs, inputs]`, whose rows are put in afterwards."""
     assert format.scale is not None, format
-    groups = format.num_groups(inputs)
-    scales_NG = torch.empty(outputs, groups, dtype=getattr(torch, format.scale.dtype), device=device)
+    groups, factors = format.num_groups(inputs), format.num_factors(inputs)
+    scale, factor = format.scale, format.scale.factor
+
+    def room(count: int, dtype: str = "uint8") -> Tensor:
+        return torch.empty(outputs, count, dtype=getattr(torch, dtype), device=device)
+
     return QuantizedMatrix(
         format,
-        torch.empty(outputs, -(-inputs * format.code.bits // 8), dtype=torch.uint8, device=device),
-        scales_NG,
-        torch.empty(outputs, groups, dtype=torch.uint8, device=device) if format.has_zero else None,
-        torch.empty(outputs, dtype=torch.float32, device=device) if format.scale is Scale.E4M3 else None,
+        room(-(-inputs * format.code.bits // 8)),
+        room(groups, scale.dtype),
+        room(groups) if format.has_zero else None,
+        room(factors, factor.dtype) if factor else None,
         inputs,
+        room(groups, scale.dtype) if format.has_offset else None,
+        room(factors, factor.dtype) if factor and format.has_offset else None,
     )
 
 

@@ -38,8 +38,12 @@ class CheckedWeights:
     ) -> QuantizedMatrix:
         matrix = self._source.read_quantized(name, shape, index, rows)
         checked = {"scales": decode_scales(matrix.scales_NG)}
-        if matrix.factor_N is not None:
-            checked["factors"] = matrix.factor_N
+        named = {
+            "factors": matrix.factor_NS,
+            "offsets": matrix.offsets_NG,
+            "factors of offsets": matrix.offset_factor_NS,
+        }
+        checked |= {what: tensor for what, tensor in named.items() if tensor is not None}
         if matrix.format.code is Code.FP8:  # other codes are always numbers
             checked["codes"] = matrix.codes.view(torch.float8_e4m3fn).float()
         for what, values in checked.items():

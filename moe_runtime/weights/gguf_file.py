@@ -62,14 +62,19 @@ TYPES: dict[int, tuple[str, int, int]] = {
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
-# Types that become a `QuantizedMatrix`, and all that can be read; see formats/gguf.py.
+# Types that are held in their codes, and all that can be read; see formats/gguf.py.
 FORMATS = {
     "Q8_0": WeightFormat(Code.INT8, Scale.FLOAT16, 32),
     "Q5_0": WeightFormat(Code.INT8, Scale.FLOAT16, 32),
     "Q4_0": WeightFormat(Code.INT4, Scale.FLOAT16, 32),
+    "Q4_1": WeightFormat(Code.UINT4, Scale.FLOAT16, 32, has_offset=True),
+    "Q5_1": WeightFormat(Code.INT8, Scale.FLOAT16, 32, has_offset=True),
+    "Q4_K": WeightFormat(Code.UINT4, Scale.INT8, 32, has_offset=True),
+    "Q5_K": WeightFormat(Code.INT8, Scale.INT8, 32, has_offset=True),
+    "Q6_K": WeightFormat(Code.INT8, Scale.INT8, 16),
     "MXFP4": WeightFormat(Code.FP4, Scale.E8M0, 32),
 }
-READABLE = ("F32", "F16", "BF16", *FORMATS, "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+READABLE = ("F32", "F16", "BF16", *FORMATS)
 # Types of values in the metadata, by number: their letters in `struct`.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9

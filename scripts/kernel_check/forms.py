@@ -31,7 +31,14 @@ GPT_OSS = SwiGLU(alpha=1.702, limit=7.0, offset=1.0)
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 BFLOAT16 = "bf16"
 FLOAT32 = "fp32"
-POINTERS = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "e8m0": "*u8", "e4m3": "*u8"}  # of scales
+POINTERS = {
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "e8m0": "*u8",
+    "e4m3": "*u8",
+    "int8": "*i8",
+}  # of scales
 # The quantised formats of open models.
 FORMATS = {
     "fp8": WeightFormat(Code.FP8, Scale.FLOAT32, 128),
@@ -39,6 +46,8 @@ FORMATS = {
     "nvfp4": WeightFormat(Code.FP4, Scale.E4M3, 16),
     "int4 zeros": WeightFormat(Code.INT4, Scale.FLOAT16, 128, has_zero=True),
     "int8": WeightFormat(Code.INT8, Scale.BFLOAT16),
+    "q4_k": WeightFormat(Code.UINT4, Scale.INT8, 32, has_offset=True),
+    "q6_k": WeightFormat(Code.INT8, Scale.INT8, 16),
 }
 TILES = {BFLOAT16: tiles.TILES_16_BIT, "fp16": tiles.TILES_16_BIT, FLOAT32: tiles.TILES_32_BIT}
 
@@ -77,9 +86,16 @@ def weight_pointers(dtype: str, format: WeightFormat | None) -> dict[str, str]:
     """Types of the pointers to weights."""
     if format is None or format.scale is None:
         return {"w_ptr": f"*{dtype}"}
-    pointers = {"w_ptr": "*u8", "scales_ptr": POINTERS[format.scale.value]}
-    pointers |= {"zeros_ptr": "*u8"} if format.has_zero else {}
-    return pointers | ({"factor_ptr": "*fp32"} if format.scale is Scale.E4M3 else {})
+    scale, factor = POINTERS[format.scale.value], format.scale.factor and POINTERS[format.scale.factor.value]
+    pointers = {
+        "w_ptr": "*u8",
+        "scales_ptr": scale,
+        "zeros_ptr": "*u8" if format.has_zero else None,
+        "factor_ptr": factor,
+    }
+    if format.has_offset:
+        pointers |= {"offsets_ptr": scale, "offset_factor_ptr": factor}
+    return {name: kind for name, kind in pointers.items() if kind}
 
 
 def gemm_forms(
@@ -272,7 +288,7 @@ def one_tile_forms() -> list[Form]:
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5]),
         *gemm_forms(BFLOAT16, tiles.TILES_16_BIT[4:5], gpt_oss=True),
         dense_gemm_form(BFLOAT16),
-        *(dense_gemm_form(BFLOAT16, weights) for weights in ("fp8", "nvfp4", "int4 zeros")),
+        *(dense_gemm_form(BFLOAT16, weights) for weights in ("fp8", "nvfp4", "int4 zeros", "q4_k", "q6_k")),
         tile_map_form(512),
         gate_form(256, 8, "sigmoid", 8, 4, bias=True),
         *group_forms(131072, 256),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantized_matrices import FORMATS, name_of, random_matrix
+from quantized_matrices import FORMATS, QUANTIZABLE, name_of, random_matrix
 
 from moe_runtime.config.quantization import METHODS
 from moe_runtime.kernels import quantized
@@ -51,7 +51,7 @@ def test_halves_go_to_the_even_code() -> None:
     assert values.tolist() == [[nearest_value(Code.FP4, value) for value in row] for row in weight.tolist()]
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", QUANTIZABLE, ids=name_of)
 def test_rows_are_quantised_apart(format: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(7, 100)
     whole = quantize(weight, format)
@@ -74,10 +74,11 @@ def test_the_error_is_at_most_half_a_step(method: str) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_dequantised_weights_follow_the_formula(format: WeightFormat) -> None:
     """One weight at a time, in Python."""
-    matrix = random_matrix(format, 3, 37)
-    found, group = matrix.dequantize(), format.group or 37
+    inputs = 293 if format.scale is Scale.INT8 else 37
+    matrix = random_matrix(format, 3, inputs)
+    found, group = matrix.dequantize(), format.group or inputs
     for row in range(3):
-        for column in range(37):
+        for column in range(0, inputs, 1 + inputs // 100):
             if format.code.bits == 4:
                 code = int(matrix.codes[row, column // 2]) >> 4 * (column % 2) & 15
             else:
@@ -86,6 +87,8 @@ def test_dequantised_weights_follow_the_formula(format: WeightFormat) -> None:
             match format.code:
                 case Code.INT4:
                     value = code - (zero if format.has_zero else 8)
+                case Code.UINT4:
+                    value = code
                 case Code.INT8:
                     value = (code ^ 128) - 128 - ((zero ^ 128) - 128)
                 case Code.FP4:
@@ -96,12 +99,18 @@ def test_dequantised_weights_follow_the_formula(format: WeightFormat) -> None:
                     value = -size if code & 128 else size
             stored = matrix.scales_NG[row, column // group]
             scale = torch.tensor(2.0 ** (int(stored) - 127)) if format.scale is Scale.E8M0 else stored.float()
-            if matrix.factor_N is not None:
-                scale = scale * matrix.factor_N[row]
-            assert found[row, column] == torch.tensor(float(value)) * scale
+            if matrix.factor_NS is not None:
+                scale = scale * matrix.factor_NS[row, column // 256].float()
+            wanted = torch.tensor(float(value)) * scale
+            if matrix.offsets_NG is not None:
+                offset = matrix.offsets_NG[row, column // group].float()
+                if matrix.offset_factor_NS is not None:
+                    offset = offset * matrix.offset_factor_NS[row, column // 256].float()
+                wanted = wanted + offset
+            assert found[row, column] == wanted
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", QUANTIZABLE, ids=name_of)
 def test_every_format_can_be_quantised_into(format: WeightFormat) -> None:
     weight = torch.randn(20, 100)
     found = quantize(weight, format)
@@ -120,7 +129,7 @@ def test_rows_and_stacks() -> None:
         assert both.nbytes == format.nbytes(9, 40)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("format", QUANTIZABLE, ids=name_of)
 def test_weights_of_any_size_become_finite(format: WeightFormat) -> None:
     weight = torch.randn(4, 256)
     weight[0], weight[1], weight[2, :128] = 0, weight[1] * 1e-40, 1e-39

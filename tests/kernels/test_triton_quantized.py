@@ -25,6 +25,7 @@ SHAPES: list[Shape] = [
     ([3, 0, 17, 1, 0], 9, 150, 41),  # ends within a byte, a group and a tile
     ([0, 2], None, 64, 192),  # whole tiles of inputs
     ([30, 20, 33], 50, 70, 24),  # more rows a tile
+    ([2, 1], 3, 300, 40),  # more than a super-group
 ]
 
 
@@ -59,7 +60,7 @@ def decoded_exactly(format: WeightFormat) -> Case:
     def check(device: torch.device, dtype: torch.dtype) -> None:
         from moe_runtime.kernels.triton import dense_gemm
 
-        outputs, inputs = 37, 100
+        outputs, inputs = 37, 300 if format.scale is Scale.INT8 else 100
         weight = random_matrix(format, outputs, inputs).to(device)
         unit = torch.eye(inputs, device=device, dtype=dtype)
         assert torch.equal(dense_gemm.quantized_linear(unit, weight), dense(weight, dtype).T)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import k_quants
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
@@ -65,7 +66,8 @@ def write_gguf(
     for name, tensor in _named(arch, config, load_file(folder / "model.safetensors")):
         is_plain = tensor.ndim == 1 or name.endswith(".bias") or "ffn_gate_inp" in name
         kind = Kind.F32 if is_plain else kind_of(name)
-        data = gguf.quants.quantize(tensor.float().contiguous().numpy(), kind)
+        quantize = k_quants.pack if kind in k_quants.K_QUANTS else gguf.quants.quantize
+        data = quantize(tensor.float().contiguous().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     write(writer)
     return file

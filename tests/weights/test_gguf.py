@@ -15,6 +15,7 @@ from fakes import CHAT_TEMPLATE, SPECIAL, save_byte_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType
 from gguf_models import read_bpe, write, write_gguf
+from k_quants import K_QUANTS
 from kernel_marks import needs_native_kernels
 from parity_ranks import gather, plan_steps, run_steps
 from safetensors.torch import load_file
@@ -96,7 +97,7 @@ def test_tokens_are_those_of_the_checkpoint(bfloat16: tuple[Path, Path]) -> None
     assert generate(file) == generate(checkpoint)
 
 
-SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2}
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
 
 
 def quantised(tmp_path: Path, kinds: dict[str, Kind], case: str = "qwen3 normalised") -> tuple[Path, Path]:
@@ -133,9 +134,15 @@ def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
         assert torch.equal(ours, theirs)
 
 
+BLOCKS = [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.MXFP4, Kind.Q4_1, Kind.Q5_1]
+
+
 @needs_native_kernels
-@pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.MXFP4])
-@pytest.mark.parametrize("case", ["qwen3 normalised", "mixtral"])  # Mixtral's queries and keys have rows in pairs
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    # Mixtral's queries and keys have rows in pairs.
+    [("qwen3 normalised", kind) for kind in (*BLOCKS, *K_QUANTS)] + [("mixtral", Kind.Q8_0), ("mixtral", Kind.Q4_K)],
+)
 def test_matrices_are_held_as_they_are_stored(case: str, kind: Kind, tmp_path: Path, rank_pool: Pools) -> None:
     names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q", "attn_k", "attn_v", "attn_output", "output")
     file, twin = quantised(tmp_path, dict.fromkeys(names, kind), case)
@@ -320,10 +327,10 @@ def test_tensors_that_are_refused(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_types_that_are_refused(tmp_path: Path) -> None:
-    folder = save(make_model("qwen3", hidden_size=64, moe_intermediate_size=32), tmp_path / "model")
-    file = write_gguf(folder, tmp_path / "m.gguf", lambda name: Kind.Q4_1 if "down_exps" in name else Kind.F32)
+    folder = save(make_model("qwen3", hidden_size=64, moe_intermediate_size=256), tmp_path / "model")
+    file = write_gguf(folder, tmp_path / "m.gguf", lambda name: Kind.TQ2_0 if "down_exps" in name else Kind.F32)
     with pytest.raises(
-        ValueError, match=r"^quantization: Q4_1 of tensor 'blk.0.ffn_down_exps.weight' .* one of F32, F16"
+        ValueError, match=r"^quantization: TQ2_0 of tensor 'blk.0.ffn_down_exps.weight' .* one of F32, F16"
     ):
         read_model_config(file)
 

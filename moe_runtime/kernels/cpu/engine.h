@@ -130,7 +130,7 @@ InputRows<T> int8_rows(Pool& pool, RowBuffers& buffers, const Weight& weight, co
   const int64_t block = block_inputs(*weight.format), blocks = ceil_div(weight.inputs, block);
   const Int8Rows found{buffers.codes.get<int8_t>(rows * row_inputs<T>(weight)), buffers.scales.get<float>(rows * blocks),
                        buffers.sums.get<int32_t>(rows * blocks), row_inputs<T>(weight), block, blocks,
-                       weight.format->has_zero ? 1 : zero_byte(weight.format->code)};
+                       weight.format->term ? 1 : zero_byte(weight.format->code)};
   for_rows(pool, rows, [&](int64_t row) { quantize_row(found, row, x + row * stride, weight.inputs); });
   return {nullptr, 0, found};
 }

@@ -24,28 +24,30 @@ struct Run {
   Block blocks[kMostRunBlocks];
   alignas(64) float scales[kMostRunBlocks][kPanel];
   alignas(64) int32_t zeros[kMostRunBlocks][kPanel];  // only of weights with zeros
+  alignas(64) float offsets[kMostRunBlocks][kPanel];  // only of weights with offsets
 };
 
 // Fills a run with the blocks from `first` on. `base` stands for 0 among the integers that are multiplied.
-template <int kCode, bool kHasZero>
+template <int kCode, Term kTerm>
 void start_run(const QuantFormat& format, const PanelShape& shape, const Int8Rows& rows, const uint8_t* panel,
                int64_t inputs, int64_t first, int32_t base, Run& run) {
-  const auto* factor = reinterpret_cast<const float*>(panel);
   run.count = static_cast<int>(std::min(kRunInputs / rows.block, rows.blocks - first));
   for (int b = 0; b < run.count; b++) {
     const int64_t number = first + b, input = number * rows.block, group = input / shape.group;
-    const uint8_t* head = panel + shape.head_at(group);
+    const auto of_group = GroupHead::at(shape, panel, group);
+    const uint8_t* head = of_group.head;
     const uint8_t* codes = head + shape.head_bytes + (input - group * shape.group) / shape.inputs_of_step * kCodesBytes;
     run.blocks[b] = {head, codes, number, ceil_div(std::min(rows.block, inputs - input), shape.inputs_of_step)};
     for (int64_t line = 0; line < shape.head_bytes; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(head + line) + kAheadBytes, _MM_HINT_T0);
     }
     for (int output = 0; output < kPanel; output += kLanes) {
-      const Vec scale = load_scales(format.scale, head, factor, output);
+      const Vec scale = load_scales(format, of_group, output);
       store(run.scales[b] + output, kCode == kFp4 ? scale * set1(0.5f) : scale);
-      if constexpr (kHasZero) {
-        store_bits(run.zeros[b] + output, add_int32(int_of(load_zeros(format, head, output)), set1_bits(base)));
+      if constexpr (kTerm == kZeros) {
+        store_bits(run.zeros[b] + output, add_int32(int_of(load_zeros(format, of_group, output)), set1_bits(base)));
       }
+      if constexpr (kTerm == kOffsets) store(run.offsets[b] + output, load_offsets(format, of_group, output));
     }
   }
 }
@@ -72,14 +74,16 @@ struct RunRows {
 };
 
 // `out` + the scaled products of a row's block with one vector of outputs. `sum` is that of the row's codes.
-template <bool kHasZero, bool kHasBase>
+template <Term kTerm, int32_t kBase>
 inline Vec add_scaled(const Run& run, int b, int output, IntVec products, float scale, int32_t sum, Vec out) {
-  if constexpr (kHasZero) {
+  if constexpr (kTerm == kZeros) {
     products = sub_int32(products, mul_int32(load_bits(run.zeros[b] + output), set1_bits(sum)));
-  } else if constexpr (kHasBase) {
-    products = sub_int32(products, set1_bits(sum));
+  } else if constexpr (kBase != 0) {
+    products = sub_int32(products, set1_bits(kTerm == kOffsets ? kBase * sum : sum));
   }
-  return fma(float_of(products) * load(run.scales[b] + output), set1(scale), out);
+  Vec scaled = float_of(products) * load(run.scales[b] + output);
+  if constexpr (kTerm == kOffsets) scaled = scaled + load(run.offsets[b] + output) * set1(static_cast<float>(sum));
+  return fma(scaled, set1(scale), out);
 }
 
 // --- vectors ---
@@ -97,7 +101,7 @@ inline IntVec add_byte_products(IntVec sum, IntVec, IntVec) { return sum; }  // 
 template <int kCode>
 struct StepBytes {
   // Steps of which 16 bits hold the sum of products: of 4 * 15 * 127, or 4 * 24 * 127 in FP4. 0: sums have 32 bits.
-  static constexpr int kShortSteps = kByteProducts ? 0 : kCode == kInt4 ? 4 : 2;
+  static constexpr int kShortSteps = kByteProducts ? 0 : kCode == kFp4 ? 2 : 4;
   static constexpr bool kDecodes = true;
   IntVec low, high;
 
@@ -227,7 +231,7 @@ inline void block_products(const Block& block, int output, const int8_t (*x)[kRu
 }
 
 // Adds the products of some rows with a run to `out[r][0 .. 64)`.
-template <int kRows, int kCode, bool kHasZero, class Source>
+template <int kRows, int kCode, Term kTerm, class Source>
 void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, float* out) {
   constexpr int kVecs = run_vecs<kCode>(kRows);
   const RunRows<kRows> tile(run, rows, numbers);
@@ -240,25 +244,25 @@ void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, float
         const int output = column + j * kLanes;
         for (int r = 0; r < kRows; r++) {
           float* to = out + r * kPanel + output;
-          store(to, add_scaled<kHasZero, zero_byte(kCode) != 0>(run, b, output, sums[r][j], tile.scales[b][r],
-                                                                tile.sums[b][r], load(to)));
+          store(to, add_scaled<kTerm, zero_byte(kCode)>(run, b, output, sums[r][j], tile.scales[b][r],
+                                                        tile.sums[b][r], load(to)));
         }
       }
     }
   }
 }
 
-template <int kCode, bool kHasZero, class Source>
+template <int kCode, Term kTerm, class Source>
 void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
   for_tiles(count, [&](int64_t row, int tile_rows) {
     with_rows(tile_rows, [&](auto constant) {
-      add_run<decltype(constant)::value, kCode, kHasZero, Source>(run, rows, numbers + row, out + row * kPanel);
+      add_run<decltype(constant)::value, kCode, kTerm, Source>(run, rows, numbers + row, out + row * kPanel);
     });
   });
 }
 
 // Adds the products of any number of rows with a run. The bytes of several tiles are decoded once.
-template <int kCode, bool kHasZero>
+template <int kCode, Term kTerm>
 void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
   if constexpr (StepBytes<kCode>::kDecodes) {
     if (count > kTileRows) {
@@ -275,10 +279,10 @@ void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int
           }
         }
       }
-      return add_run<kCode, kHasZero, DecodedRun<kCode>>(run, rows, numbers, count, out);
+      return add_run<kCode, kTerm, DecodedRun<kCode>>(run, rows, numbers, count, out);
     }
   }
-  add_run<kCode, kHasZero, CodedRun<kCode>>(run, rows, numbers, count, out);
+  add_run<kCode, kTerm, CodedRun<kCode>>(run, rows, numbers, count, out);
 }
 
 // --- tiles ---
@@ -299,7 +303,7 @@ void decode_bytes(const Block& block, uint8_t* bytes) {
       if constexpr (kCode == kFp4) {
         low = lookup(table, low);
         high = lookup(table, high);
-      } else {
+      } else if constexpr (kCode == kInt4) {
         low = _mm512_sub_epi8(low, set1_bits(0x08080808));
         high = _mm512_sub_epi8(high, set1_bits(0x08080808));
       }
@@ -312,7 +316,7 @@ void decode_bytes(const Block& block, uint8_t* bytes) {
 constexpr int64_t kTileInputs = 64;  // of a product of tiles of bytes
 
 // The same for one block, by products of tiles. The caller holds TileRegisters.
-template <int kCode, bool kHasZero>
+template <int kCode, Term kTerm>
 void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
   const Block& block = run.blocks[b];
   alignas(64) uint8_t bytes[kMostBlockInputs * kPanel];
@@ -347,7 +351,7 @@ void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t*
         float* to = out + (first + i) * kPanel + output;
         const IntVec products = load_bits(sums + i * kPanel + output);
         const int64_t place = numbers[first + i] * rows.blocks + block.number;
-        store(to, add_scaled<kHasZero, false>(run, b, output, products, rows.scales[place], rows.sums[place], load(to)));
+        store(to, add_scaled<kTerm, 0>(run, b, output, products, rows.scales[place], rows.sums[place], load(to)));
       }
     }
   }
@@ -355,7 +359,7 @@ void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t*
 #endif
 
 // `out[i][0 .. 64)` = the products of the rows with these numbers with a panel of `inputs` inputs.
-template <int kCode, bool kHasZero>
+template <int kCode, Term kTerm>
 void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int8Rows& rows, const int64_t* numbers,
                    int64_t count, const uint8_t* panel, int64_t inputs, float* out) {
   std::fill_n(out, count * kPanel, 0.0f);
@@ -367,23 +371,26 @@ void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int
 #endif
   Run run;
   for (int64_t first = 0; first < rows.blocks; first += run.count) {
-    start_run<kCode, kHasZero>(format, shape, rows, panel, inputs, first, in_tiles ? 0 : zero_byte(kCode), run);
+    start_run<kCode, kTerm>(format, shape, rows, panel, inputs, first, in_tiles ? 0 : zero_byte(kCode), run);
 #if defined(__AMX_INT8__)
     if (in_tiles) {
-      for (int b = 0; b < run.count; b++) add_block_tiles<kCode, kHasZero>(run, b, rows, numbers, count, out);
+      for (int b = 0; b < run.count; b++) add_block_tiles<kCode, kTerm>(run, b, rows, numbers, count, out);
       continue;
     }
 #endif
-    add_run_vectors<kCode, kHasZero>(run, rows, numbers, count, out);
+    add_run_vectors<kCode, kTerm>(run, rows, numbers, count, out);
   }
 }
 
 inline void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int8Rows& rows,
                           const int64_t* numbers, int64_t count, const uint8_t* panel, int64_t inputs, float* out) {
-  const auto multiply = format.code == kFp4 ? multiply_int8<kFp4, false>
+  const auto multiply = format.code == kFp4     ? multiply_int8<kFp4, kNoTerm>
+                        : format.code == kUint4 ? multiply_int8<kUint4, kOffsets>
                         : format.code == kInt4
-                            ? (format.has_zero ? multiply_int8<kInt4, true> : multiply_int8<kInt4, false>)
-                            : (format.has_zero ? multiply_int8<kInt8, true> : multiply_int8<kInt8, false>);
+                            ? (format.term ? multiply_int8<kInt4, kZeros> : multiply_int8<kInt4, kNoTerm>)
+                        : format.term == kOffsets ? multiply_int8<kInt8, kOffsets>
+                        : format.term             ? multiply_int8<kInt8, kZeros>
+                                                  : multiply_int8<kInt8, kNoTerm>;
   multiply(format, shape, rows, numbers, count, panel, inputs, out);
 }
 

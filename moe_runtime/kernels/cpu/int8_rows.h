@@ -5,7 +5,8 @@
 //
 //     out = sum over blocks, in order, of (float(sum of (code - zero) * input) * scale) * s
 //
-// so results have the same bits for any number of rows, and on every instruction set.
+// With offsets, float(sum of inputs) * offset is added to what is multiplied with s. Each product and sum is rounded to
+// float32, except that the last one is fused: out = fma(.., s, out). So results have the same bits for any number of rows, and on every instruction set.
 #pragma once
 
 #include "quantized.h"
@@ -22,10 +23,12 @@ constexpr bool kByteProducts = false;
 #endif
 
 // What stands for 0 among a weight's bytes when vectors multiply them; FP4 is multiplied as twice its value.
-constexpr int32_t zero_byte(int32_t code) { return code == kInt4 ? 8 : code == kFp4 ? 12 : kByteProducts ? 128 : 0; }
+constexpr int32_t zero_byte(int32_t code) {
+  return code == kInt4 ? 8 : code == kFp4 ? 12 : code == kInt8 && kByteProducts ? 128 : 0;
+}
 
 // Rows in int8: `codes` [rows][stride], and for each row and block its scale and the sum of its codes, times
-// `sum_factor`: 1 if the weight has zeros, else `zero_byte`.
+// `sum_factor`: 1 if the weight has zeros or offsets, else `zero_byte`.
 struct Int8Rows {
   int8_t* codes;
   float* scales;

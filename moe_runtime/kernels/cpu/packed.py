@@ -132,7 +132,8 @@ def quant_format(format: WeightFormat, int8_rows: bool) -> QuantFormat:
     """The C struct of a quantised format."""
     assert format.scale is not None
     takes_int8 = int8_rows and format.code is not Code.FP8
-    return QuantFormat(format.code.native, format.scale.native, format.has_zero, takes_int8, format.group or 0)
+    term = 1 if format.has_zero else 2 if format.has_offset else 0  # as in quantized.h
+    return QuantFormat(format.code.native, format.scale.native, term, takes_int8, format.group or 0)
 
 
 def _free_escapes(kernels: Kernels, escapes: Tensor) -> None:

@@ -1,13 +1,13 @@
-// Panels of quantised weights: weight = (code - zero) * scale [kernels/quantized.py].
+// Panels of quantised weights: weight = (code - zero) * scale + offset [kernels/quantized.py].
 //
-// A panel [gemm.h] is stored group of inputs after group of inputs, after the outputs' factors if there are any:
+// A panel [gemm.h] is stored group of inputs after group of inputs, after the factors of scales if there are any:
 //
-//     factor[64] float32                  only with E4M3 scales, which are multiplied by it
-//     per group: scale[64]; zero[64] int8 only with zeros; steps
+//     per super-group: factor[64]         of scales, then of offsets; see `factor_type`
+//     per group: scale[64]; zero[64] int8 or offset[64] of the scales' type, if there are any; steps
 //     step: code[64] 4 bytes              of four inputs (8 bits) or eight (4 bits) of each output
 //
 // A byte has an input's code of 8 bits, or those of input i (low half) and i + 4 (high half). Outputs and inputs that
-// do not exist have codes, zeros and scales of 0; the inputs' rows are padded with zeros.
+// do not exist have codes, zeros, scales and offsets of 0; the inputs' rows are padded with zeros.
 //
 // Products use the weights' values: where there are products of bf16 pairs, rounded to bf16, so a quantised matrix gives
 // the bits of the bf16 matrix that it stands for; else, and for float32 inputs, in float32.
@@ -19,34 +19,58 @@
 namespace moe {
 
 // As in types/weight_format.py.
-enum Code : int32_t { kInt4 = 2, kFp4 = 3, kInt8 = 4, kFp8 = 5 };
-enum ScaleType : int32_t { kScaleFloat32 = 0, kScaleFloat16 = 1, kScaleBf16 = 2, kScaleE8M0 = 3, kScaleE4M3 = 4 };
+enum Code : int32_t { kInt4 = 2, kFp4 = 3, kInt8 = 4, kFp8 = 5, kUint4 = 6 };
+enum ScaleType : int32_t {
+  kScaleNone = -1,
+  kScaleFloat32 = 0,
+  kScaleFloat16 = 1,
+  kScaleBf16 = 2,
+  kScaleE8M0 = 3,
+  kScaleE4M3 = 4,
+  kScaleInt8 = 5
+};
 
-// `group` 0: all inputs are one group. Zeros only with integers. `int8_rows`: products take rows in int8 [int8_rows.h];
-// not with FP8.
+// What groups have beside their scales: zeros only with INT4 and INT8, offsets with UINT4 and, if they have any, INT8.
+enum Term : int32_t { kNoTerm = 0, kZeros = 1, kOffsets = 2 };
+
+// `group` 0: all inputs are one group. `int8_rows`: products take rows in int8 [int8_rows.h]; not with FP8.
 struct QuantFormat {
-  int32_t code, scale, has_zero, int8_rows;
+  int32_t code, scale, term, int8_rows;
   int64_t group;
 };
 
 constexpr int64_t kCodesBytes = 256;  // of a step
 constexpr int kMostStepInputs = 8;    // of a step
+constexpr int64_t kSuperGroup = 256;  // inputs that share the factor of INT8 scales
 
-constexpr int64_t step_inputs(int32_t code) { return code == kInt4 || code == kFp4 ? 8 : 4; }
+constexpr int64_t step_inputs(int32_t code) { return code == kInt8 || code == kFp8 ? 4 : 8; }
 
 inline int64_t scale_bytes(int32_t scale) {
-  return scale == kScaleFloat32 ? 4 : scale == kScaleFloat16 || scale == kScaleBf16 ? 2 : 1;
+  switch (scale) {
+    case kScaleNone: return 0;
+    case kScaleFloat32: return 4;
+    case kScaleFloat16:
+    case kScaleBf16: return 2;
+    default: return 1;
+  }
 }
 
-// Where things are in a panel of a weight.
+// The type of the factors that scales of a type are multiplied by.
+constexpr int32_t factor_type(int32_t scale) {
+  return scale == kScaleE4M3 ? kScaleFloat32 : scale == kScaleInt8 ? kScaleFloat16 : kScaleNone;
+}
+
+// Where things are in a panel of a weight. A super-group of E4M3 scales has all inputs.
 struct PanelShape {
-  int64_t group, inputs_of_step, factor_bytes, head_bytes, group_bytes, bytes;
+  int64_t group, inputs_of_step, super_group, super_bytes, factor_bytes, head_bytes, group_bytes, bytes;
 
   PanelShape(const QuantFormat& format, int64_t inputs)
       : group(format.group ? std::min(format.group, inputs) : inputs),
         inputs_of_step(step_inputs(format.code)),
-        factor_bytes(format.scale == kScaleE4M3 ? kPanel * sizeof(float) : 0),
-        head_bytes(kPanel * (scale_bytes(format.scale) + (format.has_zero ? 1 : 0))),
+        super_group(format.scale == kScaleInt8 ? kSuperGroup : inputs),
+        super_bytes(kPanel * scale_bytes(factor_type(format.scale)) * (format.term == kOffsets ? 2 : 1)),
+        factor_bytes(ceil_div(inputs, super_group) * super_bytes),
+        head_bytes(kPanel * (scale_bytes(format.scale) * (format.term == kOffsets ? 2 : 1) + (format.term == kZeros))),
         group_bytes(head_bytes + ceil_div(group, inputs_of_step) * kCodesBytes) {
     const int64_t rest = inputs % group;
     bytes = factor_bytes + inputs / group * group_bytes;
@@ -54,6 +78,16 @@ struct PanelShape {
   }
 
   int64_t head_at(int64_t index) const { return factor_bytes + index * group_bytes; }
+  int64_t factors_at(int64_t index) const { return index * group / super_group * super_bytes; }
+};
+
+// What stands for the weights of a group, beside their codes.
+struct GroupHead {
+  const uint8_t *head, *factors;
+
+  static GroupHead at(const PanelShape& shape, const uint8_t* panel, int64_t index) {
+    return {panel + shape.head_at(index), panel + shape.factors_at(index)};
+  }
 };
 
 // --- one vector of outputs ---
@@ -87,26 +121,40 @@ inline Vec top_byte(IntVec v, int i) {
 #endif
 }
 
-// Scales of the outputs from `output` on; `factor` is null unless they are E4M3.
-inline Vec load_scales(int32_t type, const uint8_t* scales, const float* factor, int output) {
+inline Vec load_float16(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+
+// Scales of the outputs from `output` on, or offsets, times their factors if their type has any.
+inline Vec load_scales(int32_t type, const uint8_t* scales, const uint8_t* factors, int output) {
   const uint8_t* at = scales + output * scale_bytes(type);
   switch (type) {
     case kScaleFloat32: return load(reinterpret_cast<const float*>(at));
     case kScaleBf16: return load(reinterpret_cast<const bf16*>(at));
     case kScaleE8M0: return vec_of(shift_left(widen_bytes(at), 23));
-    case kScaleE4M3: return load(reinterpret_cast<const e4m3*>(at)) * load(factor + output);
-    default:
-#if defined(__AVX512F__)
-      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-#else
-      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-#endif
+    case kScaleE4M3: return load(reinterpret_cast<const e4m3*>(at)) * load(reinterpret_cast<const float*>(factors) + output);
+    case kScaleInt8: return load(reinterpret_cast<const int8_t*>(at)) * load_float16(factors + 2 * output);
+    default: return load_float16(at);
   }
 }
 
+inline Vec load_scales(const QuantFormat& format, const GroupHead& group, int output) {
+  return load_scales(format.scale, group.head, group.factors, output);
+}
+
 // Zeros of the outputs from `output` on.
-inline Vec load_zeros(const QuantFormat& format, const uint8_t* head, int output) {
-  return load(reinterpret_cast<const int8_t*>(head + kPanel * scale_bytes(format.scale) + output));
+inline Vec load_zeros(const QuantFormat& format, const GroupHead& group, int output) {
+  return load(reinterpret_cast<const int8_t*>(group.head + kPanel * scale_bytes(format.scale) + output));
+}
+
+// Offsets of the outputs from `output` on.
+inline Vec load_offsets(const QuantFormat& format, const GroupHead& group, int output) {
+  return load_scales(format.scale, group.head + kPanel * scale_bytes(format.scale),
+                     group.factors + kPanel * scale_bytes(factor_type(format.scale)), output);
 }
 
 // Values of integers are read this many times as large, which the scale makes up for: a number in the highest bits of a
@@ -116,10 +164,10 @@ template <int kCode>
 constexpr float kUnit = kCode == kInt8 ? 0x1p24f : 1.0f;
 #else
 template <int kCode>
-constexpr float kUnit = kCode == kInt8 ? 0x1p24f : kCode == kInt4 ? 0x1p28f : 1.0f;
+constexpr float kUnit = kCode == kInt8 || kCode == kUint4 ? 0x1p24f : kCode == kInt4 ? 0x1p28f : 1.0f;
 #endif
 
-// What the codes of input `i` of a step stand for, before zero and scale, times `kUnit`.
+// What the codes of input `i` of a step stand for, before zero, scale and offset, times `kUnit`.
 template <int kCode>
 inline Vec code_value(IntVec codes, int i) {
   if constexpr (kCode == kInt8) return top_byte(codes, i);
@@ -127,14 +175,18 @@ inline Vec code_value(IntVec codes, int i) {
   const int bit = i < 4 ? 8 * i : 8 * (i - 4) + 4;
 #if defined(__AVX512F__)
   // A permutation looks at the lowest four bits of its index.
-  const Vec table = kCode == kInt4 ? _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
-                                   : _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
+  const Vec table = kCode == kInt4    ? _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7)
+                    : kCode == kUint4 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                                      : _mm512_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6);
   return _mm512_permutexvar_ps(shift_right(codes, bit), table);
 #else
   if constexpr (kCode == kInt4) {  // 0 to 15 as two's complement of 4 bits: the highest bit is turned
     const IntVec turned = _mm256_xor_si256(codes, set1_bits(static_cast<int32_t>(0x88888888)));
     const IntVec high = i < 4 ? shift_left(turned, 4) : turned;
     return top_byte(_mm256_and_si256(high, set1_bits(static_cast<int32_t>(0xf0f0f0f0))), i % 4);
+  }
+  if constexpr (kCode == kUint4) {
+    return top_byte(and_bits(i < 4 ? codes : shift_right(codes, 4), set1_bits(0x0f0f0f0f)), i % 4);
   }
   const IntVec top = shift_left(codes, 28 - bit);
   const Vec sizes = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5f, 1, 1.5f, 2, 3, 4, 6), shift_right(codes, bit));
@@ -164,18 +216,16 @@ inline void put_pair(bf16* out, int64_t pair, int output, Vec even, Vec odd) {
 #endif
 
 // Decodes `steps` steps of one group.
-template <int kCode, bool kHasZero, class Word>
-void decode_group(const QuantFormat& format, const uint8_t* head, const float* factor, const uint8_t* codes,
-                  int64_t steps, Word* out) {
+template <int kCode, Term kTerm, class Word>
+void decode_group(const QuantFormat& format, const GroupHead& group, const uint8_t* codes, int64_t steps, Word* out) {
   constexpr int kInputs = step_inputs(kCode);
   for (int column = 0; column < kPanel; column += kTileOutputs) {
-    Vec scales[kTileVecs], zeros[kTileVecs];
+    Vec scales[kTileVecs], terms[kTileVecs];
     for (int j = 0; j < kTileVecs; j++) {
       const int output = column + j * kLanes;
-      scales[j] = load_scales(format.scale, head, factor, output) * set1(1.0f / kUnit<kCode>);
-      if constexpr (kHasZero) {
-        zeros[j] = load_zeros(format, head, output) * set1(kUnit<kCode>);
-      }
+      scales[j] = load_scales(format, group, output) * set1(1.0f / kUnit<kCode>);
+      if constexpr (kTerm == kZeros) terms[j] = load_zeros(format, group, output) * set1(kUnit<kCode>);
+      if constexpr (kTerm == kOffsets) terms[j] = load_offsets(format, group, output);
     }
     for (int64_t step = 0; step < steps; step++) {
       const uint8_t* from = codes + step * kCodesBytes + column * 4;
@@ -185,8 +235,10 @@ void decode_group(const QuantFormat& format, const uint8_t* head, const float* f
         const IntVec code = load_bits(from + j * kLanes * 4);
         const auto value = [&](int i) {
           Vec found = code_value<kCode>(code, i);
-          if constexpr (kHasZero) found = found - zeros[j];
-          return found * scales[j];
+          if constexpr (kTerm == kZeros) found = found - terms[j];
+          found = found * scales[j];
+          if constexpr (kTerm == kOffsets) found = found + terms[j];
+          return found;
         };
 #pragma GCC unroll 4
         for (int i = 0; i < kInputs; i += 2) {
@@ -198,15 +250,19 @@ void decode_group(const QuantFormat& format, const uint8_t* head, const float* f
 }
 
 template <class Word>
-using DecodeGroup = void (*)(const QuantFormat&, const uint8_t*, const float*, const uint8_t*, int64_t, Word*);
+using DecodeGroup = void (*)(const QuantFormat&, const GroupHead&, const uint8_t*, int64_t, Word*);
 
 template <class Word>
 DecodeGroup<Word> decoder_of(const QuantFormat& format) {
   switch (format.code) {
-    case kInt4: return format.has_zero ? decode_group<kInt4, true, Word> : decode_group<kInt4, false, Word>;
-    case kInt8: return format.has_zero ? decode_group<kInt8, true, Word> : decode_group<kInt8, false, Word>;
-    case kFp4: return decode_group<kFp4, false, Word>;
-    default: return decode_group<kFp8, false, Word>;
+    case kInt4: return format.term ? decode_group<kInt4, kZeros, Word> : decode_group<kInt4, kNoTerm, Word>;
+    case kUint4: return decode_group<kUint4, kOffsets, Word>;
+    case kInt8:
+      return format.term == kOffsets ? decode_group<kInt8, kOffsets, Word>
+             : format.term           ? decode_group<kInt8, kZeros, Word>
+                                     : decode_group<kInt8, kNoTerm, Word>;
+    case kFp4: return decode_group<kFp4, kNoTerm, Word>;
+    default: return decode_group<kFp8, kNoTerm, Word>;
   }
 }
 
@@ -215,14 +271,13 @@ template <class Word>
 void decode_inputs(const QuantFormat& format, const PanelShape& shape, const uint8_t* panel, int64_t first, int64_t end,
                    Word* out) {
   const auto decode = decoder_of<Word>(format);
-  const auto* factor = reinterpret_cast<const float*>(panel);
   constexpr int64_t kWords = kPanel;  // of an input, in either layout
   for (int64_t input = first; input < end;) {
     const int64_t group = input / shape.group, start = group * shape.group;
     const int64_t last = std::min(end, start + ceil_div(shape.group, shape.inputs_of_step) * shape.inputs_of_step);
-    const uint8_t* head = panel + shape.head_at(group);
-    const uint8_t* codes = head + shape.head_bytes + (input - start) / shape.inputs_of_step * kCodesBytes;
-    decode(format, head, factor, codes, (last - input) / shape.inputs_of_step, out + (input - first) * kWords);
+    const auto head = GroupHead::at(shape, panel, group);
+    const uint8_t* codes = head.head + shape.head_bytes + (input - start) / shape.inputs_of_step * kCodesBytes;
+    decode(format, head, codes, (last - input) / shape.inputs_of_step, out + (input - first) * kWords);
     input = last;
   }
 }

@@ -5,10 +5,9 @@
 
 namespace moe {
 
-// A quantised matrix, row-major; rows of codes, scales and zeros follow each other. See kernels/quantized.py.
+// A quantised matrix, row-major; rows of codes, scales and so on follow each other. See kernels/quantized.py.
 struct QuantSource {
-  const uint8_t *codes, *scales, *zeros;
-  const float* factor;
+  const uint8_t *codes, *scales, *zeros, *factors, *offsets, *offset_factors;
 };
 
 // The four bytes of a step for one output, from its codes in order.
@@ -22,17 +21,25 @@ inline void pack_quantized_panel(const QuantFormat& format, const QuantSource& s
                                  int64_t inputs, uint8_t* panel) {
   const PanelShape shape(format, inputs);
   const int64_t groups = ceil_div(inputs, shape.group), size = scale_bytes(format.scale);
+  const int64_t supers = ceil_div(inputs, shape.super_group), factor_size = scale_bytes(factor_type(format.scale));
+  const bool has_offset = format.term == kOffsets;
   const int64_t row_bytes = step_inputs(format.code) == 8 ? ceil_div(inputs, 2) : inputs;
   const uint8_t zero_of_zero = format.code == kInt4 ? 8 : 0;
   std::memset(panel, 0, shape.bytes);
   for (int64_t i = 0; i < rows; i++) {
     const int64_t row = first_row + i;
-    if (shape.factor_bytes) std::memcpy(panel + i * sizeof(float), source.factor + row, sizeof(float));
+    for (int64_t index = 0; factor_size && index < supers; index++) {
+      const int64_t from = (row * supers + index) * factor_size;
+      uint8_t* to = panel + index * shape.super_bytes + i * factor_size;
+      std::memcpy(to, source.factors + from, factor_size);
+      if (has_offset) std::memcpy(to + kPanel * factor_size, source.offset_factors + from, factor_size);
+    }
     const uint8_t *codes = source.codes + row * row_bytes, *codes_end = codes + row_bytes;
     for (int64_t group = 0; group < groups; group++) {
       uint8_t* head = panel + shape.head_at(group);
       std::memcpy(head + i * size, source.scales + (row * groups + group) * size, size);
-      if (format.has_zero) head[kPanel * size + i] = source.zeros[row * groups + group] - zero_of_zero;
+      if (format.term == kZeros) head[kPanel * size + i] = source.zeros[row * groups + group] - zero_of_zero;
+      if (has_offset) std::memcpy(head + kPanel * size + i * size, source.offsets + (row * groups + group) * size, size);
       const int64_t count = std::min(shape.group, inputs - group * shape.group);
       uint8_t* to = head + shape.head_bytes + 4 * i;
       for (int64_t done = 0; done < count; done += shape.inputs_of_step, to += kCodesBytes, codes += 4) {

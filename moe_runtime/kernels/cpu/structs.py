@@ -14,14 +14,14 @@ class QuantFormat(ctypes.Structure):
     _fields_ = (
         ("code", c_int32),
         ("scale", c_int32),
-        ("has_zero", c_int32),
+        ("term", c_int32),
         ("int8_rows", c_int32),
         ("group", c_int64),
     )
 
 
 class QuantSource(ctypes.Structure):
-    _fields_ = (("codes", c_void_p), ("scales", c_void_p), ("zeros", c_void_p), ("factor", c_void_p))
+    _fields_ = tuple((name, c_void_p) for name in ("codes", "scales", "zeros", "factors", "offsets", "offset_factors"))
 
 
 class Weight(ctypes.Structure):

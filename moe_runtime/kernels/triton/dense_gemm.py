@@ -27,6 +27,8 @@ def dense_gemm_kernel(
     scales_ptr: tl.tensor,
     zeros_ptr: tl.tensor,
     factor_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    offset_factor_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
@@ -41,6 +43,7 @@ def dense_gemm_kernel(
     SCALE: tl.constexpr = None,
     GROUP: tl.constexpr = None,
     UNIT: tl.constexpr = None,
+    SUPER_GROUP: tl.constexpr = None,
 ) -> None:
     """`out = x @ w.T + bias`; `bias_ptr` may be `None`. Weights are as in `grouped_gemm_kernel`."""
     tile, n_block = place_program(tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
@@ -49,8 +52,9 @@ def dense_gemm_kernel(
     valid_M = tl.where(row_M < num_rows, row_M, 0).to(tl.int64)
     valid_N = tl.where(n_N < out_features, n_N, 0).to(tl.int64)
     acc_MN = multiply(
-        x_ptr, w_ptr, scales_ptr, zeros_ptr, factor_ptr, valid_M, 0, valid_N, in_features,
-        CODE, SCALE, GROUP, UNIT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, w_ptr, scales_ptr, zeros_ptr, factor_ptr, offsets_ptr, offset_factor_ptr,
+        valid_M, 0, valid_N, in_features,
+        CODE, SCALE, GROUP, UNIT, SUPER_GROUP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if bias_ptr is not None:
         acc_MN += tl.load(bias_ptr + valid_N).to(tl.float32)[None, :]

@@ -79,6 +79,8 @@ def multiply(
     scales_ptr: tl.tensor,
     zeros_ptr: tl.tensor,
     factor_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    offset_factor_ptr: tl.tensor,
     row_M: tl.tensor,
     first_w_row: tl.tensor,
     w_row_N: tl.tensor,
@@ -87,6 +89,7 @@ def multiply(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    SUPER_GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,8 +109,9 @@ def multiply(
         x_MK = tl.load(x_ptr_MK) if EVEN_K else tl.load(x_ptr_MK, mask=is_k_K[None, :], other=0.0)
         if CODE is not None:
             w_NK = load_weights(
-                w_ptr, scales_ptr, zeros_ptr, factor_ptr, first_w_row + w_row_N, start, in_features,
-                CODE, SCALE, GROUP, UNIT, EVEN_K, BLOCK_N, BLOCK_K,
+                w_ptr, scales_ptr, zeros_ptr, factor_ptr, offsets_ptr, offset_factor_ptr,
+                first_w_row + w_row_N, start, in_features,
+                CODE, SCALE, GROUP, UNIT, SUPER_GROUP, EVEN_K, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             w_KN = tl.trans(w_NK.to(x_MK.dtype))
         else:
@@ -137,6 +141,8 @@ def grouped_gemm_kernel(
     scales_ptr: tl.tensor,
     zeros_ptr: tl.tensor,
     factor_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    offset_factor_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     tile_ptr: tl.tensor,
@@ -159,12 +165,13 @@ def grouped_gemm_kernel(
     SCALE: tl.constexpr = None,
     GROUP: tl.constexpr = None,
     UNIT: tl.constexpr = None,
+    SUPER_GROUP: tl.constexpr = None,
 ) -> None:
     """`out[r] = w @ x[row[r]] + bias` of `r`'s slot; with `SWIGLU` its weight is a gate and an up projection, fused.
 
     `row_ptr` is `None` if the rows of `x` are in grouped order, `bias_ptr` if there are none, and `tile_ptr` if no map
     was made. With `SWIGLU` gate and up rows alternate in the tile: one product of full width, and both halves of a pair
-    in one thread. With `CODE` weights are quantised and `w_ptr` are their codes, else the next three are `None`.
+    in one thread. With `CODE` weights are quantised and `w_ptr` are their codes, else the next five are `None`.
     """
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if SWIGLU else BLOCK_N
     tile, n_block = place_program(num_tiles, tl.cdiv(out_features, BLOCK_OUT), GROUP_M)
@@ -189,8 +196,9 @@ def grouped_gemm_kernel(
         w_row_N += tl.arange(0, BLOCK_N) % 2 * out_features
     first_w_row = slot.to(tl.int64) * out_features * (2 if SWIGLU else 1)
     acc_MN = multiply(
-        x_ptr, w_ptr, scales_ptr, zeros_ptr, factor_ptr, row_M, first_w_row, w_row_N, in_features,
-        CODE, SCALE, GROUP, UNIT, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, w_ptr, scales_ptr, zeros_ptr, factor_ptr, offsets_ptr, offset_factor_ptr,
+        row_M, first_w_row, w_row_N, in_features,
+        CODE, SCALE, GROUP, UNIT, SUPER_GROUP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if bias_ptr is not None:
         acc_MN += tl.load(bias_ptr + first_w_row + w_row_N).to(tl.float32)[None, :]

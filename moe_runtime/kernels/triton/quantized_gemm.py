@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_runtime.kernels import quantized
 from moe_runtime.kernels.quantized_slots import Matrix, MatrixSlots, QuantizedSlots
 from moe_runtime.kernels.torch_ops import check_contiguous
-from moe_runtime.types.weight_format import Scale, WeightFormat
+from moe_runtime.types.weight_format import SUPER_GROUP, Scale, WeightFormat
 
 Meta = dict[str, int | float | str]  # constants and launch options of a kernel
 INT4_ZERO = tl.constexpr(quantized.INT4_ZERO)
@@ -47,6 +47,8 @@ def decode(code: tl.tensor, CODE: tl.constexpr) -> tl.tensor:
         value = decode_e4m3(code)
     elif CODE == "INT4":
         value = (code.to(tl.int32) - INT4_ZERO).to(tl.float32)
+    elif CODE == "UINT4":
+        value = code.to(tl.float32)
     else:
         tl.static_assert(CODE == "FP4")  # E2M1: 2 bits of exponent with bias 1, 1 of mantissa
         bits = code.to(tl.int32)
@@ -73,6 +75,8 @@ def load_weights(
     scales_ptr: tl.tensor,
     zeros_ptr: tl.tensor,
     factor_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    offset_factor_ptr: tl.tensor,
     w_row_N: tl.tensor,
     start: tl.tensor,
     in_features: tl.tensor,
@@ -80,15 +84,16 @@ def load_weights(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    SUPER_GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
     """The weights of rows `w_row_N` (int64) and inputs from `start` on, `[BLOCK_N, BLOCK_K]` float32.
 
-    `zeros_ptr` and `factor_ptr` are `None` where a format has none. Inputs beyond the last get any finite numbers.
+    Pointers are `None` to what a format does not have. Inputs beyond the last get any finite numbers.
     """
-    PER_BYTE: tl.constexpr = 2 if CODE == "INT4" or CODE == "FP4" else 1
+    PER_BYTE: tl.constexpr = 1 if CODE == "INT8" or CODE == "FP8" else 2
     BLOCK_G: tl.constexpr = BLOCK_K // UNIT
     BLOCK_W: tl.constexpr = BLOCK_K // PER_BYTE
     # Written as products, from which the compiler sees that whole tiles are aligned.
@@ -104,10 +109,19 @@ def load_weights(
     group_NG = w_row_N[:, None] * num_groups + group_G[None, :]
     if zeros_ptr is not None:
         w_NGU -= decode(tl.load(zeros_ptr + group_NG), CODE)[:, :, None]
+    factor_N = w_row_N
+    if SUPER_GROUP is not None:  # a tile's inputs lie within one
+        factor_N = w_row_N * tl.cdiv(in_features, SUPER_GROUP) + start // SUPER_GROUP
     scale_NG = decode_scale(tl.load(scales_ptr + group_NG), SCALE)
     if factor_ptr is not None:
-        scale_NG *= tl.load(factor_ptr + w_row_N)[:, None]
-    return tl.reshape(w_NGU * scale_NG[:, :, None], (BLOCK_N, BLOCK_K))
+        scale_NG *= tl.load(factor_ptr + factor_N).to(tl.float32)[:, None]
+    w_NGU *= scale_NG[:, :, None]
+    if offsets_ptr is not None:
+        offset_NG = decode_scale(tl.load(offsets_ptr + group_NG), SCALE)
+        if offset_factor_ptr is not None:
+            offset_NG *= tl.load(offset_factor_ptr + factor_N).to(tl.float32)[:, None]
+        w_NGU += offset_NG[:, :, None]
+    return tl.reshape(w_NGU, (BLOCK_N, BLOCK_K))
 
 
 def code_meta(format: WeightFormat | None, in_features: int, block_k: int) -> Meta:
@@ -115,11 +129,13 @@ def code_meta(format: WeightFormat | None, in_features: int, block_k: int) -> Me
     if format is None:
         return {}
     assert format.scale is not None
+    assert SUPER_GROUP % block_k == 0
     return {
         "CODE": format.code.name,
         "SCALE": format.scale.name,
         "GROUP": format.group or in_features,
         "UNIT": math.gcd(format.group or block_k, block_k),
+        **({"SUPER_GROUP": SUPER_GROUP} if format.scale is Scale.INT8 else {}),
     }
 
 
@@ -128,11 +144,11 @@ class WeightOperands:
     """Weights as kernels take them.
 
     Attributes:
-        tensors: weights or codes, then scales, zeros and factors, or None.
+        tensors: weights or codes, then scales, zeros, factors, offsets and their factors, or None.
         format: of quantised weights, or None.
     """
 
-    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+    tensors: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     format: WeightFormat | None
 
 
@@ -144,11 +160,12 @@ def weight_operands(name: str, weights: Matrix | MatrixSlots) -> WeightOperands:
     """
     if isinstance(weights, Tensor):
         check_contiguous(**{name: weights})
-        return WeightOperands((weights, None, None, None), None)
+        return WeightOperands((weights, None, None, None, None, None), None)
     matrix = weights.matrix if isinstance(weights, QuantizedSlots) else weights
-    codes, scales, zeros, factors = matrix.parts
-    parts = {"codes": codes, "scales": scales, "zeros": zeros, "factors": factors}
+    codes, scales, *_ = matrix.parts
+    names = ("codes", "scales", "zeros", "factors", "offsets", "factors of offsets")
+    parts = dict(zip(names, matrix.parts, strict=True))
     check_contiguous(**{f"{part} of {name}": tensor for part, tensor in parts.items()})
     if matrix.format.scale is Scale.E4M3:
         scales = scales.view(torch.uint8)  # the kernel decodes them
-    return WeightOperands((codes, scales, zeros, factors), matrix.format)
+    return WeightOperands((codes, scales, *matrix.parts[2:]), matrix.format)

@@ -39,8 +39,8 @@ def read_nvfp4(rows: StoredRows, storage: Storage) -> QuantizedMatrix:
     codes = rows.read(storage.codes, BYTES, outputs, -(-inputs // 2))
     scales_NG = rows.read_scales(storage.scales, E4M3, storage.format)
     if storage.layout is Layout.NVFP4:
-        factor_N = torch.full((len(codes),), rows.read_number("weight_scale_2"), dtype=torch.float32)
+        factor_N1 = torch.full((len(codes), 1), rows.read_number("weight_scale_2"), dtype=torch.float32)
     else:
-        whole = torch.full((len(codes),), rows.read_number("weight_global_scale"), dtype=torch.float64)
-        factor_N = whole.reciprocal()
-    return QuantizedMatrix(storage.format, codes, scales_NG, None, factor_N, inputs)
+        whole = torch.full((len(codes), 1), rows.read_number("weight_global_scale"), dtype=torch.float64)
+        factor_N1 = whole.reciprocal()
+    return QuantizedMatrix(storage.format, codes, scales_NG, None, factor_N1, inputs)
