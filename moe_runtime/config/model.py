@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from moe_runtime.config.attention import AnyAttention, AttentionConfig, KVSpec, LatentAttentionConfig
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class LayerFormats:
         experts: routed experts.
     """
 
-    attention: WeightFormat | None = None
-    mlp: WeightFormat | None = None
-    experts: WeightFormat | None = None
+    attention: BlockFormats = DENSE
+    mlp: BlockFormats = DENSE
+    experts: BlockFormats = DENSE
 
     @property
     def all(self) -> tuple[WeightFormat | None, ...]:
         """Those of all parts."""
-        return self.attention, self.mlp, self.experts
+        return *self.attention.all, *self.mlp.all, *self.experts.all
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ class ModelConfig:
     def formats(self) -> dict[str, str]:
         """The quantised formats of each part, by name; "none" where a part is in the model's dtype."""
         held: dict[str, list[WeightFormat | None]] = {
-            "experts": [layer.formats.experts for layer in self.layers if layer.is_sparse],
-            "mlp": [layer.formats.mlp for layer in self.layers if self._has_mlp(layer)],
-            "attention": [layer.formats.attention for layer in self.layers],
+            "experts": [each for layer in self.layers if layer.is_sparse for each in layer.formats.experts.all],
+            "mlp": [each for layer in self.layers if self._has_mlp(layer) for each in layer.formats.mlp.all],
+            "attention": [each for layer in self.layers for each in layer.formats.attention.all],
             "head": [self.head_format],
         }
         return {

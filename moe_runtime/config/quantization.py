@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_runtime.config.model import LayerFormats, ModelConfig
-from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, Code, Scale, WeightFormat
 
 # Scales in bfloat16 lose nothing: codes are chosen for the scale as it is stored.
 METHODS = {
@@ -82,9 +82,10 @@ def quantized(model: ModelConfig, method: str | None, parts: str, group_size: in
     format, chosen = METHODS[method], parse_parts(parts)
     if group_size is not None:
         format = replace(format, group=group_size)
-    experts, attention, head = (format if part in chosen else None for part in PARTS)
-    formats = LayerFormats(attention=attention, mlp=experts, experts=experts)
+    held = BlockFormats(format, format)
+    experts, attention = (held if part in chosen else DENSE for part in ("experts", "attention"))
     layers = tuple(
-        replace(layer, formats=formats if layer.is_sparse else replace(formats, experts=None)) for layer in model.layers
+        replace(layer, formats=LayerFormats(attention, experts, experts if layer.is_sparse else DENSE))
+        for layer in model.layers
     )
-    return replace(model, layers=layers, head_format=head)
+    return replace(model, layers=layers, head_format=format if "head" in chosen else None)

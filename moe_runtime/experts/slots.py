@@ -14,7 +14,7 @@ from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.kernels.forms import USUAL, Forms
 from moe_runtime.kernels.quantized_slots import Matrix, MatrixSlots, QuantizedSlots, empty_matrix, put_rows, tensors_of
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 
 class ExpertSlots:
@@ -26,7 +26,7 @@ class ExpertSlots:
         forms: of the products.
         swiglu: the activation.
         has_bias: whether the matrices have biases; they are zero until they are put in.
-        format: of quantised weights, or None.
+        formats: of the matrices.
     """
 
     def __init__(
@@ -39,19 +39,20 @@ class ExpertSlots:
         forms: Forms = USUAL,
         swiglu: SwiGLU = PLAIN,
         has_bias: bool = False,
-        format: WeightFormat | None = None,
+        formats: BlockFormats = DENSE,
     ) -> None:
         self.forms = forms
         self.swiglu = swiglu
-        self.format = WeightFormat.of(str(dtype).removeprefix("torch.")) if format is None else format
+        dense = WeightFormat.of(str(dtype).removeprefix("torch."))
+        self.formats = BlockFormats(formats.input or dense, formats.output or dense)
 
-        def room(outputs: int, inputs: int) -> MatrixSlots:
+        def room(outputs: int, inputs: int, format: WeightFormat | None) -> MatrixSlots:
             if format is None:
                 return torch.empty(num_slots, outputs, inputs, dtype=dtype, device=device)
             return QuantizedSlots(empty_matrix(format, num_slots * outputs, inputs, device), outputs)
 
-        self.w13_SGD = room(2 * intermediate_size, hidden_size)
-        self.w2_SDF = room(hidden_size, intermediate_size)
+        self.w13_SGD = room(2 * intermediate_size, hidden_size, formats.input)
+        self.w2_SDF = room(hidden_size, intermediate_size, formats.output)
         self.b13_SG: Tensor | None = None
         self.b2_SD: Tensor | None = None
         if has_bias:

@@ -25,7 +25,7 @@ from moe_runtime.layers.batch import Batch, StepPolicies
 from moe_runtime.layers.capacity import LayerLimits
 from moe_runtime.layers.kv_cache import KVCache, LayerCache
 from moe_runtime.layers.rotary import RotaryEmbedding
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 
 class Linear(Protocol):
@@ -122,9 +122,9 @@ class Gate(Protocol):
 
 
 class Experts(Protocol):
-    """This rank's slots of a layer; `format` is the format of their matrices."""
+    """This rank's slots of a layer; `formats` are those of their matrices."""
 
-    format: WeightFormat
+    formats: BlockFormats
 
     @property
     def num_slots(self) -> int: ...
@@ -182,7 +182,7 @@ class StepMaker(Protocol):
 class Kit(Protocol):
     """Makes the parts of a decoder in one implementation; weights are put into them afterwards.
 
-    A `format` is that of weights; None is the kit's own, of its dtype.
+    A `format` is that of weights; None is the kit's own, of its dtype. `formats` are those of an MLP's matrices.
     """
 
     @property
@@ -274,15 +274,13 @@ class Kit(Protocol):
         hidden_size: int,
         intermediate_size: int,
         gate_D: Tensor | None = None,
-        format: WeightFormat | None = None,
+        formats: BlockFormats = DENSE,
     ) -> MLP:
         """SwiGLU. With `gate_D`, a row's output is multiplied by the sigmoid of its product with the gate."""
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> MLPBlock: ...
 
-    def experts(
-        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
-    ) -> Experts: ...
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig, formats: BlockFormats = DENSE) -> Experts: ...
 
     def gate(
         self,

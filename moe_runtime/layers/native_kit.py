@@ -45,7 +45,7 @@ from moe_runtime.layers.native_layers import (
 from moe_runtime.layers.rotary import RotaryEmbedding
 from moe_runtime.layers.sparse_form import SparseForm, native_sparse_form
 from moe_runtime.layers.torch_layers import TorchEmbedding
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -185,18 +185,18 @@ class NativeKit:
         hidden_size: int,
         intermediate_size: int,
         gate_D: Tensor | None = None,
-        format: WeightFormat | None = None,
+        formats: BlockFormats = DENSE,
     ) -> NativeMLP:
         sizes, int8_rows = (hidden_size, intermediate_size), self.int8_rows
-        return NativeMLP(PackedExperts(self.kernels, 1, *sizes, self.dtype, gate_D, format=format, int8_rows=int8_rows))
+        return NativeMLP(
+            PackedExperts(self.kernels, 1, *sizes, self.dtype, gate_D, formats=formats, int8_rows=int8_rows)
+        )
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> NativeDenseBlock:
         assert isinstance(mlp, NativeMLP) and isinstance(next_norm, NativeNorm)
         return NativeDenseBlock(mlp, next_norm)
 
-    def experts(
-        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
-    ) -> PackedExperts:
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig, formats: BlockFormats = DENSE) -> PackedExperts:
         return PackedExperts(
             self.kernels,
             num_slots,
@@ -205,7 +205,7 @@ class NativeKit:
             self.dtype,
             swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
             has_bias=moe.expert_bias,
-            format=format,
+            formats=formats,
             int8_rows=self.int8_rows,
         )
 

@@ -41,7 +41,7 @@ from moe_runtime.layers.torch_layers import (
     TorchLinear,
     TorchMLP,
 )
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -151,17 +151,15 @@ class TorchKit:
         hidden_size: int,
         intermediate_size: int,
         gate_D: Tensor | None = None,
-        format: WeightFormat | None = None,
+        formats: BlockFormats = DENSE,
     ) -> TorchMLP:
-        gate_up = self.linear(2 * intermediate_size, hidden_size, format=format)
-        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size, format=format), gate_D)
+        gate_up = self.linear(2 * intermediate_size, hidden_size, format=formats.input)
+        return TorchMLP(gate_up, self.linear(hidden_size, intermediate_size, format=formats.output), gate_D)
 
     def dense_block(self, mlp: MLP, next_norm: Norm) -> TorchDenseBlock:
         return TorchDenseBlock(mlp, next_norm)
 
-    def experts(
-        self, num_slots: int, hidden_size: int, moe: MoEConfig, format: WeightFormat | None = None
-    ) -> ExpertSlots:
+    def experts(self, num_slots: int, hidden_size: int, moe: MoEConfig, formats: BlockFormats = DENSE) -> ExpertSlots:
         return ExpertSlots(
             num_slots,
             hidden_size,
@@ -171,7 +169,7 @@ class TorchKit:
             self.forms,
             swiglu=SwiGLU(moe.swiglu_alpha, moe.swiglu_limit, moe.swiglu_offset),
             has_bias=moe.expert_bias,
-            format=format,
+            formats=formats,
         )
 
     def gate(

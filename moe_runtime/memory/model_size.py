@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from moe_runtime.config.attention import AnyAttention
 from moe_runtime.config.model import ModelConfig
-from moe_runtime.types.weight_format import PANEL, WeightFormat
+from moe_runtime.types.weight_format import PANEL, BlockFormats, WeightFormat
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -116,8 +116,8 @@ def expert_bytes(config: ModelConfig, dtype: str, native: bool = False, layer: i
     if layer is None:
         return max(expert_bytes(config, dtype, native, index) for index in config.moe_layers)
     hidden, moe = config.hidden_size, config.moe
-    matrix = config.layers[layer].formats.experts or WeightFormat.of(dtype, native)
-    matrices = _mlp_bytes(matrix, hidden, moe.intermediate_size, native)
+    formats = config.layers[layer].formats.experts
+    matrices = _mlp_bytes(formats, WeightFormat.of(dtype, native), hidden, moe.intermediate_size, native)
     if not moe.expert_bias:
         return matrices
     inner = -(-moe.intermediate_size // PANEL) * PANEL if native else moe.intermediate_size
@@ -137,20 +137,23 @@ def dense_bytes(config: ModelConfig, dtype: str, native: bool = False) -> int:
         vectors += len(config.moe_layers) * moe.num_experts
     matrices = (config.head_format or dense).nbytes(config.vocab_size, hidden, native)
     for layer in config.layers:
-        projection, mlp = layer.formats.attention or dense, layer.formats.mlp or dense
-        matrices += sum(projection.nbytes(*size, native) for size in layer.attention.matrices(hidden))
+        *inputs, output = layer.attention.matrices(hidden)
+        formats = layer.formats.attention
+        matrices += sum((formats.input or dense).nbytes(*size, native) for size in inputs)
+        matrices += (formats.output or dense).nbytes(*output, native)
         matrices += sum(dense.nbytes(*size, native) for size in layer.attention.head_matrices)
         matrices += gate.nbytes(moe.num_experts, hidden, native) if layer.is_sparse else 0
         inner = moe.shared_intermediate_size if layer.is_sparse else layer.dense_intermediate_size
-        matrices += _mlp_bytes(mlp, hidden, inner or 0, native)
+        matrices += _mlp_bytes(layer.formats.mlp, dense, hidden, inner or 0, native)
     return matrices + (embedding + vectors) * ITEMSIZE[dtype] + 4 * count.gate_bias
 
 
-def _mlp_bytes(matrix: WeightFormat, hidden: int, intermediate: int, native: bool) -> int:
-    """Bytes of a SwiGLU's three matrices; 0 if it does not exist."""
+def _mlp_bytes(formats: BlockFormats, dense: WeightFormat, hidden: int, intermediate: int, native: bool) -> int:
+    """Bytes of a SwiGLU's three matrices, `dense` where they are not quantised; 0 if it does not exist."""
     if not intermediate:
         return 0
-    return 2 * matrix.nbytes(intermediate, hidden, native) + matrix.nbytes(hidden, intermediate, native)
+    gate_up, down = formats.input or dense, formats.output or dense
+    return 2 * gate_up.nbytes(intermediate, hidden, native) + down.nbytes(hidden, intermediate, native)
 
 
 def weight_bytes(config: ModelConfig, dtype: str, num_slots: int, native: bool = False) -> int:

@@ -25,7 +25,7 @@ from moe_runtime.layers.moe import ExpertCounter
 from moe_runtime.layers.rotary import RotaryEmbedding
 from moe_runtime.models.expert_tensors import ExpertTensors, Kept, StoredPart
 from moe_runtime.models.names import SwiGLUNames, TensorNames
-from moe_runtime.types.weight_format import PANEL, WeightFormat
+from moe_runtime.types.weight_format import PANEL, BlockFormats, WeightFormat
 from moe_runtime.weights.checkpoint import WeightSource
 
 WHOLE = 1 << 62  # piece size in bytes that means "in one piece"
@@ -107,11 +107,11 @@ class ModelReader:
         """Read an expert of a sparse layer into a slot, in pieces of about `piece_bytes`; yields each piece's size."""
         kept: Kept = {}
         index = self.config.moe_layers[layer]
-        format = self.config.layers[index].formats.experts
+        formats = self.config.layers[index].formats.experts
         for part, stored in self.experts.expert(index, expert):
             rows = max(1, piece_bytes // (PANEL * stored.num_inputs * self.kit.dtype.itemsize)) * PANEL
             for first in range(0, stored.num_rows, rows):
-                piece = self.piece(stored, range(first, min(first + rows, stored.num_rows)), kept, format)
+                piece = self.piece(stored, range(first, min(first + rows, stored.num_rows)), kept, formats.of(part))
                 experts.put(slot, part, first, piece)
                 yield piece.nbytes
 
@@ -150,7 +150,7 @@ class ModelReader:
         return self._grouped_attention(prefix, layer.attention, layer.formats.attention, next_norm)
 
     def _grouped_attention(
-        self, prefix: str, config: AttentionConfig, format: WeightFormat | None, next_norm: Norm
+        self, prefix: str, config: AttentionConfig, formats: BlockFormats, next_norm: Norm
     ) -> AttentionBlock:
         names, hidden = self.names, self.config.hidden_size
         rows = {names.query: config.query_size, names.key: config.kv_size, names.value: config.kv_size}
@@ -169,12 +169,13 @@ class ModelReader:
             biases = stacked({part: self.tensor(f"{prefix}.{part}.bias", count) for part, count in rows.items()})
             assert isinstance(biases, Tensor)
             bias = biases
-        qkv = self.kit.linear(sum(rows.values()), hidden, bias, format)
+        qkv = self.kit.linear(sum(rows.values()), hidden, bias, formats.input)
         weights = {
-            part: self.matrix(f"{prefix}.{part}.weight", count, hidden, format=format) for part, count in rows.items()
+            part: self.matrix(f"{prefix}.{part}.weight", count, hidden, format=formats.input)
+            for part, count in rows.items()
         }
         qkv.put(0, stacked(weights))
-        output = self._attention_output(prefix, config.query_size, config.output_bias, format)
+        output = self._attention_output(prefix, config.query_size, config.output_bias, formats.output)
         q_norm, k_norm = (
             self.tensor(f"{prefix}.{name}", size)[self._halves(size, config.head_dim)] if size else None
             for name, size in zip((names.query_norm, names.key_norm), config.norm_sizes, strict=True)
@@ -185,11 +186,11 @@ class ModelReader:
         return self.kit.attention(config, self.config.rms_norm_eps, qkv, output, q_norm, k_norm, sinks_H, next_norm)
 
     def _latent_attention(
-        self, prefix: str, config: LatentAttentionConfig, format: WeightFormat | None, next_norm: Norm
+        self, prefix: str, config: LatentAttentionConfig, formats: BlockFormats, next_norm: Norm
     ) -> AttentionBlock:
         names, hidden, kit, rank = self.names.latent, self.config.hidden_size, self.kit, config.query_rank
         query = self.names.query if rank is None else names.query_down
-        head_size = config.nope_size + config.rope_size
+        format, head_size = formats.input, config.nope_size + config.rope_size
 
         query_order = self._halves(config.query_size, head_size, config.nope_size)
         latent_order = self._halves(config.key_size, config.key_size, config.latent_size)
@@ -220,7 +221,7 @@ class ModelReader:
         for head, rows in enumerate(both.unflatten(0, (config.num_heads, size))):
             key.put(head, 0, rows[: config.nope_size].T.contiguous())
             value.put(head, 0, rows[config.nope_size :])
-        output = self._attention_output(prefix, config.output_size, config.bias, format)
+        output = self._attention_output(prefix, config.output_size, config.bias, formats.output)
         latent_norm = self.tensor(f"{prefix}.{names.latent_norm}", config.latent_size)
         return kit.latent_attention(config, down, up, key, value, output, query_norm, latent_norm, next_norm)
 
@@ -242,12 +243,12 @@ class ModelReader:
         prefix: str,
         names: SwiGLUNames,
         intermediate: int,
-        format: WeightFormat | None,
+        formats: BlockFormats,
         gate_D: Tensor | None = None,
     ) -> MLP:
-        mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D, format)
+        mlp = self.kit.mlp(self.config.hidden_size, intermediate, gate_D, formats)
         for part, stored in self.experts.swiglu(prefix, names, intermediate):
-            mlp.put(0, part, 0, self.piece(stored, range(stored.num_rows), {}, format))
+            mlp.put(0, part, 0, self.piece(stored, range(stored.num_rows), {}, formats.of(part)))
         return mlp
 
     def sparse_block(self, index: int, next_norm: Norm) -> SparseBlock:
@@ -283,8 +284,8 @@ class ModelReader:
         gate_D = None
         if moe.shared_gate:
             gate_D = self.tensor(f"{prefix}.{names.shared_gate}", 1, self.config.hidden_size)[0]
-        format = self.config.layers[index].formats.mlp
-        return self.mlp(f"{prefix}.{names.shared}", names.shared_parts, moe.shared_intermediate_size, format, gate_D)
+        formats = self.config.layers[index].formats.mlp
+        return self.mlp(f"{prefix}.{names.shared}", names.shared_parts, moe.shared_intermediate_size, formats, gate_D)
 
     def _halves(self, rows: int, head_size: int, first: int = 0) -> Tensor | slice:
         """The order in which rows of heads are held: rotary pairs are brought from neighbours to halves if the

@@ -1,4 +1,7 @@
-"""How a checkpoint's quantised matrices are held: as they are stored, where all matrices of a part agree. No torch."""
+"""How a checkpoint's quantised matrices are held: as they are stored, where all matrices of a part agree. No torch.
+
+The matrices of `BlockFormats.input` are one part, those of `output` another.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import replace
 
 from moe_runtime.config.model import LayerConfig, LayerFormats, ModelConfig
 from moe_runtime.models.names import SwiGLUNames, TensorNames
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 logger = logging.getLogger(__name__)
 
@@ -50,34 +53,31 @@ class _Reader:
         """The formats of a layer whose tensors' names begin with `prefix`."""
         names, has_shared = self.names, self.model.moe.shared_intermediate_size > 0
         projections = names.projections(layer.attention, self.model.hidden_size)
-        attention = self._common(f"{prefix}.{part}.weight" for part, _, _ in projections)
+        *inputs, output = (f"{prefix}.{part}.weight" for part, _, _ in projections)
+        attention = self._block(inputs, [output])
         if not layer.is_sparse:
-            return LayerFormats(attention, self._swiglu(f"{prefix}.{names.dense}", names.dense_parts), None)
-        shared = self._swiglu(f"{prefix}.{names.shared}", names.shared_parts) if has_shared else None
+            return LayerFormats(attention, self._swiglu(f"{prefix}.{names.dense}", names.dense_parts))
+        shared = self._swiglu(f"{prefix}.{names.shared}", names.shared_parts) if has_shared else DENSE
         return LayerFormats(attention, shared, self._experts(prefix))
 
-    def _experts(self, prefix: str) -> WeightFormat | None:
+    def _experts(self, prefix: str) -> BlockFormats:
         """Of all experts, stored one by one or in one tensor, under the family's name or the usual one."""
         names = self.names
-        own = [(f"{prefix}.{names.fused_gate_up}", f"{prefix}.{names.fused_down}")] if names.fused_gate_up else []
-        places: list[tuple[str, ...]] = [*own]
+        places: list[tuple[list[str], list[str]]] = []  # gate and up, down
+        if names.fused_gate_up:
+            places.append(([f"{prefix}.{names.fused_gate_up}"], [f"{prefix}.{names.fused_down}"]))
         for block in dict.fromkeys((f"{prefix}.{names.sparse}", f"{prefix}.{names.dense}")):
             fused, single = f"{block}.experts", f"{block}.{names.expert}"
-            places += [(f"{fused}.gate_up_proj{end}", f"{fused}.down_proj{end}") for end in ("", ".weight")]
-            places.append(
-                tuple(
-                    name
-                    for expert in range(self.model.moe.num_experts)
-                    for name in self._parts(single.format(expert), names.expert_parts)
-                )
-            )
-        return next((found for place in places if (found := self._common(place))), None)
+            places += [([f"{fused}.gate_up_proj{end}"], [f"{fused}.down_proj{end}"]) for end in ("", ".weight")]
+            experts = [single.format(expert) for expert in range(self.model.moe.num_experts)]
+            places.append(_matrices(experts, names.expert_parts))
+        return next((found for place in places if any((found := self._block(*place)).all)), DENSE)
 
-    def _swiglu(self, prefix: str, parts: SwiGLUNames) -> WeightFormat | None:
-        return self._common(self._parts(prefix, parts))
+    def _swiglu(self, prefix: str, parts: SwiGLUNames) -> BlockFormats:
+        return self._block(*_matrices([prefix], parts))
 
-    def _parts(self, prefix: str, parts: SwiGLUNames) -> list[str]:
-        return [f"{prefix}.{part}.weight" for part in (*parts.up_matrices, parts.down)]
+    def _block(self, inputs: Iterable[str], outputs: Iterable[str]) -> BlockFormats:
+        return BlockFormats(self._common(inputs), self._common(outputs))
 
     def _common(self, names: Iterable[str]) -> WeightFormat | None:
         listed = list(names)
@@ -85,3 +85,10 @@ class _Reader:
         if len(found) > 1:
             self.mixed.append(listed[0])
         return found.pop() if len(found) == 1 else None
+
+
+def _matrices(prefixes: Iterable[str], parts: SwiGLUNames) -> tuple[list[str], list[str]]:
+    """Names of the gate and up projections of the SwiGLUs under some prefixes, and of their down projections."""
+    listed = list(prefixes)
+    gate_up = [f"{prefix}.{part}.weight" for prefix in listed for part in parts.up_matrices]
+    return gate_up, [f"{prefix}.{parts.down}.weight" for prefix in listed]

@@ -83,25 +83,27 @@ class QuantizedWriter:
 
     def _left_out(self) -> list[str]:
         formats = self.config.layers[self.config.moe_layers[0]].formats
-        parts = [pattern for part, pattern in WITHOUT.items() if getattr(formats, part) is None]
+        held = {"experts": formats.experts.output, "attention": formats.attention.output}
+        parts = [pattern for part, pattern in WITHOUT.items() if held[part] is None]
         return parts + ["lm_head"] * (self.config.head_format is None)
 
     def _layer(self, index: int) -> Iterator[Written]:
         """What is written in another way than it is stored."""
         layer, prefix = self.config.layers[index], self.names.layer.format(index)
-        if layer.formats.attention is not None:
+        if layer.formats.attention.output is not None:
             for name, outputs, inputs in self.names.projections(layer.attention, self.config.hidden_size):
                 full = f"{prefix}.{name}.weight"
-                yield full, StoredPart(full, (outputs, inputs), outputs), layer.formats.attention
-        if layer.formats.mlp is not None:
+                yield full, StoredPart(full, (outputs, inputs), outputs), layer.formats.attention.output
+        mlp, experts = layer.formats.mlp.output, layer.formats.experts.output  # all matrices have one format
+        if mlp is not None:
             if not layer.is_sparse:
                 size = layer.dense_intermediate_size or 0
-                yield from self._swiglu(f"{prefix}.{self.names.dense}", self.names.dense_parts, size, layer.formats.mlp)
+                yield from self._swiglu(f"{prefix}.{self.names.dense}", self.names.dense_parts, size, mlp)
             elif self.config.moe.shared_intermediate_size:
                 shared, size = f"{prefix}.{self.names.shared}", self.config.moe.shared_intermediate_size
-                yield from self._swiglu(shared, self.names.shared_parts, size, layer.formats.mlp)
-        if layer.is_sparse and layer.formats.experts is not None:
-            yield from self._experts(index, layer.formats.experts)
+                yield from self._swiglu(shared, self.names.shared_parts, size, mlp)
+        if layer.is_sparse and experts is not None:
+            yield from self._experts(index, experts)
 
     def _swiglu(self, prefix: str, parts: SwiGLUNames, inner: int, format: WeightFormat) -> Iterator[Written]:
         hidden = self.config.hidden_size

@@ -13,7 +13,7 @@ from typing import Any
 from moe_runtime.config.model import ModelConfig
 from moe_runtime.memory.model_size import cache_dtype
 from moe_runtime.system.files import parse_json, read_text
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 DTYPES = ("float32", "bfloat16", "float8")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float8": 1}
@@ -136,6 +136,7 @@ class ModelShape:
         hidden, moe = config.hidden_size, config.moe
         attention = config.layers[0].attention  # layers differ only in their windows
         formats = config.layers[config.moe_layers[0]].formats  # those of the first sparse layer stand for all
+        *inputs, output = attention.matrices(hidden)
         # One product with the key, one with the value.
         flops = 2 * attention.num_heads * (attention.key_size + attention.value_size)
         item = ITEMSIZE[dtype]
@@ -147,15 +148,16 @@ class ModelShape:
             num_experts=moe.num_experts,
             top_k=moe.top_k,
             attention=(
-                *_held(tuple(Matrix(*size, dtype) for size in attention.matrices(hidden)), formats.attention),
+                *(Matrix(*size, dtype, formats.attention.input) for size in inputs),
+                Matrix(*output, dtype, formats.attention.output),
                 *(Matrix(*size, dtype) for size in attention.head_matrices),
             ),
-            dense_mlp=_held(
-                _mlp(hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype), formats.mlp
+            dense_mlp=_mlp(
+                hidden, max(layer.dense_intermediate_size or 0 for layer in config.layers), dtype, formats.mlp
             ),
-            shared=_held(_mlp(hidden, moe.shared_intermediate_size, dtype), formats.mlp),
+            shared=_mlp(hidden, moe.shared_intermediate_size, dtype, formats.mlp),
             gate=Matrix(moe.num_experts, hidden, "float32" if moe.gate_float32 else dtype),
-            expert=_held(_mlp(hidden, moe.intermediate_size, dtype), formats.experts),
+            expert=_mlp(hidden, moe.intermediate_size, dtype, formats.experts),
             head=Matrix(config.vocab_size, hidden, dtype, config.head_format),
             embedding_bytes=0 if config.shares_embedding else config.vocab_size * hidden * item,
             kv_bytes=kept[0].bytes_per_token,
@@ -224,11 +226,12 @@ class ModelShape:
         )
 
 
-def _mlp(hidden: int, inner: int, dtype: str) -> Matrices:
+def _mlp(hidden: int, inner: int, dtype: str, formats: BlockFormats = DENSE) -> Matrices:
     """SwiGLU: gate, up, down."""
     if not inner:
         return ()
-    return (Matrix(inner, hidden, dtype), Matrix(inner, hidden, dtype), Matrix(hidden, inner, dtype))
+    up = Matrix(inner, hidden, dtype, formats.input)
+    return (up, up, Matrix(hidden, inner, dtype, formats.output))
 
 
 def _integer(content: Mapping[str, Any], name: str, least: int) -> int:

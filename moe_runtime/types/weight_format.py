@@ -154,3 +154,27 @@ class WeightFormat:
         if self.code is Code.CODED_BFLOAT16:  # inputs are in pairs
             return panels * (TABLE_BYTES + -(-inputs // 2) * 2 * PANEL * self.code.bits // 8)
         return panels * PANEL * inputs * self.code.bits // 8
+
+
+@dataclass(frozen=True)
+class BlockFormats:
+    """How the matrices of an attention, an MLP or each expert of a layer are held; None: in the model's dtype.
+
+    Attributes:
+        input: all but the last: queries, keys and values, or what makes them; gate and up projections.
+        output: the last: the output of attention, the down projection.
+    """
+
+    input: WeightFormat | None = None
+    output: WeightFormat | None = None
+
+    @property
+    def all(self) -> tuple[WeightFormat | None, ...]:
+        return self.input, self.output
+
+    def of(self, part: str) -> WeightFormat | None:
+        """Of an expert's matrix: "gate", "up" or "down"."""
+        return self.output if part == "down" else self.input
+
+
+DENSE = BlockFormats()

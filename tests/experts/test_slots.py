@@ -10,7 +10,7 @@ from moe_runtime.experts.parts import CHUNK_WORDS, ExpertPart, checksum
 from moe_runtime.experts.slots import ExpertSlots
 from moe_runtime.kernels.forms import INVARIANT, USUAL, Forms
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import BlockFormats, WeightFormat
 
 HIDDEN, INNER = 24, 10
 
@@ -50,10 +50,12 @@ def test_slots_compute_the_experts_that_were_loaded(swiglu: SwiGLU, has_bias: bo
 
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_quantised_slots_compute_the_experts_that_were_loaded(format: WeightFormat) -> None:
-    slots = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), has_bias=True, format=format)
+    slots = ExpertSlots(
+        3, HIDDEN, INNER, torch.float32, torch.device("cpu"), has_bias=True, formats=BlockFormats(format, format)
+    )
     plain = ExpertSlots(3, HIDDEN, INNER, torch.float32, torch.device("cpu"), has_bias=True)
     weights = 3 * (format.nbytes(2 * INNER, HIDDEN) + format.nbytes(HIDDEN, INNER))
-    assert slots.format == format and slots.nbytes == weights + 3 * (2 * INNER + HIDDEN) * 4
+    assert slots.formats == BlockFormats(format, format) and slots.nbytes == weights + 3 * (2 * INNER + HIDDEN) * 4
     for slot in (2, 0):
         for part, shape in SHAPES.items():
             rows, cut = random_matrix(format, *shape), int(torch.randint(1, shape[0], ()))
@@ -70,7 +72,10 @@ def test_quantised_slots_compute_the_experts_that_were_loaded(format: WeightForm
 @pytest.mark.parametrize("format", FORMATS, ids=name_of)
 def test_what_is_stored_of_a_quantised_expert_is_all_that_counts(format: WeightFormat) -> None:
     """A copy of what is stored computes the same, and its checksum changes with each of its tensors."""
-    rooms = [ExpertSlots(2, HIDDEN, INNER, torch.float32, torch.device("cpu"), format=format) for _ in "ab"]
+    rooms = [
+        ExpertSlots(2, HIDDEN, INNER, torch.float32, torch.device("cpu"), formats=BlockFormats(format, format))
+        for _ in "ab"
+    ]
     for part, shape in SHAPES.items():
         rooms[0].put(1, part, 0, random_matrix(format, *shape))
     stored = rooms[0].stored(1)

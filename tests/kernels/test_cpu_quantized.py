@@ -11,7 +11,7 @@ from moe_runtime.kernels.cpu.packed import PackedExperts, PackedLinear
 from moe_runtime.kernels.int8_rows import linear_int8_rows
 from moe_runtime.kernels.quantized import stack_rows
 from moe_runtime.kernels.swiglu import SwiGLU
-from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+from moe_runtime.types.weight_format import BlockFormats, Code, Scale, WeightFormat
 
 BF16_PRODUCTS = ("avx512_bf16", "amx_bf16")  # kernels that round weights to bfloat16
 SIZES = [(64, 64), (130, 200), (67, 33), (256, 520)]  # outputs, inputs
@@ -76,7 +76,9 @@ def test_rows_may_be_put_in_by_panels(kernels: Kernels) -> None:
 def test_experts_are_those_of_the_values(kernels: Kernels, format: WeightFormat) -> None:
     slots, hidden, inner, dtype = 3, 72, 40, torch.bfloat16
     swiglu = SwiGLU(1.702, 7.0, 1.0)
-    experts = PackedExperts(kernels, slots, hidden, inner, dtype, swiglu=swiglu, has_bias=True, format=format)
+    experts = PackedExperts(
+        kernels, slots, hidden, inner, dtype, swiglu=swiglu, has_bias=True, formats=BlockFormats(format, format)
+    )
     dense = PackedExperts(kernels, slots, hidden, inner, torch.float32, swiglu=swiglu, has_bias=True)
     for slot in range(slots):
         for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
@@ -98,7 +100,7 @@ def test_experts_are_those_of_the_values(kernels: Kernels, format: WeightFormat)
 
 def test_a_slot_is_stored_as_its_codes(kernels: Kernels) -> None:
     format = WeightFormat(Code.INT8, Scale.FLOAT32)
-    experts = PackedExperts(kernels, 2, 64, 64, torch.bfloat16, format=format)
+    experts = PackedExperts(kernels, 2, 64, 64, torch.bfloat16, formats=BlockFormats(format, format))
     matrices = {part: random_matrix(format, 64, 64) for part in ("gate", "up", "down")}
     for slot in range(2):
         for part, matrix in matrices.items():
@@ -138,7 +140,9 @@ def test_fp8_ignores_int8_rows(byte_kernels: Kernels) -> None:
 def test_experts_with_int8_rows(byte_kernels: Kernels) -> None:
     format = WeightFormat(Code.INT4, Scale.BFLOAT16, 32)
     slots, hidden, inner = 3, 96, 160
-    experts = PackedExperts(byte_kernels, slots, hidden, inner, torch.float32, format=format, int8_rows=True)
+    experts = PackedExperts(
+        byte_kernels, slots, hidden, inner, torch.float32, formats=BlockFormats(format, format), int8_rows=True
+    )
     matrices = [
         [random_matrix(format, *shape) for shape in ((inner, hidden), (inner, hidden), (hidden, inner))]
         for _ in range(slots)

@@ -9,7 +9,7 @@ from quantized_matrices import FORMATS, name_of, random_matrix
 from moe_runtime.config.model import MoEConfig
 from moe_runtime.experts.parts import ExpertPart
 from moe_runtime.layers.torch_kit import TorchKit
-from moe_runtime.types.weight_format import WeightFormat
+from moe_runtime.types.weight_format import DENSE, BlockFormats, WeightFormat
 
 HIDDEN, INNER = 40, 26
 SHAPES: dict[ExpertPart, tuple[int, int]] = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
@@ -45,7 +45,7 @@ def test_linear_and_head(kit: TorchKit, format: WeightFormat) -> None:
 @EACH_FORMAT
 def test_mlp(kit: TorchKit, format: WeightFormat) -> None:
     gate_D = torch.randn(HIDDEN, dtype=kit.dtype)
-    quantized, dense = (kit.mlp(HIDDEN, INNER, gate_D, each) for each in (format, None))
+    quantized, dense = (kit.mlp(HIDDEN, INNER, gate_D, each) for each in (BlockFormats(format, format), DENSE))
     for part, shape in SHAPES.items():
         weight = random_matrix(format, *shape)
         quantized.put(0, part, 0, weight)
@@ -59,7 +59,7 @@ def test_mlp(kit: TorchKit, format: WeightFormat) -> None:
 @EACH_FORMAT
 def test_experts(kit: TorchKit, format: WeightFormat) -> None:
     moe = MoEConfig(num_experts=3, top_k=2, intermediate_size=INNER)
-    quantized, dense = (kit.experts(3, HIDDEN, moe, each) for each in (format, None))
+    quantized, dense = (kit.experts(3, HIDDEN, moe, each) for each in (BlockFormats(format, format), DENSE))
     for slot in range(3):
         for part, shape in SHAPES.items():
             weight = random_matrix(format, *shape)
@@ -68,4 +68,4 @@ def test_experts(kit: TorchKit, format: WeightFormat) -> None:
     x_ND, row_R = torch.randn(4, HIDDEN, dtype=kit.dtype), torch.randint(4, (6,))
     counts_S = torch.tensor([1, 3, 2])
     assert torch.equal(quantized(x_ND, row_R, counts_S), dense(x_ND, row_R, counts_S))
-    assert quantized.format == format and quantized.num_slots == 3
+    assert quantized.formats == BlockFormats(format, format) and quantized.num_slots == 3

@@ -24,9 +24,10 @@ from tiny_models import VOCAB, make_model, rope, save
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.cli.main import main
 from moe_runtime.kernels.cpu.library import can_have_kernels
+from moe_runtime.memory.model_size import expert_bytes
 from moe_runtime.models import registry
 from moe_runtime.models.registry import open_weights, read_default_sampling, read_model_config
-from moe_runtime.types.weight_format import Code, Scale, WeightFormat
+from moe_runtime.types.weight_format import BlockFormats, Code, Scale, WeightFormat
 from moe_runtime.weights.checkpoint import resolve_model
 from moe_runtime.weights.gguf import GgufWeights
 from moe_runtime.weights.gguf_file import FORMATS, Gguf
@@ -148,6 +149,32 @@ def test_matrices_are_held_as_they_are_stored(case: str, kind: Kind, tmp_path: P
     file, twin = quantised(tmp_path, dict.fromkeys(names, kind), case)
     name = FORMATS[kind.name].name
     assert read_model_config(file).formats == {"experts": name, "attention": name, "head": name}
+    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
+        assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
+
+
+@needs_native_kernels
+def test_matrices_of_the_usual_mixture(tmp_path: Path, rank_pool: Pools) -> None:
+    """As llama.cpp's Q4_K_M: down projections and values of some layers have more bits."""
+    four, six = FORMATS["Q4_K"], FORMATS["Q6_K"]
+    model = make_model("qwen3 normalised", **SIZES, intermediate_size=256, moe_intermediate_size=256)
+    wide = ("ffn_down_exps", "attn_v")
+
+    def kind_of(name: str) -> Kind:
+        if name in ("token_embd.weight", "output.weight"):
+            return Kind.Q6_K
+        _, layer, part, _ = name.split(".") if name.startswith("blk.") else ("", "", name, "")
+        return Kind.F32 if "norm" in part else Kind.Q6_K if part in wide and layer == "1" else Kind.Q4_K
+
+    file = write_gguf(save(model, tmp_path / "model"), tmp_path / "m.gguf", kind_of)
+    twin = edited(file, {}, dequantises=True)
+    config = read_model_config(file)
+    assert [layer.formats.experts for layer in config.layers] == [BlockFormats(four, four), BlockFormats(four, six)]
+    assert [layer.formats.attention for layer in config.layers] == [BlockFormats(four, four), BlockFormats(None, four)]
+    assert config.head_format == six
+    for native in (False, True):
+        first, second = (expert_bytes(config, "float32", native, layer) for layer in (0, 1))
+        assert first == 3 * four.nbytes(256, 256, native) and second > first
     for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
 

@@ -20,7 +20,7 @@ from moe_runtime.kernels.cpu.native_step import pointer
 from moe_runtime.kernels.cpu.structs import QuantFormat, QuantSource, Weight
 from moe_runtime.kernels.quantized import QuantizedMatrix
 from moe_runtime.kernels.swiglu import PLAIN, SwiGLU
-from moe_runtime.types.weight_format import PANEL, Code, WeightFormat
+from moe_runtime.types.weight_format import DENSE, PANEL, BlockFormats, Code, WeightFormat
 
 PackedPart = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
 
@@ -219,7 +219,7 @@ class PackedExperts:
         gate_D: a row's output is multiplied by the sigmoid of its product with the gate; None: it is not.
         swiglu: the activation.
         has_bias: whether the projections have biases, which are zeros until they are put in.
-        format, int8_rows: see `PackedMatrices`.
+        formats, int8_rows: of the matrices; see `PackedMatrices`.
     """
 
     def __init__(
@@ -232,7 +232,7 @@ class PackedExperts:
         gate_D: Tensor | None = None,
         swiglu: SwiGLU = PLAIN,
         has_bias: bool = False,
-        format: WeightFormat | None = None,
+        formats: BlockFormats = DENSE,
         int8_rows: bool = False,
     ) -> None:
         assert gate_D is None or (gate_D.dtype == dtype and gate_D.shape == (hidden_size,))
@@ -240,8 +240,11 @@ class PackedExperts:
         self.num_slots, self.hidden_size, self.intermediate_size = num_slots, hidden_size, intermediate_size
         # Gate and up projections each begin at a panel boundary.
         self._up_row = -(-intermediate_size // PANEL) * PANEL
-        self.w13 = PackedMatrices(kernels, dtype, 2 * self._up_row, hidden_size, num_slots, format, int8_rows)
-        self.w2 = PackedMatrices(kernels, dtype, hidden_size, intermediate_size, num_slots, format, int8_rows)
+        sizes = (2 * self._up_row, hidden_size), (hidden_size, intermediate_size)
+        self.w13, self.w2 = (
+            PackedMatrices(kernels, dtype, *size, num_slots, format, int8_rows)
+            for size, format in zip(sizes, formats.all, strict=True)
+        )
         b13 = torch.zeros(num_slots, 2 * self._up_row, dtype=dtype) if has_bias else None
         b2 = torch.zeros(num_slots, hidden_size, dtype=dtype) if has_bias else None
         self.experts = structs.ExpertsStruct(
@@ -258,7 +261,7 @@ class PackedExperts:
         self.gate_D = gate_D
         self.b13, self.b2 = b13, b2
         self.address = ctypes.addressof(self.experts)
-        self.format = self.w13.format
+        self.formats = BlockFormats(self.w13.format, self.w2.format)
         self.element = native_code(dtype)
 
     @property
