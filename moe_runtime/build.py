@@ -37,13 +37,11 @@ def build_engine(
         RankError: a rank failed to start. All started ranks have been ended.
     """
     from moe_runtime.memory.initial_placement import initial_placement
-    from moe_runtime.models.registry import held_as_stored, read_default_sampling, read_model_config, with_own_head
+    from moe_runtime.models.registry import read_default_sampling, read_model_config, read_stored_config
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(config.model)
-    model_config = read_model_config(path)
-    if config.load_format != "dummy":
-        model_config = held_as_stored(path, with_own_head(path, model_config))
+    model_config = (read_model_config if config.load_format == "dummy" else read_stored_config)(path)
     model_config = config.quantized(model_config)
     check_activations(model_config, config.activation_quantization)
     if config.generation_config == "auto":

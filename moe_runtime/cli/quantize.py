@@ -61,14 +61,14 @@ def _write(engine: EngineConfig, out: Path) -> int:
     """Write the folder; it appears when it is complete. Returns the bytes of its tensors."""
     from tqdm import tqdm
 
-    from moe_runtime.models.registry import names_of, read_model_config, with_own_head
+    from moe_runtime.models.registry import names_of, read_stored_config
     from moe_runtime.models.write_quantized import QuantizedWriter
     from moe_runtime.weights.checkpoint import resolve_model
 
     path = resolve_model(engine.model)
     if not path.is_dir():
         raise ValueError(f"model: {engine.model!r} is not allowed; it must be a folder with safetensors files")
-    model = engine.quantized(with_own_head(path, read_model_config(path)))
+    model = engine.quantized(read_stored_config(path))
     format = next(found for found in (*model.layers[model.moe_layers[0]].formats.all, model.head_format) if found)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))

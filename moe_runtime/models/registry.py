@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moe_runtime.models.names import TensorNames
     from moe_runtime.weights.checkpoint import WeightSource
     from moe_runtime.weights.deepspeed import DeepSpeedCheckpoint
+    from moe_runtime.weights.scheme import Scheme
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def names_of(family: str) -> TensorNames:
 def read_model_config(path: Path) -> ModelConfig:
     """Read the configuration of the checkpoint in the directory `path`, or of the GGUF file `path`.
 
-    End-of-sequence ids come from `generation_config.json` if it names some, else from `config.json`.
+    Of a checkpoint, only its files in JSON are read.
 
     Raises:
         ValueError: no such directory, missing or broken `config.json`, unknown architecture, unsupported setting or
@@ -82,6 +83,35 @@ def read_model_config(path: Path) -> ModelConfig:
     """
     if path.suffix == GGUF_SUFFIX:
         return _read_gguf_config(Gguf(path))
+    model, scheme = _read_checkpoint_config(path)
+    return model if scheme is None else with_stored_formats(model, names_of(model.family), scheme.format_of)
+
+
+def read_stored_config(path: Path) -> ModelConfig:
+    """As `read_model_config`, with what only the files of the weights tell.
+
+    That are the types of scales, which matrices a quantised checkpoint has left as they were, and whether a head that
+    is tied to the embedding is the same. If it is not, both are used, as transformers does.
+
+    Raises:
+        ValueError: as `read_model_config` and `open_weights`.
+    """
+    if path.suffix == GGUF_SUFFIX:
+        return _read_gguf_config(Gguf(path))
+    model, scheme = _read_checkpoint_config(path)
+    if scheme is None and not model.tie_word_embeddings:
+        return model
+    source, names = _open_checkpoint(path, model, scheme), names_of(model.family)
+    if model.tie_word_embeddings and _has_own_head(source, names, model):
+        model = dataclasses.replace(model, tie_word_embeddings=False)
+    return model if scheme is None else with_stored_formats(model, names, source.format_of)
+
+
+def _read_checkpoint_config(path: Path) -> tuple[ModelConfig, Scheme | None]:
+    """The configuration of a directory, without the formats of its matrices, and what it says of them.
+
+    End-of-sequence ids come from `generation_config.json` if it names some, else from `config.json`.
+    """
     if not path.is_dir():
         raise ValueError(f"model: {str(path)!r} is no directory")
     config = read_json_object(path / CONFIG)
@@ -93,15 +123,13 @@ def read_model_config(path: Path) -> ModelConfig:
     scheme = read_scheme(path, config)
     model: ModelConfig = family_module(family).parse({key: config[key] for key in config if key not in KEYS})
     _check(model)
-    if scheme is not None:
-        model = with_stored_formats(model, names_of(family), scheme.format_of)
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         model = dataclasses.replace(model, dtype=stored_dtype(path) or model.dtype)
     if DeepSpeedFiles.find(path) is not None:
         model = with_deepspeed_gate(model)
     file = path / GENERATION_CONFIG
     eos_token_ids = token_ids("eos_token_id", (read_json_object(file) or {}).get("eos_token_id"), str(file))
-    return dataclasses.replace(model, eos_token_ids=eos_token_ids) if eos_token_ids else model
+    return dataclasses.replace(model, eos_token_ids=eos_token_ids) if eos_token_ids else model, scheme
 
 
 def _read_gguf_config(gguf: Gguf) -> ModelConfig:
@@ -135,41 +163,21 @@ def read_default_sampling(path: Path) -> dict[str, float | int]:
         raise ValueError(f"{error} ({file}; generation_config=none ignores its sampling parameters)") from None
 
 
-def with_own_head(path: Path, config: ModelConfig) -> ModelConfig:
-    """The configuration; not tied where it is, but the checkpoint's head differs from its embedding.
-
-    transformers keeps both then, and so does this runtime.
-
-    Raises:
-        ValueError: as `open_weights`.
-    """
-    if not config.tie_word_embeddings:
-        return config
+def _has_own_head(source: WeightSource, names: TensorNames, config: ModelConfig) -> bool:
+    """Whether a checkpoint has a head that differs from its embedding; a log line says so."""
     import torch
 
-    source, names = open_weights(path, config), names_of(config.family)
     if not source.has(names.head) or not source.has(names.embedding):
-        return config
+        return False
     shape = (config.vocab_size, config.hidden_size)
     if torch.equal(source.read(names.head, shape), source.read(names.embedding, shape)):
-        return config
+        return False
     logger.warning(
         "tie_word_embeddings: config.json says true, but %s and %s differ in the checkpoint; both are used",
         names.head,
         names.embedding,
     )
-    return dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def held_as_stored(path: Path, config: ModelConfig) -> ModelConfig:
-    """The configuration with the formats that the checkpoint's files have; `config.json` does not tell all of them.
-
-    Raises:
-        ValueError: as `open_weights`.
-    """
-    if read_scheme(path, read_json_object(path / CONFIG) or {}) is None:
-        return config
-    return with_stored_formats(config, names_of(config.family), open_weights(path, config).format_of)
+    return True
 
 
 def open_weights(path: Path, config: ModelConfig) -> WeightSource:
@@ -184,14 +192,18 @@ def open_weights(path: Path, config: ModelConfig) -> WeightSource:
         gguf, names = Gguf(path), names_of(config.family)
         check_tensors(gguf, names, config.num_layers)
         return GgufWeights(gguf, GgufNames(names, gguf.tensors).locate)
-    files = DeepSpeedFiles.find(path)
-    if files is None:
-        from moe_runtime.weights.checkpoint import Checkpoint
-        from moe_runtime.weights.quantized import QuantizedCheckpoint
+    return _open_checkpoint(path, config, read_scheme(path, read_json_object(path / CONFIG) or {}))
 
-        scheme = read_scheme(path, read_json_object(path / CONFIG) or {})
-        return Checkpoint(path) if scheme is None else QuantizedCheckpoint(Checkpoint(path), scheme)
-    return open_deepspeed(files, config)
+
+def _open_checkpoint(path: Path, config: ModelConfig, scheme: Scheme | None) -> WeightSource:
+    """The weights in a directory, stored as the scheme says."""
+    files = DeepSpeedFiles.find(path)
+    if files is not None:
+        return open_deepspeed(files, config)
+    from moe_runtime.weights.checkpoint import Checkpoint
+    from moe_runtime.weights.quantized import QuantizedCheckpoint
+
+    return Checkpoint(path) if scheme is None else QuantizedCheckpoint(Checkpoint(path), scheme)
 
 
 def open_deepspeed(files: DeepSpeedFiles, config: ModelConfig) -> DeepSpeedCheckpoint:

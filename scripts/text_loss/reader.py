@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.engine.page_pool import RankPages
 from moe_runtime.memory.page_group import page_groups
-from moe_runtime.models.registry import held_as_stored, read_model_config, with_own_head
+from moe_runtime.models.registry import read_stored_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.weights.checkpoint import resolve_model
 from moe_runtime.wire.messages import Chunk, NewSequence, RankPlan, StepPlan
@@ -28,7 +28,7 @@ class Reader:
     def __init__(self, config: EngineConfig) -> None:
         path = resolve_model(config.model)
         self._config = config
-        self._model_config = config.quantized(held_as_stored(path, with_own_head(path, read_model_config(path))))
+        self._model_config = config.quantized(read_stored_config(path))
         self._worker = Worker(config, self._model_config, path)
         self._num_read = 0
 

@@ -52,7 +52,7 @@ from moe_runtime.layers.torch_layers import (
 )
 from moe_runtime.memory.model_size import count_parameters
 from moe_runtime.models.reader import ModelReader
-from moe_runtime.models.registry import names_of, read_model_config, with_own_head
+from moe_runtime.models.registry import names_of, read_model_config, read_stored_config
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.weights.checkpoint import Checkpoint, RandomWeights, WeightSource, resolve_model
 
@@ -333,12 +333,12 @@ def test_a_tied_model_with_a_head_of_its_own_keeps_both(tmp_path: Path, caplog: 
     path = save(make_model("qwen3 bias, tied"), tmp_path)
     file, config = path / "model.safetensors", read_model_config(path)
     state = load_file(file)
-    assert "lm_head.weight" not in state and with_own_head(path, config) == config
+    assert "lm_head.weight" not in state and read_stored_config(path) == config
     save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, file)
-    assert with_own_head(path, config) == config and not caplog.records
+    assert read_stored_config(path) == config and not caplog.records
     head = torch.randn_like(state["model.embed_tokens.weight"])
     save_file(state | {"lm_head.weight": head}, file, metadata={"format": "pt"})
-    found = with_own_head(path, config)
+    found = read_stored_config(path)
     assert found == dataclasses.replace(config, tie_word_embeddings=False)
     (record,) = caplog.records
     assert "lm_head.weight and model.embed_tokens.weight differ" in record.getMessage()
