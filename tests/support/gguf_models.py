@@ -12,6 +12,7 @@ import gguf
 import k_quants
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -231,3 +232,41 @@ def _describe_latent(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
     writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(rope)
+
+
+VALUE_TYPES = {
+    str: GGUFValueType.STRING,
+    bool: GGUFValueType.BOOL,
+    int: GGUFValueType.UINT32,
+    float: GGUFValueType.FLOAT32,
+    type(None): None,
+}
+
+
+def edited(
+    file: Path,
+    changes: dict[str, Any],
+    drop: str | None = None,
+    extra: str | None = None,
+    *,
+    dequantises: bool = False,
+) -> Path:
+    """A copy with other metadata, None removes a key; without one tensor, with one more, or all in float32."""
+    reader = gguf.GGUFReader(file)
+    path = file.with_name("edited.gguf")
+    arch = changes.get("general.architecture", reader.fields["general.architecture"].contents())
+    writer = gguf.GGUFWriter(path, arch)
+    values = {field.name: (field.contents(), field.types[0]) for field in reader.fields.values()}
+    values |= {key: (value, VALUE_TYPES[type(value)]) for key, value in changes.items()}
+    for key, (value, kind) in values.items():
+        if not key.startswith("GGUF.") and key != "general.architecture" and value is not None:
+            writer.add_key_value(key, value, kind)
+    for tensor in reader.tensors:
+        if dequantises:
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        elif tensor.name != drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    if extra:
+        writer.add_tensor(extra, torch.ones(8).numpy())
+    write(writer)
+    return path

@@ -13,24 +13,17 @@ import torch
 from engines import Pools
 from fakes import CHAT_TEMPLATE, SPECIAL, save_byte_tokenizer
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFValueType
-from gguf_models import read_bpe, write, write_gguf
-from k_quants import K_QUANTS
-from kernel_marks import needs_native_kernels
-from parity_ranks import gather, plan_steps, run_steps
+from gguf_models import edited, read_bpe, write, write_gguf
+from gguf_runs import PROMPTS, logits
 from safetensors.torch import load_file
 from tiny_models import VOCAB, make_model, rope, save
 
 from moe_runtime import LLM, SamplingParams
 from moe_runtime.cli.main import main
-from moe_runtime.kernels.cpu.library import can_have_kernels
-from moe_runtime.memory.model_size import expert_bytes
 from moe_runtime.models import registry
 from moe_runtime.models.registry import open_weights, read_default_sampling, read_model_config
-from moe_runtime.types.weight_format import BlockFormats, Code, Scale, WeightFormat
 from moe_runtime.weights.checkpoint import resolve_model
-from moe_runtime.weights.gguf import GgufWeights
-from moe_runtime.weights.gguf_file import FORMATS, Gguf
+from moe_runtime.weights.gguf_file import Gguf
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 24, "mscale": 0.7, "mscale_all_dim": 0.7}
 # Cases of tiny_models, with the settings that llama.cpp has no other values of.
@@ -55,12 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
     "glm4 lite": {"attention_bias": False},
 }
 SAME = {"glm4_moe_lite": "deepseek_v3"}  # families that llama.cpp does not tell apart
-PROMPTS = [[5, 8, 13, 21, 34, 55, 2, 89, 3], [7], list(range(2, 40))]
-
-
-def logits(rank_pool: Pools, path: Path) -> list[torch.Tensor]:
-    plan = plan_steps(PROMPTS, [0] * 3, 1, [[len(prompt)] for prompt in PROMPTS])
-    return gather(rank_pool(1).run(run_steps, path, "float32", plan, can_have_kernels()), len(PROMPTS))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -96,99 +83,6 @@ def test_tokens_are_those_of_the_checkpoint(bfloat16: tuple[Path, Path]) -> None
     checkpoint, file = bfloat16
     assert read_model_config(file).dtype == "bfloat16"
     assert generate(file) == generate(checkpoint)
-
-
-SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_hidden_layers": 2}
-
-
-def quantised(tmp_path: Path, kinds: dict[str, Kind], case: str = "qwen3 normalised") -> tuple[Path, Path]:
-    """A GGUF file with matrices of some types, and one with the weights that they stand for in float32."""
-    model = make_model(case, **SIZES, intermediate_size=256, moe_intermediate_size=256)
-    folder = save(model, tmp_path / "model")
-    file = write_gguf(folder, tmp_path / "m.gguf", lambda name: kinds.get(name.split(".")[-2], Kind.F32))
-    return file, edited(file, {}, dequantises=True)
-
-
-def test_quantised_experts(tmp_path: Path, rank_pool: Pools) -> None:
-    kinds = {"ffn_gate_exps": Kind.Q8_0, "ffn_up_exps": Kind.Q4_0, "ffn_down_exps": Kind.MXFP4}
-    file, twin = quantised(tmp_path, kinds)
-    source, plain = (open_weights(path, read_model_config(path)) for path in (file, twin))
-    formats = {
-        "gate_proj": WeightFormat(Code.INT8, Scale.FLOAT16, 32),
-        "up_proj": WeightFormat(Code.INT4, Scale.FLOAT16, 32),
-        "down_proj": WeightFormat(Code.FP4, Scale.E8M0, 32),
-    }
-    shape, rows = (256, 256), slice(64, 192)
-    for part, format in formats.items():
-        name = f"model.layers.1.mlp.experts.3.{part}.weight"
-        assert source.format_of(name) == format and plain.format_of(name) is None
-        expected = plain.read(name, shape)
-        assert torch.equal(source.read(name, shape), expected)
-        assert torch.equal(source.read(name, shape, rows=rows), expected[rows])
-        assert torch.equal(source.read_quantized(name, shape).dequantize(), expected)
-        assert torch.equal(source.read_quantized(name, shape, rows=rows).dequantize(), expected[rows])
-        assert len(source.read_quantized(name, shape, rows=slice(5, 5))) == 0
-    assert source.format_of("model.layers.1.mlp.gate.weight") is None
-    assert source.format_of("model.layers.1.self_attn.q_proj.weight") is None
-    assert source.format_of("model.layers.9.mlp.gate.weight") is None
-    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-BLOCKS = [Kind.Q8_0, Kind.Q5_0, Kind.Q4_0, Kind.MXFP4, Kind.Q4_1, Kind.Q5_1]
-
-
-@needs_native_kernels
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    # Mixtral's queries and keys have rows in pairs.
-    [("qwen3 normalised", kind) for kind in (*BLOCKS, *K_QUANTS)] + [("mixtral", Kind.Q8_0), ("mixtral", Kind.Q4_K)],
-)
-def test_matrices_are_held_as_they_are_stored(case: str, kind: Kind, tmp_path: Path, rank_pool: Pools) -> None:
-    names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "attn_q", "attn_k", "attn_v", "attn_output", "output")
-    file, twin = quantised(tmp_path, dict.fromkeys(names, kind), case)
-    name = FORMATS[kind.name].name
-    assert read_model_config(file).formats == {"experts": name, "attention": name, "head": name}
-    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
-        assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
-
-
-@needs_native_kernels
-def test_matrices_of_the_usual_mixture(tmp_path: Path, rank_pool: Pools) -> None:
-    """As llama.cpp's Q4_K_M: down projections and values of some layers have more bits."""
-    four, six = FORMATS["Q4_K"], FORMATS["Q6_K"]
-    model = make_model("qwen3 normalised", **SIZES, intermediate_size=256, moe_intermediate_size=256)
-    wide = ("ffn_down_exps", "attn_v")
-
-    def kind_of(name: str) -> Kind:
-        if name in ("token_embd.weight", "output.weight"):
-            return Kind.Q6_K
-        _, layer, part, _ = name.split(".") if name.startswith("blk.") else ("", "", name, "")
-        return Kind.F32 if "norm" in part else Kind.Q6_K if part in wide and layer == "1" else Kind.Q4_K
-
-    file = write_gguf(save(model, tmp_path / "model"), tmp_path / "m.gguf", kind_of)
-    twin = edited(file, {}, dequantises=True)
-    config = read_model_config(file)
-    assert [layer.formats.experts for layer in config.layers] == [BlockFormats(four, four), BlockFormats(four, six)]
-    assert [layer.formats.attention for layer in config.layers] == [BlockFormats(four, four), BlockFormats(None, four)]
-    assert config.head_format == six
-    for native in (False, True):
-        first, second = (expert_bytes(config, "float32", native, layer) for layer in (0, 1))
-        assert first == 3 * four.nbytes(256, 256, native) and second > first
-    for ours, theirs in zip(logits(rank_pool, file), logits(rank_pool, twin), strict=True):
-        assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-4
-
-
-def test_only_an_experts_bytes_are_read(tmp_path: Path) -> None:
-    file, _ = quantised(tmp_path, {"ffn_gate_exps": Kind.Q8_0})
-    source = open_weights(file, read_model_config(file))
-    assert isinstance(source, GgufWeights)
-    for part, nbytes in (("gate_proj", 256 * 8 * 34), ("down_proj", 256 * 256 * 4)):
-        before = source.bytes_read
-        source.read(f"model.layers.0.mlp.experts.2.{part}.weight", (256, 256))
-        assert source.bytes_read - before == nbytes
-        source.read(f"model.layers.0.mlp.experts.2.{part}.weight", (256, 256), rows=slice(8, 12))
-        assert source.bytes_read - before == nbytes + nbytes // 64
 
 
 def test_gate_and_up_in_one_tensor_and_shared_experts_in_two(tmp_path: Path) -> None:
@@ -228,44 +122,6 @@ def test_what_the_file_recommends(tmp_path: Path) -> None:
     bad = edited(tmp_path / "m.gguf", {"general.sampling.top_p": 7.0})
     with pytest.raises(ValueError, match=r"^top_p: 7.0 .*generation_config=none ignores"):
         read_default_sampling(bad)
-
-
-VALUE_TYPES = {
-    str: GGUFValueType.STRING,
-    bool: GGUFValueType.BOOL,
-    int: GGUFValueType.UINT32,
-    float: GGUFValueType.FLOAT32,
-    type(None): None,
-}
-
-
-def edited(
-    file: Path,
-    changes: dict[str, Any],
-    drop: str | None = None,
-    extra: str | None = None,
-    *,
-    dequantises: bool = False,
-) -> Path:
-    """A copy with other metadata, None removes a key; without one tensor, with one more, or all in float32."""
-    reader = gguf.GGUFReader(file)
-    path = file.with_name("edited.gguf")
-    arch = changes.get("general.architecture", reader.fields["general.architecture"].contents())
-    writer = gguf.GGUFWriter(path, arch)
-    values = {field.name: (field.contents(), field.types[0]) for field in reader.fields.values()}
-    values |= {key: (value, VALUE_TYPES[type(value)]) for key, value in changes.items()}
-    for key, (value, kind) in values.items():
-        if not key.startswith("GGUF.") and key != "general.architecture" and value is not None:
-            writer.add_key_value(key, value, kind)
-    for tensor in reader.tensors:
-        if dequantises:
-            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        elif tensor.name != drop:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    if extra:
-        writer.add_tensor(extra, torch.ones(8).numpy())
-    write(writer)
-    return path
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
