@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import os
 import sys
 import tempfile
@@ -123,6 +124,7 @@ def make_engine(options: argparse.Namespace, way: str, placement: Path | None) -
         dtype="bfloat16",
         max_model_len=1024,
         max_num_batched_tokens=options.chunk,
+        decode_slowdown=math.inf,  # chunks of the size that the options say
         max_num_seqs=64,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,

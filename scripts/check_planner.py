@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,6 +106,7 @@ def check(model: str, ranks: int, hardware: Hardware, pace: Pace, options: argpa
         max_num_seqs=max(options.batches),
         max_model_len=1024,
         max_num_batched_tokens=4096,
+        decode_slowdown=math.inf,  # a batch's prompts run in one step
         skip_tokenizer_init=True,
         kv_cache_memory_bytes=256 << 20,
         enable_prefix_caching=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import statistics
 import time
@@ -158,6 +159,7 @@ def probe_steps(
                 max_num_seqs=max(count for count, _ in cases),
                 max_model_len=1024,
                 max_num_batched_tokens=4096,
+                decode_slowdown=math.inf,  # a case's prompts run in one step
                 kv_cache_memory_bytes=PROBE_PAGES_BYTES,
                 enable_prefix_caching=False,  # the same prompts run again
             )
