@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 OUTPUT_GUESS = 256  # tokens; most outputs end long before their limit
 
 
+OUTPUT_GUESS = 256  # tokens that an output counts for at most: few use their limit
+
+
 @dataclass(eq=False)
 class Request:
     """A sequence that is waiting, or running on a rank.
@@ -96,9 +99,9 @@ class Request:
 
     @property
     def num_remaining(self) -> int:
-        """Tokens that its rank still has to plan, with a guess of the output's length."""
-        num_prompt = max(0, self.num_prefill_tokens - self.num_planned)
-        return num_prompt + min(self.max_output_tokens - self.num_output_tokens, OUTPUT_GUESS)
+        """Tokens that a rank still has to compute: of the prompt, and with a guess of the output's length."""
+        of_output = min(self.max_output_tokens - self.num_output_tokens, OUTPUT_GUESS)
+        return self.num_future_tokens - self.num_planned + of_output
 
     @property
     def num_routed(self) -> int:

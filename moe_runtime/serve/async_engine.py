@@ -126,7 +126,7 @@ class AsyncEngine:
             UnavailableError.
         died: done once the engine has failed, with a message that names the rank if a rank caused it.
         info: what the engine reported once it was loaded; None before.
-        admission: the bound of its queue; None before it is loaded.
+        admission: the bound of its queue.
         metrics: Prometheus metrics of the requests and the engine.
     """
 
@@ -135,7 +135,7 @@ class AsyncEngine:
         self.state = State.LOADING
         self.reason = "the model is loading"
         self.info: Loaded | None = None
-        self.admission: Admission | None = None
+        self.admission = Admission(0, 0)  # until the engine is loaded
         self.metrics = Metrics()
         self._requests: dict[str, _Request] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -159,12 +159,10 @@ class AsyncEngine:
     def check_queue(self) -> None:
         """Raise QueueFullError if no further request may wait, UnavailableError if the engine accepts none."""
         self.require_ready()
-        assert self.admission is not None
         self.admission.check()
 
     def retry_after(self) -> int:
-        """Seconds in which the requests that wait now will be admitted. Call only once the engine is loaded."""
-        assert self.admission is not None
+        """Seconds in which the requests that wait now will be admitted."""
         return self.admission.retry_after()
 
     async def submit(self, requests: Sequence[AddRequest]) -> RequestStream:
@@ -176,7 +174,6 @@ class AsyncEngine:
             UnavailableError: the engine accepts no requests.
         """
         rules = self.require_ready().rules
-        assert self.admission is not None
         checked: list[int] | None = None
         for request in requests:
             if request.prompt is not checked:  # choices share their prompt and differ in their seed
@@ -266,17 +263,14 @@ class AsyncEngine:
         match event:
             case Stepped(deltas, stats):
                 self.metrics.stats = stats
-                assert self.admission is not None
                 self.admission.note(stats)
                 for delta in deltas:
                     self._deliver(delta)
             case Accepted(request_id):
-                assert self.admission is not None
                 self.admission.accepted()
                 if request := self._requests.get(request_id):
                     _settle(request.accepted, None)
             case Refused(request_id, message):
-                assert self.admission is not None
                 self.admission.refused()
                 if request := self._requests.pop(request_id, None):
                     _settle(request.accepted, ValueError(message))

@@ -51,7 +51,9 @@ class Front:
 
     def user(self, name: str | None) -> str:
         """Who takes a turn with a request when requests wait: its key, else the `user` that it names."""
-        return self.key or ("" if name is None else hashlib.sha256(name.encode()).hexdigest()[:32])
+        return self.key or (
+            "" if name is None else hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        )
 
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:
         """Check a request's size before more is done with it.
