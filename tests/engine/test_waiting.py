@@ -249,3 +249,24 @@ def test_the_heap_is_swept(count):
     for key in range(count):
         heap.set(1, key + 1)
     assert len(heap._heap) < 30 and heap.first() == 0
+
+
+def test_requests_that_are_set_aside_lose_no_turn():
+    queue = Waiting()
+    ann, bob, other = make_request(0, "ann"), make_request(1, "bob"), make_request(2, "ann", priority=7)
+    for request in (ann, bob, other):
+        queue.add(request)
+    queue.charge(bob, 5)
+    queue.set_aside(ann)
+    assert queue.next() is bob and len(queue) == 2
+    queue.set_aside(bob)
+    assert queue.next() is other, "a priority of which nobody is left is passed over"
+    queue.set_aside(other)
+    assert queue.next() is None
+    for request in (bob, ann, other):
+        queue.put_back(request)
+    order = []
+    while (request := queue.next()) is not None:
+        order.append(request)
+        queue.admit(request)
+    assert order == [ann, bob, other], "ann has had fewer tokens than bob"
