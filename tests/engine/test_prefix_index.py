@@ -66,6 +66,6 @@ def test_pages_are_forgotten_in_the_order_of_their_last_use():
 def test_what_else_keys_depend_on_changes_all_of_them():
     tokens, keys = list(range(9)), PageKeys("a", 4)
     others = [keys.also("x"), keys.also("y"), keys.also("x").also("y"), PageKeys("x", 4).also("a")]
-    found = [tuple([*each.full(tokens, 2), each.tail(tokens, 9)]) for each in (keys, *others)]
-    assert len({key for each in found for key in each}) == 15
+    found = [key for each in (keys, *others) for key in [*each.full(tokens, 2), each.tail(tokens, 9)]]
+    assert len(set(found)) == 15
     assert PageKeys("a", 4).also("x").full(tokens, 2) == others[0].full(tokens, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from fakes import generate_alone, make_engine
 
@@ -10,6 +12,7 @@ from moe_runtime.engine.prefix_cache import KeyMaker
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.step_shapes import StepShapes
+from moe_runtime.engine.step_time import StepTime
 from moe_runtime.memory.page_group import PageGroup
 from moe_runtime.types.outputs import OutputDelta
 from moe_runtime.types.sampling_params import SamplingParams
@@ -26,7 +29,7 @@ class Requests:
         limits = {"max_num_seqs": 8, "max_num_batched_tokens": 100, **limits}
         groups = [PageGroup(window, SIZE, limits["max_num_batched_tokens"]) for window in windows]
         counts = [(count,) * len(windows) for count in num_pages]
-        self.scheduler = Scheduler(counts, groups, shapes=StepShapes(), **limits)
+        self.scheduler = Scheduler(counts, groups, shapes=StepShapes(), step_time=StepTime(inf), **limits)
         self.all: list[Request] = []
 
     def add(self, prompt: list[int], max_output_tokens: int = 30, salt: str | None = None, **params) -> Request:
