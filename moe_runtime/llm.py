@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -37,7 +38,7 @@ class LLM:
 
     Args:
         model: a local Hugging Face directory, a GGUF file, a hub id, or "demo".
-        options: fields of `EngineConfig`.
+        options: fields of `EngineConfig`. `decode_slowdown` is infinite unless given: nobody waits for a single token.
 
     Raises:
         ValueError: an option or the model cannot be used; the message says why.
@@ -49,7 +50,8 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self._engine = build_engine(EngineConfig.from_dict({"model": os.fspath(model), **options}))
+        options = {"model": os.fspath(model), "decode_slowdown": math.inf, **options}
+        self._engine = build_engine(EngineConfig.from_dict(options))
         self._finalizer = weakref.finalize(self, self._engine.close)
         self._request_ids = map(str, itertools.count())
         self._failure = ""
