@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import h11
 
-from moe_runtime.serve.async_engine import AsyncEngine, RequestFailedError, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
+from moe_runtime.serve.request_stream import RequestFailedError, UnavailableError
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankError
 

@@ -42,6 +42,7 @@ class ServerConfig:
         max_tools: maximum tools of one request.
         header_timeout: seconds within which a request's header must arrive.
         body_timeout: seconds within which a request's body must arrive.
+        send_timeout: seconds without progress after which a connection is closed whose client does not read.
         request_timeout: seconds within which a request must be answered completely; None sets no limit.
         tool_call_parser: how tool calls are found in a model's output; "auto" derives it from the model.
         reasoning_parser: how reasoning is found in a model's output; "auto" derives it from the model.
@@ -67,6 +68,7 @@ class ServerConfig:
     max_tools: int = 128
     header_timeout: float = 10.0
     body_timeout: float = 30.0
+    send_timeout: float = 60.0
     request_timeout: float | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -83,7 +85,7 @@ class ServerConfig:
                 f"max_bytes_under_way: {self.max_bytes_under_way} is not allowed; "
                 f"it must be at least max_body_bytes ({self.max_body_bytes})"
             )
-        for name in ("header_timeout", "body_timeout", "request_timeout"):
+        for name in ("header_timeout", "body_timeout", "send_timeout", "request_timeout"):
             value = getattr(self, name)
             if not (value is None and name == "request_timeout") and not (is_number(value) and value > 0):
                 raise ValueError(f"{name}: {value!r} is not allowed; it must be a number of seconds above 0")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from moe_runtime.serve.engine_messages import (
 from moe_runtime.serve.engine_thread import EngineThread
 from moe_runtime.serve.metrics import Metrics
 from moe_runtime.serve.request_metrics import RequestTimer
+from moe_runtime.serve.request_stream import RequestStream, UnavailableError
 
 if TYPE_CHECKING:
     from moe_runtime.engine.engine import Engine
@@ -41,7 +42,6 @@ DRAIN_POLL_SECONDS = 0.02
 QUERY_SECONDS = 30.0  # an answer waits for the running step
 REBALANCE_SECONDS = 600.0
 RETRY_SECONDS = 5  # for clients of a server that loads or shuts down
-FAILURES = {"timeout": 504, "queue_timeout": 429}  # the status of a request with this finish reason; of others 500
 
 
 class State(StrEnum):
@@ -49,63 +49,6 @@ class State(StrEnum):
     READY = "ready"
     DRAINING = "draining"
     DEAD = "dead"
-
-
-class UnavailableError(RuntimeError):
-    """The engine cannot take or finish a request: it is loading, shutting down or dead. The message says which."""
-
-
-class RequestFailedError(RuntimeError):
-    """The engine does not finish a request; others go on. The message says why.
-
-    Attributes:
-        status: of a reply that says so.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class RequestStream:
-    """Deltas of one or more requests, as steps end. Iterate until all requests have finished, then call `close`.
-
-    Deltas wait in memory until they are read. A request's length bounds their number.
-    """
-
-    def __init__(self, request_ids: Iterable[str], abort: Callable[[str], None]) -> None:
-        self._unfinished = set(request_ids)
-        self._abort = abort
-        self._items: asyncio.Queue[OutputDelta | UnavailableError] = asyncio.Queue()
-
-    def put(self, item: OutputDelta | UnavailableError) -> None:
-        self._items.put_nowait(item)
-
-    def __aiter__(self) -> RequestStream:
-        return self
-
-    async def __anext__(self) -> OutputDelta:
-        """The next delta.
-
-        Raises:
-            UnavailableError: the engine cannot finish a request.
-            RequestFailedError: this request cannot be finished.
-        """
-        if not self._unfinished:
-            raise StopAsyncIteration
-        item = await self._items.get()
-        if isinstance(item, UnavailableError):
-            raise item
-        if item.finish_reason is not None:
-            self._unfinished.discard(item.request_id)
-        if item.error is not None:
-            raise RequestFailedError(item.error, FAILURES.get(item.finish_reason or "", 500))
-        return item
-
-    def close(self) -> None:
-        """Abort unfinished requests. May be called twice."""
-        while self._unfinished:
-            self._abort(self._unfinished.pop())
 
 
 @dataclass(frozen=True)

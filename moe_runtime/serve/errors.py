@@ -18,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from moe_runtime.serve.admission import QueueFullError
-from moe_runtime.serve.async_engine import RETRY_SECONDS, UnavailableError
+from moe_runtime.serve.async_engine import RETRY_SECONDS
+from moe_runtime.serve.request_stream import UnavailableError
 
 MAX_SHOWN_INPUT = 80  # characters of a value, in an error about it
 MAX_PARAM = 64

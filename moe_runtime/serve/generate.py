@@ -12,7 +12,7 @@ from pydantic import Field
 from moe_runtime.serve.bodies import FirstErrorList, SamplingFields, TokenIds
 from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message
 from moe_runtime.serve.errors import ApiError, user_error
-from moe_runtime.serve.prompts import encode, require_tokenizer
+from moe_runtime.serve.prompts import require_tokenizer, text_source
 from moe_runtime.serve.rendering import Chat, encode_chat
 from moe_runtime.serve.requests import Front, cache_salt, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
@@ -136,5 +136,6 @@ async def _prompt(front: Front, body: GenerateRequest, params: SamplingParams) -
         assert body.prompt_token_ids is not None
         token_ids: list[int] = body.prompt_token_ids
         return token_ids
-    tokenizer, text, rules = require_tokenizer(front.info.tokenizer, "prompt"), body.prompt, front.info.rules
-    return await front.tokenising.run(lambda gone: encode(tokenizer, text, rules, params, gone))
+    tokenizer = require_tokenizer(front.info.tokenizer, "prompt")
+    source = text_source(tokenizer, body.prompt, front.info.rules, params, front.key)
+    return (await front.tokenising.prompt(tokenizer, source)).token_ids

@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from moe_runtime.serve.async_engine import RETRY_SECONDS, State, UnavailableError
+from moe_runtime.serve.async_engine import RETRY_SECONDS, State
 from moe_runtime.serve.errors import json_response, retry_header
 from moe_runtime.serve.page import docs_page, index_page
+from moe_runtime.serve.request_stream import UnavailableError
 from moe_runtime.serve.requests import engine_of
 from moe_runtime.types.version import __version__
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import State
 
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.engine_messages import Loaded
-from moe_runtime.serve.prompts import check_size, require_tokenizer
+from moe_runtime.serve.prompt_cache import prompt_key
+from moe_runtime.serve.prompts import PIECE_CHARS, Source, check_size, require_tokenizer
 from moe_runtime.serve.requests import Front
 from moe_runtime.text.formats.registry import ChatFormat, choose_format
+from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from moe_runtime.text.tokenizer import RenderedPrompt, Tokenizer
+    from moe_runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -88,22 +90,31 @@ async def encode_chat(front: Front, chat: Chat, params: SamplingParams) -> Rende
     """
     tokenizer = require_tokenizer(front.info.tokenizer, "messages")
     texts = [message.get("content") or "" for message in chat.messages]
+    num_chars = sum(map(len, texts))
 
-    def work(gone: threading.Event) -> RenderedPrompt:
+    def make(gone: threading.Event) -> str | RenderedPrompt:
         check_size(tokenizer, texts, front.info.rules, params, gone)
-        return render(tokenizer, chat, front.config.escape_special_tokens)
+        rendered = tokenizer.render_chat(chat.messages, **_options(chat, front.config.escape_special_tokens))
+        return rendered.text if chat.add_special_tokens and isinstance(rendered, RenderedPrompt) else rendered
 
-    return await front.tokenising.run(work)
+    key = None
+    template = tokenizer.chat_template
+    if num_chars <= PIECE_CHARS and template is not None and not template.tells_time:
+        key = prompt_key(front.key, "chat", asdict(chat))
+    return await front.tokenising.prompt(tokenizer, Source(make, num_chars, chat.add_special_tokens, key))
 
 
 def render(tokenizer: Tokenizer, chat: Chat, escape_special_tokens: bool) -> RenderedPrompt:
     """The text and tokens of a chat. Raises ValueError as `encode_chat`."""
-    prompt = tokenizer.apply_chat_template(
-        chat.messages,
-        tools=chat.tools,
-        add_generation_prompt=chat.add_generation_prompt,
-        continue_final_message=chat.continue_final_message,
-        template_kwargs=chat.template_kwargs,
-        escape_special_tokens=escape_special_tokens,
-    )
+    prompt = tokenizer.apply_chat_template(chat.messages, **_options(chat, escape_special_tokens))
     return replace(prompt, token_ids=tokenizer.encode(prompt.text)) if chat.add_special_tokens else prompt
+
+
+def _options(chat: Chat, escape_special_tokens: bool) -> dict[str, Any]:
+    return {
+        "tools": chat.tools,
+        "add_generation_prompt": chat.add_generation_prompt,
+        "continue_final_message": chat.continue_final_message,
+        "template_kwargs": chat.template_kwargs,
+        "escape_special_tokens": escape_special_tokens,
+    }

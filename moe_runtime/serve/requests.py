@@ -32,7 +32,8 @@ class Front:
         info: what the engine reported when it was loaded.
         config: the server's options.
         tokenising: where tokenizers work.
-        key, is_limited: of the client; see `Access`.
+        key, is_limited: of the client; see `Access`. What one key has sent is not remembered for another, because the
+            time of an answer would tell.
     """
 
     engine: AsyncEngine

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,10 +20,11 @@ from fastapi import FastAPI
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.access import is_loopback
 from moe_runtime.serve.app import create_app
-from moe_runtime.serve.async_engine import AsyncEngine, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.connection import Connection, WebConfig
 from moe_runtime.serve.limits import Bodies
 from moe_runtime.serve.rendering import answer_format
+from moe_runtime.serve.request_stream import UnavailableError
 from moe_runtime.serve.warm_up import warm_up
 from moe_runtime.system.owned_folders import remove_own_folders
 from moe_runtime.system.signals import END_SIGNALS
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 DRAIN_SECONDS = 20.0
 BACKLOG = 2048  # connections that wait until they are accepted
+SEND_BUFFER = 128 * 1024  # bytes per connection that the kernel holds for a client; without a limit it is 4 MB
 CLOSE_SECONDS = 3.0  # for the ranks to end; all together, less than the 25 s that a host allows the front
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -54,7 +57,7 @@ def run_server(make_engine: Callable[[], Engine], config: ServerConfig) -> int:
     """
     try:
         app = create_app(AsyncEngine(make_engine), config)
-        listener = bind(config.host, config.port)
+        listener = bind(config.host, config.port, config.send_timeout)
     except ValueError as error:
         _complain(str(error))
         return EXIT_USAGE
@@ -68,15 +71,21 @@ def run_server(make_engine: Callable[[], Engine], config: ServerConfig) -> int:
     return code
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ValueError with one line if the address cannot be bound."""
+def bind(host: str, port: int, send_timeout: float) -> socket.socket:
+    """A listening socket. Raises ValueError with one line if the address cannot be bound.
+
+    Args:
+        send_timeout: seconds for which a client may leave data unread or unacknowledged; then the connection breaks.
+    """
     if not 0 <= port <= 65535:
         raise ValueError(f"port: {port} is not allowed; it must be from 0 to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-        # Its connections inherit this. Otherwise a reply of two writes waits 40 ms for the client's acknowledgement.
+        # Connections inherit these. Without the first, a reply of two writes waits 40 ms for an acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * send_timeout))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         return listener
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -13,9 +13,10 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from moe_runtime.serve.async_engine import AsyncEngine, RequestFailedError, RequestStream, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.engine_messages import AddRequest
 from moe_runtime.serve.errors import ApiError, error_event, event, json_response, user_error
+from moe_runtime.serve.request_stream import RequestFailedError, RequestStream, UnavailableError
 from moe_runtime.types.outputs import Completion
 
 if TYPE_CHECKING:

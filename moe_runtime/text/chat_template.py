@@ -46,6 +46,11 @@ class ChatTemplate:
             )
         return self._sources[name]
 
+    @property
+    def tells_time(self) -> bool:
+        """Whether a prompt may depend on when it is rendered."""
+        return any("strftime_now" in source for source in self._sources.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

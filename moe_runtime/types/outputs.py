@@ -110,9 +110,9 @@ class OutputDelta:
 
 @dataclass
 class Completion:
-    """The sum of a request's deltas. Attributes are those of `OutputDelta`."""
+    """The sum of a request's deltas. Attributes are those of `OutputDelta`. Adding takes linear time."""
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
     prompt_token_ids: list[int] = field(default_factory=list)
@@ -126,12 +126,17 @@ class Completion:
     error: str | None = None
     overload_routing: str | None = None
 
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
     def add(self, delta: OutputDelta) -> None:
         """Add the next delta of the request."""
-        self.text += delta.text
+        self.texts.append(delta.text)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            self.logprobs = [] if self.logprobs is None else self.logprobs
+            self.logprobs += delta.logprobs
         if delta.prompt_token_ids is not None:
             self.prompt_token_ids, self.prompt_logprobs = delta.prompt_token_ids, delta.prompt_logprobs
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason

@@ -17,6 +17,7 @@ from moe_runtime.config.server import COUNTS, ServerConfig
             "max_bytes_under_way: 9 is not allowed; it must be at least max_body_bytes (10)",
         ),
         ({"header_timeout": None}, "header_timeout: None is not allowed; it must be a number of seconds above 0"),
+        ({"send_timeout": -1}, "send_timeout: -1 is not allowed; it must be a number of seconds above 0"),
         ({"body_timeout": 0}, "body_timeout: 0 is not allowed; it must be a number of seconds above 0"),
         ({"request_timeout": "1"}, "request_timeout: '1' is not allowed; it must be a number of seconds above 0"),
         ({"request_timeout": float("nan")}, "request_timeout: nan is not allowed"),

@@ -8,8 +8,9 @@ import pytest
 from serve_clients import run, started
 from serve_fakes import MAX_MODEL_LEN, RANK_ERROR, VOCAB, FakeEngine, wait_until
 
-from moe_runtime.serve.async_engine import AsyncEngine, State, UnavailableError
+from moe_runtime.serve.async_engine import AsyncEngine, State
 from moe_runtime.serve.engine_messages import AddRequest
+from moe_runtime.serve.request_stream import UnavailableError
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.wire.executor import RankError
 

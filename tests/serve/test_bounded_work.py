@@ -17,7 +17,7 @@ from moe_runtime.serve.bodies import Body
 from moe_runtime.serve.generate import GenerateRequest
 from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
 from moe_runtime.serve.openai.completions import CompletionRequest
-from moe_runtime.serve.prompts import ClientGoneError, encode
+from moe_runtime.serve.prompts import ClientGoneError, text_source
 from moe_runtime.types.sampling_params import SamplingParams
 
 MANY = 100_000
@@ -63,10 +63,19 @@ def rules(max_model_len: int) -> RequestRules:
     return RequestRules(1000, max_model_len, True, SimpleNamespace(resolve=lambda asked: None))  # type: ignore[arg-type]
 
 
+def encode(
+    tokenizer: CountingTokenizer, text: str, rules: RequestRules, params: SamplingParams, gone: threading.Event
+) -> list[int]:
+    """As a thread does it."""
+    made = text_source(tokenizer, text, rules, params, "").make(gone)  # type: ignore[arg-type]
+    assert isinstance(made, str)
+    return tokenizer.encode(made)
+
+
 def test_a_text_beyond_every_length_is_not_tokenised() -> None:
     tokenizer = CountingTokenizer()
     with pytest.raises(ValueError, match=r"^prompt: at least 209715 tokens, but max_model_len is 200 "):
-        encode(tokenizer, "a" * 2**21, rules(200), SamplingParams(), threading.Event())  # type: ignore[arg-type]
+        encode(tokenizer, "a" * 2**21, rules(200), SamplingParams(), threading.Event())
     assert tokenizer.num_chars == 0
 
 
@@ -74,16 +83,16 @@ def test_a_long_text_is_tokenised_until_it_is_too_long(monkeypatch: pytest.Monke
     monkeypatch.setattr(prompts, "PIECE_CHARS", 1000)
     tokenizer = CountingTokenizer()
     with pytest.raises(ValueError, match=r"^prompt: at least \d+ tokens, but max_model_len is 5000 "):
-        encode(tokenizer, "a" * 45_000, rules(5000), SamplingParams(), threading.Event())  # type: ignore[arg-type]
+        encode(tokenizer, "a" * 45_000, rules(5000), SamplingParams(), threading.Event())
     assert tokenizer.num_chars <= 6000
-    assert len(encode(tokenizer, "a" * 4999, rules(5000), SamplingParams(), threading.Event())) == 4999  # type: ignore[arg-type]
+    assert len(encode(tokenizer, "a" * 4999, rules(5000), SamplingParams(), threading.Event())) == 4999
 
 
 def test_work_ends_with_its_client() -> None:
     tokenizer, gone = CountingTokenizer(), threading.Event()
     gone.set()
     with pytest.raises(ClientGoneError):
-        encode(tokenizer, "a" * 45_000, rules(5000), SamplingParams(), gone)  # type: ignore[arg-type]
+        encode(tokenizer, "a" * 45_000, rules(5000), SamplingParams(), gone)
     assert tokenizer.num_chars == 0
 
 

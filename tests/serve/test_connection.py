@@ -2,6 +2,7 @@
 
 import json
 import resource
+import select
 import socket
 import time
 
@@ -166,7 +167,27 @@ def test_a_signal_ends_half_open_connections_at_once():
 
 
 def test_a_reply_on_a_used_connection_does_not_wait_for_the_client():
-    with bind("127.0.0.1", 0) as listener:
+    with bind("127.0.0.1", 0, 60.0) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         with socket.create_connection(listener.getsockname()), listener.accept()[0] as connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_client_that_does_not_read_holds_little_and_not_for_long():
+    with (
+        bind("127.0.0.1", 0, 0.2) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        listener.accept()[0] as connection,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setblocking(False)
+        num_bytes = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                num_bytes += connection.send(bytes(4096))
+        assert num_bytes < 2**20
+        poll = select.poll()
+        poll.register(connection, select.POLLERR)
+        assert poll.poll(20_000), "the connection is open for ever"
+        with pytest.raises(TimeoutError):
+            connection.send(b"more")

@@ -99,7 +99,7 @@ def test_the_port_is_bound_before_the_model_is_loaded(capsys):
 )
 def test_addresses_that_cannot_be_had(host, port, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        bind(host, port)
+        bind(host, port, 60.0)
 
 
 def test_it_says_when_it_is_ready_and_ends_cleanly():

@@ -46,6 +46,9 @@ class FakeTokenizer:
     def encode(self, text, add_special_tokens=True):
         return [len(word) for word in text.split()]
 
+    def encode_batch(self, texts, add_special_tokens=True):
+        return [self.encode(text, add_special_tokens) for text in texts]
+
     def decode(self, token_ids, skip_special_tokens=True):
         return " ".join("x" * token_id for token_id in token_ids)
 
@@ -62,6 +65,9 @@ class FakeTokenizer:
         self.rendered = []
 
     def apply_chat_template(self, messages, **options):
+        return self.render_chat(messages, **options)
+
+    def render_chat(self, messages, **options):
         self.rendered.append({"messages": messages, **options})
         if not messages:
             raise ValueError("messages: [] is not allowed; it must be a list with at least one message")

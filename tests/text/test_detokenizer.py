@@ -7,7 +7,7 @@ from fakes import TEXTS, save_byte_tokenizer, save_metaspace_tokenizer, save_uni
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText, StopMatcher
+from moe_runtime.text.detokenizer import CONTEXT_TOKENS, MAX_WINDOW, IncrementalDecoder, OutputText, StopMatcher
 from moe_runtime.text.tokenizer import Tokenizer
 
 SAVE = {"byte": save_byte_tokenizer, "metaspace": save_metaspace_tokenizer, "unigram": save_unigram_tokenizer}
@@ -255,3 +255,25 @@ def test_text_held_for_half_a_character_is_searched_when_no_token_follows(tokeni
     assert output.append(crab[0], last=False) is None
     assert output.append(None, last=True) == "\ufffd"
     assert output.release(finished=True) == "a"
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_the_work_for_a_token_does_not_grow_with_the_output(tokenizers, name):
+    tokenizer, num_decoded = tokenizers[name], 0
+
+    def decode(token_ids: list[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(token_ids)
+        return tokenizer.decode(token_ids)
+
+    output = OutputText(IncrementalDecoder(decode, tokenizer.encode(TEXTS[0])), ("never said",), False)
+    token_ids = random.choices(range(tokenizer.vocab_size), k=4000)
+    counts, texts = [], []
+    for token_id in token_ids:
+        num_decoded = 0
+        output.append(token_id, last=False)
+        texts.append(output.release(False))
+        counts.append(num_decoded)
+    assert max(counts) <= 2 * MAX_WINDOW + 4 * CONTEXT_TOKENS, "with the window's beginning looked for"
+    assert sum(counts[2000:]) < 1.2 * sum(counts[:2000])
+    assert sum(map(len, texts)) > 2000

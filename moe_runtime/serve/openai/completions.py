@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ from moe_runtime.serve.openai.fields import OpenAIFields
 from moe_runtime.serve.openai.logprobs import TextLogprobs, TokenTexts
 from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.openai.reply import OpenAIReply, routed
-from moe_runtime.serve.prompts import encode, require_tokenizer
+from moe_runtime.serve.prompts import require_tokenizer, text_source
 from moe_runtime.serve.requests import Front, cache_salt, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.serve.values import prompt_logprobs
@@ -138,11 +138,10 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, len(body.prompts))
-        prompts, texts = await until_disconnect(
-            request.receive, front.tokenising.run(lambda gone: _encode(front, body, params, gone))
-        )
+        encoded = await until_disconnect(request.receive, _encode_all(front, body, params))
     except ValueError as error:
         raise user_error(error, {}) from error
+    prompts, texts = [list(each) for each in zip(*encoded, strict=True)]
     completion_id = f"cmpl-{uuid.uuid4().hex}"
     user, salt = front.user(body.user), cache_salt(request, body)
     commands = choices_of(completion_id, prompts, params, user=user, every_prompt_logprobs=body.echo, cache_salt=salt)
@@ -150,23 +149,27 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="prompt")
 
 
-def _encode(
-    front: Front, body: CompletionRequest, params: SamplingParams, gone: threading.Event
-) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the prompts and, for `echo`, their texts."""
+async def _encode_all(front: Front, body: CompletionRequest, params: SamplingParams) -> list[tuple[list[int], str]]:
+    """`_encode` of all prompts. The first error ends the work for all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_encode(front, body, prompt, params)) for prompt in body.prompts]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _encode(
+    front: Front, body: CompletionRequest, prompt: str | list[int], params: SamplingParams
+) -> tuple[list[int], str]:
+    """Token ids of a prompt and, for `echo`, its text."""
     rules, tokenizer = front.info.rules, front.info.tokenizer
-    prompts: list[list[int]] = []
-    texts: list[str] = []
-    for prompt in body.prompts:
-        if isinstance(prompt, str):
-            tokenizer = require_tokenizer(tokenizer, "prompt")
-            prompts.append(encode(tokenizer, prompt, rules, params, gone, body.add_special_tokens is not False))
-            texts.append(prompt)
-            continue
-        prompts.append(prompt)
-        text = ""
-        if body.echo and tokenizer is not None:
-            rules.check(prompt, params)  # the engine does so too, but ids that do not exist have no text
-            text = tokenizer.decode(prompt, body.skip_special_tokens)
-        texts.append(text)
-    return prompts, texts
+    if isinstance(prompt, str):
+        tokenizer = require_tokenizer(tokenizer, "prompt")
+        source = text_source(tokenizer, prompt, rules, params, front.key, body.add_special_tokens is not False)
+        return (await front.tokenising.prompt(tokenizer, source)).token_ids, prompt
+    if not body.echo or tokenizer is None:
+        return prompt, ""
+    rules.check(prompt, params)  # the engine does so too, but ids that do not exist have no text
+    decode = tokenizer.decode
+    return prompt, await front.tokenising.run(lambda gone: decode(prompt, body.skip_special_tokens))
