@@ -110,6 +110,10 @@ class Server:
                 found[name] = float(value)
         return found
 
+    def metrics_of(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        return sum(value for key, value in self.metrics().items() if key.startswith(f"moe_runtime_{name}{{"))
+
     def stop(self, seconds: float = STOP_SECONDS) -> int:
         """SIGTERM. Returns the exit code. Raises TimeoutExpired if the server does not end in time."""
         self.process.send_signal(signal.SIGTERM)
