@@ -75,6 +75,7 @@ SERVER_FLAGS = {
     "max_tools": 9,
     "header_timeout": 1.5,
     "body_timeout": 2.5,
+    "send_timeout": 4.5,
     "request_timeout": 3.5,
     "tool_call_parser": "hermes",
     "reasoning_parser": "deepseek_r1",
