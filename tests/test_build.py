@@ -21,7 +21,7 @@ def checkpoint(tmp_path, monkeypatch) -> Path:
     """A folder that is taken for a checkpoint with four experts and a context of 64 tokens; it has a tokenizer."""
     save_byte_tokenizer(tmp_path)
     monkeypatch.setattr(weights, "resolve_model", Path)
-    monkeypatch.setattr(models, "read_model_config", lambda path: model_config())
+    monkeypatch.setattr(models, "read_stored_config", lambda path: model_config())
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def test_outputs_also_end_at_the_tokenizers_own_end(checkpoint, monkeypatch, cap
     end = save_byte_tokenizer(checkpoint).encode("<|end|>")[0]
     for told in ((), (7,), (end,), (7, end)):
         config = dataclasses.replace(model_config(), eos_token_ids=told)
-        monkeypatch.setattr(models, "read_model_config", lambda path, config=config: config)
+        monkeypatch.setattr(models, "read_stored_config", lambda path, config=config: config)
         engine = build.build_engine(EngineConfig(str(checkpoint)), Recorder())
         assert set(engine.model_config.eos_token_ids) == {*told, end}
         assert len(engine.model_config.eos_token_ids) == len({*told, end})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import os
 import signal
 import threading
@@ -52,7 +53,10 @@ def fake_with_text(fake, tokenizer) -> Fake:
 
 def test_options_are_the_engines_and_others_are_refused_by_name(fake):
     LLM("demo", ep_size=2, dtype="bfloat16", max_num_seqs=3)
-    assert fake.config == EngineConfig("demo", ep_size=2, dtype="bfloat16", max_num_seqs=3)
+    config = EngineConfig("demo", ep_size=2, dtype="bfloat16", max_num_seqs=3)
+    assert fake.config == dataclasses.replace(config, decode_slowdown=math.inf)
+    LLM("demo", decode_slowdown=3)
+    assert fake.config == EngineConfig("demo", decode_slowdown=3)
     LLM(Path("/some/where"))
     assert fake.config.model == "/some/where"
     with pytest.raises(ValueError, match=r"^tensor_parallel_size: no such option; known options are"):

@@ -271,13 +271,11 @@ class Scheduler:
         request.rank = index
         request.pages = rank.pages.hold(hit)
         request.num_planned = hit.num_tokens
-        if request.scheduled_at is None:
-            request.scheduled_at = time.monotonic()
-            self.num_admitted += 1
         request.num_prefill_tokens = len(request.token_ids)
         if request.scheduled_at is None:
             request.scheduled_at = time.monotonic()
             request.num_cached_tokens = hit.num_tokens
+            self.num_admitted += 1
         rank.prefixes.start(request, hit)
         draft.new_sequences.append(
             NewSequence(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from ipaddress import IPv6Address, ip_address
 
@@ -13,7 +12,6 @@ from moe_runtime.serve.keys import KeyFile, key_identity
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/metrics", "/version", "/docs", "/redoc", "/openapi.json"})
 ADMIN_PATHS = frozenset({"/experts/rebalance", "/reset_prefix_cache"})
-KEY_ID = "key_id"  # of a request's state: which of several keys its client has
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -26,8 +24,6 @@ class Access:
     Args:
         api_keys: None lets everybody use the routes that change nothing.
         admin_keys: they open all routes. None lets clients of this machine use those that change the server.
-
-    If there are several keys, `request.state` gets the digest of the client's under `KEY_ID`.
     """
 
     def __init__(self, app: ASGIApp, api_keys: KeyFile | None, admin_keys: KeyFile | None) -> None:
@@ -51,9 +47,6 @@ class Access:
         if scope["path"] in OPEN_PATHS:
             return
         key = _bearer(scope)
-        files = [keys for keys in (self._api_keys, self._admin_keys) if keys is not None]
-        if key is not None and sum(len(keys) for keys in files) > 1:
-            scope.setdefault("state", {})[KEY_ID] = hashlib.sha256(key).hexdigest()
         if key is not None and self._admin_keys is not None and self._admin_keys.accepts(key):
             state["key"] = key_identity(key)
             return

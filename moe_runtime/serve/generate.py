@@ -14,7 +14,7 @@ from moe_runtime.serve.chat_messages import MAX_MESSAGES, Message
 from moe_runtime.serve.errors import ApiError, user_error
 from moe_runtime.serve.prompts import require_tokenizer, text_source
 from moe_runtime.serve.rendering import Chat, encode_chat
-from moe_runtime.serve.requests import Front, cache_salt, choices_of
+from moe_runtime.serve.requests import Front, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.serve.values import (
     Answer,
@@ -124,7 +124,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error
     request_id = f"gen-{uuid.uuid4().hex}"
-    user, salt = front.user(body.user), cache_salt(request, body)
+    user, salt = front.user(body.user), front.salt(body.cache_salt)
     (command,) = choices_of(request_id, [prompt], params, user=user, cache_salt=salt)
     return await respond(request, front.engine, [command], NativeReply(request_id), stream=body.stream, prompt=given[0])
 

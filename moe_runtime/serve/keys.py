@@ -32,9 +32,6 @@ class KeyFile:
         self._stamp = self._find_stamp()
         self._digests = self._read()
 
-    def __len__(self) -> int:
-        return len(self._digests)
-
     def accepts(self, key: bytes) -> bool:
         """Whether `key` is one of the keys. The time that it takes does not depend on how much of a key is right."""
         self._refresh()

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 from fastapi import Request
 
 from moe_runtime.config.server import ServerConfig
-from moe_runtime.serve.access import KEY_ID
 from moe_runtime.serve.async_engine import AsyncEngine
-from moe_runtime.serve.bodies import SamplingFields
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
@@ -56,6 +54,15 @@ class Front:
             "" if name is None else hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         )
 
+    def salt(self, asked: str | None) -> str | None:
+        """Requests share cached prefixes only with requests of the same salt: what the client asks for, or its key.
+
+        Hits can be timed, so clients with different keys must not find each other's prompts.
+        """
+        if asked is not None:
+            return f"salt {asked}"
+        return f"key {self.key}" if self.key else None
+
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:
         """Check a request's size before more is done with it.
 
@@ -77,18 +84,6 @@ class Front:
         _check("logit_bias", len(params.logit_bias or ()), "tokens", "max_logit_bias", config.max_logit_bias)
         _check("stop_token_ids", len(params.stop_token_ids), "tokens", "max_logit_bias", config.max_logit_bias)
         self.engine.check_queue()
-
-
-def cache_salt(request: Request, body: SamplingFields) -> str | None:
-    """Requests share cached prefixes only with requests of the same salt: the client's own, or its key.
-
-    Hits can be timed, so clients with different keys must not find each other's prompts. With a single key, or none,
-    there is no default.
-    """
-    if body.cache_salt is not None:
-        return f"salt {body.cache_salt}"
-    key_id: str | None = getattr(request.state, KEY_ID, None)
-    return None if key_id is None else f"key {key_id}"
 
 
 def _check(field: str, number: int, what: str, option: str, most: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from check_memory import pss, read
+from served.processes import pss, read
 
 from moe_runtime.build import fit_to_model
 from moe_runtime.config.engine import EngineConfig

@@ -18,7 +18,7 @@ from places import SCRIPTS
 from moe_runtime.memory.model_size import count_parameters
 from moe_runtime.models.registry import family_module
 
-MODULES = ("bench_big_models", "big_models", "bench_model", "make_bench_model", "check_memory", "peers")
+MODULES = ("bench_big_models", "big_models", "bench_model", "make_bench_model", "check_memory", "peers", "served")
 NAMES = ("gpt-oss-20b", "qwen3-30b-a3b")
 
 

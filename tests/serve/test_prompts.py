@@ -7,6 +7,7 @@ import random
 import string
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from fakes import save_byte_tokenizer, save_metaspace_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from serve_clients import client_of, run, started
+from serve_clients import DEFAULTS, client_of, run, started
 from serve_fakes import FakeEngine, FakeTokenizer
 
+from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve import prompts
 from moe_runtime.serve.prompt_cache import ENTRY_BYTES, PromptCache, prompt_key
 from moe_runtime.serve.prompts import Source, Tokenising
@@ -175,9 +177,13 @@ class CacheMachine(RuleBasedStateMachine):
 test_cache = CacheMachine.TestCase
 
 
-def requests_of(bodies: list[tuple[str, dict[str, Any], dict[str, str]]], tokenizer: FakeTokenizer) -> list[Any]:
+def requests_of(
+    bodies: list[tuple[str, dict[str, Any], dict[str, str]]],
+    tokenizer: FakeTokenizer,
+    config: ServerConfig = DEFAULTS,
+) -> list[Any]:
     async def scenario() -> list[Any]:
-        async with started(FakeEngine(tokenizer=tokenizer)) as engine, client_of(engine) as client:
+        async with started(FakeEngine(tokenizer=tokenizer)) as engine, client_of(engine, config) as client:
             return [await client.post(path, json=body, headers=headers) for path, body, headers in bodies]
 
     return run(scenario())
@@ -190,19 +196,22 @@ class Template(ChatTemplate):
 
 @pytest.mark.parametrize(("template", "num_rendered"), [("{{ messages }}", 2), ("{{ strftime_now('%d') }}", 4)])
 def test_a_chat_is_rendered_once_for_each_key_unless_its_template_tells_the_time(
-    template: str, num_rendered: int
+    template: str, num_rendered: int, tmp_path: Path
 ) -> None:
+    (tmp_path / "keys").write_text("one\nother")
+    one, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "other"))
     tokenizer = FakeTokenizer()
     tokenizer.chat_template = Template(template)  # type: ignore[assignment]
     chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
     answers = requests_of(
         [
-            ("/v1/chat/completions", chat, {}),
-            ("/v1/chat/completions", chat | {"seed": 3}, {}),
-            ("/v1/chat/completions", chat, {"Authorization": "Bearer other"}),
-            ("/generate", chat, {}),
+            ("/v1/chat/completions", chat, one),
+            ("/v1/chat/completions", chat | {"seed": 3}, one),
+            ("/v1/chat/completions", chat, other),
+            ("/generate", chat, one),
         ],
         tokenizer,
+        ServerConfig(api_key_file=str(tmp_path / "keys")),
     )
     assert [answer.status_code for answer in answers] == [200] * 4
     assert len(tokenizer.rendered) == num_rendered

@@ -12,7 +12,7 @@ from moe_runtime.serve.openai.chat_reply import ChatReply
 from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
 from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.rendering import Chat, answer_format, encode_chat
-from moe_runtime.serve.requests import cache_salt, choices_of
+from moe_runtime.serve.requests import choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.text.chat_history import count_calls
 from moe_runtime.text.formats.parser import OutputParser
@@ -50,7 +50,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
     except ValueError as error:
         raise user_error(error, renamed) from error
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"
-    user, salt = front.user(body.user), cache_salt(request, body)
+    user, salt = front.user(body.user), front.salt(body.cache_salt)
     commands = choices_of(
         completion_id, [prompt.token_ids], params, user=user, shown_ids=written.shown_ids, cache_salt=salt
     )

@@ -19,7 +19,7 @@ from moe_runtime.serve.openai.logprobs import TextLogprobs, TokenTexts
 from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.openai.reply import OpenAIReply, routed
 from moe_runtime.serve.prompts import require_tokenizer, text_source
-from moe_runtime.serve.requests import Front, cache_salt, choices_of
+from moe_runtime.serve.requests import Front, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.serve.values import prompt_logprobs
 from moe_runtime.types.outputs import Completion
@@ -143,7 +143,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         raise user_error(error, {}) from error
     prompts, texts = [list(each) for each in zip(*encoded, strict=True)]
     completion_id = f"cmpl-{uuid.uuid4().hex}"
-    user, salt = front.user(body.user), cache_salt(request, body)
+    user, salt = front.user(body.user), front.salt(body.cache_salt)
     commands = choices_of(completion_id, prompts, params, user=user, every_prompt_logprobs=body.echo, cache_salt=salt)
     reply = CompletionReply(completion_id, front.info.model_name, body, commands, texts, front.info.tokenizer)
     return await respond(request, front.engine, commands, reply, stream=body.stream, prompt="prompt")
