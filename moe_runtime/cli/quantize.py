@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.options import Option, only_fields, option_values, options_of, user_mistakes
-from moe_runtime.config.quantization import METHODS
+from moe_runtime.config.quantization import METHODS, group_that_divides
 from moe_runtime.memory.budget import gigabytes
+from moe_runtime.system.signals import END_SIGNALS
 
 ENGINE = ("model", "quantization", "quantization_parts", "quantization_group_size")
 
@@ -68,15 +74,38 @@ def _write(engine: EngineConfig, out: Path) -> int:
     path = resolve_model(engine.model)
     if not path.is_dir():
         raise ValueError(f"model: {engine.model!r} is not allowed; it must be a folder with safetensors files")
-    model = engine.quantized(read_stored_config(path))
+    stored = read_stored_config(path)
+    names = names_of(stored.family)
+    inputs = QuantizedWriter(path, engine.quantized(stored), names).inputs()
+    assert engine.quantization is not None
+    group = group_that_divides(engine.quantization, engine.quantization_group_size, inputs)
+    model = replace(engine, quantization_group_size=group).quantized(stored)
     format = next(found for found in (*model.layers[model.moe_layers[0]].formats.all, model.head_format) if found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
-    try:
-        with tqdm(total=model.num_layers, unit="layer", desc="quantising") as bar:
-            nbytes = QuantizedWriter(path, model, names_of(model.family)).write(partial, format, bar.update)
+    with _partial_folder(out) as partial:
+        with tqdm(total=model.num_layers, unit="layer", desc=f"quantising in groups of {group}") as bar:
+            nbytes = QuantizedWriter(path, model, names).write(partial, format, bar.update)
         partial.chmod(0o755)
         partial.rename(out)
+    return nbytes
+
+
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which is removed if it still exists in the end, also after a signal."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"output: {str(out)!r} cannot be written ({error.strerror})") from error
+    before = {number: signal.signal(number, _end) for number in END_SIGNALS}
+    try:
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return nbytes
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    print("interrupted; nothing was written", file=sys.stderr)
+    sys.exit(128 + number)

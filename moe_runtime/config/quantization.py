@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from moe_runtime.config.model import LayerFormats, ModelConfig
@@ -25,7 +26,7 @@ def parse_parts(value: object) -> tuple[str, ...]:
         ValueError: there is none, or one is unknown.
     """
     parts = tuple(value.split(",")) if isinstance(value, str) else ()
-    if not parts or not set(parts) <= set(PARTS):
+    if not parts or not set(parts) <= set(PARTS) or len(set(parts)) < len(parts):
         raise ValueError(
             f"quantization_parts: {value!r} is not allowed; it must be some of {','.join(PARTS)}, with commas between"
         )
@@ -40,10 +41,14 @@ def check_quantization(method: object, parts: object, group_size: object) -> Non
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"quantization: {method!r} is not allowed; it must be one of {list(METHODS)}")
+    if method is None:
+        for name, value in (("parts", None if parts == ",".join(PARTS) else parts), ("group_size", group_size)):
+            if value is not None:
+                raise ValueError(f"quantization_{name}: {value!r} is not allowed without quantization")
     parse_parts(parts)
     if group_size is None:
         return
-    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
+    if group_size not in GROUP_SIZES or type(group_size) is not int:
         raise ValueError(
             f"quantization_group_size: {group_size!r} is not allowed; it must be one of {list(GROUP_SIZES)}"
         )
@@ -59,6 +64,30 @@ def check_activations(model: ModelConfig, activations: str | None) -> None:
             f"activation_quantization: {activations!r} is not allowed without weights in int8, int4 or fp4; "
             f"the model has {model.formats}"
         )
+
+
+def group_that_divides(method: str, group_size: int | None, inputs: Collection[int]) -> int:
+    """The inputs that share a scale where they must divide the inputs of all matrices, as in compressed-tensors.
+
+    Args:
+        group_size: what was asked for; None takes the largest that divides them, and is not above the method's own.
+        inputs: of the matrices.
+
+    Raises:
+        ValueError: it does not divide them, or none does.
+    """
+    own = METHODS[method].group
+    assert own is not None
+    allowed = (own,) if method == "mxfp4" else GROUP_SIZES
+    dividing = [size for size in allowed if not any(count % size for count in inputs)]
+    fitting = [size for size in dividing if size <= own] if group_size is None else dividing
+    if not fitting or group_size not in (None, *dividing):
+        raise ValueError(
+            f"quantization_group_size: {own if group_size is None else group_size} is not allowed for this model; "
+            f"groups must divide the inputs of all matrices, which are {sorted(inputs)}"
+            + (f"; it must be one of {dividing}" if dividing else f", and none of {list(allowed)} does")
+        )
+    return group_size or max(fitting)
 
 
 def quantized(model: ModelConfig, method: str | None, parts: str, group_size: int | None) -> ModelConfig:

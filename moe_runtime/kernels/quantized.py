@@ -18,6 +18,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 INT4_ZERO = 8  # codes of INT4 are 0 to 15; without zeros, 8 stands for 0
 FP8_MAX, FP4_MAX = 448.0, 6.0
 SMALLEST_NORMAL = 2.0**-126  # scales below it have no finite inverse; their weights are 0
+E8M0_NAN = 255  # makes all weights of a group NaN or infinite
 PIECE = 1 << 17  # weights that are quantised at once: in float32, they and what is made of them fit into an L2 cache
 
 
@@ -222,6 +223,7 @@ def _quantize_rows(weight_NK: Tensor, format: WeightFormat) -> QuantizedMatrix:
         assert code is Code.FP4
         exponent = torch.frexp(largest_NG).exponent - 1 - 2  # E2M1's largest is 1.5 * 2^2
         stored = (exponent + 127).clamp(0, 254).to(torch.uint8)
+        stored[~largest_NG.isfinite()] = E8M0_NAN
     elif format.scale is Scale.E4M3:
         assert code is Code.FP4
         factor_N1 = largest_NG.amax(dim=1, keepdim=True) / (FP8_MAX * FP4_MAX)

@@ -45,11 +45,17 @@ class QuantizedWriter:
     def source(self) -> Checkpoint:
         return Checkpoint(self.path)
 
+    def inputs(self) -> set[int]:
+        """Inputs of the matrices that are quantised."""
+        written = (each for index in range(self.config.num_layers) for each in self._layer(index))
+        found = {stored.shape[-1] for _, stored, format in written if format is not None}
+        return found | ({self.config.hidden_size} if self.config.head_format is not None else set())
+
     def write(self, out: Path, format: WeightFormat, progress: Callable[[], object]) -> int:
         """Write into the empty folder `out`; calls `progress` after every layer. Returns the bytes of all tensors.
 
         Raises:
-            ValueError: as reading the checkpoint.
+            ValueError: as reading the checkpoint, or weights are NaN or infinite.
         """
         writer, done = ShardWriter(out), set[str]()
         for index in range(self.config.num_layers):
@@ -136,5 +142,7 @@ def _add(writer: ShardWriter, name: str, tensor: Tensor, format: WeightFormat | 
     if format is None:
         writer.add(name, tensor)
         return
+    if not tensor.isfinite().all():
+        raise ValueError(f"model: tensor {name!r} is damaged: it has weights that are NaN or infinite")
     for end, part in compressed(quantize(tensor, format)).items():
         writer.add(name.removesuffix("weight") + end, part)

@@ -118,6 +118,15 @@ def test_every_format_can_be_quantised_into(format: WeightFormat) -> None:
     assert found.format == format and error < (0.15 if format.code.bits == 4 else 0.04)
 
 
+@pytest.mark.parametrize("format", QUANTIZABLE, ids=name_of)
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_no_numbers_become_none(format: WeightFormat, damage: float) -> None:
+    weight = torch.randn(20, 100)
+    weight[3, 40] = damage
+    found = quantize(weight, format).dequantize()
+    assert not found[3].isfinite().all() and found[4].isfinite().all()
+
+
 def test_rows_and_stacks() -> None:
     for format in FORMATS:
         first, second = random_matrix(format, 6, 40), random_matrix(format, 3, 40)

@@ -24,6 +24,7 @@ from moe_runtime.weights.scheme import Layout, Storage, part_name
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SCALES = {"F32": Scale.FLOAT32, "F16": Scale.FLOAT16, "BF16": Scale.BFLOAT16}
+SHAPES = {"I64": torch.int64, "I32": torch.int32}
 GROUP_OF_INPUT = "g_idx"
 LAYOUTS = {Layout.PACKED, Layout.AWQ, Layout.GPTQ, Layout.GPTQ_V2}
 
@@ -38,6 +39,7 @@ def stored_format(checkpoint: Checkpoint, name: str, storage: Storage) -> Weight
 
 def read_packed(rows: StoredRows, storage: Storage) -> QuantizedMatrix:
     """Rows of a matrix of compressed-tensors."""
+    _check_shape(rows)
     format = stored_format(rows.checkpoint, rows.name, storage)
     bits, inputs = format.code.bits, rows.num_inputs
     words = rows.read(storage.codes, WORDS, rows.num_outputs, -(-inputs * bits // 32))
@@ -56,6 +58,18 @@ def read_packed(rows: StoredRows, storage: Storage) -> QuantizedMatrix:
         zeros_NG = signed(unpack(words.T, bits).T[start : start + len(codes)], bits).contiguous()
     scales_NG = rows.read_scales(storage.scales, READABLE, format)
     return QuantizedMatrix(format, codes, scales_NG, zeros_NG, None, inputs)
+
+
+def _check_shape(rows: StoredRows) -> None:
+    """Raise ValueError if the file says that a matrix of compressed-tensors is another one than the model has."""
+    shape, key = [rows.num_outputs, rows.num_inputs], part_name(rows.name, "weight_shape")
+    if rows.index is None and rows.checkpoint.has(key):
+        found = rows.checkpoint.read_stored(key, SHAPES, (2,)).tolist()
+        if found != shape:
+            raise ValueError(f"model: tensor {key!r} says {found}, but the configuration means {shape}")
+    key = part_name(rows.name, "weight_g_idx")
+    if rows.checkpoint.has(key):
+        raise ValueError(f"model: tensor {key!r} is not supported: groups must be of adjacent inputs")
 
 
 def read_awq(rows: StoredRows, storage: Storage) -> QuantizedMatrix:
