@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import platform
 import random
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from load_runs.run import Run, closed_loop, open_loop
 from served.server import Server
 
 from moe_runtime import __version__
+from moe_runtime.bench.report import describe_machine
 
 CLOSED = ("1:120", "16:120", "64:600", "256:600")
 OPEN = ("1:120", "2:120", "4:120")
@@ -37,7 +37,7 @@ def main() -> int:
     options = parse()
     runs = asyncio.run(serve_and_load(options))
     results = [Result(run, Limits(options.ttft_limit, options.tpot_limit), offline(options, run)) for run in runs]
-    title = f"{options.model} on {RANKS} ranks, moe_runtime {__version__}, {cpu_name()}"
+    title = f"{options.model} on {RANKS} ranks, moe_runtime {__version__}, {describe_machine()['processor']}"
     print(table(results))
     if options.out is not None:
         write(options.out, title, results)
@@ -118,11 +118,6 @@ def offline(options: argparse.Namespace, run: Run) -> float | None:
 
 def tell(run: Run) -> None:
     print(f"{run.name}: {run.tokens_per_second:.0f} tokens/s, {len(run.faults)} wrong", flush=True)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -19,9 +19,6 @@ from moe_runtime.types.sampling_params import SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
-OUTPUT_GUESS = 256  # tokens; most outputs end long before their limit
-
-
 OUTPUT_GUESS = 256  # tokens that an output counts for at most: few use their limit
 
 

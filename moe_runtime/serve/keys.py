@@ -63,7 +63,7 @@ class KeyFile:
 
 
 def key_identity(key: bytes) -> str:
-    """A name for a key that does not tell the key."""
+    """A name for a client's key, or for a user that it names, which does not tell it."""
     return hashlib.sha256(key).hexdigest()[:32]
 
 

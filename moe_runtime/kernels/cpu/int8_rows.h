@@ -6,7 +6,8 @@
 //     out = sum over blocks, in order, of (float(sum of (code - zero) * input) * scale) * s
 //
 // With offsets, float(sum of inputs) * offset is added to what is multiplied with s. Each product and sum is rounded to
-// float32, except that the last one is fused: out = fma(.., s, out). So results have the same bits for any number of rows, and on every instruction set.
+// float32, except that the last one is fused: out = fma(.., s, out). So results have the same bits for any number of
+// rows, and on every instruction set.
 #pragma once
 
 #include "quantized.h"

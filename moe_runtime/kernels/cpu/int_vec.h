@@ -21,6 +21,7 @@ inline Vec float_of(IntVec v) { return _mm512_cvtepi32_ps(v); }
 inline IntVec int_of(Vec v) { return _mm512_cvtps_epi32(v); }
 inline IntVec lookup(__m128i table, IntVec index) { return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), index); }
 inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm512_maddubs_epi16(a, b); }
+inline IntVec sub_int8(IntVec a, IntVec b) { return _mm512_sub_epi8(a, b); }
 inline IntVec add_int16(IntVec a, IntVec b) { return _mm512_add_epi16(a, b); }
 inline IntVec add_pairs(IntVec v) { return _mm512_madd_epi16(v, _mm512_set1_epi16(1)); }
 inline IntVec size_of(IntVec v) { return _mm512_abs_epi8(v); }
@@ -44,6 +45,7 @@ inline Vec float_of(IntVec v) { return _mm256_cvtepi32_ps(v); }
 inline IntVec int_of(Vec v) { return _mm256_cvtps_epi32(v); }
 inline IntVec lookup(__m128i table, IntVec index) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), index); }
 inline IntVec pairs_of_products(IntVec a, IntVec b) { return _mm256_maddubs_epi16(a, b); }
+inline IntVec sub_int8(IntVec a, IntVec b) { return _mm256_sub_epi8(a, b); }
 inline IntVec add_int16(IntVec a, IntVec b) { return _mm256_add_epi16(a, b); }
 inline IntVec add_pairs(IntVec v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
 inline IntVec size_of(IntVec v) { return _mm256_abs_epi8(v); }
