@@ -90,7 +90,7 @@ def test_where_nobody_watches_and_nothing_is_replicated_ranks_are_left_alone(tmp
 
 def test_replicas_follow_the_counts_of_the_last_steps(tmp_path: Path) -> None:
     rebalancer, ranks = make(balance="off", placement=with_replica(tmp_path))
-    ranks.counts[:, 1, 0, 0] += 1000  # counted before the first step, so that shares must change
+    ranks.counts[:, :, 0, :2] += 1000  # counted before the first step: all of expert 0 must go to where 1 is not
     told: list[int] = []
     for step in range(1, 3 * ROUTE_STEPS + 1):
         plans = []

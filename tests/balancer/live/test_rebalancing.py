@@ -73,13 +73,14 @@ def test_ranks_with_other_numbers_of_slots_with_every_dispatcher(
 ) -> None:
     if native and not can_have_kernels():
         pytest.skip("no native kernels here")
-    path = save(make_model("glm4"), tmp_path)
+    path = save(make_model("glm4", num_experts_per_tok=3), tmp_path)
     with pool_engine(rank_pool, path, 1) as made:
         expected = generate(made, prompts, PARAMS)
     options = {"redundant_experts": [0, 2], "dispatcher": dispatcher, **limits}
     ranks = nullcontext() if native else ranks_in_torch(rank_pool(2), buckets=False)
     with ranks, pool_engine(rank_pool, path, 2, **options) as made:
         assert generate(made, prompts, PARAMS) == expected
+        generate(made, HOT_PROMPTS, SamplingParams(max_tokens=1))
         rebalance = made.rebalance()
         finish(made, rebalance)
         assert rebalance.moves and not rebalance.rollbacks
