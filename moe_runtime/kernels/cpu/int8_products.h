@@ -12,6 +12,18 @@ constexpr int64_t kRunInputs = kMostBlockInputs;
 constexpr int64_t kMostRunBlocks = kRunInputs / kMostStepInputs;
 constexpr int64_t kAheadBytes = 8192;  // from the codes that are read to those that are prefetched
 
+// What `passes` tiles prefetch while they multiply with a block. Each asks for its part in the order of memory; tiles
+// read their vectors in another order, in which memory answers more slowly.
+inline Prefetch ahead_of(const uint8_t* codes, int64_t passes) {
+  return {reinterpret_cast<const char*>(codes) + kAheadBytes, ceil_div(kLanes * 4, passes)};
+}
+
+inline void ask(Prefetch& ahead) {
+  _mm_prefetch(ahead.next, _MM_HINT_T0);
+  asm volatile("");  // keeps its place: a whole step's lines at once stall
+  ahead.next += ahead.step_bytes;
+}
+
 // One block of a panel: its codes, and how many steps.
 struct Block {
   const uint8_t* codes;
@@ -171,9 +183,7 @@ struct CodedRun {
   static constexpr bool kIsDecoded = false;
 
   static StepBytes<kCode> at(const Block& block, int64_t step, int output) {
-    const uint8_t* from = block.codes + step * kCodesBytes + output * 4;
-    _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, _MM_HINT_T0);
-    return StepBytes<kCode>::of_codes(from);
+    return StepBytes<kCode>::of_codes(block.codes + step * kCodesBytes + output * 4);
   }
 };
 
@@ -189,14 +199,18 @@ struct DecodedRun {
 // Adds the products of some rows with `steps` steps of a block. `output` is the first of the vectors' outputs.
 template <int kCode, class Source, int kRows, int kVecs>
 inline void add_steps(const Block& block, int64_t first, int64_t end, int output, const int8_t (*x)[kRunInputs],
-                      IntVec (&sums)[kRows][kVecs]) {
+                      Prefetch& ahead, IntVec (&sums)[kRows][kVecs]) {
   using Bytes = StepBytes<kCode>;
+  Prefetch asked = ahead;  // a copy, so that it stays in registers
   for (int64_t step = first; step < end; step++) {
     const auto bytes_at = [&](int j) { return Source::at(block, step, output + j * kLanes); };
     const auto words_of = [&](int r) { return typename Bytes::Words(x[r] + step * step_inputs(kCode)); };
     if constexpr (Source::kIsDecoded) {
       Bytes bytes[kVecs];
-      for (int j = 0; j < kVecs; j++) bytes[j] = bytes_at(j);
+      for (int j = 0; j < kVecs; j++) {
+        ask(asked);
+        bytes[j] = bytes_at(j);
+      }
       for (int r = 0; r < kRows; r++) {
         const auto words = words_of(r);
         for (int j = 0; j < kVecs; j++) sums[r][j] = bytes[j].add(sums[r][j], words);
@@ -205,24 +219,27 @@ inline void add_steps(const Block& block, int64_t first, int64_t end, int output
       for (int j = 0; j < kVecs; j++) {
         const Bytes bytes = bytes_at(j);
         for (int r = 0; r < kRows; r++) sums[r][j] = bytes.add(sums[r][j], words_of(r));
+        ask(asked);
       }
     }
   }
+  ahead = asked;
 }
 
 // Sums of 32 bits of the products of some rows with a block.
 template <int kCode, class Source, int kRows, int kVecs>
-inline void block_products(const Block& block, int output, const int8_t (*x)[kRunInputs],
+inline void block_products(const Block& block, int output, const int8_t (*x)[kRunInputs], Prefetch& ahead,
                            IntVec (&sums)[kRows][kVecs]) {
   constexpr int kShortSteps = StepBytes<kCode>::kShortSteps;
   for (auto& row : sums) std::fill_n(row, kVecs, set1_bits(0));
   if constexpr (kShortSteps == 0) {
-    add_steps<kCode, Source>(block, 0, block.steps, output, x, sums);
+    add_steps<kCode, Source>(block, 0, block.steps, output, x, ahead, sums);
   } else {
     for (int64_t step = 0; step < block.steps; step += kShortSteps) {
       IntVec shorts[kRows][kVecs];
       for (auto& row : shorts) std::fill_n(row, kVecs, set1_bits(0));
-      add_steps<kCode, Source>(block, step, std::min<int64_t>(step + kShortSteps, block.steps), output, x, shorts);
+      const int64_t end = std::min<int64_t>(step + kShortSteps, block.steps);
+      add_steps<kCode, Source>(block, step, end, output, x, ahead, shorts);
       for (int r = 0; r < kRows; r++) {
         for (int j = 0; j < kVecs; j++) sums[r][j] = add_int32(sums[r][j], add_pairs(shorts[r][j]));
       }
@@ -232,14 +249,14 @@ inline void block_products(const Block& block, int output, const int8_t (*x)[kRu
 
 // Adds the products of some rows with a run to `out[r][0 .. 64)`.
 template <int kRows, int kCode, Term kTerm, class Source>
-void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, float* out) {
+void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, Prefetch& ahead, float* out) {
   constexpr int kVecs = run_vecs<kCode>(kRows);
   const RunRows<kRows> tile(run, rows, numbers);
   for (int column = 0; column < kPanel; column += kVecs * kLanes) {
     for (int b = 0; b < run.count; b++) {
       const auto* x = reinterpret_cast<const int8_t(*)[kRunInputs]>(tile.inputs[0] + b * rows.block);
       IntVec sums[kRows][kVecs];
-      block_products<kCode, Source>(run.blocks[b], column, x, sums);
+      block_products<kCode, Source>(run.blocks[b], column, x, ahead, sums);
       for (int j = 0; j < kVecs; j++) {
         const int output = column + j * kLanes;
         for (int r = 0; r < kRows; r++) {
@@ -253,10 +270,10 @@ void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, float
 }
 
 template <int kCode, Term kTerm, class Source>
-void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
+void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, Prefetch ahead, float* out) {
   for_tiles(count, [&](int64_t row, int tile_rows) {
     with_rows(tile_rows, [&](auto constant) {
-      add_run<decltype(constant)::value, kCode, kTerm, Source>(run, rows, numbers + row, out + row * kPanel);
+      add_run<decltype(constant)::value, kCode, kTerm, Source>(run, rows, numbers + row, ahead, out + row * kPanel);
     });
   });
 }
@@ -264,11 +281,12 @@ void add_run(const Run& run, const Int8Rows& rows, const int64_t* numbers, int64
 // Decodes a block's codes of 4 bits into bytes, less `kLess`, and returns their end. Two steps of four inputs stand for
 // one of the block.
 template <int kCode, int kLess>
-uint8_t* decode_bytes(const Block& block, uint8_t* to) {
+uint8_t* decode_bytes(const Block& block, Prefetch& ahead, uint8_t* to) {
   const IntVec less = set1_bits(kLess * 0x01010101);
   for (int64_t step = 0; step < block.steps; step++, to += 2 * kCodesBytes) {
     for (int output = 0; output < kPanel; output += kLanes) {
       const auto found = CodedRun<kCode>::at(block, step, output);
+      ask(ahead);
       store_bits(to + output * 4, kLess ? sub_int8(found.low, less) : found.low);
       store_bits(to + kCodesBytes + output * 4, kLess ? sub_int8(found.high, less) : found.high);
     }
@@ -279,19 +297,22 @@ uint8_t* decode_bytes(const Block& block, uint8_t* to) {
 // Adds the products of any number of rows with a run. The bytes of several tiles are decoded once.
 template <int kCode, Term kTerm>
 void add_run_vectors(Run& run, const Int8Rows& rows, const int64_t* numbers, int64_t count, float* out) {
+  const int64_t tiles = ceil_div(count, kTileRows);
+  const bool decodes = StepBytes<kCode>::kDecodes && tiles > 1;
+  Prefetch ahead = ahead_of(run.blocks->codes, tiles + decodes);
   if constexpr (StepBytes<kCode>::kDecodes) {
-    if (count > kTileRows) {
+    if (decodes) {
       alignas(64) uint8_t bytes[kRunInputs * kPanel];
       uint8_t* to = bytes;
       for (int b = 0; b < run.count; b++) {
         uint8_t* decoded = to;
-        to = decode_bytes<kCode, 0>(run.blocks[b], to);
+        to = decode_bytes<kCode, 0>(run.blocks[b], ahead, to);
         run.blocks[b].codes = decoded;
       }
-      return add_run<kCode, kTerm, DecodedRun<kCode>>(run, rows, numbers, count, out);
+      return add_run<kCode, kTerm, DecodedRun<kCode>>(run, rows, numbers, count, ahead, out);
     }
   }
-  add_run<kCode, kTerm, CodedRun<kCode>>(run, rows, numbers, count, out);
+  add_run<kCode, kTerm, CodedRun<kCode>>(run, rows, numbers, count, ahead, out);
 }
 
 // --- tiles ---
@@ -306,10 +327,14 @@ void add_block_tiles(const Run& run, int b, const Int8Rows& rows, const int64_t*
   alignas(64) uint8_t bytes[kMostBlockInputs * kPanel];
   alignas(64) int8_t inputs[kUnitRows * kMostBlockInputs];
   alignas(64) int32_t sums[kUnitRows * kPanel];
+  Prefetch ahead = ahead_of(block.codes, 1);
   if constexpr (kCode == kInt8) {  // signed bytes
-    std::memcpy(bytes, block.codes, block.steps * kCodesBytes);
+    for (int64_t byte = 0; byte < block.steps * kCodesBytes; byte += 64) {
+      ask(ahead);
+      store_bits(bytes + byte, load_bits(block.codes + byte));
+    }
   } else {
-    decode_bytes<kCode, zero_byte(kCode)>(block, bytes);
+    decode_bytes<kCode, zero_byte(kCode)>(block, ahead, bytes);
   }
   const int64_t used = std::min(rows.block, rows.stride - block.number * rows.block);
   const int64_t tiles = ceil_div(used, kTileInputs);
@@ -353,7 +378,7 @@ void multiply_int8(const QuantFormat& format, const PanelShape& shape, const Int
   std::fill_n(out, count * kPanel, 0.0f);
 #if defined(__AMX_INT8__)
   const TileRegisters registers;
-  const bool in_tiles = count > kTileRows;
+  const bool in_tiles = count > 2 * kTileRows;  // fewer are multiplied faster by vectors, which wait less for memory
 #else
   constexpr bool in_tiles = false;
 #endif
