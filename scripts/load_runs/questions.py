@@ -58,6 +58,7 @@ async def answer_alone(url: str, questions: Sequence[Question]) -> list[Question
     answered = []
     for question in questions:
         found = await ask(url, question)
+        found.read(question)
         if found.fault and found.fault != "another answer":
             raise RuntimeError(f"alone, a stream failed: {found.fault}")
         answered.append(Question(question.content, question.max_tokens, found.token_ids, found.text))

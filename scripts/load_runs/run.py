@@ -28,7 +28,7 @@ class Run:
         name: such as "closed, 64 streams".
         num_streams: of a closed loop; 0 for an open one.
         start, counted_from, end: by `time.monotonic`; figures are those from `counted_from` on, when load is steady.
-        streams: all that ended.
+        streams, questions: all that ended, and what each answers.
         memory: bytes of all processes (PSS) at times.
         front_cpu, ranks_cpu: CPU seconds in the counted part.
         used_pages: pages that were not free at the end.
@@ -40,10 +40,16 @@ class Run:
     counted_from: float
     end: float = 0.0
     streams: list[Stream] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)
     front_cpu: float = 0.0
     ranks_cpu: float = 0.0
     used_pages: int = 0
+
+    def read_streams(self) -> None:
+        """Read all that came, once the load is over."""
+        for stream, question in zip(self.streams, self.questions, strict=True):
+            stream.read(question)
 
     @property
     def tokens_per_second(self) -> float:
@@ -86,7 +92,7 @@ async def closed_loop(
 
     async def client() -> None:
         while running:
-            run.streams.append(await ask(server.url, random.choice(questions)))
+            await _add_stream(server, run, random.choice(questions))
 
     async with _watched(server, run), asyncio.TaskGroup() as group:
         for _ in range(num_streams):
@@ -95,6 +101,7 @@ async def closed_loop(
         await _count_cpu(server, run)
         run.end, running = time.monotonic(), False
     await _settle(server, run)
+    run.read_streams()
     return run
 
 
@@ -103,7 +110,7 @@ async def open_loop(server: Server, questions: Sequence[Question], rate: float, 
     run = Run(f"open, {rate:g}/s", 0, time.monotonic(), time.monotonic() + ramp)
 
     async def client() -> None:
-        run.streams.append(await ask(server.url, random.choice(questions)))
+        await _add_stream(server, run, random.choice(questions))
 
     async with _watched(server, run), asyncio.TaskGroup() as group:
         while (wait := random.expovariate(rate)) + time.monotonic() < run.start + seconds:
@@ -112,7 +119,14 @@ async def open_loop(server: Server, questions: Sequence[Question], rate: float, 
         await _count_cpu(server, run)
         run.end = time.monotonic()
     await _settle(server, run)
+    run.read_streams()
     return run
+
+
+async def _add_stream(server: Server, run: Run, question: Question) -> None:
+    stream = await ask(server.url, question)
+    run.streams.append(stream)
+    run.questions.append(question)
 
 
 @contextlib.asynccontextmanager

@@ -8,6 +8,8 @@ import random
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from places import SCRIPTS
 
 sys.path.insert(0, str(SCRIPTS))
@@ -44,7 +46,9 @@ def answered(content: bytes) -> Stream:
         async with server:
             return await ask(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", QUESTION)
 
-    return asyncio.run(asyncio.wait_for(scenario(), 20))
+    stream = asyncio.run(asyncio.wait_for(scenario(), 20))
+    stream.read(QUESTION)
+    return stream
 
 
 def test_a_right_stream() -> None:
@@ -69,6 +73,16 @@ def test_a_right_stream() -> None:
 def test_what_is_wrong_with_a_stream(content: bytes, fault: str) -> None:
     found = answered(content).fault
     assert found and found.startswith(fault)
+
+
+@given(st.lists(st.integers(1, 400), max_size=12))
+def test_a_stream_is_the_same_wherever_it_is_cut(sizes: list[int]) -> None:
+    content, stream = reply(EVENTS), Stream(0.0)
+    for size in [*sizes, 1000]:
+        stream.chunks.append((float(len(stream.chunks)), content[:size]))
+        content = content[size:]
+    stream.read(QUESTION)
+    assert (stream.fault, stream.token_ids, stream.text) == ("", QUESTION.token_ids, QUESTION.text)
 
 
 def run_of(streams: list[Stream], **more: float) -> Run:
