@@ -50,7 +50,7 @@ constexpr int kChunkRows = 96;
 // If rows need several tiles, the tiles process a panel in blocks of at most this many steps. One or two passes wait for
 // memory, and are faster with a block that fits the L1 cache; more passes are bound by computation.
 constexpr int64_t kMaxBlockSteps = 256;
-constexpr int64_t block_steps_of(int64_t passes) { return passes <= 2 ? 64 : kMaxBlockSteps; }
+constexpr int64_t block_steps_of(int64_t passes) { return passes <= 2 ? 32 : kMaxBlockSteps; }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
