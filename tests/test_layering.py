@@ -25,6 +25,7 @@ system            ->
 config            -> types system
 kernels           -> types system
 experts           -> types kernels
+grammars          -> types
 all2all           -> kernels
 balancer          -> system
 wire              -> types config
@@ -34,13 +35,13 @@ demo              -> system
 weights           -> types config system kernels demo
 layers            -> types system config wire memory kernels experts all2all
 models            -> types config balancer kernels experts all2all layers weights
-worker            -> types system config wire memory kernels experts all2all layers models weights
+worker            -> types system config wire memory kernels experts all2all grammars layers models weights
 balancer.live     -> config wire memory balancer
-engine            -> types config wire text memory balancer balancer.live
+engine            -> types config wire text memory balancer balancer.live grammars
 cluster           -> types system config wire all2all worker
 build             -> config wire text memory models weights demo engine cluster
 llm               -> types config build balancer balancer.live
-serve             -> types system config wire text engine balancer balancer.live
+serve             -> types system config wire text engine balancer balancer.live grammars
 bench             -> types config wire text models weights engine build serve
 planner           -> types system config memory balancer kernels layers models worker engine build
 cli               -> types system config wire text memory balancer kernels models weights worker engine cluster build serve bench planner
@@ -49,7 +50,7 @@ __main__          -> cli
 """  # noqa: E501
 # Rooms whose modules import no torch, and what else does not.
 TORCH_FREE_ROOMS = """
-types system config balancer balancer.live text wire memory engine cluster build llm serve bench cli
+types system config balancer balancer.live grammars text wire memory engine cluster build llm serve bench cli
 """.split()  # noqa: SIM905
 TORCH_FREE_BESIDES = """
 models.gguf_config models.gguf_metadata models.gguf_names models.hf_config models.quantization models.registry

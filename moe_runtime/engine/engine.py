@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Set
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from moe_runtime.config.engine import EngineConfig
@@ -27,9 +28,11 @@ from moe_runtime.engine.request_rules import RequestRules
 from moe_runtime.engine.routed_output import add_routed, routed_output
 from moe_runtime.engine.scheduler import Scheduler
 from moe_runtime.engine.stats import EngineStats
+from moe_runtime.engine.step_news import StepNews
 from moe_runtime.engine.step_shapes import StepShapes
 from moe_runtime.engine.step_time import StepTime
 from moe_runtime.engine.warm_up import warm_up_requests
+from moe_runtime.grammars.compile import GrammarCompiler
 from moe_runtime.memory.page_group import page_groups
 from moe_runtime.types.outputs import ExpertChanges, OutputDelta, PositionLogprobs
 from moe_runtime.types.sampling_params import SamplingParams
@@ -92,7 +95,11 @@ class Engine:
         self.rebalancer = Rebalancer(config, model_config, executor)
         self.rules = RequestRules(model_config.vocab_size, self.max_model_len, tokenizer is not None, policies)
         self._key_maker = KeyMaker.of(config, model_config)
-        self._intake = Intake(tokenizer, self.rules, config.seed, self._key_maker)
+        self.grammars = None
+        if tokenizer is not None:
+            self.grammars = GrammarCompiler(partial(tokenizer.vocabulary, model_config.eos_token_ids))
+        self._news = StepNews(self.grammars)
+        self._intake = Intake(tokenizer, self.rules, config.seed, self._key_maker, self.grammars)
         trace = config.record_trace
         self._recorder = None if trace is None else TraceRecorder(trace, model_config, self.model_name)
         self._changes_experts = config.limits is not None and config.limits.changes_experts
@@ -186,7 +193,7 @@ class Engine:
         for request, finish_reason, error in self._deadlines.late(time.monotonic()):
             self._ready.append(self._without_token(request, finish_reason, error))
         while self._num_inflight < self.executor.max_inflight and (plan := self._scheduler.schedule()) is not None:
-            self.executor.submit(self._with_loads(self.rebalancer.prepare(plan)))
+            self.executor.submit(self._news.add_to(self._with_loads(self.rebalancer.prepare(plan))))
             self._num_inflight += 1
             self._dispatcher_steps[plan.dispatcher] += 1
         assert self._num_inflight or not self._requests, "there are requests, and none can run"
@@ -340,6 +347,8 @@ class Engine:
             error = NOT_FINITE.format(len(request.token_ids))
             logger.warning("request %s: %s", request.request_id, error)
             return self._without_token(request, "error", error)
+        if sample.error:
+            return self._without_token(request, "error", f"the output's grammar cannot be followed: {sample.error}")
         if request.params.max_tokens == 0:
             self._prompt_tokens += request.num_prompt_tokens
             return self._without_token(request, "length")

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from moe_runtime.engine.prefix_cache import KeyMaker
 from moe_runtime.engine.request import Request
 from moe_runtime.engine.request_rules import RequestRules
+from moe_runtime.grammars.compile import GrammarCompiler
 from moe_runtime.text.detokenizer import IncrementalDecoder, OutputText
 from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from moe_runtime.text.tokenizer import Tokenizer
@@ -25,14 +27,21 @@ class Intake:
         rules: what requests must obey.
         seed: seeds the generator that draws a seed for each request without one.
         key_maker: makes the keys of requests' pages; None if no prefixes are cached.
+        compiler: makes grammars; None without a tokenizer.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, rules: RequestRules, seed: int, key_maker: KeyMaker | None = None
+        self,
+        tokenizer: Tokenizer | None,
+        rules: RequestRules,
+        seed: int,
+        key_maker: KeyMaker | None = None,
+        compiler: GrammarCompiler | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._rules = rules
         self._key_maker = key_maker
+        self._compiler = compiler
         self._seeds = random.Random(seed)
 
     def request(
@@ -61,7 +70,8 @@ class Intake:
         token_ids = self.token_ids(prompt)
         takes_default_routing = params.routing is None
         policy = self._rules.check(token_ids, params)
-        params = replace(params, routing=policy)
+        grammar = "" if params.structured_outputs is None else self._grammar(params)
+        params = replace(params, routing=policy, structured_outputs=None)
         room = self._rules.max_model_len - len(token_ids)
         maker = self._key_maker
         return Request(
@@ -79,7 +89,14 @@ class Intake:
             output_text=self._output_text(token_ids, params, shown_ids),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
             page_keys=None if maker is None else maker.keys(len(token_ids), policy, cache_salt),
+            grammar=grammar,
         )
+
+    def _grammar(self, params: SamplingParams) -> str:
+        if self._compiler is None:
+            raise ValueError("structured_outputs: a tokenizer is needed; skip_tokenizer_init is set, so there is none")
+        assert isinstance(params.structured_outputs, StructuredOutputs)
+        return self._compiler.compile(params.structured_outputs)
 
     def token_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt's token ids. Raises ValueError as `request`."""

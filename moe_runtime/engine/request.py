@@ -44,6 +44,7 @@ class Request:
         pages: its pages on that rank, of each page group.
         num_prefill_tokens: tokens it had when the rank admitted it; later tokens are decode rows.
         page_keys: keys of its pages in the prefix index; None if the engine caches no prefixes.
+        grammar: what its output follows; empty for any output.
         num_cached_tokens: tokens of the prompt that were not computed, as pages had them when it was first admitted.
         num_indexed, has_tail: how many of its pages the index has been offered, and whether also the page in which the
             prompt ends.
@@ -71,6 +72,7 @@ class Request:
     num_planned: int = 0
     num_pending: int = 0
     page_keys: PageKeys | None = None
+    grammar: str = ""
     num_cached_tokens: int = 0
     num_indexed: int = 0
     has_tail: bool = False

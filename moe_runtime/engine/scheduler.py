@@ -285,6 +285,7 @@ class Scheduler:
                 request.params,
                 request.seed,
                 pages=[[0] * held.num_left + held.pages for held in request.pages],
+                grammar=request.grammar,
             )
         )
         chunk = self._add_chunk(draft, request, min(request.num_unplanned, draft.prompt_budget))

@@ -119,6 +119,7 @@ class SamplingFields(Body):
     priority: int = 0
     timeout: float | None = None
     user: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """The parameters; `defaults` are the model's, for fields that are not given.

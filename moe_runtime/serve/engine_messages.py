@@ -15,6 +15,7 @@ from moe_runtime.types.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from moe_runtime.engine.stats import EngineStats
+    from moe_runtime.grammars.compile import GrammarCompiler
     from moe_runtime.text.tokenizer import Tokenizer
     from moe_runtime.types.outputs import OutputDelta
 
@@ -89,6 +90,7 @@ class Loaded:
         family: the model's family, a config's `model_type`.
         health: the engine's choices and guarantees.
         stats: its first figures.
+        grammars: checks what outputs must look like; None without a tokenizer.
     """
 
     config: EngineConfig
@@ -98,6 +100,7 @@ class Loaded:
     family: str
     health: dict[str, object]
     stats: EngineStats
+    grammars: GrammarCompiler | None = None
 
     @property
     def max_model_len(self) -> int:

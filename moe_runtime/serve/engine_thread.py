@@ -87,7 +87,16 @@ class EngineThread(threading.Thread):
             defaults = dict(model.default_sampling)
             health = engine.health()
             self._post(
-                Loaded(engine.config, engine.rules, engine.tokenizer, defaults, model.family, health, engine.stats())
+                Loaded(
+                    engine.config,
+                    engine.rules,
+                    engine.tokenizer,
+                    defaults,
+                    model.family,
+                    health,
+                    engine.stats(),
+                    engine.grammars,
+                )
             )
             return engine
         return None

@@ -120,6 +120,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, 1)
+        await until_disconnect(request.receive, front.check_form(params))
         prompt = await until_disconnect(request.receive, _prompt(front, body, params))
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error

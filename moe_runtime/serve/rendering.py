@@ -42,6 +42,11 @@ class Chat:
     add_special_tokens: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def continued(self) -> str:
+        """The final message's content, if the model continues it."""
+        return (self.messages[-1].get("content") or "") if self.continue_final_message else ""
+
 
 @dataclass(frozen=True)
 class AnswerFormat:

@@ -13,6 +13,7 @@ from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.serve.keys import key_identity
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.structured_outputs import StructuredOutputs
 
 
 def engine_of(request: Request) -> AsyncEngine:
@@ -60,6 +61,16 @@ class Front:
         if asked is not None:
             return f"salt {asked}"
         return f"key {self.key}" if self.key else None
+
+    async def check_form(self, params: SamplingParams) -> None:
+        """Compile what an output must look like, in a thread. The engine then finds it compiled.
+
+        Raises:
+            ValueError: it cannot be done; the message says why.
+        """
+        asked, grammars = params.structured_outputs, self.info.grammars
+        if grammars is not None and isinstance(asked, StructuredOutputs):
+            await self.tokenising.run(lambda gone: grammars.compile(asked))
 
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:
         """Check a request's size before more is done with it.

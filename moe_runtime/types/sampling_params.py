@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_runtime.types.expert_policy import ExpertPolicy, parse_expert_policy
+from moe_runtime.types.structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20  # OpenAI's limit on `top_logprobs`
 MAX_LOGIT_BIAS = 100.0  # OpenAI's limit
@@ -44,6 +45,7 @@ class SamplingParams:
         return_routed_experts: with the last token, return the experts that each token used in every sparse layer.
         priority: while requests wait, those with a lower one go first (any integer).
         timeout: seconds after which the request ends, whether it waits or runs; its finish reason is then "timeout".
+        structured_outputs: the form of the output, a `StructuredOutputs` or a mapping with its fields; None for any.
 
     Log-probabilities are those of the model, before penalties, temperature and truncation.
 
@@ -74,6 +76,7 @@ class SamplingParams:
     return_routed_experts: bool = False
     priority: int = 0
     timeout: float | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, "strings")
@@ -107,6 +110,9 @@ class SamplingParams:
         _check_integer("min_tokens", self.min_tokens, 0, MAX_INTEGER if self.max_tokens is None else self.max_tokens)
         object.__setattr__(self, "logit_bias", _bias(self.logit_bias))
         object.__setattr__(self, "routing", parse_expert_policy(self.routing))
+        object.__setattr__(self, "structured_outputs", StructuredOutputs.of(self.structured_outputs))
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("ignore_eos: true is not allowed with structured_outputs, which say where an output ends")
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "return_routed_experts"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not allowed; it must be true or false")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 
 from moe_runtime.types.outputs import ExpertChanges
 from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.vocabulary import Vocabulary
 
 PADDED = "padded"  # the dispatcher of steps that name a bucket
 REPLICA_TURNS = 64  # entries per expert in the replica table, by which its tokens go to its replicas in turn
@@ -22,7 +23,7 @@ class NewSequence:
 
     `token_ids` holds the prompt and all tokens generated so far; the first `num_prompt_tokens` are the prompt. `pages`
     of each page group have the keys and values of its first tokens already; its first chunk begins after them. A page
-    behind a window is named 0, and not read.
+    behind a window is named 0, and not read. Its output follows `grammar`, a text of `grammars.compile`, if not empty.
     """
 
     seq_id: int
@@ -31,6 +32,7 @@ class NewSequence:
     params: SamplingParams
     seed: int
     pages: list[list[int]] = field(default_factory=list)  # empty: none in any group
+    grammar: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ReplicaChoice:
 @dataclass(frozen=True)
 class RankPlan:
     """One rank's share of a step. The first `num_decode` chunks are decode rows of one token each. All sources of
-    `page_copies` are read before any target is written."""
+    `page_copies` are read before any target is written. `vocabulary` comes with the first grammars of all ranks."""
 
     new_sequences: list[NewSequence] = field(default_factory=list)
     dropped: list[int] = field(default_factory=list)
@@ -81,6 +83,7 @@ class RankPlan:
     num_decode: int = 0
     replica_choices: list[ReplicaChoice] = field(default_factory=list)
     page_copies: list[PageCopy] = field(default_factory=list)
+    vocabulary: Vocabulary | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -184,11 +187,15 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Sample:
-    """The token that a rank sampled for a sequence; -1 if the model's logits are not finite."""
+    """The token that a rank sampled for a sequence; -1 if the model's logits are not finite.
+
+    `error` says why the sequence's grammar cannot be followed any longer; its token means nothing then.
+    """
 
     seq_id: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe_runtime.grammars.matcher import Matcher
 from moe_runtime.layers.batch import Batch, StepLimits, StepPolicies
 from moe_runtime.layers.kit import HiddenRows
 from moe_runtime.types.sampling_params import SamplingParams
@@ -15,7 +16,8 @@ from moe_runtime.wire.messages import Chunk, ExpertWork, RankPlan, RankStep
 class Sequence:
     """A sequence on this rank: all its tokens so far, and the pages of each page group with its keys and values.
 
-    Pages behind a window stay in the list, so that a position finds its page, but are not read.
+    Pages behind a window stay in the list, so that a position finds its page, but are not read. `matcher` is its place
+    in its grammar; None if its output is free.
     """
 
     token_ids: list[int]
@@ -23,6 +25,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     pages: list[list[int]]
+    matcher: Matcher | None = None
 
 
 @dataclass

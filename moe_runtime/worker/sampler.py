@@ -24,12 +24,16 @@ BARRED = -1e30  # the logit of a token that must not be sampled: its probability
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """The sampling inputs of one row of logits; the new token's position is `len(token_ids)`."""
+    """The sampling inputs of one row of logits; the new token's position is `len(token_ids)`.
+
+    `allowed`, bool [tokens of the tokenizer, or a few more], are the tokens that the row's grammar allows; None: all.
+    """
 
     params: SamplingParams
     seed: int
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    allowed: np.ndarray | None = None
 
 
 def sample(
@@ -42,7 +46,7 @@ def sample(
 
     `argmax` is `layers.kit.Kit.argmax`. The bias of logits comes first, then penalties, temperature, min-p, top-k and
     top-p. Each filter renormalises the remaining probabilities, as in vLLM. Equal logits are ordered by token id.
-    Before `min_tokens`, no token is sampled that would end the output.
+    Before `min_tokens`, no token is sampled that would end the output, unless a row's grammar allows no other.
     """
     logits_BV = _adjust(logits_BV, rows, eos_token_ids)
     tokens = argmax(logits_BV)
@@ -93,8 +97,8 @@ def _adjust(logits_BV: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Colle
     for index, row in enumerate(rows):
         params = row.params
         penalizes = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-        barred = _barred(row, eos_token_ids, logits_BV.shape[1])
-        if not penalizes and not barred and not params.logit_bias:
+        barred: Sequence[int] = _barred(row, eos_token_ids, logits_BV.shape[1])
+        if not penalizes and not barred and not params.logit_bias and row.allowed is None:
             continue
         if adjusted is logits_BV:
             adjusted = logits_BV.clone()
@@ -104,6 +108,8 @@ def _adjust(logits_BV: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Colle
             logits_V[torch.tensor(list(params.logit_bias), device=logits_V.device)] += bias_C
         if penalizes:
             _penalize(logits_V, row)
+        if row.allowed is not None:
+            barred = _beyond(row.allowed, barred, len(logits_V))
         if barred:
             logits_V[torch.tensor(barred, device=logits_V.device)] = BARRED
     return adjusted
@@ -116,6 +122,17 @@ def _barred(row: SamplingRow, eos_token_ids: Collection[int], vocab_size: int) -
         return []
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
     return [token for token in ends if token < vocab_size]
+
+
+def _beyond(allowed: np.ndarray, barred: Sequence[int], vocab_size: int) -> list[int]:
+    """Tokens that a grammar does not allow, and those of `barred`, if that leaves any."""
+    is_barred = np.ones(vocab_size, bool)
+    known = min(len(allowed), vocab_size)
+    is_barred[:known] = ~allowed[:known]
+    both = is_barred.copy()
+    both[barred] = True
+    found: list[int] = (is_barred if both.all() else both).nonzero()[0].tolist()
+    return found
 
 
 def _penalize(logits_V: Tensor, row: SamplingRow) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from moe_runtime.grammars.matcher import Matcher
 from moe_runtime.layers.decoder import Decoder
 from moe_runtime.wire.messages import PromptLogprobs, Sample, TokenLogprobs
 from moe_runtime.worker.rank_step import PreparedStep, Sequence
@@ -43,7 +44,10 @@ def sample_step(
         return []
     # A step of only decode rows samples every row.
     logits_BV = model.logits(hidden_TD if len(last) == end else hidden_TD[torch.tensor(last, device=hidden_TD.device)])
-    rows = [SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens) for s in sequences]
+    rows = [
+        SamplingRow(s.params, s.seed, s.token_ids, s.num_prompt_tokens, s.matcher.allowed() if s.matcher else None)
+        for s in sequences
+    ]
     tokens = sample(logits_BV, rows, argmax, eos_token_ids)
     logprobs: list[TokenLogprobs | None] = [None] * len(tokens)
     for num_best in {row.params.logprobs for row in rows} - {None}:
@@ -53,7 +57,26 @@ def sample_step(
             logprobs[index] = entry
     for sequence, token in zip(sequences, tokens, strict=True):
         sequence.token_ids.append(max(token, 0))
-    return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, strict=True)]
+    errors = [_follow(sequence.matcher, token) for sequence, token in zip(sequences, tokens, strict=True)]
+    return [Sample(*sampled) for sampled in zip(seq_ids, tokens, logprobs, errors, strict=True)]
+
+
+def look_ahead(step: PreparedStep) -> None:
+    """Find the tokens that grammars allow after a step's rows, while its layers run."""
+    for chunk, sequence in zip(step.work.chunks, step.sequences, strict=True):
+        if chunk.sample and sequence.matcher is not None:
+            sequence.matcher.look_ahead()
+
+
+def _follow(matcher: Matcher | None, token: int) -> str:
+    """Take a token in a grammar. Returns what is wrong with the grammar."""
+    if matcher is None:
+        return ""
+    error = matcher.error  # of looking ahead: the token means nothing then
+    if not error and token >= 0:
+        matcher.accept(token)
+        error = matcher.error
+    return error
 
 
 def find_prompt_logprobs(step: PreparedStep, hidden_TD: Tensor, model: Decoder) -> list[PromptLogprobs]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from moe_runtime.config.engine import EngineConfig
 from moe_runtime.config.model import ModelConfig
+from moe_runtime.grammars.matcher import Matcher
+from moe_runtime.grammars.tokens import token_trie
 from moe_runtime.kernels.attention import AttentionMetadata
 from moe_runtime.layers.batch import Batch, BatchPages, StepLimits, StepPolicies
 from moe_runtime.layers.capacity import step_limits, with_limits
@@ -36,6 +38,7 @@ from moe_runtime.system.pages import giving_memory_back
 from moe_runtime.wire.executor import RankInfo
 from moe_runtime.wire.messages import (
     ExpertWork,
+    NewSequence,
     RankPlan,
     RankResult,
     RankStep,
@@ -47,7 +50,10 @@ from moe_runtime.worker.rank_setup import choose_device, choose_dispatchers, mak
 from moe_runtime.worker.rank_step import PreparedStep, RunningStep, Sequence, StepRows
 from moe_runtime.worker.slot_tasks import SlotTasks
 from moe_runtime.worker.step_policies import routed_experts, step_policies
-from moe_runtime.worker.step_samples import find_prompt_logprobs, sample_step
+from moe_runtime.worker.step_samples import find_prompt_logprobs, look_ahead, sample_step
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 
 class Worker:
@@ -124,6 +130,7 @@ class Worker:
         self._argmax = kit.argmax
         self._layers = kit.bind(self.model.layers, self.cache)
         self.sequences: dict[int, Sequence] = {}
+        self._trie: LLTokenizer | None = None  # from the first grammar on
         self._running: RunningStep | None = None
         self._keeps_experts = config.record_trace is not None
         self._graphs = None if capture is None else self._capture(capture, buckets, num_ranks, num_pages)
@@ -220,6 +227,7 @@ class Worker:
         assert self._running is not None
         running, self._running = self._running, None
         step = running.step
+        look_ahead(step)  # while the layers run
         with self._torch_threads():
             hidden_TD = running.hidden()
             samples = sample_step(step, hidden_TD, self.model, self._argmax, self._model_config.eos_token_ids)
@@ -274,6 +282,8 @@ class Worker:
     def _admit(self, work: RankPlan) -> None:
         for seq_id in work.dropped:
             del self.sequences[seq_id]
+        if work.vocabulary is not None:
+            self._trie = token_trie(work.vocabulary)
         for new in work.new_sequences:
             self.sequences[new.seq_id] = Sequence(
                 list(new.token_ids),
@@ -281,7 +291,12 @@ class Worker:
                 new.params,
                 new.seed,
                 pages=[list(pages) for pages in new.pages] or [[] for _ in self._model_config.windows],
+                matcher=self._matcher(new) if new.grammar else None,
             )
+
+    def _matcher(self, new: NewSequence) -> Matcher:
+        assert self._trie is not None, "the vocabulary comes with the first grammar"
+        return Matcher(self._trie, new.grammar, new.token_ids[new.num_prompt_tokens :])
 
     def _step_limits(self, work: RankPlan, plan: RankStep) -> StepLimits | None:
         if self._limits is None:

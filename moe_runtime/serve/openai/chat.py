@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
@@ -11,12 +13,17 @@ from moe_runtime.serve.openai.answers import ChatAnswer
 from moe_runtime.serve.openai.chat_reply import ChatReply
 from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
 from moe_runtime.serve.openai.models import front_of
-from moe_runtime.serve.rendering import Chat, answer_format, encode_chat
+from moe_runtime.serve.rendering import AnswerFormat, Chat, answer_format, encode_chat
 from moe_runtime.serve.requests import choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.text.chat_history import count_calls
 from moe_runtime.text.formats.parser import OutputParser
-from moe_runtime.text.formats.registry import ChatFormat
+from moe_runtime.text.formats.registry import ChatFormat, grammar_around, grammar_of_calls
+from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.structured_outputs import StructuredOutputs
+
+if TYPE_CHECKING:
+    from moe_runtime.text.tokenizer import Tokenizer
 
 
 def answer_parser(found: ChatFormat, chat: Chat, prompt: str) -> OutputParser:
@@ -26,9 +33,33 @@ def answer_parser(found: ChatFormat, chat: Chat, prompt: str) -> OutputParser:
         chat.tools,
         calls=bool(chat.tools),
         num_earlier_calls=count_calls(chat.messages),
-        continued=(chat.messages[-1].get("content") or "") if chat.continue_final_message else "",
+        continued=chat.continued,
         new_id=lambda: uuid.uuid4().hex[:24],
     )
+
+
+def with_form(
+    params: SamplingParams,
+    body: ChatCompletionRequest,
+    written: AnswerFormat,
+    chat: Chat,
+    prompt: str,
+    tokenizer: Tokenizer | None,
+) -> SamplingParams:
+    """The parameters, with the form of calls that must be made. A thought may stand before any form.
+
+    Raises:
+        ValueError: the call that is asked for cannot be made.
+    """
+    asked, forced = params.structured_outputs, body.forced_tools()
+    if tokenizer is None or (asked is None and not forced):
+        return params
+    tokens = tokenizer.added_tokens
+    if forced:
+        asked = StructuredOutputs(grammar=grammar_of_calls(written.format, forced, tokens, body.may_call_many))
+    assert isinstance(asked, StructuredOutputs)
+    around = grammar_around(written.format, prompt, chat.continued, tokens, calls=bool(forced))
+    return replace(params, structured_outputs=replace(asked, within=around))
 
 
 router = APIRouter(prefix="/v1")
@@ -47,6 +78,8 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
         front.check_limits(params, 1)
         chat = body.chat(front.config.max_tools)
         prompt = await until_disconnect(request.receive, encode_chat(front, chat, params))
+        params = with_form(params, body, written, chat, prompt.text, front.info.tokenizer)
+        await until_disconnect(request.receive, front.check_form(params))
     except ValueError as error:
         raise user_error(error, renamed) from error
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"

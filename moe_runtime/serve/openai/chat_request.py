@@ -15,14 +15,27 @@ from moe_runtime.types.sampling_params import MAX_LOGPROBS, SamplingParams
 
 
 def _tool_choice(value: Any) -> Any:
-    if value in ("none", "auto"):
+    if value in ("none", "auto", "required"):
         return value
-    if value == "required" or isinstance(value, dict):
-        raise wrong("none or auto; required and named tools are not supported")
-    raise wrong("none or auto")
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if isinstance(function, dict) and isinstance(function.get("name"), str):
+        return value
+    raise wrong('none, auto, required or {"type": "function", "function": {"name": a tool\'s name}}')
 
 
-ToolChoice = Annotated[str, PlainValidator(_tool_choice), WithJsonSchema({"enum": ["none", "auto"]})]
+NAMED_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+ToolChoice = Annotated[
+    Any,
+    PlainValidator(_tool_choice),
+    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, NAMED_TOOL]}),
+]
 
 
 class ChatCompletionRequest(OpenAIFields):
@@ -55,7 +68,24 @@ class ChatCompletionRequest(OpenAIFields):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: is not allowed without logprobs; logprobs must be true")
         given["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        return SamplingParams(**given)
+        return SamplingParams(**given, **self._form())
+
+    def forced_tools(self) -> list[dict[str, Any]]:
+        """The tools of which the answer must call one; none if it may do as it likes. Raises ValueError."""
+        if self.tool_choice in ("none", "auto"):
+            return []
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        if self.tool_choice != "required":
+            name = self.tool_choice["function"]["name"]
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+        if not tools:
+            raise ValueError(f"tool_choice: {self.tool_choice!r} is not allowed; tools must have a tool that fits it")
+        return tools
+
+    @property
+    def may_call_many(self) -> bool:
+        """Whether the answer may have several calls."""
+        return self.parallel_tool_calls and not isinstance(self.tool_choice, dict)
 
     def chat(self, max_tools: int) -> Chat:
         """The conversation. Raises ValueError if there are too many tools."""

@@ -62,7 +62,7 @@ class CompletionRequest(OpenAIFields):
         params = {**defaults, **self._given()}
         if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
             params["prompt_logprobs"] = self.logprobs
-        return SamplingParams(**params)
+        return SamplingParams(**params, **self._form())
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -138,6 +138,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, len(body.prompts))
+        await until_disconnect(request.receive, front.check_form(params))
         encoded = await until_disconnect(request.receive, _encode_all(front, body, params))
     except ValueError as error:
         raise user_error(error, {}) from error

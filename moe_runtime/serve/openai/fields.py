@@ -38,8 +38,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_regex": (),
     "guided_choice": ([],),
     "guided_grammar": (),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
     "chat_template": (),
     "documents": ([],),
     "return_tokens_as_token_ids": (False,),
@@ -73,6 +71,7 @@ class OpenAIFields(SamplingFields):
     prompt_cache_key: str | None = Field(None, description=NO_EFFECT)
     prompt_cache_retention: str | None = Field(None, description=NO_EFFECT)
     prompt_cache_options: dict[str, Any] | None = Field(None, description=NO_EFFECT)
+    response_format: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = Field(None, description="Has no effect on the answer.")
 
     @model_validator(mode="before")
@@ -83,6 +82,23 @@ class OpenAIFields(SamplingFields):
             if body[name] not in NEUTRAL[name]:
                 raise unsupported(name, body[name], " or ".join(["it must be left out", *map(repr, NEUTRAL[name])]))
         return body
+
+    def _form(self) -> dict[str, Any]:
+        """`structured_outputs` as `response_format` asks for them. Raises ValueError."""
+        asked = self.response_format
+        if asked is None or asked.get("type") == "text":
+            return {}
+        if self.structured_outputs is not None:
+            raise ValueError("response_format: is not allowed beside structured_outputs; only one may say the form")
+        if asked.get("type") == "json_object":
+            return {"structured_outputs": {"json_object": True}}
+        named = asked.get("json_schema")
+        if asked.get("type") != "json_schema" or not isinstance(named, dict) or "schema" not in named:
+            raise ValueError(
+                f"response_format: {str(asked)[:80]} is not allowed; its type must be text, json_object, "
+                "or json_schema with json_schema.schema"
+            )
+        return {"structured_outputs": {"json": named["schema"]}}
 
     @property
     def include_usage(self) -> bool:

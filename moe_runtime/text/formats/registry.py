@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_runtime.text.formats.call_forms import call_form
+from moe_runtime.text.formats.call_grammar import call_grammar
 from moe_runtime.text.formats.gemma4 import GEMMA4
 from moe_runtime.text.formats.glm import GLM
+from moe_runtime.text.formats.grammar import after_thought, harmony_answer
 from moe_runtime.text.formats.harmony import HARMONY_STOPS, HARMONY_TAGS, harmony_parser
 from moe_runtime.text.formats.ids import numbered_id, short_id
 from moe_runtime.text.formats.json_calls import GRANITE, HERMES, HUNYUAN, LLAMA3
@@ -217,6 +220,33 @@ class ChatFormat:
         if is_harmony:
             return harmony_parser(prompt, output, split_reasoning=self.reasoning_format is not None)
         return tagged_parser(tool_format, thoughts, output, opened_by, is_within)
+
+
+def grammar_of_calls(
+    found: ChatFormat, tools: Sequence[Mapping[str, Any]], tokens: Mapping[str, int], parallel: bool
+) -> str:
+    """A grammar of at least one call of one of these tools. Arguments and errors are those of `call_grammar`."""
+    if found.tool_format is None:
+        raise ValueError("tool_choice: this model has no format of tool calls that is known; it must be none or auto")
+    return call_grammar(call_form(found.tool_format, tokens), tools, tokens, parallel)
+
+
+def grammar_around(
+    found: ChatFormat, prompt: str, continued: str, tokens: Mapping[str, int], calls: bool = False
+) -> str:
+    """What a model writes around an answer of a given form, as a grammar that names it `@answer`; "" if nothing.
+
+    Args:
+        prompt, continued: as for `ChatFormat.parser`.
+        tokens: ids of the tokenizer's added tokens.
+        calls: the answer is tool calls.
+    """
+    if _is_harmony(found.tool_format, found.reasoning_format):
+        return harmony_answer(prompt, tokens, calls)
+    thoughts = THOUGHT_FORMATS[found.reasoning_format] if found.reasoning_format else None
+    if thoughts is None or thoughts.is_within(continued):
+        return ""
+    return after_thought(thoughts, thoughts.opened_by(prompt, continued), tokens)
 
 
 def choose_format(
