@@ -45,7 +45,7 @@ def sampling_options() -> list[Option]:
     """Options of `SamplingParams`, with a larger default for `max_tokens`."""
     return [
         replace(option, default=DEFAULT_MAX_TOKENS) if option.name == "max_tokens" else option
-        for option in options_of(SamplingParams, exclude=("n", "logit_bias"))
+        for option in options_of(SamplingParams, exclude=("n", "logit_bias", "structured_outputs"))
     ]
 
 

@@ -70,7 +70,7 @@ class Intake:
         token_ids = self.token_ids(prompt)
         takes_default_routing = params.routing is None
         policy = self._rules.check(token_ids, params)
-        grammar = "" if params.structured_outputs is None else self._grammar(params)
+        grammar = "" if params.structured_outputs is None else self._grammar(params.structured_outputs)
         params = replace(params, routing=policy, structured_outputs=None)
         room = self._rules.max_model_len - len(token_ids)
         maker = self._key_maker
@@ -92,11 +92,10 @@ class Intake:
             grammar=grammar,
         )
 
-    def _grammar(self, params: SamplingParams) -> str:
+    def _grammar(self, asked: StructuredOutputs) -> str:
         if self._compiler is None:
             raise ValueError("structured_outputs: a tokenizer is needed; skip_tokenizer_init is set, so there is none")
-        assert isinstance(params.structured_outputs, StructuredOutputs)
-        return self._compiler.compile(params.structured_outputs)
+        return self._compiler.compile(asked)
 
     def token_ids(self, prompt: str | list[int]) -> list[int]:
         """A prompt's token ids. Raises ValueError as `request`."""

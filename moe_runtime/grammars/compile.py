@@ -14,14 +14,12 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from moe_runtime.grammars.tokens import parser_limits, token_trie
-from moe_runtime.types.structured_outputs import FIELDS, StructuredOutputs
+from moe_runtime.types.structured_outputs import FIELDS, JSON_BLANKS, StructuredOutputs
 from moe_runtime.types.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Blanks between the parts of a JSON value: one, or a new line. Without a bound, models may write blanks for ever.
-JSON_BLANKS = r" |\n[ \t]{0,32}"
 KEPT_CHARS = 2**22  # of grammars that were checked
 
 

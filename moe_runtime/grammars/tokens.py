@@ -37,14 +37,14 @@ def token_trie(vocabulary: Vocabulary) -> LLTokenizer:
 
 
 def parser_limits() -> LLParserLimits:
-    """Limits of time and memory, which hostile grammars meet: an error within some 0.1 s, of a step or of the start."""
+    """Limits of time and memory that hostile grammars meet: some 20 ms to begin or for a step, 40 MB for a sequence."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
         initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=500_000,
-        step_max_items=100_000,
-        max_lexer_states=50_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=20_000,
         max_grammar_size=200_000,
         verbose_errors=False,
     )

@@ -13,7 +13,6 @@ from moe_runtime.serve.engine_messages import AddRequest, Loaded
 from moe_runtime.serve.keys import key_identity
 from moe_runtime.serve.prompts import Tokenising
 from moe_runtime.types.sampling_params import SamplingParams
-from moe_runtime.types.structured_outputs import StructuredOutputs
 
 
 def engine_of(request: Request) -> AsyncEngine:
@@ -69,7 +68,7 @@ class Front:
             ValueError: it cannot be done; the message says why.
         """
         asked, grammars = params.structured_outputs, self.info.grammars
-        if grammars is not None and isinstance(asked, StructuredOutputs):
+        if grammars is not None and asked is not None:
             await self.tokenising.run(lambda gone: grammars.compile(asked))
 
     def check_limits(self, params: SamplingParams, num_prompts: int) -> None:

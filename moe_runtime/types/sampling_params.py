@@ -45,7 +45,7 @@ class SamplingParams:
         return_routed_experts: with the last token, return the experts that each token used in every sparse layer.
         priority: while requests wait, those with a lower one go first (any integer).
         timeout: seconds after which the request ends, whether it waits or runs; its finish reason is then "timeout".
-        structured_outputs: the form of the output, a `StructuredOutputs` or a mapping with its fields; None for any.
+        structured_outputs: the form of the output; None for any. A mapping with the fields of it is taken too.
 
     Log-probabilities are those of the model, before penalties, temperature and truncation.
 
@@ -76,7 +76,7 @@ class SamplingParams:
     return_routed_experts: bool = False
     priority: int = 0
     timeout: float | None = None
-    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop, "strings")

@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_CHARS = 2**17  # of a schema, an expression or a grammar; of all choices together
 MAX_CHOICES = 10_000
+# Blanks between the parts of a JSON value: one, or a new line. Without a bound, models may write blanks for ever.
+JSON_BLANKS = r" |\n[ \t]{0,32}"
 FIELDS = ("json", "json_object", "regex", "grammar", "choice")
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from load_runs.run import Run
 
-MOST_GROWTH = 0.01  # of the memory, from the second quarter of a run to the last
+MOST_GROWTH = 0.01  # of the memory, from the third quarter of a run to the last
 LEAST_MEMORY_SECONDS = 240.0  # a shorter run says nothing about growth
 LEAST_OF_OFFLINE = 0.9
 MOST_OF_RANKS = 0.1  # CPU time of the front

@@ -103,7 +103,7 @@ def test_only_the_counted_part_counts() -> None:
 
 def test_every_mistake_is_named() -> None:
     steady = Stream(11.0, [(12.0, 1), (16.0, 5)], [0] * 5)
-    memory = [(float(moment), 100 + 5 * (moment > 150)) for moment in range(0, 300, 5)]
+    memory = [(float(moment), 100 + 5 * (moment > 225)) for moment in range(0, 300, 5)]
     run = run_of([steady, Stream(11.0, fault="another answer")], front_cpu=2.0, ranks_cpu=10.0)
     run.end, run.memory, run.used_pages = 300.0, memory, 3
     mistakes = Result(run, Limits(1.0, 1.0), offline=100.0).mistakes()

@@ -57,7 +57,7 @@ def with_form(
     tokens = tokenizer.added_tokens
     if forced:
         asked = StructuredOutputs(grammar=grammar_of_calls(written.format, forced, tokens, body.may_call_many))
-    assert isinstance(asked, StructuredOutputs)
+    assert asked is not None
     around = grammar_around(written.format, prompt, chat.continued, tokens, calls=bool(forced))
     return replace(params, structured_outputs=replace(asked, within=around))
 

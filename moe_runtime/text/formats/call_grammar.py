@@ -12,9 +12,10 @@ from typing import Any
 
 from moe_runtime.text.formats.call_forms import COUNTER, CallForm, RawArguments
 from moe_runtime.text.formats.grammar import symbol
+from moe_runtime.types.structured_outputs import JSON_BLANKS
 
 MAX_CALLS = 16
-NEVER_LENIENT = {"whitespace_pattern": r" |\n[ \t]{0,32}", "lenient": False}
+NEVER_LENIENT = {"whitespace_pattern": JSON_BLANKS, "lenient": False}
 DEFINITIONS = ("$defs", "definitions")
 NO_TAG = {"type": "string", "pattern": "^[^<]*$"}
 NESTED = frozenset({"items", "prefixItems", "anyOf", "oneOf", "allOf", "additionalProperties"})  # hold schemas
