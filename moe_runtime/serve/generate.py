@@ -120,7 +120,6 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, 1)
-        await until_disconnect(request.receive, front.check_form(params))
         prompt = await until_disconnect(request.receive, _prompt(front, body, params))
     except ValueError as error:
         raise user_error(error, {"prompt": given[0]}) from error
@@ -131,6 +130,7 @@ async def generate(body: GenerateRequest, request: Request) -> Response:
 
 
 async def _prompt(front: Front, body: GenerateRequest, params: SamplingParams) -> list[int]:
+    await front.check_form(params)
     if body.messages is not None:
         return (await encode_chat(front, Chat([message.plain() for message in body.messages]), params)).token_ids
     if body.prompt is None:

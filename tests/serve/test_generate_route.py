@@ -15,6 +15,7 @@ from moe_runtime.serve.app import create_app
 from moe_runtime.serve.generate import GenerateRequest
 from moe_runtime.serve.openai.completions import CompletionRequest
 from moe_runtime.types.sampling_params import SamplingParams
+from moe_runtime.types.structured_outputs import StructuredOutputs
 
 
 def post(body, fake=None, path="/generate", **options):
@@ -87,11 +88,13 @@ def test_all_sampling_parameters_reach_the_engine():
         "priority": -2,
         "timeout": 7.5,
     }
-    assert set(given) == {field.name for field in fields(SamplingParams)} - {"n"}
+    assert set(given) == {field.name for field in fields(SamplingParams)} - {"n", "structured_outputs"}
     fake = FakeEngine()
     response = post({"prompt_token_ids": [5], **given}, fake)
     assert (response.json()["finish_reason"], response.json()["stop_reason"]) == ("stop", 9)
     assert fake.added[0][2] == SamplingParams(**given | {"logit_bias": {5: -100, 17: 2.5}})
+    post({"prompt_token_ids": [5], "max_tokens": 1, "structured_outputs": {"choice": ["a"]}}, fake)
+    assert fake.added[1][2].structured_outputs == StructuredOutputs(choice=["a"])
 
 
 @pytest.mark.parametrize("body", [GenerateRequest, CompletionRequest])

@@ -109,6 +109,7 @@ class FakeEngine:
     model_config: object = field(
         default_factory=lambda: SimpleNamespace(vocab_size=VOCAB, default_sampling={}, family="fake")
     )
+    grammars: None = None
 
     def __post_init__(self):
         self.running = {}

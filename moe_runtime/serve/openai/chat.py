@@ -14,11 +14,12 @@ from moe_runtime.serve.openai.chat_reply import ChatReply
 from moe_runtime.serve.openai.chat_request import ChatCompletionRequest
 from moe_runtime.serve.openai.models import front_of
 from moe_runtime.serve.rendering import AnswerFormat, Chat, answer_format, encode_chat
-from moe_runtime.serve.requests import choices_of
+from moe_runtime.serve.requests import Front, choices_of
 from moe_runtime.serve.streaming import answers, respond, until_disconnect
 from moe_runtime.text.chat_history import count_calls
 from moe_runtime.text.formats.parser import OutputParser
 from moe_runtime.text.formats.registry import ChatFormat, grammar_around, grammar_of_calls
+from moe_runtime.text.tokenizer import RenderedPrompt
 from moe_runtime.types.sampling_params import SamplingParams
 from moe_runtime.types.structured_outputs import StructuredOutputs
 
@@ -62,6 +63,16 @@ def with_form(
     return replace(params, structured_outputs=replace(asked, within=around))
 
 
+async def _prepare(
+    front: Front, body: ChatCompletionRequest, written: AnswerFormat, chat: Chat, params: SamplingParams
+) -> tuple[RenderedPrompt, SamplingParams]:
+    """The prompt, and the parameters with the form of the answer, which is checked. Raises ValueError."""
+    prompt = await encode_chat(front, chat, params)
+    params = with_form(params, body, written, chat, prompt.text, front.info.tokenizer)
+    await front.check_form(params)
+    return prompt, params
+
+
 router = APIRouter(prefix="/v1")
 
 
@@ -77,9 +88,7 @@ async def chat_completions(body: ChatCompletionRequest, request: Request) -> Res
         params = written.with_stops(body.sampling_params(front.info.default_sampling))
         front.check_limits(params, 1)
         chat = body.chat(front.config.max_tools)
-        prompt = await until_disconnect(request.receive, encode_chat(front, chat, params))
-        params = with_form(params, body, written, chat, prompt.text, front.info.tokenizer)
-        await until_disconnect(request.receive, front.check_form(params))
+        prompt, params = await until_disconnect(request.receive, _prepare(front, body, written, chat, params))
     except ValueError as error:
         raise user_error(error, renamed) from error
     completion_id = f"chatcmpl-{uuid.uuid4().hex}"

@@ -138,7 +138,6 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     try:
         params = body.sampling_params(front.info.default_sampling)
         front.check_limits(params, len(body.prompts))
-        await until_disconnect(request.receive, front.check_form(params))
         encoded = await until_disconnect(request.receive, _encode_all(front, body, params))
     except ValueError as error:
         raise user_error(error, {}) from error
@@ -152,6 +151,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 async def _encode_all(front: Front, body: CompletionRequest, params: SamplingParams) -> list[tuple[list[int], str]]:
     """`_encode` of all prompts. The first error ends the work for all."""
+    await front.check_form(params)
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_encode(front, body, prompt, params)) for prompt in body.prompts]
