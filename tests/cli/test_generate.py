@@ -37,7 +37,11 @@ SAMPLING_FLAGS = {
 
 
 def test_every_sampling_option_is_a_flag(built, capsys):
-    assert set(SAMPLING_FLAGS) == {field.name for field in fields(SamplingParams)} - {"n", "logit_bias", "structured_outputs"}
+    assert set(SAMPLING_FLAGS) == {field.name for field in fields(SamplingParams)} - {
+        "n",
+        "logit_bias",
+        "structured_outputs",
+    }
     assert cli.main(["generate", "here", "--prompt", "hi", *flags(SAMPLING_FLAGS)]) == 0
     (engine,) = built
     assert engine.added[0][2] == SamplingParams(**SAMPLING_FLAGS)
