@@ -17,6 +17,8 @@ text/test_chat_history.py
 text/test_chat_template.py
 text/formats/test_registry.py
 text/formats/test_reasoning.py
+grammars/test_matcher.py::test_after_the_end_nothing_matters
+grammars/test_matcher.py::test_a_token_that_is_not_allowed_is_an_error
 wire/test_transport.py
 engine/test_page_pool.py
 engine/test_prefix_index.py

@@ -6,6 +6,7 @@ A tag that is a token of its own is named by its number, for control tokens are 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from moe_runtime.text.formats.harmony import CHANNEL, END, MESSAGE, START
@@ -26,13 +27,15 @@ def after_thought(thoughts: ThoughtFormat, opened_by: str, tokens: Mapping[str, 
         opened_by: the opening tag that the prompt ends with; "" if it opens none.
         tokens: ids of the tokenizer's added tokens.
     """
-    rules = [TEXT]
+    # A thought that begins with an opening tag would be one of that tag.
+    opens = "|".join(re.escape(tag).replace("/", r"\/") for tag in thoughts.opens)
+    rules = [TEXT, f"THOUGHT: /(?s:.*)/ & ~/\\s*({opens})(?s:.*)/\n"]
     begun = []
     for number, (open_tag, close) in enumerate(thoughts.pairs):
         if close in tokens:
-            rules.append(f"thought{number}: TEXT {symbol(close, tokens)} BLANKS\n")
+            rules.append(f"thought{number}: THOUGHT {symbol(close, tokens)} BLANKS\n")
         else:
-            rules.append(f"thought{number}: text{number} BLANKS\ntext{number}[suffix={json.dumps(close)}]: /(?s:.*)/\n")
+            rules.append(f"thought{number}: text{number} BLANKS\ntext{number}[suffix={json.dumps(close)}]: THOUGHT\n")
         if not opened_by:
             begun.append(f"BLANKS {symbol(open_tag, tokens)} thought{number}")
         elif open_tag == opened_by:
