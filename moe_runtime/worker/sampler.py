@@ -109,8 +109,9 @@ def _adjust(logits_BV: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Colle
         if penalizes:
             _penalize(logits_V, row)
         if row.allowed is not None:
-            barred = _beyond(row.allowed, barred, len(logits_V))
-        if barred:
+            is_barred = torch.from_numpy(_beyond(row.allowed, barred, len(logits_V)))
+            logits_V.masked_fill_(is_barred.to(logits_V.device), BARRED)
+        elif barred:
             logits_V[torch.tensor(barred, device=logits_V.device)] = BARRED
     return adjusted
 
@@ -124,15 +125,14 @@ def _barred(row: SamplingRow, eos_token_ids: Collection[int], vocab_size: int) -
     return [token for token in ends if token < vocab_size]
 
 
-def _beyond(allowed: np.ndarray, barred: Sequence[int], vocab_size: int) -> list[int]:
-    """Tokens that a grammar does not allow, and those of `barred`, if that leaves any."""
+def _beyond(allowed: np.ndarray, barred: Sequence[int], vocab_size: int) -> np.ndarray:
+    """bool [V]: tokens that a grammar does not allow, and those of `barred`, if that leaves any."""
     is_barred = np.ones(vocab_size, bool)
     known = min(len(allowed), vocab_size)
     is_barred[:known] = ~allowed[:known]
     both = is_barred.copy()
     both[barred] = True
-    found: list[int] = (is_barred if both.all() else both).nonzero()[0].tolist()
-    return found
+    return is_barred if both.all() else both
 
 
 def _penalize(logits_V: Tensor, row: SamplingRow) -> None:
