@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from chat_wire import parse
 from grammar_walk import Walker
 
 from moe_runtime.text.formats.registry import HARMONY_TOOLS, THOUGHT_FORMATS, ChatFormat, grammar_around
@@ -31,12 +32,11 @@ def test_the_form_comes_after_the_thought(name: str, special: bool, opened: bool
         if text is None:
             continue
         ended += 1
-        parser = found.parser(prompt, [], calls=False, num_earlier_calls=0, new_id=lambda: "1")
-        delta = parser.feed(text) + parser.finish(is_complete=True)
-        content = delta.content
+        parsed = parse(found, [text], prompt, [], calls=False, is_complete=True)
+        content = parsed.content
         if thoughts is not None and thoughts.in_content:
             content = content.rpartition(thoughts.closes[0])[2].strip()
         assert content in ("calm", "wild"), text
-        thought_count += bool(delta.reasoning)
+        thought_count += bool(parsed.reasoning)
     assert ended > 3
     assert thought_count or not opened or (thoughts is not None and thoughts.in_content)

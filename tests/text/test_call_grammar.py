@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from chat_wire import parse
 from grammar_walk import Walker
 
 from moe_runtime.text.formats.call_forms import FORMS, call_form
@@ -75,17 +76,10 @@ SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters") for tool
 def calls_of(text: str, tool_format: str) -> list[tuple[str, str]]:
     """Names and arguments that the parser finds."""
     thoughts = HARMONY_THOUGHTS if tool_format == "openai" else None
-    parser = ChatFormat(tool_format, thoughts).parser(
-        "<|start|>assistant" if thoughts else "", TOOLS, calls=True, num_earlier_calls=0, new_id=lambda: "abc123def456"
-    )
-    found: dict[int, list[str]] = {}
-    for delta in (parser.feed(text), parser.finish(is_complete=True)):
-        assert not delta.content.strip(), delta.content
-        for piece in delta.tool_calls:
-            call = found.setdefault(piece.index, ["", ""])
-            call[0] += piece.name or ""
-            call[1] += piece.arguments
-    return [(name, arguments) for name, arguments in found.values()]
+    prompt = "<|start|>assistant" if thoughts else ""
+    parsed = parse(ChatFormat(tool_format, thoughts), [text], prompt, TOOLS, is_complete=True)
+    assert not parsed.content.strip(), parsed.content
+    return [(call["name"], call["arguments"]) for call in parsed.calls]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -111,3 +105,12 @@ def test_calls_are_valid(tool_format: str, special: bool) -> None:
             except Exception as error:
                 raise AssertionError(f"{text!r}: {arguments!r}") from error
     assert ended > 6
+
+
+def test_alternatives_that_references_multiply_are_refused() -> None:
+    schema: dict[str, Any] = {"type": "boolean"}
+    levels = {f"L{level}": {"anyOf": [{"$ref": f"#/$defs/L{level + 1}"}] * 10} for level in range(2)}
+    parameters = {"properties": {"a": {"$ref": "#/$defs/L0"}}, "$defs": {**levels, "L2": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(ValueError, match=r"'f' cannot be forced: its parameter 'a' has more than 64 alternatives"):
+        call_grammar(FORMS["glm45"], [tool], {}, parallel=True)

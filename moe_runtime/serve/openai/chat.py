@@ -53,7 +53,7 @@ def with_form(
         ValueError: the call that is asked for cannot be made.
     """
     asked, forced = params.structured_outputs, body.forced_tools()
-    if tokenizer is None or (asked is None and not forced):
+    if tokenizer is None:
         return params
     tokens = tokenizer.added_tokens
     if forced:
@@ -68,9 +68,12 @@ async def _prepare(
 ) -> tuple[RenderedPrompt, SamplingParams]:
     """The prompt, and the parameters with the form of the answer, which is checked. Raises ValueError."""
     prompt = await encode_chat(front, chat, params)
-    params = with_form(params, body, written, chat, prompt.text, front.info.tokenizer)
-    await front.check_form(params)
-    return prompt, params
+    if params.structured_outputs is None and not body.forced_tools():
+        return prompt, params
+    tokenizer = front.info.tokenizer
+    formed = await front.tokenising.run(lambda gone: with_form(params, body, written, chat, prompt.text, tokenizer))
+    await front.check_form(formed)
+    return prompt, formed
 
 
 router = APIRouter(prefix="/v1")

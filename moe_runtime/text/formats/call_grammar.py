@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_runtime.text.formats.call_forms import COUNTER, CallForm, RawArguments
-from moe_runtime.text.formats.grammar import symbol
+from moe_runtime.text.formats.grammar import expression, symbol
+from moe_runtime.text.formats.schema import listed_values, resolve
 from moe_runtime.types.structured_outputs import JSON_BLANKS
 
 MAX_CALLS = 16
+MAX_DEPTH, MAX_ALTERNATIVES = 8, 64  # of a parameter's schema
 NEVER_LENIENT = {"whitespace_pattern": JSON_BLANKS, "lenient": False}
 DEFINITIONS = ("$defs", "definitions")
 NO_TAG = {"type": "string", "pattern": "^[^<]*$"}
@@ -108,7 +110,8 @@ class _Rules:
         if form.strings_are_json:
             return self.add(f"{opens} {self.json(schema, root)} {self.literal(form.closes)}")
         forms = []
-        for each in _alternatives(schema, root, 8):
+        alternatives = _alternatives(schema, root, MAX_DEPTH)
+        for each in alternatives:
             if _is_string(each):
                 forms.append(self._string(form, each))
             elif "type" in each or "enum" in each or "const" in each:
@@ -116,17 +119,16 @@ class _Rules:
                 forms.append(f"{self.json(*schemas)} {self.literal(form.closes)}")
             else:
                 forms.append(self._string(form, {}))
-        if len(forms) > 1 and any(map(_is_free_string, _alternatives(schema, root, 8))):
-            kinds = [each.get("type") for each in _alternatives(schema, root, 8)]
-            if set(kinds) != {"string", "null"}:
-                raise ValueError("must not be a string or something else in this model's tool format")
+        has_free_string = any(_is_string(each) and listed_values(each) is None for each in alternatives)
+        if len(forms) > 1 and has_free_string and {each.get("type") for each in alternatives} != {"string", "null"}:
+            raise ValueError("must not be a string or something else in this model's tool format")
         return self.add(f"{opens} ({' | '.join(forms)})")
 
     def _string(self, form: RawArguments, schema: Mapping[str, Any]) -> str:
         """A string without quotes, or with the form's own, and what follows it."""
         quotes = form.quotes or ""
         left, end = self.literal(quotes), quotes + form.closes
-        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        values = listed_values(schema)
         if values is not None:
             texts = " | ".join(json.dumps(value) for value in values if isinstance(value, str) and end not in value)
             return f"{left} ({texts}) {self.literal(end)}"
@@ -166,13 +168,15 @@ def _alternatives(schema: Any, root: Mapping[str, Any], depth: int) -> list[Mapp
     if not isinstance(schema, Mapping) or depth == 0:
         raise ValueError("has a schema that allows nothing, or refers to itself")
     if isinstance(reference := schema.get("$ref"), str):
-        part: Any = root
-        for name in reference.removeprefix("#").strip("/").split("/"):
-            part = part.get(name) if isinstance(part, Mapping) else None
-        return _alternatives(part, root, depth - 1)
+        return _alternatives(resolve(reference, root), root, depth - 1)
     for key in ("anyOf", "oneOf"):
         if isinstance(parts := schema.get(key), list):
-            return [found for part in parts for found in _alternatives(part, root, depth - 1)]
+            found: list[Mapping[str, Any]] = []
+            for part in parts:
+                found += _alternatives(part, root, depth - 1)
+                if len(found) > MAX_ALTERNATIVES:  # references multiply
+                    raise ValueError(f"has more than {MAX_ALTERNATIVES} alternatives")
+            return found
     if isinstance(types := schema.get("type"), list):
         return [{**schema, "type": name} for name in types]
     if "allOf" in schema:
@@ -181,14 +185,10 @@ def _alternatives(schema: Any, root: Mapping[str, Any], depth: int) -> list[Mapp
 
 
 def _is_string(schema: Mapping[str, Any]) -> bool:
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    values = listed_values(schema)
     if values:
         return all(isinstance(value, str) for value in values)
     return schema.get("type") == "string"
-
-
-def _is_free_string(schema: Mapping[str, Any]) -> bool:
-    return _is_string(schema) and "enum" not in schema and "const" not in schema
 
 
 def _string_pattern(schema: Mapping[str, Any]) -> str:
@@ -203,7 +203,7 @@ def _string_pattern(schema: Mapping[str, Any]) -> str:
     if (known := schema.get("format")) is not None:
         if known not in FORMATS:
             raise ValueError(f"has the format {known!r}, which this model's tool format cannot make valid")
-        parts.append(_regex(FORMATS[known]))
+        parts.append(expression(FORMATS[known]))
     return " & ".join(parts)
 
 
@@ -214,8 +214,4 @@ def _found_in_text(pattern: str) -> str:
     body = pattern[at_start : len(pattern) - at_end]
     if re.search(r"(?<![\\\[])[\^$]", body) or (("|" in body) and (at_start or at_end)):
         raise ValueError("has a pattern with anchors within it, which this model's tool format cannot make valid")
-    return _regex(("" if at_start else "(?s:.*)") + f"({body})" + ("" if at_end else "(?s:.*)"))
-
-
-def _regex(text: str) -> str:
-    return "/" + re.sub(r"(?<!\\)/", r"\\/", text) + "/"
+    return expression(("" if at_start else "(?s:.*)") + f"({body})" + ("" if at_end else "(?s:.*)"))

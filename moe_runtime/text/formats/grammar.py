@@ -12,12 +12,18 @@ from collections.abc import Mapping
 from moe_runtime.text.formats.harmony import CHANNEL, END, MESSAGE, START
 from moe_runtime.text.formats.thoughts import ThoughtFormat
 
-TEXT = "TEXT: /(?s:.*)/\nBLANKS: /[ \\n]{0,4}/\n"
+TEXT = "TEXT: /(?s:.*)/\n"
+BLANKS = "BLANKS: /[ \\n]{0,4}/\n"
 
 
 def symbol(text: str, tokens: Mapping[str, int]) -> str:
     """A text in a rule: the token that it is, or its characters."""
     return f"<[{tokens[text]}]>" if text in tokens else json.dumps(text)
+
+
+def expression(regex: str) -> str:
+    """A regular expression in a rule."""
+    return "/" + re.sub(r"(?<!\\)/", r"\\/", regex) + "/"
 
 
 def after_thought(thoughts: ThoughtFormat, opened_by: str, tokens: Mapping[str, int]) -> str:
@@ -28,8 +34,9 @@ def after_thought(thoughts: ThoughtFormat, opened_by: str, tokens: Mapping[str, 
         tokens: ids of the tokenizer's added tokens.
     """
     # A thought that begins with an opening tag would be one of that tag.
-    opens = "|".join(re.escape(tag).replace("/", r"\/") for tag in thoughts.opens)
-    rules = [TEXT, f"THOUGHT: /(?s:.*)/ & ~/\\s*({opens})(?s:.*)/\n"]
+    opens = "|".join(map(re.escape, thoughts.opens))
+    begins_another = expression(rf"\s*({opens})(?s:.*)")
+    rules = [BLANKS, f"THOUGHT: /(?s:.*)/ & ~{begins_another}\n"]
     begun = []
     for number, (open_tag, close) in enumerate(thoughts.pairs):
         if close in tokens:

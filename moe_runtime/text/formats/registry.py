@@ -228,7 +228,10 @@ def grammar_of_calls(
     """A grammar of at least one call of one of these tools. Arguments and errors are those of `call_grammar`."""
     if found.tool_format is None:
         raise ValueError("tool_choice: this model has no format of tool calls that is known; it must be none or auto")
-    return call_grammar(call_form(found.tool_format, tokens), tools, tokens, parallel)
+    try:
+        return call_grammar(call_form(found.tool_format, tokens), tools, tokens, parallel)
+    except RecursionError:
+        raise ValueError("tools: a schema is nested too deeply") from None
 
 
 def grammar_around(

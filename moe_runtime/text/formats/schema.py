@@ -50,8 +50,8 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
         names = {TYPE_NAMES.get(str(name).lower(), "") for name in ([named] if isinstance(named, str) else named)}
         types = set() if "" in names else names
     elif isinstance(reference := schema.get("$ref"), str):
-        types = _types(_resolve(reference, root), root, depth - 1)
-    elif isinstance(values := schema.get("enum", [schema["const"]] if "const" in schema else None), list):
+        types = _types(resolve(reference, root), root, depth - 1)
+    elif isinstance(values := listed_values(schema), list):
         types = {kind_of_value(value) for value in values}
     else:
         types = _combined_types(schema, root, depth)
@@ -68,7 +68,12 @@ def _combined_types(schema: Mapping[str, Any], root: Mapping[str, Any], depth: i
     return {"array"} if "items" in schema else set()
 
 
-def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+def listed_values(schema: Mapping[str, Any]) -> Any:
+    """The values that a schema lists, by `enum` or `const`; None if it lists none."""
+    return schema.get("enum", [schema["const"]] if "const" in schema else None)
+
+
+def resolve(reference: str, root: Mapping[str, Any]) -> Any:
     """The part of the schema that a reference such as "#/$defs/City" names."""
     part: Any = root
     for key in reference.removeprefix("#").strip("/").split("/"):
